@@ -1,0 +1,291 @@
+"""Training augmentation of a whole batch at once, on the batch's own device, with parameters drawn for each image.
+
+The result is distributed as that of torchvision's pipeline, which works on one image at a time::
+
+    RandomCrop((H, W), padding) -> RandomHorizontalFlip(flip)
+    -> ColorJitter(brightness, contrast, saturation, hue) -> RandomRotation(degrees)
+
+(https://docs.pytorch.org/vision/stable/transforms.html; nearest interpolation, black fill). It takes two steps:
+
+1. The colours change first, in the uncropped image. Crop and flip only move pixels, so colour commutes with them but
+   for two things. The mean that contrast needs is that of the cropped image: a weighted sum over the source's pixels.
+   The black that padding adds is no longer black after a change of contrast: one extra pixel stands for all of it.
+2. Crop, flip and rotation are then one look-up by index, so every output pixel is a copy of one source pixel. A second
+   extra pixel, black, stands for what the rotation brings in from outside the cropped image.
+
+The parameters live on the host, so no step has to wait for the device to know what to do next, and a seed draws the
+same parameters whatever the device.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from cifar_transfer.errors import UserError
+
+GREY = (0.2989, 0.587, 0.114)
+"""Weights of red, green and blue in a grey value, as in torchvision's `rgb_to_grayscale` (ITU-R BT.601, rounded)."""
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+"""Numbers of the colour operations in `Parameters.order`, as in torchvision's `ColorJitter`."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What happens to each of B images; every tensor is on the CPU.
+
+    Args:
+        shift: int64 [B, 2], rows and columns by which the crop lies below and right of the source image.
+        flip: bool [B], whether the cropped image is mirrored left to right.
+        angle: float32 [B], degrees by which the image turns counter-clockwise about its centre.
+        factors: float32 [B, 3], factors >= 0 of brightness, contrast and saturation; 1 changes nothing.
+        hue: float32 [B], by how many turns the hue moves, in [-0.5, 0.5]; 0 changes nothing.
+        order: int64 [B, 4], each row `BRIGHTNESS`, `CONTRAST`, `SATURATION` and `HUE` in the order they are applied.
+    """
+
+    shift: Tensor
+    flip: Tensor
+    angle: Tensor
+    factors: Tensor
+    hue: Tensor
+    order: Tensor
+
+    def __getitem__(self, images: Tensor) -> "Parameters":
+        return Parameters(**{field.name: getattr(self, field.name)[images] for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random crop, flip, colour jitter and rotation of a batch, drawn for each image from torch's global CPU generator.
+
+    A value of 0 switches an operation off exactly; with all at 0 the result is `images / 255`.
+
+    Args:
+        padding: black pixels added on every side before a crop to the original size; the crop's place is uniform.
+        flip: probability of a left-right flip, in [0, 1].
+        brightness: the brightness factor is uniform in [max(0, 1 - brightness), 1 + brightness].
+        contrast: the contrast factor is uniform in [max(0, 1 - contrast), 1 + contrast].
+        saturation: the saturation factor is uniform in [max(0, 1 - saturation), 1 + saturation].
+        hue: the hue moves by a fraction of the colour circle, uniform in [-hue, hue]; at most 0.5.
+        degrees: the angle of rotation is uniform in [-degrees, degrees].
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    padding: int = 4
+    flip: float = 0.5
+    brightness: float = 0.2
+    contrast: float = 0.2
+    saturation: float = 0.2
+    hue: float = 0.1
+    degrees: float = 15.0
+
+    def __post_init__(self) -> None:
+        upper = {"flip": 1.0, "hue": 0.5}
+        for field in fields(self):
+            value, most = getattr(self, field.name), upper.get(field.name, math.inf)
+            if not (math.isfinite(value) and 0 <= value <= most):
+                allowed = f"between 0 and {most:g}" if most < math.inf else "0 (off) or a finite positive number"
+                raise UserError(f"The augmentation's {field.name} is {value}; it must be {allowed}.")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Augment each image with parameters of its own.
+
+        Args:
+            images: uint8 in 0..255 or floating point in [0, 1], [B, 3, H, W], on any device; left as it is.
+
+        Returns:
+            float32 [B, 3, H, W] in [0, 1], on the same device.
+
+        Raises:
+            ValueError: the shape is not [B, 3, H, W] with H * W < 2**24.
+        """
+        return augment(images, self.draw(len(images)))
+
+    def draw(self, count: int) -> Parameters:
+        """Draw the parameters of `count` images independently from torch's global CPU generator."""
+        strengths = (self.brightness, self.contrast, self.saturation)
+        factors = [torch.empty(count).uniform_(max(0.0, 1 - strength), 1 + strength) for strength in strengths]
+        return Parameters(
+            shift=torch.randint(-self.padding, self.padding + 1, (count, 2)),
+            flip=torch.rand(count) < self.flip,
+            angle=torch.empty(count).uniform_(-self.degrees, self.degrees),
+            factors=torch.stack(factors, 1),
+            hue=torch.empty(count).uniform_(-self.hue, self.hue),
+            order=torch.rand(count, 4).argsort(1),
+        )
+
+
+@torch.no_grad()
+def augment(images: Tensor, parameters: Parameters) -> Tensor:
+    """Crop, flip, jitter and rotate each image by given parameters.
+
+    Equal to torchvision's functional `crop`, `hflip`, `adjust_*` and `rotate` one after the other on float tensors, up
+    to rounding in float32: colours to about 1e-6, and where a rotated pixel's centre falls within rounding of the
+    border between two source pixels, either may be taken.
+
+    Args:
+        images: uint8 in 0..255 or floating point in [0, 1], [B, 3, H, W], on any device; left as it is.
+        parameters: one row for each of the B images.
+
+    Returns:
+        float32 [B, 3, H, W] in [0, 1], on the images' device.
+
+    Raises:
+        ValueError: the images' shape is not [B, 3, H, W], or H * W is beyond the whole numbers of float32 (2**24).
+    """
+    if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] * images.shape[3] >= 2**24:
+        raise ValueError(f"expected images of shape [B, 3, H, W] with H * W < 2**24, got {list(images.shape)}")
+    batch, _, height, width = images.shape
+    size = height * width
+
+    # Sorted by the place of hue in their order, images that share a step lie side by side: see `_jitter`.
+    by_hue = parameters.order.argsort(1)[:, HUE].argsort(descending=True)
+    parameters = parameters[by_hue]
+    there, back = _upload(torch.stack((by_hue, by_hue.argsort())), images).unbind()
+
+    pixels = torch.zeros(batch, 3, size + 2, device=images.device)
+    scale = 1 if images.is_floating_point() else 255
+    torch.div(images.index_select(0, there).flatten(2), scale, out=pixels[:, :, :size])
+    _jitter(pixels, _crop_weights(images, parameters), parameters)
+    pixels[:, :, -1] = 0
+    sources = _sources(images, parameters).flatten(1)
+    moved = pixels.gather(2, sources[:, None].expand(-1, 3, -1))
+    return moved.index_select(0, back).view(batch, 3, height, width)
+
+
+def _upload(tensor: Tensor, images: Tensor) -> Tensor:
+    """Copy a tensor from the host to the images' device without waiting for the work queued there."""
+    return tensor.to(images.device, non_blocking=True)
+
+
+def _sources(images: Tensor, parameters: Parameters) -> Tensor:
+    """Say where each output pixel comes from.
+
+    Returns:
+        int64 [B, H, W]: the index of a pixel in the flattened source image, H * W for padding, H * W + 1 for pixels
+        that the rotation brings in from outside the cropped image.
+    """
+    height, width = images.shape[-2:]
+    middle_y, middle_x = (height - 1) / 2, (width - 1) / 2
+    angle = parameters.angle.deg2rad()
+    mirror = 1 - 2 * parameters.flip.float()
+    shift_y, shift_x = parameters.shift.float().unbind(1)
+    # The inverse map, as in torchvision's `rotate`: where to read, given where to write, both from the image's middle.
+    # Flip and shift are whole pixels about the same middle, so that to round after them is to round after the rotation.
+    maps = (
+        *(angle.sin(), angle.cos(), shift_y + middle_y, shift_y),
+        *(mirror * angle.cos(), -mirror * angle.sin(), shift_x + middle_x, shift_x),
+    )
+    y_x, y_y, y_0, shift_y, x_x, x_y, x_0, shift_x = _upload(torch.stack(maps), images)[..., None, None].unbind()
+    x = torch.arange(width, device=images.device) - middle_x
+    y = (torch.arange(height, device=images.device) - middle_y)[:, None]
+    row = (y_x * x + (y_y * y + y_0)).round_()
+    column = (x_x * x + (x_y * y + x_0)).round_()
+
+    source = row * width + column
+    row, column = row.sub_(middle_y), column.sub_(middle_x)
+    padding = torch.maximum(_outside(row, height), _outside(column, width))
+    source.lerp_(source.new_tensor(height * width), padding)
+    row, column = row.sub_(shift_y), column.sub_(shift_x)
+    fill = torch.maximum(_outside(row, height), _outside(column, width))
+    source.lerp_(source.new_tensor(height * width + 1), fill)
+    # By way of int32, as the direct conversion is several times slower on a CPU.
+    return source.int().long()
+
+
+def _outside(position: Tensor, size: int) -> Tensor:
+    """Mark positions outside a row of pixels: 1 outside, 0 inside, in float32.
+
+    It is arithmetic, not a comparison, because torch does not vectorise operations on booleans on a CPU.
+
+    Args:
+        position: float32, whole pixels counted from the middle of the row.
+        size: the number of pixels in the row.
+    """
+    return position.abs().sub_((size - 1) / 2).clamp_(0, 1)
+
+
+def _crop_weights(images: Tensor, parameters: Parameters) -> Tensor:
+    """Weigh the pixels of the source so that a weighted sum is the mean over the crop.
+
+    Padding counts in the mean but adds nothing to it: contrast comes only once, and until then padding is black.
+
+    Returns:
+        float32 [B, H * W].
+    """
+    height, width = images.shape[-2:]
+    shifts = _upload(parameters.shift.t().contiguous(), images)[..., None]
+    rows, columns = (
+        (1 - _outside(torch.arange(size, device=images.device) - (size - 1) / 2 - shift, size)) / size
+        for shift, size in zip(shifts, (height, width), strict=True)
+    )
+    return (rows[:, :, None] * columns[:, None]).flatten(1)
+
+
+def _jitter(pixels: Tensor, weights: Tensor, parameters: Parameters) -> None:
+    """Change brightness, contrast, saturation and hue in place, in each image's own order.
+
+    Brightness, contrast and saturation are all of the form clamp(a * x + b * grey(x) + c * mean(grey(x))), so that
+    their order is only a matter of coefficients in three steps. Hue comes before, between or after these. As the images
+    are sorted by that, each step before it is for the first few images only, and each step after it for the rest.
+
+    Args:
+        pixels: float32 [B, 3, N + 2] in [0, 1], the last two of each image black.
+        weights: float32 [B, N], whose weighted sum of an image's other pixels is the mean that contrast refers to.
+        parameters: in descending order of the place of hue.
+    """
+    order = parameters.order
+    places = order.argsort(1)[:, HUE]
+    steps = order[order != HUE].view(-1, 3)
+    a = parameters.factors.gather(1, steps)
+    b = (1 - a) * (steps == SATURATION)
+    c = (1 - a) * (steps == CONTRAST)
+    coefficients = _upload(torch.stack((a, b, c)), pixels).unbind(2)
+    before = [int((places > step).sum()) for step in range(3)]
+
+    for count, values in zip(before, coefficients, strict=True):
+        _mix(pixels[:count], weights[:count], values[:, :count, None])
+    # To go round the circle of hues costs a last digit, which a switched-off operation must not.
+    if parameters.hue.any():
+        _turn_hue(pixels, parameters.hue)
+    for count, values in zip(before, coefficients, strict=True):
+        _mix(pixels[count:], weights[count:], values[:, count:, None])
+
+
+def _mix(pixels: Tensor, weights: Tensor, coefficients: Tensor) -> None:
+    """Turn pixels into clamp(a * pixels + b * grey + c * mean grey) in place, with coefficients a, b, c [3, B, 1]."""
+    a, b, c = coefficients
+    red, green, blue = pixels.unbind(1)
+    grey = (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
+    mean = (grey[:, :-2] * weights).sum(1, keepdim=True)
+    pixels.mul_(a[:, None]).add_(grey.mul_(b).add_(c * mean)[:, None]).clamp_(0, 1)
+
+
+def _turn_hue(pixels: Tensor, turns: Tensor) -> None:
+    """Move the hue in place, at constant value and chroma, as torchvision's `adjust_hue` does by way of HSV.
+
+    On the hexagon of hues, in sixths of a turn from red, a channel falls from the largest of the three values to the
+    smallest between 1 and 2 from its own corner, and is constant elsewhere
+    (https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative). So only the hue's sixths are needed: from red
+    they are 1 + (green + blue - red - smallest) / chroma, towards green where green exceeds blue, else towards blue.
+
+    Args:
+        pixels: float32 [B, 3, N] in [0, 1].
+        turns: float32 [B] on the host, in [-0.5, 0.5].
+    """
+    corners = torch.tensor([0.0, 2.0, 4.0])
+    # In [-3, 3], as is the hue, so that their sum is at most once around and `abs` is enough to find the distance.
+    offsets = _upload((6 * turns[:, None] - corners + 3).remainder(6) - 3, pixels)
+    red, green, blue = pixels.unbind(1)
+    largest, smallest = pixels.amax(1), pixels.amin(1)
+    chroma = largest - smallest
+    # The hue of a grey pixel is arbitrary, for it is multiplied by a chroma of 0, but it must be a number.
+    sixths = (green + blue).sub_(red).sub_(smallest).div_(chroma.clamp_min(torch.finfo(chroma.dtype).tiny)).add_(1)
+    sixths = sixths.copysign_(green - blue)
+    # 0 to 1 from the channel's corner (or 5 to 6, the other way round): 0; at 2 to 4: 1; in between: a ramp.
+    fall = (sixths[:, None] + offsets[:, :, None]).abs_().sub_(3).abs_().neg_().add_(2).clamp_(0, 1)
+    torch.addcmul(largest[:, None], chroma[:, None], fall, value=-1, out=pixels)

@@ -1,0 +1,247 @@
+"""The network with its new head, its loss, metrics, optimizer and schedule."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from cifar_transfer import backbones
+from cifar_transfer.errors import UserError
+from cifar_transfer.images import Batch
+
+EPOCH_FIGURES: tuple[str, ...] = ("train/acc", "train/loss_epoch", "val/acc", "val/loss")
+STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # the deviations that tutorials use
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+class TransferClassifier(LightningModule):
+    """A pretrained network with a new head, fine-tuned with Adam, cross-entropy and `ReduceLROnPlateau`.
+
+    `network` is the plain torchvision network; `head` is the name of its last layer in it, all the rest is the
+    backbone. Which part trains when is up to `BackboneFreeze`.
+
+    Args:
+        backbone: Name of a torchvision classification network.
+        weights: Name of torchvision weights, "DEFAULT", "none", or a file: a state dict (.pth, .safetensors) or a
+            checkpoint of this class.
+        num_classes: Outputs of the head; None takes as many as there are `class_names`, or 10.
+        class_names: What the outputs stand for; kept in checkpoints for prediction.
+        image_size: Side in pixels that images are resized to (bilinear, antialiased, on the device); None takes them as
+            they are.
+        normalize: Channel statistics in [0, 1]: "cifar10", "imagenet", or [[mean, mean, mean], [deviation, ...]].
+        lr: Adam's learning rate, until the unfreezing or the schedule changes it.
+        weight_decay: Adam's L2 penalty.
+        lr_factor: What the learning rate is multiplied with when `val/loss` no longer falls.
+        lr_patience: Epochs without a lower `val/loss` that are let pass.
+
+    Raises:
+        UserError: Unknown names, unfit weights or contradicting class counts.
+
+    Example::
+
+        model = TransferClassifier("resnet18", num_classes=10)
+        logits = model(torch.rand(8, 3, 32, 32))  # float32 [8, 10]
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        weights: str = "DEFAULT",
+        num_classes: int | None = None,
+        class_names: list[str] | None = None,
+        image_size: int | None = None,
+        normalize: str | list[list[float]] = "cifar10",
+        lr: float = 1e-3,
+        weight_decay: float = 1e-4,
+        lr_factor: float = 0.5,
+        lr_patience: int = 2,
+    ) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        num_classes = num_classes or len(class_names or range(10))
+        if class_names and len(class_names) != num_classes:
+            raise UserError(
+                f"num_classes is {num_classes}, but the data have {len(class_names)} classes "
+                f"({', '.join(class_names[:4])}, ...): leave num_classes out."
+            )
+        self._check(num_classes, image_size, lr, weight_decay, lr_factor, lr_patience)
+        self.save_hyperparameters()
+        self.hparams["num_classes"] = num_classes
+        mean, std = statistics(normalize)
+        self.network, self.head = backbones.build(backbone, weights, num_classes, class_names)
+        self.network.to(memory_format=torch.channels_last)  # faster on CPUs and tensor cores
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.input_size: list[int] | None = None  # of the images trained on, [height, width] in pixels
+        self.train_loss, self.train_acc = MeanMetric(), MulticlassAccuracy(num_classes, average="micro")
+        self.val_acc = MulticlassAccuracy(num_classes, average="micro")
+        self.test_acc = MulticlassAccuracy(num_classes, average="micro")
+        self._validated = False
+
+    @staticmethod
+    def _check(
+        num_classes: int, image_size: int | None, lr: float, weight_decay: float, lr_factor: float, lr_patience: int
+    ) -> None:
+        for name, value, fits, wanted in (
+            ("num_classes", num_classes, num_classes >= 2, "two or more"),
+            ("image_size", image_size, image_size is None or image_size >= 1, "a number of pixels"),
+            ("lr", lr, lr > 0, "a positive rate"),
+            ("weight_decay", weight_decay, weight_decay >= 0, "0 or more"),
+            ("lr_factor", lr_factor, 0 < lr_factor < 1, "a factor between 0 and 1"),
+            ("lr_patience", lr_patience, lr_patience >= 0, "0 epochs or more"),
+        ):
+            if not fits:
+                raise UserError(f"{name} is {value}: take {wanted}.")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images.
+
+        Args:
+            images: float [B, 3, H, W] in [0, 1], RGB.
+
+        Returns:
+            Logits, float [B, num_classes].
+        """
+        size = self.hparams["image_size"]
+        if size is not None and images.shape[-2:] != (size, size):
+            images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+        return self.network((images - self.mean) / self.std)
+
+    def setup(self, stage: str) -> None:
+        """Check that data and network fit, before anything is trained."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            return
+        if data.num_classes != self.hparams["num_classes"]:
+            raise UserError(
+                f"The network has {self.hparams['num_classes']} outputs, but the data have {data.num_classes} classes: "
+                f"make it with num_classes={data.num_classes}."
+            )
+        self.input_size = list(data.image_size)
+        training = self.training
+        try:
+            with torch.no_grad():
+                self.eval()(torch.zeros(1, 3, *self.input_size, device=self.device))
+        except RuntimeError as error:
+            size = self.hparams["image_size"] or "x".join(map(str, self.input_size))
+            raise UserError(
+                f"{self.hparams['backbone']} cannot take images of {size} pixels ({error}): set image_size, say 224."
+            ) from None
+        self.train(training)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean cross-entropy of a batch."""
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels)
+        self.train_loss.update(loss.detach(), len(labels))
+        self.train_acc.update(logits.detach(), labels)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss_epoch", self.train_loss, on_step=False, on_epoch=True, logger=False)
+        self.log("train/acc", self.train_acc, on_step=False, on_epoch=True, logger=False, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to `val/loss` and `val/acc`."""
+        self._evaluate(batch, "val", self.val_acc, logger=False)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to `test/loss` and `test/acc`."""
+        self._evaluate(batch, "test", self.test_acc, logger=True)
+
+    def _evaluate(self, batch: Batch, split: str, accuracy: MulticlassAccuracy, logger: bool) -> None:
+        images, labels = batch
+        logits = self(images)
+        accuracy.update(logits, labels)
+        loss = F.cross_entropy(logits, labels)
+        # The loss steers the schedule, so every rank must see the same.
+        self.log(f"{split}/loss", loss, batch_size=len(labels), prog_bar=True, logger=logger, sync_dist=True)
+        self.log(f"{split}/acc", accuracy, prog_bar=True, logger=logger)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Probabilities of a batch, float [B, num_classes]."""
+        return self(batch[0]).softmax(dim=1)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam over all parameters, frozen or not: groups added later would break resuming."""
+        lr, weight_decay = self.hparams["lr"], self.hparams["weight_decay"]
+        optimizer = torch.optim.Adam(self.parameters(), lr=lr, weight_decay=weight_decay)
+        factor, patience = self.hparams["lr_factor"], self.hparams["lr_patience"]
+        scheduler = ReduceLROnPlateau(optimizer, mode="min", factor=factor, patience=patience)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "reduce_on_plateau": False}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Nothing: Lightning calls this after the checkpoint is written, which would then lack the step.
+
+        `on_train_epoch_end` steps instead, before it.
+        """
+
+    def on_validation_epoch_end(self) -> None:
+        """Remember that there is a new validation loss for the schedule."""
+        self._validated = not self.trainer.sanity_checking
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's figures against the epoch, and let the schedule see the validation loss."""
+        metrics = self.trainer.callback_metrics
+        figures = {name: float(metrics[name]) for name in EPOCH_FIGURES if name in metrics}
+        figures["lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        figures["trainable_parameters"] = float(sum(p.numel() for p in self.parameters() if p.requires_grad))
+        for logger in self.loggers:
+            logger.log_metrics(figures, step=self.current_epoch)
+            logger.save()
+        if self._validated:
+            self.lr_schedulers().step(metrics["val/loss"])  # type: ignore[union-attr, arg-type]
+            self._validated = False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what prediction needs to know of the images."""
+        checkpoint["input_size"] = self.input_size
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse settings that the checkpoint's optimizer and schedule would silently undo."""
+        self.input_size = checkpoint.get("input_size")
+        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+            return
+        saved = checkpoint.get("hyper_parameters", {})
+        for name in ("backbone", "num_classes", "lr", "weight_decay", "lr_factor", "lr_patience"):
+            if name in saved and saved[name] != self.hparams[name]:
+                raise UserError(
+                    f"model.{name}={self.hparams[name]} would be undone by the checkpoint, which was written with "
+                    f"{saved[name]}: leave it out to continue that run, or begin a new one from its weights with "
+                    f"--model.weights=CHECKPOINT."
+                )
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> "TransferClassifier":  # type: ignore[override]
+        """As Lightning's, but never fetches pretrained weights: the checkpoint holds them all."""
+        options.setdefault("weights", "none")
+        options.setdefault("weights_only", True)
+        return super().load_from_checkpoint(checkpoint_path, **options)
+
+
+def statistics(normalize: str | Sequence[Sequence[float]]) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation of the channels, by name or as given.
+
+    Raises:
+        UserError: An unknown name, not two triples, or a deviation that is not positive.
+    """
+    if isinstance(normalize, str):
+        if normalize not in STATISTICS:
+            raise UserError(
+                f"normalize={normalize!r} is unknown: take {', '.join(STATISTICS)}, or [[mean], [deviation]]."
+            )
+        return STATISTICS[normalize]
+    if len(normalize) != 2 or any(len(triple) != 3 for triple in normalize) or min(normalize[1]) <= 0:
+        raise UserError(f"normalize={normalize} must be two triples, the means and the positive deviations of R, G, B.")
+    return normalize[0], normalize[1]

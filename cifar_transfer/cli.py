@@ -1,0 +1,189 @@
+"""The command line of `fit`: Lightning's, with our classes, our defaults and `--resume`."""
+
+import argparse
+import difflib
+import logging
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from cifar_transfer.classifier import TransferClassifier
+from cifar_transfer.data import ImageDataModule
+from cifar_transfer.errors import UserError
+from cifar_transfer.freeze import BackboneFreeze
+from cifar_transfer.report import Report, trim_events
+
+LOGS = "lightning_logs"
+
+# Warnings that nobody running a job can act on.
+for _message in (
+    ".*torch.jit.trace.*is deprecated",  # TensorBoard's graph is drawn with it
+    ".*isinstance.treespec, LeafSpec.*",  # Lightning, of torch's own change
+    ".*does not have many workers.*",  # cached images are read faster without
+    ".*module.s. in eval mode at the start of training.*",  # the frozen backbone of a second fit
+    ".*recommended to use a single device.*",  # of repeated images, which `WholeShard` does not have
+    ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
+    ".*is smaller than the logging interval.*",  # the figures of epochs are logged all the same
+):
+    warnings.filterwarnings("ignore", _message)
+# Advertisements for other products.
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, whose complaints are sentences, without a page of usage before them."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise a `UserError`, with near names for an unknown option."""
+        found = re.search(r"unrecognized arguments: (--\S+)", message, re.IGNORECASE)
+        if found:
+            known = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(found[1].split("=")[0], known, n=3, cutoff=0.5)
+            message = f"There is no option {found[1]}" + (f": did you mean {', '.join(near)}?" if near else ".")
+        elif link := re.search(r"Call to compute_fn of link .* failed: (.*)", message):
+            message = link[1]
+        elif data := re.search(r'Parser key "data".*Expected a dot import path string: (\S+)', message, re.DOTALL):
+            names = ", ".join(kind.__name__ for kind in ImageDataModule.__subclasses__())
+            message = f"There is no data module {data[1]}: take one of {names}."
+        raise UserError(f"{' '.join(message.split())} (All options: --help)")
+
+
+class FitCLI(LightningCLI):
+    """`LightningCLI` for `TransferClassifier` and the data modules, without subcommands."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.best = ModelCheckpoint(monitor="val/acc", mode="max", filename="best", **_EACH_EPOCH)
+        self.last = ModelCheckpoint(filename="last", **_EACH_EPOCH)
+        super().__init__(
+            TransferClassifier,
+            ImageDataModule,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            trainer_defaults={"max_epochs": 40, "log_every_n_steps": 10, "enable_model_summary": False},
+            save_config_kwargs={"overwrite": True},  # a resumed run writes it again
+            load_from_checkpoint_support=False,  # the classes record their own options
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            run=False,
+            args=list(args),
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The callback's options, the two ways to continue, and what one class takes from another."""
+        parser.add_lightning_class_args(BackboneFreeze, "freeze")
+        parser.add_argument(
+            "--ckpt_path", type=str | None, default=None, help="Checkpoint to continue from, in a new run."
+        )
+        parser.add_argument("--resume", type=str | None, default=None, help="Folder of a run to continue in place.")
+        parser.set_defaults({"data": {"class_path": "cifar_transfer.CIFAR10DataModule"}})
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_integer_seed)
+        parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Put the configuration of a run to resume before the options, so that these override it."""
+        resume = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        resume.add_argument("--resume")
+        resume.error = parser.error  # type: ignore[method-assign]
+        run = resume.parse_known_args(args)[0].resume
+        if run:
+            config = Path(run, "config.yaml")
+            if not config.is_file():
+                raise UserError(
+                    f"--resume {run}: there is no {config}; name the folder of a run, say {LOGS}/version_0."
+                )
+            args = ["--config", str(config), *args]
+        self.config = parser.parse_args(args)
+        if run:
+            last = Path(run, "checkpoints", "last.ckpt")
+            self.config.ckpt_path = (
+                str(last) if last.is_file() else None
+            )  # killed in its first epoch: from the beginning
+
+    def before_instantiate_classes(self) -> None:
+        """A checkpoint holds all weights, so none are fetched; and a missing one is known now."""
+        if path := self.config.ckpt_path:
+            if not Path(path).is_file():
+                raise UserError(f"The checkpoint {path} does not exist.")
+            self._weights, self.config.model.weights = self.config.model.weights, "none"
+
+    def instantiate_classes(self) -> None:
+        """As Lightning's, after which the options recorded are those given."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse's, around one of ours, or the Trainer's
+            ours: BaseException | None = error
+            while ours is not None and not isinstance(ours, UserError):
+                ours = ours.__cause__ or ours.__context__
+            raise UserError(str(ours or error)) from None
+        if self.config.ckpt_path:
+            self.config.model.weights = self.model.hparams["weights"] = self._weights
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add logger, checkpoints and terminal unless the options name others or want none."""
+        options = self.config_init.trainer
+        if options.limit_val_batches == 0:
+            raise UserError(
+                "limit_val_batches=0: the schedule and the choice of the checkpoint need validation images."
+            )
+        callbacks: list[Any] = [Report()]
+        if options.enable_checkpointing is not False and not options.fast_dev_run:
+            callbacks += [self.best, self.last]
+        if options.enable_progress_bar is not False and sys.stdout.isatty():
+            callbacks.append(TQDMProgressBar(leave=False))
+        else:
+            kwargs["enable_progress_bar"] = False
+        if options.logger is None or options.logger is True:
+            kwargs["logger"] = self._logger(options.default_root_dir or ".")
+        self.trainer_defaults["callbacks"] = callbacks
+        return super().instantiate_trainer(**kwargs)
+
+    def _logger(self, root: str) -> TensorBoardLogger:
+        if not (run := self.config.resume):
+            _require_writable(Path(root, LOGS))
+            return TensorBoardLogger(root, LOGS, default_hp_metric=False)
+        folder = Path(run).resolve()
+        _require_writable(folder)
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            self._trim(folder)
+        return TensorBoardLogger(str(folder.parent), "", folder.name, default_hp_metric=False)
+
+    def _trim(self, folder: Path) -> None:
+        epoch = step = 0
+        if self.config.ckpt_path:
+            checkpoint = torch.load(self.config.ckpt_path, "cpu", weights_only=True, mmap=True)
+            epoch, step = checkpoint["epoch"] + 1, checkpoint["global_step"]
+        trim_events(folder, epoch, step)
+
+
+# Both are written when the epoch is over and the schedule has stepped, each replaced in one move.
+_EACH_EPOCH: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False, "save_top_k": 1}
+
+
+def _integer_seed(seed: bool | int) -> int:
+    if isinstance(seed, bool):
+        raise UserError(
+            f"seed_everything is {str(seed).lower()}: give a number, for data and augmentation follow from it."
+        )
+    return seed
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): name another place with --trainer.default_root_dir=FOLDER."
+        ) from None

@@ -1,0 +1,206 @@
+"""Data modules: where images come from, how they are split, batched and augmented.
+
+    images (uint8, on disk) -> batches (uint8) -> device -> float32 in [0, 1] -> augmentation while training -> network
+
+What the network's input must look like beyond [0, 1] (statistics, resolution) belongs to the network and is done there,
+so that a checkpoint can be used without the data module that trained it.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Literal
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from cifar_transfer.augment import Augment
+from cifar_transfer.errors import UserError
+from cifar_transfer.images import Batch, Images, as_is, stratified
+
+Split = Literal["train", "val", "test"]
+
+
+class WholeShard(DistributedSampler):
+    """Every image exactly once over all ranks: `DistributedSampler` without the repeats that make the ranks even.
+
+    Repeats would count some images twice in the metrics. Nothing is exchanged per batch in evaluation, so the ranks
+    need not have the same number of batches.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+
+class ImageDataModule(LightningDataModule):
+    """What all data modules share; a subclass says which images a split has (`load`) and names the classes.
+
+    Batches arrive on the device as float32 images [B, 3, H, W] in [0, 1] and int64 labels [B]. Those of training are
+    shuffled and augmented by draws that depend on seed, epoch and rank alone, so that a resumed run sees what it would
+    have seen.
+
+    Args:
+        batch_size: Images a step and process, at least 2 (batch-norm cannot normalise one).
+        eval_batch_size: Images a batch in validation and test.
+        val_fraction: Share of every class of the training images held out for validation, in [0, 1). With 0, validation
+            is done on the test images, and the test figure is then not clean. Not used when the data have their own
+            validation images.
+        augment: Training augmentation; its options switch each operation off at 0.
+        num_workers: Processes that decode images that are not cached; None takes one for each core. Cached images are
+            read by the process itself, which is faster.
+        seed: Of the held-out images, the shuffling, the augmentation and dropout.
+
+    Raises:
+        UserError: An option out of its range.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        val_fraction: float = 0.1,
+        augment: Augment = Augment(),  # noqa: B008 # frozen
+        num_workers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 2 or eval_batch_size < 1:
+            raise UserError(f"batch_size is {batch_size} and eval_batch_size {eval_batch_size}: take at least 2 and 1.")
+        if not 0 <= val_fraction < 1:
+            raise UserError(f"val_fraction is {val_fraction}: take a share of the training images in [0, 1).")
+        if num_workers is not None and num_workers < 0:
+            raise UserError(f"num_workers is {num_workers}: take 0 or more.")
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.val_fraction, self.augment, self.num_workers, self.seed = val_fraction, augment, num_workers, seed
+        self.images: dict[Split, Images] = {}
+        self._epoch_seeded: int | None = None
+
+    def record(self, **options: str | int | float | None) -> None:
+        """Keep a subclass's options and those of this class with every checkpoint, as primitives.
+
+        A checkpoint loads `weights_only`, which admits no objects of ours.
+        """
+        own = ("batch_size", "eval_batch_size", "val_fraction", "num_workers", "seed")
+        shared = {name: getattr(self, name) for name in own} | {"augment": asdict(self.augment)}
+        self.save_hyperparameters({"data": type(self).__name__} | shared | options)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes' names in the order of the labels; known before any image is read or downloaded."""
+        raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels; known after `setup`."""
+        height, width = next(iter(self.images.values()))[0][0].shape[1:]
+        return height, width
+
+    def load(self, split: Split) -> Images | None:
+        """The images of a split, or None where the data have none of their own. Decodes when called first."""
+        raise NotImplementedError
+
+    def prepare_data(self) -> None:
+        """Download and decode: called once a machine, before `setup`."""
+        for split in ("train", "val", "test"):
+            self.load(split)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the images of every split and hold out those of validation.
+
+        Raises:
+            UserError: There is nothing to validate on.
+        """
+        if self.images:
+            return
+        train, val, test = self.load("train"), self.load("val"), self.load("test")
+        if train is None or not len(train):
+            raise UserError("There are no training images.")
+        if val is None and self.val_fraction > 0:
+            kept, held_out = stratified(train.labels, self.val_fraction, self.seed)
+            if not len(held_out):
+                raise UserError(f"val_fraction={self.val_fraction} of {len(train)} images holds out none: raise it.")
+            train, val = train.subset(kept), train.subset(held_out)
+        elif val is None:
+            if test is None:
+                raise UserError("There is nothing to validate on: set val_fraction or add a folder val/.")
+            val = test
+            rank_zero_warn(
+                "val_fraction=0: validation uses the test images, so the schedule and the choice of the checkpoint "
+                "have seen them and the test figure is not clean."
+            )
+        self.images = {"train": train, "val": val}
+        if test is not None:
+            self.images["test"] = test
+        rank_zero_info("Images: %s", ", ".join(f"{len(images):,} {split}" for split, images in self.images.items()))
+
+    def _loader(self, split: Split) -> DataLoader[Batch]:
+        if split not in self.images:
+            raise UserError(f"There are no {split} images: add a folder {split}/ with the same classes.")
+        images = self.images[split]
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        train = split == "train"
+        sampler: DistributedSampler = (
+            DistributedSampler(images, num_replicas=world, rank=rank, shuffle=True, seed=self.seed)
+            if train
+            else WholeShard(images, num_replicas=world, rank=rank, shuffle=False)
+        )
+        batch_size = self.batch_size if train else self.eval_batch_size
+        workers = 0
+        if images.on_the_fly:
+            workers = self.num_workers if self.num_workers is not None else (os.cpu_count() or 1)
+        return DataLoader(
+            images,
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=as_is,  # type: ignore[arg-type] # `__getitems__` gives a batch, not a list
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # Batch-norm cannot train on one value a channel, and a network may end in 1 x 1 pixels.
+            drop_last=train and len(sampler) % batch_size == 1,
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled training batches, a shard a rank."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Validation batches in order, each image once over all ranks."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Test batches in order, each image once over all ranks."""
+        return self._loader("test")
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Bytes to float32 in [0, 1], and the augmentation while training, on the device the batch has come to."""
+        images, labels = batch
+        if self.trainer is None or not self.trainer.training:
+            return to_float(images), labels
+        if self._epoch_seeded != self.trainer.current_epoch:
+            # From here on all chance of this epoch, dropout included, follows from seed, epoch and rank.
+            self._epoch_seeded = self.trainer.current_epoch
+            torch.manual_seed(epoch_seed(self.seed, self.trainer.current_epoch, self.trainer.global_rank))
+        return self.augment(images), labels
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Uint8 images of any shape to float32 in [0, 1]."""
+    return images.float().div_(255)
+
+
+def epoch_seed(seed: int, epoch: int, rank: int) -> int:
+    """A seed of 63 bits that differs for every seed, epoch and rank."""
+    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))

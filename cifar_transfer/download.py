@@ -1,0 +1,283 @@
+"""Download a file from the first of several sources that delivers it whole.
+
+A source may be gone, wrong, silent or far too slow (the host of CIFAR-10 has been: pytorch/vision issue 9536), so each
+is watched and left for the next one. Only bytes with the right digest ever get the final name.
+"""
+
+import hashlib
+import os
+import platform
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import urlsplit
+
+import requests
+from filelock import FileLock, Timeout
+from pooch import HTTPDownloader
+from tqdm import tqdm
+
+from cifar_transfer.errors import UserError
+
+CHUNK_BYTES = 16 * 1024
+"""Arriving bytes are counted in whole chunks; fewer than one within `stall_seconds` is silence."""
+
+TICKS = 40
+"""How many times the watch looks within `stall_seconds`."""
+
+PAUSE_SECONDS = 0.5
+"""Rest before a source is asked again."""
+
+
+def fetch(
+    urls: Sequence[str],
+    path: Path,
+    *,
+    digest: str,
+    stall_seconds: float = 20.0,
+    attempts: int = 2,
+    min_bytes_per_second: float = 100_000,
+    max_bytes: int = 2**30,
+) -> Path:
+    """Download the first of `urls` that delivers into `path`, unless `path` exists already.
+
+    Of several processes that want the same `path`, one downloads and the others wait for it. A source that delivers,
+    but too slowly, is left for the others; when they have failed too it is taken up again and only silence ends it,
+    since a slow download is better than none. Progress is shown on stderr.
+
+    Args:
+        urls: where to download from, best first; http or https. Proxies are taken from the environment.
+        path: the file to write; its folder is made if need be. An existing file is returned at once and unread.
+        digest: `md5:` or `sha256:` and at least 8 hexadecimal digits, the beginning of the file's digest. A prefix
+            will do because the names of torchvision's weights carry the first 8 digits of their SHA-256.
+        stall_seconds: a source from which nothing came for this long is left; also the time over which the rate is
+            measured, and four times the longest wait for a connection to one network address. Over 0.
+        attempts: how often each source is tried before the next one, from 1.
+        min_bytes_per_second: a source with a lower mean rate is left while others remain. The default would take the
+            170 MB of CIFAR-10 half an hour.
+        max_bytes: a source that sends more is left, in bytes.
+
+    Returns:
+        `path`, now existing.
+
+    Raises:
+        UserError: no source delivered, the folder cannot be written to, or an address is not http or https. The text
+            is a sentence without its full stop, to which the caller can add the ways out.
+        ValueError: `digest` is not of the form above.
+
+    """
+    algorithm, _, prefix = digest.lower().partition(":")
+    if algorithm not in ("md5", "sha256") or len(prefix) < 8 or set(prefix) - set("0123456789abcdef"):
+        raise ValueError(f"digest must be md5: or sha256: and at least 8 hexadecimal digits, not {digest!r}")
+    for url in urls:
+        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+            raise UserError(f"cannot download {path.name} from {url!r}: not an http or https address")
+
+    failures: dict[str, list[str]] = {}
+    with _writing_to(path.parent):
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _only_process(path):
+            if path.exists():
+                return path
+            pending = deque(dict.fromkeys(urls))
+            while pending:
+                url = pending.popleft()
+                # The last source left, and one taken up again, may be slow: nothing better is to be had.
+                slowest = min_bytes_per_second if pending and url not in failures else 0
+                for attempt in range(attempts):
+                    time.sleep(PAUSE_SECONDS if attempt else 0)
+                    try:
+                        return _download(url, path, algorithm, prefix, stall_seconds, slowest, max_bytes)
+                    except _SourceFailed as failure:
+                        _say(f"{_host(url)}: {failure}")
+                        failures.setdefault(url, []).append(str(failure))
+                        if isinstance(failure, _TooSlow):
+                            pending.append(url)
+                            break
+    tried = "; ".join(f"{_host(url)} ({', then '.join(dict.fromkeys(why))})" for url, why in failures.items())
+    raise UserError(f"could not download {path.name}: {tried or 'no source is known'}")
+
+
+class _SourceFailed(Exception):
+    """Why a source did not deliver, in a few words."""
+
+
+class _TooSlow(_SourceFailed):
+    """The source delivers, but below the wanted rate."""
+
+
+def _download(
+    url: str, path: Path, algorithm: str, prefix: str, stall_seconds: float, slowest: float, max_bytes: int
+) -> Path:
+    """Make one attempt at `url`; the arguments are those of `fetch`, `slowest` in bytes per second."""
+    # A fixed name, so that what a killed process left behind is overwritten. Not the same on all hosts, because a
+    # lock may not reach across a network file system.
+    part = path.with_name(f".{path.name}.{platform.node()}.part")
+    start = time.monotonic()
+    try:
+        with part.open("wb") as file:
+            arrival = _Arrival(url, file, path.parent, algorithm, stall_seconds, max_bytes)
+            _watch(arrival, path.name, stall_seconds, slowest)
+            if not arrival.hasher.hexdigest().startswith(prefix):
+                raise _SourceFailed(f"{_size(arrival.received)} of wrong bytes")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    _say(f"downloaded {path.name}: {_size(arrival.received)} in {time.monotonic() - start:.0f} s")
+    return path
+
+
+class _Arrival(threading.Thread):
+    """The download itself, which counts, hashes and bounds what arrives.
+
+    A thread, because a byte now and then keeps every time-out of a socket from firing and pooch from reporting, and a
+    name look-up has none; whoever waits for a thread can leave it. A thread left behind ends at its next write, since
+    the file is closed by then, or by its own time-out. It never keeps the program from ending.
+    """
+
+    def __init__(
+        self, url: str, file: BinaryIO, folder: Path, algorithm: str, stall_seconds: float, max_bytes: int
+    ) -> None:
+        super().__init__(daemon=True)
+        self.url, self.file, self.folder, self.max_bytes = url, file, folder, max_bytes
+        self.hasher = hashlib.new(algorithm, usedforsecurity=False)
+        self.received = 0
+        self.total = 0  # as the source says, in bytes; 0 where it does not
+        self.error: Exception | None = None
+        self.response: requests.Response | None = None
+        self.downloader = HTTPDownloader(
+            chunk_size=CHUNK_BYTES,
+            # Short for the connection, so that an address that does not answer leaves time for the host's others;
+            # long for the rest, so that it is the watch that speaks first.
+            timeout=(stall_seconds / 4, stall_seconds * 2),
+            hooks={"response": self._answered},
+            headers={"Accept-Encoding": "identity"},  # an archive must not be unpacked on the way
+        )
+
+    def run(self) -> None:
+        """Download, and keep the error for the watch."""
+        try:
+            self.downloader(self.url, self, None)
+        except Exception as error:  # a broken source can raise anything, from a bad header to a bad certificate
+            self.error = error
+        finally:
+            if self.response is not None:
+                self.response.close()  # pooch leaves the connection open
+
+    def _answered(self, response: requests.Response, **_: object) -> None:
+        self.response = response  # after redirects, the last one
+        self.total = int(response.headers.get("Content-Length", 0))
+
+    def write(self, data: bytes) -> None:
+        """Take the next bytes from pooch."""
+        if max(self.total, self.received + len(data)) > self.max_bytes:
+            raise _SourceFailed(f"more than {_size(self.max_bytes)}")
+        with _writing_to(self.folder):
+            self.file.write(data)
+        self.hasher.update(data)
+        self.received += len(data)
+
+    def flush(self) -> None:
+        """Leave the buffer to fill: pooch would flush it after every chunk."""
+
+
+def _watch(arrival: _Arrival, name: str, stall_seconds: float, slowest: float) -> None:
+    """Wait until all has arrived, and raise `_SourceFailed` when the source fails or comes to a stall."""
+    host = _host(arrival.url)
+    # Counted in ticks, not by the clock: a program that was suspended has not seen a stall.
+    history = deque([0], maxlen=TICKS + 1)
+    # `disable=None`: no bar unless stderr is a terminal.
+    with tqdm(desc=f"{name} from {host}", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        arrival.start()
+        alive = True
+        while alive:
+            arrival.join(stall_seconds / TICKS)
+            alive = arrival.is_alive()
+            if arrival.received and not history[-1]:
+                bar.total = arrival.total or None
+                if bar.disable:
+                    size = _size(arrival.total) if arrival.total else "unknown size"
+                    _say(f"downloading {name} from {host} ({size})")
+            history.append(arrival.received)
+            bar.update(history[-1] - bar.n)
+            recent = history[-1] - history[0]
+            if alive and len(history) > TICKS and recent <= slowest * stall_seconds:
+                if recent == 0:
+                    raise _SourceFailed(f"silent for {stall_seconds:g} s")
+                raise _TooSlow(f"only {_size(recent / stall_seconds)}/s")
+    if isinstance(arrival.error, UserError):
+        raise arrival.error
+    if arrival.error:
+        raise _SourceFailed(_in_words(arrival)) from arrival.error
+
+
+def _in_words(arrival: _Arrival) -> str:
+    match arrival.error:
+        case _SourceFailed():
+            return str(arrival.error)
+        case requests.HTTPError(response=requests.Response(status_code=status)):
+            return f"HTTP status {status}"
+        case requests.TooManyRedirects():
+            return "endless redirects"
+        case requests.exceptions.SSLError():
+            return "no trusted TLS connection"
+        case requests.exceptions.ProxyError():
+            return "the proxy failed"
+        case requests.ConnectionError() if not arrival.received:
+            return "no connection"
+        case requests.ConnectionError() | requests.exceptions.ChunkedEncodingError():
+            return f"broken off after {_size(arrival.received)}"
+    return f"unusable answer, {type(arrival.error).__name__}"
+
+
+@contextmanager
+def _only_process(path: Path) -> Iterator[None]:
+    """Keep other processes that want `path` waiting."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=2)
+    except Timeout:
+        _say(f"waiting for another process to download {path.name}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        # Only now may the lock file go: whoever locks another one in its place finds `path` and downloads nothing.
+        # After a failure it stays, empty and unlocked.
+        if path.exists():
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
+        lock.release()
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Turn an error of the file system into a `UserError` that names `folder`."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UserError(f"cannot write to {folder}: {reason}") from error
+
+
+def _host(url: str) -> str:
+    """Return the host and port of `url` without user name and password."""
+    return urlsplit(url).netloc.rpartition("@")[2]
+
+
+def _size(count: float) -> str:
+    """Put a number of bytes in words, as tqdm does."""
+    return tqdm.format_sizeof(count, "B")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

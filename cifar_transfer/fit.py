@@ -1,0 +1,49 @@
+"""Train, validate, checkpoint, test and report: `python -m cifar_transfer.fit [--config FILE] [options]`.
+
+Without options it is the whole recipe: ResNet18 with ImageNet weights on CIFAR-10, 5 epochs with a frozen backbone and
+35 without, then the test with the best checkpoint.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cifar_transfer.cli import FitCLI
+from cifar_transfer.errors import one_sentence
+from cifar_transfer.report import log_final, say
+
+
+def fit(args: Sequence[str]) -> dict[str, float]:
+    """Run the job.
+
+    Args:
+        args: Options as on the command line.
+
+    Returns:
+        `best/val_acc` and, where there are test images, `best/test_acc`, as shares of 1; empty after `fast_dev_run`.
+
+    Raises:
+        UserError: A mistake in the options, the data or the checkpoint.
+    """
+    cli = FitCLI(args)
+    trainer, model, data = cli.trainer, cli.model, cli.datamodule
+    trainer.fit(model, data, ckpt_path=cli.config.ckpt_path)
+    best, score = cli.best.best_model_path, cli.best.best_model_score
+    if score is None:
+        return {}
+    figures = {"best/val_acc": float(score)}
+    if "test" in data.images:
+        figures["best/test_acc"] = trainer.test(model, data, ckpt_path=best, verbose=False)[0]["test/acc"]
+    log_final(trainer, {**data.hparams, **model.hparams}, figures)
+    run = Path(trainer.log_dir or ".")
+    for name, value in figures.items():
+        say(trainer, f"{name.removeprefix('best/').replace('_acc', ' accuracy')} {value:.2%} with the best checkpoint")
+    say(trainer, f"run         {run}")
+    say(trainer, f"look at it  tensorboard --logdir {run.parent}")
+    say(trainer, f"predict     python -m cifar_transfer.predict IMAGE --ckpt {best}")
+    return figures
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        fit(sys.argv[1:])

@@ -1,0 +1,173 @@
+"""`BackboneFreeze`: train the head first, then everything.
+
+Why not Lightning's `BaseFinetuning`. It thaws parameters that `DistributedDataParallel` was not told of when it wrapped
+the model, so their gradients are never averaged and the ranks drift apart without a word (pytorch-lightning #20340); it
+stays frozen when resumed after the unfreezing (#21901); and frozen batch-norm keeps learning (#21531). Here
+
+* all parameters are in the optimizer from the start, only `requires_grad` changes;
+* under DDP the model is wrapped anew at the unfreezing, so that the frozen epochs send the head's gradients alone and
+  the later ones run in plain DDP, without `find_unused_parameters` and its search of the graph in every step;
+* whether it has unfrozen is in the checkpoint, and one idempotent function puts the model into that state.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from cifar_transfer.errors import UserError
+
+
+class BackboneFreeze(Callback):
+    """Keep parameters frozen for the first epochs, then release them at another learning rate.
+
+    Args:
+        unfreeze_epoch: The first epoch (from 0) in which everything trains. 0 never freezes and leaves the learning
+            rate alone; beyond the last epoch only the head is ever trained (a linear probe).
+        unfrozen_lr: Learning rate of all parameter groups from then on; None leaves it as it is. A `ReduceLROnPlateau`
+            starts afresh, for the losses of the frozen network say nothing about the new phase.
+        frozen: Regular expressions; parameters whose name one of them matches from the start are frozen, for example
+            `network\\.(conv1|bn1|layer[12])\\.`. None freezes all but the head, which the module names in `head`
+            (a submodule of its `network`).
+        batch_norm: "eval" keeps frozen modules in eval mode, so that batch-norm uses and keeps the pretrained
+            statistics and dropout is off; "train" lets the statistics follow the new data.
+
+    Raises:
+        UserError: A pattern that matches nothing, a strategy that shards parameters, or options that a resumed
+            checkpoint would silently undo.
+
+    Example::
+
+        from lightning import Trainer
+        from cifar_transfer import BackboneFreeze, CIFAR10DataModule, TransferClassifier
+
+        freeze = BackboneFreeze(unfreeze_epoch=5, unfrozen_lr=1e-4)
+        trainer = Trainer(max_epochs=40, callbacks=[freeze], devices=2)
+        trainer.fit(TransferClassifier("resnet18"), CIFAR10DataModule("data"))
+    """
+
+    def __init__(
+        self,
+        unfreeze_epoch: int = 5,
+        unfrozen_lr: float | None = 1e-4,
+        frozen: list[str] | None = None,
+        batch_norm: Literal["eval", "train"] = "eval",
+    ) -> None:
+        if unfreeze_epoch < 0:
+            raise UserError(f"unfreeze_epoch is {unfreeze_epoch}: take 0 (never frozen) or a later epoch.")
+        if unfrozen_lr is not None and unfrozen_lr <= 0:
+            raise UserError(f"unfrozen_lr is {unfrozen_lr}: take a positive rate, or none to leave the rate as it is.")
+        self.unfreeze_epoch, self.unfrozen_lr, self.frozen, self.batch_norm = (
+            unfreeze_epoch,
+            unfrozen_lr,
+            frozen,
+            batch_norm,
+        )
+        self.unfrozen = unfreeze_epoch == 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Freeze before the strategy wraps the model: DDP then leaves the backbone out."""
+        if stage != "fit":
+            return
+        if self.unfreeze_epoch and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise UserError(
+                f"BackboneFreeze works on one device and under DDP, not under {type(trainer.strategy).__name__}, which "
+                f"shards parameters when it wraps the model and cannot release some later: take --trainer.strategy=ddp."
+            )
+        if not any(True for _ in self._frozen_parameters(pl_module)):
+            raise UserError(
+                f"No parameter's name begins with any of {self.frozen}: see named_parameters() of the module."
+            )
+        self._require_grad(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Apply the state, which may come from a checkpoint: a run resumed within an epoch skips its start."""
+        self._apply(trainer, pl_module)
+        total = sum(p.numel() for p in pl_module.parameters())
+        until = f"backbone frozen until epoch {self.unfreeze_epoch}" if not self.unfrozen else "nothing frozen"
+        rank_zero_info(f"Trainable parameters: {_trainable(pl_module):,} of {total:,} ({until}).")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Unfreeze when the epoch has come."""
+        self._apply(trainer, pl_module)
+
+    def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        transition = not self.unfrozen and trainer.current_epoch >= self.unfreeze_epoch
+        self.unfrozen = self.unfrozen or transition
+        if self._require_grad(pl_module) and isinstance(trainer.strategy, DDPStrategy):
+            self._wrap_again(trainer.strategy, pl_module)
+        self._set_mode(pl_module)
+        if transition:
+            self._start_afresh(trainer)
+            rate = "" if self.unfrozen_lr is None else f", learning rate {self.unfrozen_lr:g}"
+            rank_zero_info(
+                f"Epoch {trainer.current_epoch}: unfrozen{rate}; trainable {_trainable(pl_module):,} parameters."
+            )
+
+    def _require_grad(self, pl_module: LightningModule) -> bool:
+        changed = False
+        for _, parameter in self._frozen_parameters(pl_module):
+            changed |= parameter.requires_grad != self.unfrozen
+            parameter.requires_grad_(self.unfrozen)
+        return changed
+
+    def _wrap_again(self, strategy: DDPStrategy, pl_module: LightningModule) -> None:
+        if not isinstance(strategy.model, DistributedDataParallel):
+            return
+        strategy.model = pl_module  # the old wrapper, and with it its hooks on the gradients, goes
+        strategy.configure_ddp()
+
+    def _set_mode(self, pl_module: LightningModule) -> None:
+        if self.batch_norm == "train" or self.unfreeze_epoch == 0:
+            return
+        names = {name for name, _ in self._frozen_parameters(pl_module)}
+        for prefix, module in pl_module.named_modules():
+            own = {f"{prefix}.{name}" for name, _ in module.named_parameters()}
+            if own and own <= names:
+                module.train(self.unfrozen)
+
+    def _start_afresh(self, trainer: Trainer) -> None:
+        if self.unfrozen_lr is not None:
+            for optimizer in trainer.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.unfrozen_lr
+        for config in trainer.lr_scheduler_configs:
+            if isinstance(scheduler := config.scheduler, ReduceLROnPlateau):
+                scheduler.best, scheduler.num_bad_epochs, scheduler.cooldown_counter = scheduler.mode_worse, 0, 0
+
+    def _frozen_parameters(self, pl_module: LightningModule) -> Iterator[tuple[str, nn.Parameter]]:
+        head = f"network.{getattr(pl_module, 'head', None)}."
+        for name, parameter in pl_module.named_parameters():
+            if any(re.match(pattern, name) for pattern in self.frozen) if self.frozen else not name.startswith(head):
+                yield name, parameter
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether it has unfrozen, and how it was told to."""
+        return {"unfrozen": self.unfrozen} | self._settings()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue in the checkpoint's phase.
+
+        Raises:
+            UserError: It has unfrozen already, under other settings than these.
+        """
+        before = {name: state_dict[name] for name in self._settings()}
+        if state_dict["unfrozen"] and before != self._settings():
+            raise UserError(
+                f"The checkpoint was unfrozen with {before}, so {self._settings()} would have no effect: leave the "
+                f"options out to continue that run, or begin a new one from its weights."
+            )
+        self.unfrozen = state_dict["unfrozen"]
+
+    def _settings(self) -> dict[str, Any]:
+        return {"unfreeze_epoch": self.unfreeze_epoch, "unfrozen_lr": self.unfrozen_lr, "frozen": self.frozen}
+
+
+def _trainable(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

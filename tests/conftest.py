@@ -1,0 +1,62 @@
+"""What several tests share: a tiny job, real data where it is at hand."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+# A network of 1.4 million parameters with batch-norm, on a few hundred drawn images.
+TINY = [
+    "--model.backbone=shufflenet_v2_x0_5",
+    "--model.weights=none",
+    "--data=ShapesDataModule",
+    "--data.train_images=200",
+    "--data.test_images=50",
+    "--data.batch_size=32",
+    "--trainer.accelerator=cpu",
+]
+
+
+def run_fit(folder, *options, module="cifar_transfer.fit", expect=0, timeout=300):
+    """Run an entry point in a process of its own, in `folder`."""
+    command = [sys.executable, "-m", module, *map(str, options)]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == expect, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def weights(checkpoint):
+    """The state dict of a checkpoint."""
+    return torch.load(checkpoint, "cpu", weights_only=True)["state_dict"]
+
+
+def assert_same_weights(one, other):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, f"{len(different)} of {len(one)} tensors differ, first {different[:3]}"
+
+
+def write_images(folder, per_class, size=(32, 32), classes=("cat", "dog"), seed=0):
+    """An image folder `<class>/NNN.png` of noise."""
+    rng = np.random.default_rng(seed)
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(per_class):
+            pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i:03d}.png")
+
+
+@pytest.fixture
+def shared():
+    if not SHARED.is_dir():
+        pytest.skip(f"real images and weights are not at hand in {SHARED}")
+    return SHARED

@@ -1,0 +1,74 @@
+"""Two real processes (gloo): the ranks stay equal through the unfreezing, and a step equals one on the joint batch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cifar_transfer import TransferClassifier
+
+JOB = Path(__file__).with_name("ddp_job.py")
+
+
+def run(folder, strategy, devices):
+    folder.mkdir()
+    command = [sys.executable, JOB, folder, strategy, str(devices)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(devices)]
+    return ranks, [torch.load(folder / f"test{rank}.pt", weights_only=True) for rank in range(devices)]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """`--trainer.devices=2` alone."""
+    return run(tmp_path_factory.mktemp("ddp") / "auto", "auto", 2)
+
+
+def assert_equal_ranks(ranks):
+    first, second = (rank["state"] for rank in ranks)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_ranks_are_equal_to_the_last_bit_after_the_unfreezing(plain):
+    ranks, _ = plain
+    assert ranks[0]["wrapped"] == "DistributedDataParallel"
+    assert_equal_ranks(ranks)
+    assert ranks[0]["val"] == ranks[1]["val"], "the schedule must see one loss"
+    before, after = ranks[0]["steps"][0]["before"], ranks[0]["state"]
+    assert not torch.equal(before["network.conv1.0.weight"], after["network.conv1.0.weight"]), "it did unfreeze"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true", "ddp_spawn"])
+def test_ranks_are_equal_under_the_named_strategies(tmp_path, strategy):
+    ranks, _ = run(tmp_path / strategy, strategy, 2)
+    assert_equal_ranks(ranks)
+
+
+@pytest.mark.parametrize(("epoch", "what"), [(0, "frozen"), (1, "just unfrozen"), (2, "later")])
+def test_a_step_has_the_gradients_of_one_process_on_the_joint_batch(plain, epoch, what):
+    steps = [rank["steps"][epoch] for rank in plain[0]]
+    assert not torch.equal(steps[0]["images"], steps[1]["images"]), "each rank has its own images"
+    assert [list(step["gradients"]) for step in steps] == [list(steps[0]["gradients"])] * 2
+    model = TransferClassifier("shufflenet_v2_x0_5", "none")
+    model.load_state_dict(steps[0]["before"])
+    model.eval()
+    images, labels = (torch.cat([step[key] for step in steps]) for key in ("images", "labels"))
+    F.cross_entropy(model(images), labels).backward()
+    for name, parameter in model.named_parameters():
+        if epoch == 0 and not name.startswith("network.fc."):
+            assert name not in steps[0]["gradients"], "nothing is computed or sent for the frozen backbone"
+            continue
+        for step in steps:
+            torch.testing.assert_close(step["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_every_test_image_counts_once(tmp_path, plain):
+    """45 images over two ranks: repeats that make the ranks even would change the figure."""
+    _, figures = plain
+    assert figures[0] == figures[1]
+    correct = figures[0]["test/acc"] * 45
+    assert abs(correct - round(correct)) < 1e-4
