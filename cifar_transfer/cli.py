@@ -151,7 +151,8 @@ class FitCLI(LightningCLI):
     def _logger(self, root: str) -> TensorBoardLogger:
         if not (run := self.config.resume):
             _require_writable(Path(root, LOGS))
-            return TensorBoardLogger(root, LOGS, default_hp_metric=False)
+            # Absolute, as when the run is resumed: a ModelCheckpoint that finds another path forgets its best score.
+            return TensorBoardLogger(str(Path(root).resolve()), LOGS, default_hp_metric=False)
         folder = Path(run).resolve()
         _require_writable(folder)
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:

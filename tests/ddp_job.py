@@ -1,5 +1,6 @@
 """A job that the tests of DDP start: `python ddp_job.py FOLDER STRATEGY DEVICES`. Every rank writes what it saw."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from cifar_transfer import Augment, BackboneFreeze, ShapesDataModule, TransferClassifier
 
@@ -18,6 +20,7 @@ class Witness(Callback):
 
     def __init__(self):
         self.steps = []
+        self.wrappers = []
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         # Statistics of half a batch are not those of the whole, so gradients compare only with batch-norm at rest.
@@ -25,6 +28,8 @@ class Witness(Callback):
             if isinstance(layer, _BatchNorm):
                 layer.eval()
         if batch_idx == 0:
+            self.wrappers.append(sum(type(o) is DistributedDataParallel for o in gc.get_objects()))
+            assert type(trainer.strategy.model) is DistributedDataParallel
             state = {name: value.clone() for name, value in module.state_dict().items()}
             self.steps.append({"images": batch[0].clone(), "labels": batch[1].clone(), "before": state})
 
@@ -54,8 +59,11 @@ def main(folder, strategy, devices):
         default_root_dir=folder,
     )
     trainer.fit(model, data)
-    wrapped = type(trainer.strategy.model).__name__
-    end = {"state": model.state_dict(), "val": float(trainer.callback_metrics["val/loss"]), "wrapped": wrapped}
+    end = {
+        "state": model.state_dict(),
+        "val": float(trainer.callback_metrics["val/loss"]),
+        "wrappers": witness.wrappers,
+    }
     torch.save({"steps": witness.steps, **end}, Path(folder, f"rank{trainer.global_rank}.pt"))
     figures = trainer.test(model, data, verbose=False)[0]
     torch.save(figures, Path(folder, f"test{trainer.global_rank}.pt"))

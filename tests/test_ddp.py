@@ -35,14 +35,14 @@ def assert_equal_ranks(ranks):
 
 def test_ranks_are_equal_to_the_last_bit_after_the_unfreezing(plain):
     ranks, _ = plain
-    assert ranks[0]["wrapped"] == "DistributedDataParallel"
+    assert ranks[0]["wrappers"] == [1, 1, 1], "the wrapper of the frozen phase, and its hooks, are gone"
     assert_equal_ranks(ranks)
     assert ranks[0]["val"] == ranks[1]["val"], "the schedule must see one loss"
     before, after = ranks[0]["steps"][0]["before"], ranks[0]["state"]
     assert not torch.equal(before["network.conv1.0.weight"], after["network.conv1.0.weight"]), "it did unfreeze"
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true", "ddp_spawn"])
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true"])
 def test_ranks_are_equal_under_the_named_strategies(tmp_path, strategy):
     ranks, _ = run(tmp_path / strategy, strategy, 2)
     assert_equal_ranks(ranks)
