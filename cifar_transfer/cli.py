@@ -59,12 +59,45 @@ class Parser(LightningArgumentParser):
         raise UserError(f"{' '.join(message.split())} (All options: --help)")
 
 
+class RunCheckpoint(ModelCheckpoint):
+    """A file of a run, written when an epoch is over and the schedule has stepped, and replaced in one move.
+
+    Args:
+        filename: Its name without the ending.
+        monitor: Keep the best by this metric (highest); None keeps the latest.
+        in_place: The run is continued in its own folder. Should that have moved, the best score is still known, which
+            Lightning's class would forget, and then replace the best checkpoint by a worse one.
+    """
+
+    def __init__(self, filename: str, monitor: str | None = None, in_place: bool = False) -> None:
+        super().__init__(
+            filename=filename,
+            monitor=monitor,
+            mode="max",
+            save_top_k=1,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        self.in_place = in_place
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the scores of the run so far."""
+        if self.in_place and self.dirpath:
+            folder = Path(self.dirpath)
+            paths = {
+                key: str(folder / Path(value).name) if value else value
+                for key, value in state_dict.items()
+                if key in ("best_model_path", "kth_best_model_path", "last_model_path")
+            }
+            scores = {str(folder / Path(path).name): score for path, score in state_dict["best_k_models"].items()}
+            state_dict = state_dict | paths | {"best_k_models": scores, "dirpath": self.dirpath}
+        super().load_state_dict(state_dict)
+
+
 class FitCLI(LightningCLI):
     """`LightningCLI` for `TransferClassifier` and the data modules, without subcommands."""
 
     def __init__(self, args: Sequence[str]) -> None:
-        self.best = ModelCheckpoint(monitor="val/acc", mode="max", filename="best", **_EACH_EPOCH)
-        self.last = ModelCheckpoint(filename="last", **_EACH_EPOCH)
         super().__init__(
             TransferClassifier,
             ImageDataModule,
@@ -137,8 +170,9 @@ class FitCLI(LightningCLI):
                 "limit_val_batches=0: the schedule and the choice of the checkpoint need validation images."
             )
         callbacks: list[Any] = [Report()]
+        self.best = RunCheckpoint("best", "val/acc", in_place=bool(self.config.resume))
         if options.enable_checkpointing is not False and not options.fast_dev_run:
-            callbacks += [self.best, self.last]
+            callbacks += [self.best, RunCheckpoint("last", in_place=bool(self.config.resume))]
         if options.enable_progress_bar is not False and sys.stdout.isatty():
             callbacks.append(TQDMProgressBar(leave=False))
         else:
@@ -165,10 +199,6 @@ class FitCLI(LightningCLI):
             checkpoint = torch.load(self.config.ckpt_path, "cpu", weights_only=True, mmap=True)
             epoch, step = checkpoint["epoch"] + 1, checkpoint["global_step"]
         trim_events(folder, epoch, step)
-
-
-# Both are written when the epoch is over and the schedule has stepped, each replaced in one move.
-_EACH_EPOCH: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False, "save_top_k": 1}
 
 
 def _integer_seed(seed: bool | int) -> int:

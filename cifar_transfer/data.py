@@ -6,7 +6,6 @@ What the network's input must look like beyond [0, 1] (statistics, resolution) b
 so that a checkpoint can be used without the data module that trained it.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Literal
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from cifar_transfer.augment import Augment
 from cifar_transfer.errors import UserError
-from cifar_transfer.images import Batch, Images, as_is, stratified
+from cifar_transfer.images import Batch, Images, as_is, cores, stratified
 
 Split = Literal["train", "val", "test"]
 
@@ -159,7 +158,7 @@ class ImageDataModule(LightningDataModule):
         batch_size = self.batch_size if train else self.eval_batch_size
         workers = 0
         if images.on_the_fly:
-            workers = self.num_workers if self.num_workers is not None else (os.cpu_count() or 1)
+            workers = self.num_workers if self.num_workers is not None else cores()
         return DataLoader(
             images,
             batch_size=batch_size,

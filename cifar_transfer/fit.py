@@ -4,23 +4,37 @@ Without options it is the whole recipe: ResNet18 with ImageNet weights on CIFAR-
 35 without, then the test with the best checkpoint.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from cifar_transfer.cli import FitCLI
 from cifar_transfer.errors import one_sentence
 from cifar_transfer.report import log_final, say
 
 
-def fit(args: Sequence[str]) -> dict[str, float]:
+class Outcome(NamedTuple):
+    """What a run came to.
+
+    Attributes:
+        figures: `best/val_acc` and, where there are test images, `best/test_acc`, as shares of 1.
+        best: The checkpoint with the best validation accuracy.
+    """
+
+    figures: dict[str, float]
+    best: Path
+
+
+def fit(args: Sequence[str]) -> Outcome | None:
     """Run the job.
 
     Args:
         args: Options as on the command line.
 
     Returns:
-        `best/val_acc` and, where there are test images, `best/test_acc`, as shares of 1; empty after `fast_dev_run`.
+        The outcome, or None after `fast_dev_run`, which keeps nothing.
 
     Raises:
         UserError: A mistake in the options, the data or the checkpoint.
@@ -30,18 +44,18 @@ def fit(args: Sequence[str]) -> dict[str, float]:
     trainer.fit(model, data, ckpt_path=cli.config.ckpt_path)
     best, score = cli.best.best_model_path, cli.best.best_model_score
     if score is None:
-        return {}
+        return None
     figures = {"best/val_acc": float(score)}
     if "test" in data.images:
         figures["best/test_acc"] = trainer.test(model, data, ckpt_path=best, verbose=False)[0]["test/acc"]
     log_final(trainer, {**data.hparams, **model.hparams}, figures)
-    run = Path(trainer.log_dir or ".")
+    run, best = (Path(os.path.relpath(path)) for path in (trainer.log_dir or ".", best))
     for name, value in figures.items():
         say(trainer, f"{name.removeprefix('best/').replace('_acc', ' accuracy')} {value:.2%} with the best checkpoint")
     say(trainer, f"run         {run}")
     say(trainer, f"look at it  tensorboard --logdir {run.parent}")
     say(trainer, f"predict     python -m cifar_transfer.predict IMAGE --ckpt {best}")
-    return figures
+    return Outcome(figures, best)
 
 
 if __name__ == "__main__":

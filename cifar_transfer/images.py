@@ -150,6 +150,11 @@ class MixedSizes(UserError):
     """Images that were to keep their own size do not share one."""
 
 
+def cores() -> int:
+    """How many cores this process may use; a batch scheduler or container often grants fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def as_is(batch: Batch) -> Batch:
     """Collate function of a dataset whose `__getitems__` returns whole batches."""
     return batch
@@ -160,7 +165,8 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarr
 
     Args:
         labels: int64 [N].
-        fraction: Share of each class that goes into the second part, rounded, in (0, 1).
+        fraction: Share of each class that goes into the second part, in (0, 1), rounded, but at least one image of
+            every class that has two.
         seed: The same seed gives the same rows.
 
     Returns:
@@ -170,7 +176,8 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarr
     held_out = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))
-        held_out[rows[: round(len(rows) * fraction)]] = True
+        count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
+        held_out[rows[:count]] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
@@ -208,7 +215,7 @@ def _open(pixels: Path, labels: Path) -> Images | None:
 
 def _write(images: Images, name: str, pixels: Path, labels: Path) -> None:
     # Workers decode on all cores; a process forked for an array in memory would only copy it.
-    workers = (os.cpu_count() or 1) if images.on_the_fly else 0
+    workers = cores() if images.on_the_fly else 0
     loader = DataLoader(images, batch_size=256, collate_fn=as_is, num_workers=workers)  # type: ignore[arg-type]
     partial = pixels.with_suffix(".partial")
     array: np.memmap | None = None

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ class Report(Callback):
             return
         network = pl_module.get_submodule("network")
         modes = {module: module.training for module in network.modules()}
-        trainer.logger.experiment.add_graph(network.eval(), torch.zeros(1, 3, *size, device=pl_module.device))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes are constants in a picture of one size
+            trainer.logger.experiment.add_graph(network.eval(), torch.zeros(1, 3, *size, device=pl_module.device))
         for module, training in modes.items():
             module.training = training
 

@@ -15,7 +15,7 @@ from cifar_transfer.data import ImageDataModule, Split
 from cifar_transfer.errors import UserError
 from cifar_transfer.images import ArrayImages, Images
 
-SIDE = 32
+_SIDE = 32  # pixels
 _CHUNK = 1000  # images drawn at once: tens of megabytes of temporaries, whatever the count
 
 _Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -35,24 +35,20 @@ def _cone(x: np.ndarray, y: np.ndarray, tip: float, slope: float) -> np.ndarray:
     return (np.abs(y) + slope * (x - tip)) / np.hypot(1, slope)
 
 
-def _fold(x: np.ndarray, y: np.ndarray, times: int) -> tuple[np.ndarray, np.ndarray]:
-    """Fold the plane onto half a sector, so that what is drawn along the x axis appears `times` times around."""
+def _around(times: int, shape: _Shape) -> _Shape:
+    """Repeat `times` times around the origin what `shape` draws along the x axis, by folding the plane on a sector."""
     sector = 2 * np.pi / times
-    angle = np.abs((np.arctan2(y, x) + sector / 2) % sector - sector / 2)
-    radius = np.hypot(x, y)
-    return radius * np.cos(angle), radius * np.sin(angle)
+
+    def folded(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        angle = np.abs((np.arctan2(y, x) + sector / 2) % sector - sector / 2)
+        radius = np.hypot(x, y)
+        return shape(radius * np.cos(angle), radius * np.sin(angle))
+
+    return folded
 
 
-def _polygon(times: int, apothem: float) -> _Shape:
-    return lambda x, y: _fold(x, y, times)[0] - apothem
-
-
-def _star(times: int, slope: float) -> _Shape:
-    return lambda x, y: _cone(*_fold(x, y, times), 1.0, slope)
-
-
-def _arms(times: int) -> _Shape:
-    return lambda x, y: _box(*_fold(x, y, times), 0.0, 1.0, 0.22)
+def _bar(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return _box(x, y, 0.0, 1.0, 0.22)
 
 
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -75,10 +71,10 @@ def _drop(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 _SHAPES: dict[str, dict[str, _Shape]] = {
     "upstream": {
         "disc": lambda x, y: _disc(x, y, 0.8),
-        "triangle": _polygon(3, 0.52),
-        "square": _polygon(4, 0.7),
-        "star": _star(5, 0.5),
-        "plus": _arms(4),
+        "triangle": _around(3, lambda x, y: x - 0.52),
+        "square": _around(4, lambda x, y: x - 0.7),
+        "star": _around(5, lambda x, y: _cone(x, y, 1.0, 0.5)),
+        "plus": _around(4, _bar),
         "ring": lambda x, y: np.abs(_disc(x, y, 0.7)) - 0.2,
         "crescent": lambda x, y: np.maximum(_disc(x, y, 0.95), -_disc(x, y, 0.75, 0.5)),
         "heart": _heart,
@@ -88,14 +84,14 @@ _SHAPES: dict[str, dict[str, _Shape]] = {
     "downstream": {
         "semicircle": lambda x, y: np.maximum(_disc(x, y, 1.0, -0.4), -0.4 - x),
         "drop": _drop,
-        "frame": lambda x, y: np.abs(_polygon(4, 0.6)(x, y)) - 0.18,
+        "frame": _around(4, lambda x, y: np.abs(x - 0.6) - 0.18),
         "tee": lambda x, y: np.minimum(_box(x, y, -0.9, 0.8, 0.22), _box(y, x - 0.7, -0.8, 0.8, 0.22)),
         "chevron": lambda x, y: np.maximum(np.abs(_cone(x, y, 0.5, 1.0)) - 0.2, -0.45 - x),
-        "flower": lambda x, y: _disc(*_fold(x, y, 5), 0.36, 0.6),
+        "flower": _around(5, lambda x, y: _disc(x, y, 0.36, 0.6)),
         "horseshoe": lambda x, y: np.maximum(np.abs(_disc(x, y, 0.7)) - 0.2, -_cone(-x, y, 0.0, 0.8)),
         "dumbbell": lambda x, y: np.minimum(_disc(np.abs(x), y, 0.4, 0.6), _box(x, y, -0.6, 0.6, 0.15)),
-        "wye": _arms(3),
-        "sparkle": _star(4, 0.4),
+        "wye": _around(3, _bar),
+        "sparkle": _around(4, lambda x, y: _cone(x, y, 1.0, 0.4)),
     },
 }
 TASKS: dict[str, tuple[str, ...]] = {task: tuple(shapes) for task, shapes in _SHAPES.items()}
@@ -118,7 +114,7 @@ def _paint(shapes: list[_Shape], labels: np.ndarray, rng: np.random.Generator) -
     def uniform(low: float, high: float) -> np.ndarray:
         return rng.uniform(low, high, (len(labels), 1, 1)).astype(np.float32)
 
-    row, column = np.mgrid[:SIDE, :SIDE][:, None].astype(np.float32) - (SIDE - 1) / 2
+    row, column = np.mgrid[:_SIDE, :_SIDE][:, None].astype(np.float32) - (_SIDE - 1) / 2
 
     def turned(reach: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
         """Pixel coordinates [n, 32, 32] around a random point at most `reach` from the middle, at a random angle."""
@@ -131,7 +127,7 @@ def _paint(shapes: list[_Shape], labels: np.ndarray, rng: np.random.Generator) -
     ground, ink = _colour(rng, lightness), _colour(rng, (lightness + uniform(0.4, 0.6)) % 1)
 
     along, _ = turned(0)
-    image = ground + (along / SIDE * uniform(0, 0.4))[..., None]
+    image = ground + (along / _SIDE * uniform(0, 0.4))[..., None]
 
     # A line and a dot, of the background's own lightness or of any other, lie underneath and distract.
     across, _ = turned(12)
@@ -139,7 +135,7 @@ def _paint(shapes: list[_Shape], labels: np.ndarray, rng: np.random.Generator) -
     image += _ink(np.hypot(*turned(14)) - uniform(0.7, 2)) * (_colour(rng, uniform(0, 1)) - image)
 
     size = uniform(10, 14)
-    x, y = (axis / (size * uniform(0.9, 1)) for axis in turned(SIDE / 2 - 1 - size))
+    x, y = (axis / (size * uniform(0.9, 1)) for axis in turned(_SIDE / 2 - 1 - size))
     distance = np.empty_like(x)
     for label, shape in enumerate(shapes):
         chosen = labels == label
@@ -151,7 +147,7 @@ def _paint(shapes: list[_Shape], labels: np.ndarray, rng: np.random.Generator) -
 
 
 def draw(task: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the images of a task: the same ones for the same arguments, other ones for another seed.
+    """Draw the images of a task: the same ones for the same arguments, all others for another count or seed.
 
     Args:
         task: one of `TASKS`.
@@ -164,6 +160,7 @@ def draw(task: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
     Raises:
         UserError: the task is unknown, or the count is not positive.
+        ValueError: the seed is negative.
     """
     if task not in TASKS:
         raise UserError(f"there is no task {task!r} of shapes: take one of {', '.join(TASKS)}.")
@@ -172,7 +169,7 @@ def draw(task: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng([seed, list(TASKS).index(task), count])
     shapes = list(_SHAPES[task].values())
     labels = rng.permutation(np.arange(count, dtype=np.int64) % len(shapes))
-    images = np.empty((count, SIDE, SIDE, 3), np.uint8)
+    images = np.empty((count, _SIDE, _SIDE, 3), np.uint8)
     for start in range(0, count, _CHUNK):
         chunk = slice(start, start + _CHUNK)
         images[chunk] = _paint(shapes, labels[chunk], rng)

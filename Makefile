@@ -1,0 +1,24 @@
+# `make demo` and `make test` work on a fresh machine: each sets up the environment in .venv first.
+PYTHON ?= python3
+VENV := .venv/bin
+
+.PHONY: demo fit test check
+
+demo: .venv/ready  ## Pretrain, transfer and compare on drawn shapes: no data, no network, two minutes
+	$(VENV)/python -m cifar_transfer.demo
+
+fit: .venv/ready  ## The whole recipe on CIFAR-10
+	$(VENV)/python -m cifar_transfer.fit
+
+test: .venv/ready  ## All tests
+	$(VENV)/python -m pytest
+
+check: .venv/ready  ## Style and types
+	$(VENV)/ruff format --check .
+	$(VENV)/ruff check .
+	$(VENV)/mypy
+
+.venv/ready: pyproject.toml
+	test -x $(VENV)/python || $(PYTHON) -m venv .venv
+	$(VENV)/python -m pip install --quiet --editable ".[test]"
+	touch $@

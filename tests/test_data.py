@@ -1,0 +1,291 @@
+"""Images from every source to batches: decoding, caching, splitting, sharding, and what bad data say."""
+
+import hashlib
+import io
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from broken_server import BrokenServer
+from conftest import write_images
+from PIL import Image
+
+from cifar_transfer import Augment, CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule, cifar10
+from cifar_transfer.errors import UserError
+from cifar_transfer.images import CACHE_FOLDER, read_image, stratified
+
+PER_BATCH = 30
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Small files in the official layout, and their MD5s in place of the official ones."""
+    rng = np.random.default_rng(0)
+    files = {}
+    for split in ("train", "test"):
+        for name in cifar10.MD5S[split]:
+            data = rng.integers(0, 256, (PER_BATCH, 3072), dtype=np.uint8)
+            labels = [i % 10 for i in range(PER_BATCH)]
+            files[name] = pickle.dumps({"data": data, "labels": labels}, protocol=2)
+    md5s = {s: {n: hashlib.md5(files[n]).hexdigest() for n in names} for s, names in cifar10.MD5S.items()}
+    monkeypatch.setattr(cifar10, "MD5S", md5s)
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"{cifar10.BATCHES}/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", hashlib.md5(packed.getvalue()).hexdigest())
+    return files, packed.getvalue()
+
+
+def put_batches(root, files):
+    (root / cifar10.BATCHES).mkdir(parents=True)
+    for name, content in files.items():
+        (root / cifar10.BATCHES / name).write_bytes(content)
+
+
+def ready(data):
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def first_pixels(files, name):
+    return pickle.loads(files[name])["data"].reshape(-1, 3, 32, 32)
+
+
+def test_batches_are_read_whole_and_in_order(tmp_path, batches):
+    put_batches(tmp_path, batches[0])
+    data = CIFAR10DataModule(str(tmp_path))
+    data.prepare_data()
+    train = data.load("train")
+    assert len(train) == 5 * PER_BATCH
+    for part, name in enumerate(cifar10.MD5S["train"]):
+        images, labels = train.__getitems__(list(range(part * PER_BATCH, (part + 1) * PER_BATCH)))
+        assert np.array_equal(images.numpy(), first_pixels(batches[0], name))
+        assert labels.tolist() == [i % 10 for i in range(PER_BATCH)]
+
+
+def test_the_sources_are_taken_in_their_order(tmp_path, batches):
+    files, packed = batches
+    classes = cifar10.CLASSES
+    for split in ("train", "test"):
+        write_images(tmp_path / split, 5, classes=classes)
+    assert len(ready(CIFAR10DataModule(str(tmp_path))).images["test"]) == 50, "the image folder, if there is no other"
+    (tmp_path / cifar10.ARCHIVE).write_bytes(packed)
+    data = ready(CIFAR10DataModule(str(tmp_path)))
+    assert np.array_equal(data.images["test"][0][0].numpy(), first_pixels(files, "test_batch")[0]), "then the archive"
+    put_batches(tmp_path, files)
+    (tmp_path / cifar10.ARCHIVE).write_bytes(b"not looked at")
+    assert len(ready(CIFAR10DataModule(str(tmp_path))).images["test"]) == PER_BATCH, "the batches before all"
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("bomb-went-off", "w")
+
+
+@pytest.mark.parametrize("where", ["batch", "archive"])
+def test_a_pickle_that_is_not_the_official_one_is_never_opened(tmp_path, batches, where, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files, _ = batches
+    if where == "batch":
+        put_batches(tmp_path, files | {"data_batch_3": pickle.dumps(Bomb())})
+    else:
+        (tmp_path / cifar10.ARCHIVE).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="not the official file"):
+        CIFAR10DataModule(str(tmp_path)).prepare_data()
+    assert not (tmp_path / "bomb-went-off").exists()
+
+
+def test_a_missing_batch_is_named(tmp_path, batches):
+    put_batches(tmp_path, batches[0])
+    (tmp_path / cifar10.BATCHES / "data_batch_4").unlink()
+    with pytest.raises(UserError, match=r"data_batch_4 is missing"):
+        CIFAR10DataModule(str(tmp_path)).prepare_data()
+
+
+def test_what_is_not_there_is_downloaded_once(tmp_path, batches, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with BrokenServer(files={f"/{cifar10.ARCHIVE}": batches[1]}) as server:
+        for _ in range(2):
+            data = ready(CIFAR10DataModule(str(tmp_path), url=server.url(f"/{cifar10.ARCHIVE}")))
+    assert len(data.images["test"]) == PER_BATCH
+    assert (tmp_path / cifar10.ARCHIVE).read_bytes() == batches[1]
+
+
+def test_no_network_says_the_three_ways_out(tmp_path):
+    with pytest.raises(UserError, match=r"--data\.url=URL.*yourself.*make demo"):
+        CIFAR10DataModule(str(tmp_path), url="http://127.0.0.1:9/x").prepare_data()
+
+
+def test_the_held_out_images_are_stratified_and_the_same_for_a_seed():
+    labels = np.repeat(np.arange(10), 50)
+    kept, held_out = stratified(labels, 0.1, seed=3)
+    assert np.bincount(labels[held_out]).tolist() == [5] * 10
+    assert sorted([*kept, *held_out]) == list(range(500))
+    assert np.array_equal(held_out, stratified(labels, 0.1, seed=3)[1])
+    assert not np.array_equal(held_out, stratified(labels, 0.1, seed=4)[1])
+    few = np.array([0, 0, 0, 1, 1, 2])
+    assert np.bincount(few[stratified(few, 0.1, seed=0)[1]], minlength=3).tolist() == [1, 1, 0]
+
+
+def test_val_fraction_zero_validates_on_the_test_images_and_says_so():
+    data = ShapesDataModule(train_images=50, test_images=20, val_fraction=0)
+    with pytest.warns(UserWarning, match="not clean"):
+        ready(data)
+    assert len(data.images["train"]) == 50
+    assert data.images["val"] is data.images["test"]
+
+
+def test_a_folder_is_decoded_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    write_images(tmp_path / "train", 300, size=(12, 10))  # more than one batch of the decoder
+    data = ready(ImageFolderDataModule(str(tmp_path)))
+    train = data.load("train")
+    assert (len(train), data.image_size, data.class_names) == (600, (10, 12), ["cat", "dog"])
+    for row in (0, 255, 256, 299, 300, 599):
+        path = tmp_path / "train" / ("cat" if row < 300 else "dog") / f"{row % 300:03d}.png"
+        assert np.array_equal(train[row][0].numpy(), read_image(path)), row
+        assert int(train[row][1]) == row // 300
+    cache = sorted((tmp_path / CACHE_FOLDER).glob("train-*"))
+    stamp = [path.stat().st_mtime_ns for path in cache]
+    ready(ImageFolderDataModule(str(tmp_path)))
+    assert [path.stat().st_mtime_ns for path in cache] == stamp
+    Image.new("RGB", (12, 10), "red").save(tmp_path / "train" / "cat" / "000.png")
+    assert ready(ImageFolderDataModule(str(tmp_path))).load("train")[0][0][0].unique().tolist() == [255]
+    assert len(list((tmp_path / CACHE_FOLDER).glob("train-*"))) == 2, "the old cache is gone"
+
+
+def test_a_cache_cut_short_is_made_again(tmp_path):
+    write_images(tmp_path / "train", 10)
+    whole = ready(ImageFolderDataModule(str(tmp_path))).load("train")[7][0]
+    cache = next(path for path in (tmp_path / CACHE_FOLDER).glob("train-*.npy") if "labels" not in path.name)
+    cache.write_bytes(cache.read_bytes()[:500])
+    assert torch.equal(ready(ImageFolderDataModule(str(tmp_path))).load("train")[7][0], whole)
+
+
+def test_a_folder_over_the_limit_is_decoded_on_the_fly(tmp_path):
+    write_images(tmp_path / "train", 8)
+    cached = ready(ImageFolderDataModule(str(tmp_path)))
+    flying = ready(ImageFolderDataModule(str(tmp_path), cache_limit_gb=1e-6, num_workers=1, batch_size=4))
+    assert flying.images["train"].on_the_fly
+    assert not cached.images["train"].on_the_fly
+    ours, theirs = flying.load("train").__getitems__([0, 9]), cached.load("train").__getitems__([0, 9])
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert sum(len(labels) for _, labels in flying.train_dataloader()) == len(flying.images["train"])
+
+
+def test_images_of_several_sizes_become_squares(tmp_path):
+    write_images(tmp_path / "train", 4, size=(40, 30), classes=["a"])
+    write_images(tmp_path / "train", 4, size=(20, 30), classes=["b"])
+    assert ready(ImageFolderDataModule(str(tmp_path), val_fraction=0.5)).image_size == (224, 224)
+    assert ready(ImageFolderDataModule(str(tmp_path), val_fraction=0.5, decode_size=16)).image_size == (16, 16)
+
+
+def test_own_validation_and_test_images_are_used(tmp_path):
+    for split, count in (("train", 6), ("val", 4), ("test", 5)):
+        write_images(tmp_path / split, count)
+    data = ready(ImageFolderDataModule(str(tmp_path)))
+    assert {split: len(images) for split, images in data.images.items()} == {"train": 12, "val": 8, "test": 10}
+
+
+def test_every_mode_of_image_becomes_rgb(tmp_path):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    grey8 = (ramp // 257).astype(np.uint8)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "16.png")
+    Image.fromarray(grey8).save(tmp_path / "8.png")
+    colours = Image.merge("RGB", [Image.fromarray(grey8)] * 3)
+    colours.convert("RGBA").save(tmp_path / "rgba.png")
+    colours.convert("P").save(tmp_path / "palette.png")
+    colours.convert("CMYK").save(tmp_path / "cmyk.tif")
+    for path in sorted(tmp_path.iterdir()):
+        image = read_image(path)
+        assert (image.dtype, image.shape) == (np.uint8, (3, 8, 8)), path.name
+        assert np.abs(image.astype(int) - grey8).max() <= (51 if path.name == "palette.png" else 1), path.name
+
+
+@pytest.mark.parametrize("workers", ["cache", "on the fly"])
+def test_a_broken_image_is_named(tmp_path, workers):
+    write_images(tmp_path / "train", 20)
+    broken = tmp_path / "train" / "dog" / "007.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    data = ImageFolderDataModule(str(tmp_path), cache_limit_gb=8.0 if workers == "cache" else 1e-9, num_workers=1)
+    with pytest.raises(UserError) as error:
+        for _ in ready(data).train_dataloader():
+            pass
+    assert str(error.value).startswith(str(broken))
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / CACHE_FOLDER).glob("*.npy")) or workers == "on the fly"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: None, "train is missing"),
+        (lambda root: (root / "train").mkdir(), "no folders"),
+        (lambda root: write_images(root / "train", 2, classes=["only"]), "one class only"),
+        (lambda root: [(root / "train" / name).mkdir(parents=True) for name in "ab"], "no valid file"),
+        (
+            lambda root: (write_images(root / "train", 3), write_images(root / "test", 2, classes=["cow"])),
+            "cow",
+        ),
+    ],
+)
+def test_a_folder_of_another_layout_is_explained(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(UserError, match=f"(?i){message}"):
+        ready(ImageFolderDataModule(str(tmp_path)))
+
+
+def test_batches_are_shuffled_by_seed_and_epoch_and_kept_in_order_for_evaluation():
+    data = ready(ShapesDataModule(train_images=100, test_images=40, batch_size=32))
+
+    def labels(loader):
+        return torch.cat([labels for _, labels in loader]).tolist()
+
+    loader = data.train_dataloader()
+    first = labels(loader)
+    assert first == labels(loader), "the epoch decides, not how often it is read"
+    loader.sampler.set_epoch(1)
+    assert first != labels(loader)
+    assert sorted(first) == sorted(labels(loader)) == sorted(data.images["train"].labels.tolist())
+    assert labels(data.test_dataloader()) == data.images["test"].labels.tolist()
+
+
+def test_a_last_batch_of_one_image_is_left_out():
+    data = ready(ShapesDataModule(train_images=100, test_images=10, batch_size=32))
+    data.images["train"] = data.images["train"].subset(np.arange(65))
+    assert [len(labels) for _, labels in data.train_dataloader()] == [32, 32]
+
+
+@pytest.mark.parametrize("bad", [{"batch_size": 1}, {"val_fraction": 1.0}, {"num_workers": -1}, {"task": "sideways"}])
+def test_options_out_of_range_are_refused(bad):
+    with pytest.raises(UserError, match=next(iter(bad))):
+        ShapesDataModule(**bad)
+
+
+def test_options_are_recorded_as_primitives():
+    hparams = dict(ShapesDataModule(augment=Augment(padding=2)).hparams)
+    assert hparams["augment"]["padding"] == 2
+    buffer = io.BytesIO()
+    torch.save(hparams, buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True) == hparams
+
+
+def test_real_images_are_read_exactly(shared, tmp_path):
+    import subprocess
+    import sys
+
+    script = shared / "real_data.py"
+    subprocess.run([sys.executable, script, "folder", tmp_path, "--per-class", "30"], check=True)
+    data = ready(CIFAR10DataModule(str(tmp_path)))
+    assert len(data.images["train"]) + len(data.images["val"]) == 300
+    mean = data.load("train").__getitems__(list(range(300)))[0].float().mean((0, 2, 3)) / 255
+    torch.testing.assert_close(mean, torch.tensor([0.4914, 0.4822, 0.4465]), atol=0.03, rtol=0)
+    subprocess.run([sys.executable, script, "batches", tmp_path / "b", "--per-class", "3"], check=True)
+    with pytest.raises(UserError, match="not the official file"):
+        CIFAR10DataModule(str(tmp_path / "b")).prepare_data()
