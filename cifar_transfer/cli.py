@@ -54,7 +54,7 @@ class Parser(LightningArgumentParser):
         elif link := re.search(r"Call to compute_fn of link .* failed: (.*)", message):
             message = link[1]
         elif data := re.search(r'Parser key "data".*Expected a dot import path string: (\S+)', message, re.DOTALL):
-            names = ", ".join(kind.__name__ for kind in ImageDataModule.__subclasses__())
+            names = ", ".join(sorted(kind.__name__ for kind in ImageDataModule.__subclasses__()))
             message = f"There is no data module {data[1]}: take one of {names}."
         raise UserError(f"{' '.join(message.split())} (All options: --help)")
 

@@ -1,7 +1,7 @@
 """Transfer learning in a minute or two, without data and network: `python -m cifar_transfer.demo`.
 
-ResNet18 is pretrained on one task of drawn shapes; then another task, with 40 images a class, is learned from
-there with the freeze schedule, and beside it from scratch. All three are ordinary runs of `fit` with the recipes in `configs/`.
+ResNet18 is pretrained on one task of drawn shapes; then another task, with 40 images a class, is learned from there
+with the freeze schedule, and beside it from scratch. All three are ordinary runs of `fit`, with recipes of `configs/`.
 """
 
 import sys

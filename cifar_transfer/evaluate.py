@@ -49,4 +49,4 @@ def evaluate(
 
 if __name__ == "__main__":
     with one_sentence():
-        auto_cli(evaluate)
+        auto_cli(evaluate, as_positional=False)

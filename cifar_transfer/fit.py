@@ -49,13 +49,13 @@ def fit(args: Sequence[str]) -> Outcome | None:
     if "test" in data.images:
         figures["best/test_acc"] = trainer.test(model, data, ckpt_path=best, verbose=False)[0]["test/acc"]
     log_final(trainer, {**data.hparams, **model.hparams}, figures)
-    run, best = (Path(os.path.relpath(path)) for path in (trainer.log_dir or ".", best))
+    run, checkpoint = Path(os.path.relpath(trainer.log_dir or ".")), Path(os.path.relpath(best))
     for name, value in figures.items():
         say(trainer, f"{name.removeprefix('best/').replace('_acc', ' accuracy')} {value:.2%} with the best checkpoint")
     say(trainer, f"run         {run}")
     say(trainer, f"look at it  tensorboard --logdir {run.parent}")
-    say(trainer, f"predict     python -m cifar_transfer.predict IMAGE --ckpt {best}")
-    return Outcome(figures, best)
+    say(trainer, f"predict     python -m cifar_transfer.predict IMAGE --ckpt {checkpoint}")
+    return Outcome(figures, checkpoint)
 
 
 if __name__ == "__main__":

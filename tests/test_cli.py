@@ -1,0 +1,174 @@
+"""The commands as users run them: a whole job, evaluation, prediction, and a sentence for every mistake."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import yaml
+from conftest import TINY, run_fit, write_images
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cifar_transfer import ShapesDataModule
+from cifar_transfer.errors import UserError, one_sentence
+from cifar_transfer.fit import fit
+
+RUN = "lightning_logs/version_0"
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A finished run, and what it printed."""
+    folder = tmp_path_factory.mktemp("job")
+    options = ["--trainer.max_epochs=3", "--freeze.unfreeze_epoch=1", "--trainer.log_every_n_steps=1"]
+    return folder, run_fit(folder, *TINY, *options)
+
+
+def test_a_run_prints_a_line_an_epoch_and_what_to_do_next(job):
+    _, done = job
+    lines = done.stdout.splitlines()
+    epochs = [line for line in lines if re.match(r"epoch +\d/3 +train loss [\d.]+ acc +[\d.]+%   val loss", line)]
+    assert len(epochs) == 3
+    assert re.search(r"^test accuracy [\d.]+% with the best checkpoint$", done.stdout, re.MULTILINE)
+    assert f"run         {RUN}" in lines
+    assert "look at it  tensorboard --logdir lightning_logs" in lines
+    assert "Trainable parameters: 10,250 of 352,042" in done.stderr
+    assert "Epoch 1: unfrozen, learning rate 0.0001; trainable 352,042" in done.stderr
+    assert "Warning" not in done.stderr
+    assert "warn(" not in done.stderr
+
+
+def test_tensorboard_has_curves_against_the_epoch_the_graph_and_the_hyperparameters(job):
+    folder, done = job
+    events = EventAccumulator(str(folder / RUN), size_guidance={"scalars": 0})
+    events.Reload()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for tag in ("train/acc", "train/loss_epoch", "val/acc", "val/loss", "lr", "trainable_parameters"):
+        assert steps[tag] == [0, 1, 2], tag
+    assert steps["train/loss"] == list(range(18)), "180 images in batches of 32, three times"
+    assert [event.value for event in events.Scalars("lr")] == pytest.approx([1e-3, 1e-4, 1e-4])
+    assert [event.value for event in events.Scalars("trainable_parameters")] == [10250, 352042, 352042]
+    assert events.Tags()["graph"]
+    printed = float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1]) / 100
+    assert events.Scalars("best/test_acc")[-1].value == pytest.approx(printed, abs=1e-4)
+    hparams = events.summary_metadata
+    assert any("_hparams_/session_start_info" in tag for tag in hparams)
+
+
+def test_the_configuration_of_a_run_is_beside_it_and_runs_again(job, tmp_path):
+    folder, done = job
+    config = yaml.safe_load((folder / RUN / "config.yaml").read_text())
+    assert config["freeze"]["unfreeze_epoch"] == 1
+    again = run_fit(tmp_path, "--config", folder / RUN / "config.yaml")
+    figures = [re.findall(r"(?:val|test) accuracy [\d.]+%", output) for output in (done.stdout, again.stdout)]
+    assert figures[0] == figures[1]
+
+
+def test_evaluate_gives_the_figures_of_the_run(job):
+    folder, done = job
+    best = f"--ckpt={RUN}/checkpoints/best.ckpt"
+    for split, options in (("test", []), ("val", ["--split=val"])):
+        out = run_fit(folder, best, *options, module="cifar_transfer.evaluate").stdout
+        expected = re.search(rf"{split} accuracy ([\d.]+%)", done.stdout)[1]
+        assert f"{split}/acc  {expected}" in out
+
+
+def test_predict_agrees_with_the_network_and_takes_any_image(job, tmp_path):
+    folder, _ = job
+    data = ShapesDataModule()
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a photo.jpg")
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
+    images = [tmp_path / "a photo.jpg", tmp_path / "grey.png"]
+    ckpt = f"--ckpt={RUN}/checkpoints/best.ckpt"
+    found = json.loads(run_fit(folder, *images, ckpt, "--top_k=10", "--json", module="cifar_transfer.predict").stdout)
+    assert list(found) == [str(path) for path in images]
+    for row in found.values():
+        assert sorted(name for name, _ in row) == sorted(data.class_names)
+        assert sum(probability for _, probability in row) == pytest.approx(1)
+        assert [p for _, p in row] == sorted((p for _, p in row), reverse=True)
+    table = run_fit(folder, *images, ckpt, "--top_k=2", module="cifar_transfer.predict").stdout.splitlines()
+    assert len(table) == 2
+    assert found[str(images[0])][0][0] in table[0]
+
+
+def test_no_weights_are_fetched_to_use_or_continue_a_checkpoint(job, tmp_path):
+    """A run that claims ImageNet weights is evaluated and resumed where there is neither network nor cache."""
+    import torch
+
+    folder, _ = job
+    checkpoint = torch.load(folder / RUN / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["weights"] = "DEFAULT"
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    run_fit(tmp_path, "--ckpt=x.ckpt", module="cifar_transfer.evaluate")
+    options = [option for option in TINY if "weights" not in option]
+    more = ["--freeze.unfreeze_epoch=1", "--ckpt_path=x.ckpt", "--trainer.max_epochs=4"]
+    run_fit(tmp_path, *options, *more)
+    config = yaml.safe_load((tmp_path / RUN / "config.yaml").read_text())
+    assert config["model"]["weights"] == "DEFAULT"
+
+
+def test_own_images_run_end_to_end_without_test_images(tmp_path):
+    write_images(tmp_path / "photos" / "train", 12, size=(24, 24), classes=["cat", "dog", "猫"])
+    options = ["--data=ImageFolderDataModule", "--data.root=photos", "--data.batch_size=8", "--trainer.max_epochs=1"]
+    done = run_fit(tmp_path, "--model.backbone=shufflenet_v2_x0_5", "--model.weights=none", *options)
+    assert "val accuracy" in done.stdout
+    assert "test accuracy" not in done.stdout
+    best = f"--ckpt={RUN}/checkpoints/best.ckpt"
+    done = run_fit(tmp_path, best, module="cifar_transfer.evaluate", expect=2)
+    assert "There are no test images" in done.stderr
+
+
+MISTAKES = [
+    (["--model.backbone=resnet81"], "did you mean resnet18"),
+    (["--model.weights=/nowhere/w.pth"], "neither a file nor a name"),
+    (["--model.num_classes=5"], "num_classes is 5, but the data have 10 classes"),
+    (["--trainer.default_root_dir=/dev/null"], "cannot be written"),
+    (["--data=NoSuchModule"], "take one of CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule"),
+    (["--data=ImageFolderDataModule", "--data.root=/nowhere"], "/nowhere/train is missing"),
+    (["--model.learning_rate=0.1"], "There is no option --model.learning_rate"),
+    (["--model.lr=fast"], "model.lr"),
+    (["--seed_everything=true"], "give a number"),
+    (["--ckpt_path=/nowhere/last.ckpt"], "does not exist"),
+    (["--resume=/nowhere"], "name the folder of a run"),
+    (["--resume"], "expected one argument"),
+    (["--config=/nowhere.yaml"], "/nowhere.yaml"),
+    (["--trainer.strategy=fsdp"], "fsdp"),
+    (["--trainer.limit_val_batches=0"], "need validation images"),
+    (["--data.augment.hue=2"], "hue"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_mistakes_get_a_sentence(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["fit"])
+    with pytest.raises(SystemExit) as status, one_sentence():
+        fit([*TINY, *options])
+    assert status.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_a_network_too_deep_for_the_images_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"alexnet cannot take images of 32x32 pixels.*image_size"):
+        fit([*TINY, "--model.backbone=alexnet"])
+
+
+def test_a_mistake_ends_with_status_two_and_no_traceback(tmp_path):
+    done = run_fit(tmp_path, "--model.backbone=resnet81", "--model.weights=none", expect=2)
+    assert done.stderr.splitlines()[-1].startswith("error: There is no backbone 'resnet81'")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+def test_checkpoints_that_are_none_are_explained(tmp_path, job):
+    (tmp_path / "w.ckpt").write_bytes(b"no checkpoint")
+    for path, message in (("gone.ckpt", "does not exist"), ("w.ckpt", "cannot be read as a checkpoint")):
+        for module, options in (("evaluate", []), ("predict", ["x.png"])):
+            done = run_fit(tmp_path, *options, f"--ckpt={path}", module=f"cifar_transfer.{module}", expect=2)
+            assert message in done.stderr
+            assert "Traceback" not in done.stderr
