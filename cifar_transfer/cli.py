@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import logging
-import os
 import re
 import sys
 import tempfile
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from cifar_transfer.classifier import TransferClassifier
 from cifar_transfer.data import ImageDataModule
@@ -57,6 +57,17 @@ class Parser(LightningArgumentParser):
             names = ", ".join(sorted(kind.__name__ for kind in ImageDataModule.__subclasses__()))
             message = f"There is no data module {data[1]}: take one of {names}."
         raise UserError(f"{' '.join(message.split())} (All options: --help)")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes `config.yaml` when training starts: what a checkpoint refuses must not replace the options of its run."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: the checkpoint has not been read."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write, as Lightning's class does in `setup`."""
+        super().setup(trainer, pl_module, "fit")
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -101,6 +112,7 @@ class FitCLI(LightningCLI):
         super().__init__(
             TransferClassifier,
             ImageDataModule,
+            SaveConfig,
             subclass_mode_data=True,
             seed_everything_default=0,
             trainer_defaults={"max_epochs": 40, "log_every_n_steps": 10, "enable_model_summary": False},
@@ -189,10 +201,10 @@ class FitCLI(LightningCLI):
             return TensorBoardLogger(str(Path(root).resolve()), LOGS, default_hp_metric=False)
         folder = Path(run).resolve()
         _require_writable(folder)
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            self._trim(folder)
+        self._trim(folder)
         return TensorBoardLogger(str(folder.parent), "", folder.name, default_hp_metric=False)
 
+    @rank_zero_only
     def _trim(self, folder: Path) -> None:
         epoch = step = 0
         if self.config.ckpt_path:

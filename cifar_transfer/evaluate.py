@@ -1,5 +1,6 @@
 """Loss and accuracy of a checkpoint: `python -m cifar_transfer.evaluate --ckpt FILE [--split val]`."""
 
+import sys
 from typing import Literal
 
 from jsonargparse import auto_cli
@@ -38,13 +39,15 @@ def evaluate(
         precision=precision,  # type: ignore[arg-type] # Lightning checks it
         logger=False,
         enable_checkpointing=False,
+        enable_progress_bar=sys.stdout.isatty(),
     )
     run = trainer.test if split == "test" else trainer.validate
-    figures = run(model, data, verbose=False)[0]
+    run(model, data, verbose=False)
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if trainer.is_global_zero:
         for name, value in figures.items():
             print(f"{name}  {value:.2%}" if name.endswith("acc") else f"{name} {value:.4f}")
-    return dict(figures)
+    return figures
 
 
 if __name__ == "__main__":

@@ -80,6 +80,11 @@ class BackboneFreeze(Callback):
                 f"BackboneFreeze works on one device and under DDP, not under {type(trainer.strategy).__name__}, which "
                 f"shards parameters when it wraps the model and cannot release some later: take --trainer.strategy=ddp."
             )
+        if self.frozen is None and not hasattr(pl_module, "head"):
+            raise UserError(
+                f"{type(pl_module).__name__} names no head, so all of it would be frozen: give BackboneFreeze the "
+                f"names of what to freeze, frozen=[...], or the module an attribute `head`."
+            )
         if not any(True for _ in self._frozen_parameters(pl_module)):
             raise UserError(
                 f"No parameter's name begins with any of {self.frozen}: see named_parameters() of the module."

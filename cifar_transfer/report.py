@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from cifar_transfer.classifier import EPOCH_FIGURES
@@ -97,9 +97,10 @@ def trim_events(run: Path, epoch: int, step: int) -> None:
         partial = path.with_name(f"partial.{path.name.replace('tfevents', 'trimmed')}")
         with partial.open("wb") as file:
             writer = RecordWriter(file)
-            for event in EventFileLoader(str(path)).Load():  # stops before a record that was cut short
+            for event in LegacyEventFileLoader(str(path)).Load():  # stops before a record that was cut short
                 tags = {value.tag for value in event.summary.value}
-                if not tags or event.step < (epoch if tags & EPOCH_TAGS else step):
+                final = any(tag.startswith("best/") for tag in tags)
+                if not tags or (not final and event.step < (epoch if tags & EPOCH_TAGS else step)):
                     writer.write(event.SerializeToString())
             file.flush()
             os.fsync(file.fileno())

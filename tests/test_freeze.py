@@ -110,6 +110,13 @@ def test_a_pattern_that_matches_nothing_is_refused(tmp_path):
         fit(tmp_path, BackboneFreeze(frozen=["nonsense"]), 1)
 
 
+def test_a_module_without_a_named_head_is_not_frozen_as_a_whole(tmp_path):
+    module, _ = make()
+    del module.head
+    with pytest.raises(UserError, match="names no head"):
+        BackboneFreeze().setup(Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path), module, "fit")
+
+
 @pytest.mark.parametrize("bad", [{"unfreeze_epoch": -1}, {"unfrozen_lr": 0.0}])
 def test_options_out_of_range_are_refused(bad):
     with pytest.raises(UserError, match=next(iter(bad))):

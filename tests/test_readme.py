@@ -1,0 +1,52 @@
+"""What the README says can be done, is done."""
+
+import re
+from pathlib import Path
+
+from lightning import Trainer
+
+import cifar_transfer
+from cifar_transfer.cli import FitCLI
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_example_runs(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    tiny = {"train_images": 100, "test_images": 20}
+    monkeypatch.setattr(cifar_transfer, "CIFAR10DataModule", lambda root: cifar_transfer.ShapesDataModule(**tiny))
+    code = code.replace('"resnet18"', '"shufflenet_v2_x0_5", "none"').replace("max_epochs=40", "max_epochs=6")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert isinstance(names["trainer"], Trainer)
+    assert "test/acc" in names["trainer"].callback_metrics
+
+
+def test_every_option_exists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["fit"])
+    options = set(re.findall(r"(--(?:model|data|trainer|freeze)\.[a-z_.0-9]+)=", README))
+    assert len(options) > 10
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "b").mkdir()
+    own = ["--data=ImageFolderDataModule", "--data.root=.", "--model.weights=none", "--trainer.accelerator=cpu"]
+    known = set()
+    for arguments in (own, ["--model.weights=none", "--trainer.accelerator=cpu"]):
+        config = FitCLI(arguments).config.as_dict()
+        known |= {f"--data.{name}" for name in config["data"]["init_args"]}
+        known |= {f"--{part}.{name}" for part in ("model", "trainer", "freeze") for name in config[part]}
+    assert options <= known
+
+
+def test_every_recipe_is_valid_and_promises_a_result(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["fit"])
+    recipes = sorted((ROOT / "configs").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        header = recipe.read_text().split("\n\n")[0]
+        assert all(line.startswith("#") for line in header.splitlines()), recipe.name
+        assert re.search(r"\d %", header), f"{recipe.name} promises no result"
+        FitCLI(["--config", str(recipe), "--model.weights=none"])
