@@ -47,6 +47,8 @@ def read_image(path: str | Path, size: int | None = None) -> np.ndarray:
                 rgb = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
             else:
                 rgb = image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be decoded as an image ({error}): mend or remove it.") from None
     if size is not None and rgb.size != (size, size):
@@ -55,7 +57,7 @@ def read_image(path: str | Path, size: int | None = None) -> np.ndarray:
         rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
         left, top = (width - size) // 2, (height - size) // 2
         rgb = rgb.crop((left, top, left + size, top + size))
-    return np.asarray(rgb).transpose(2, 0, 1)
+    return np.array(rgb).transpose(2, 0, 1)  # a copy, as torch wants to be able to write
 
 
 class Images(Dataset[Batch]):

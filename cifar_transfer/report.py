@@ -1,6 +1,7 @@
 """What a run tells: a line an epoch, the graph, comparable hyper-parameters, event files without overlaps."""
 
 import os
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.summary.writer.record_writer import RecordWriter
+from tqdm import tqdm
 
 from cifar_transfer.classifier import EPOCH_FIGURES
 
@@ -61,13 +62,9 @@ class Report(Callback):
 
 def say(trainer: Trainer, line: str) -> None:
     """Print a line on the first rank, above the progress bar if there is one."""
-    if not trainer.is_global_zero:
-        return
-    bar = trainer.progress_bar_callback
-    if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
-        bar.print(line)
-    else:
-        print(line, flush=True)
+    if trainer.is_global_zero:
+        tqdm.write(line, file=sys.stdout)  # any bar steps aside
+        sys.stdout.flush()
 
 
 def log_final(trainer: Trainer, hparams: dict[str, Any], figures: dict[str, float]) -> None:
