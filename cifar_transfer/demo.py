@@ -34,10 +34,10 @@ def main() -> None:
     began = time.monotonic()
     upstream = run("upstream")
     accuracy = {
-        "pretrained on other shapes, then 5 epochs frozen and 10 not": run(
+        "pretrained on other shapes, then 5 epochs frozen and 7 not": run(
             "transfer", f"--model.weights={upstream.best}"
         ),
-        "from scratch, 15 epochs": run("scratch"),
+        "from scratch, 12 epochs": run("scratch"),
     }
     print(f"\nTest accuracy on ten new shapes from 40 images each ({time.monotonic() - began:.0f} s in all):")
     for what, outcome in accuracy.items():

@@ -8,6 +8,7 @@ import time
 from itertools import pairwise
 
 import pytest
+import torch
 from conftest import TINY, assert_same_weights, run_fit, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -52,6 +53,8 @@ def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, undisturbed, li
     assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
     assert_same_weights(tmp_path / LAST, undisturbed / LAST)
     assert_same_weights(tmp_path / LAST.replace("last", "best"), undisturbed / LAST.replace("last", "best"))
+    schedules = [torch.load(folder / LAST, weights_only=True)["lr_schedulers"] for folder in (tmp_path, undisturbed)]
+    assert schedules[0] == schedules[1], "the step of the last epoch before the kill counts"
     resumed, whole = curves(tmp_path), curves(undisturbed)
     assert resumed.keys() == whole.keys()
     for tag, points in resumed.items():
