@@ -183,6 +183,18 @@ def test_resumed_in_the_middle_of_the_epoch_of_unfreezing_stays_unfrozen(tmp_pat
     assert rows[-1]["lr"] == 1e-4
 
 
+def test_a_rate_lowered_after_the_unfreezing_survives_resuming(tmp_path):
+    class Lower(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            if trainer.current_epoch == 1:
+                trainer.optimizers[0].param_groups[0]["lr"] = 3e-5
+                trainer.lr_scheduler_configs[0].scheduler.best = -1.0  # so that the epoch counts as a bad one
+
+    fit(tmp_path, BackboneFreeze(unfreeze_epoch=1), 2, Lower(), ModelCheckpoint(tmp_path, "{epoch}", **EACH_EPOCH))
+    rows, _ = fit(tmp_path, BackboneFreeze(unfreeze_epoch=1), 3, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert [(row["lr"], row["bad"]) for row in rows] == [(3e-5, 1)]
+
+
 def test_settings_that_a_resumed_checkpoint_would_undo_are_refused(tmp_path):
     keep = ModelCheckpoint(tmp_path, "{epoch}", **EACH_EPOCH)
     fit(tmp_path, BackboneFreeze(unfreeze_epoch=1), 2, keep)
