@@ -19,6 +19,7 @@ check: .venv/ready  ## Style and types
 	$(VENV)/mypy
 
 .venv/ready: pyproject.toml
+	@echo "Setting up .venv: PyTorch and what it needs, about 6 GB."
 	test -x $(VENV)/python || $(PYTHON) -m venv .venv
-	$(VENV)/python -m pip install --quiet --editable ".[test]"
+	$(VENV)/python -m pip install --editable ".[test]"
 	touch $@
