@@ -60,13 +60,15 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml` when training starts: what a checkpoint refuses must not replace the options of its run."""
+    """Writes `config.yaml` at once, but for a run that continues only when its checkpoint has accepted the options."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing yet: the checkpoint has not been read."""
+        """Write, unless a checkpoint is still to be read."""
+        if not self.config.ckpt_path:
+            super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write, as Lightning's class does in `setup`."""
+        """Write what is not written yet."""
         super().setup(trainer, pl_module, "fit")
 
 
