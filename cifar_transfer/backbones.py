@@ -1,186 +1,217 @@
-"""Networks by name, their heads, and pretrained weights from torchvision, a file or an own checkpoint."""
+"""Which backbones there are: `python -m cifar_transfer.backbones [PATTERN] [--json]`, or `--detail NAME` of one."""
 
-import difflib
-import hashlib
-import pickle
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import argparse
+import json
+import sys
+import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_info
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision import models
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-from cifar_transfer.download import fetch
-from cifar_transfer.errors import UserError
+from cifar_transfer import catalog, networks
+from cifar_transfer.catalog import LENET, TIMM
+from cifar_transfer.errors import UserError, one_sentence
+from cifar_transfer.report import markdown
+from cifar_transfer.small_images import ASSUMED
 
-# Not yet: these two return the logits of auxiliary heads while training, and SqueezeNet's head is a convolution.
-NAMES: list[str] = models.list_models(module=models, exclude=["googlenet", "inception_v3", "squeezenet*"])
-OWN_PREFIX = "network."  # of the keys in our own checkpoints
-
-
-class OnePixelConv2d(nn.Conv2d):
-    """`nn.Conv2d` that leaves out, where its output is one pixel, the taps that only ever meet padding.
-
-    At 32 x 32 pixels the last stage of a ResNet is one pixel large, and eight of nine taps of its 3 x 3 kernels are
-    multiplied with zeros. The result is the same and the gradients of those taps are zeros as before, but forward and
-    backward of ResNet18 take 0.37 s instead of 0.58 s (64 images of 32 pixels, one core of an AMD EPYC). It has
-    `nn.Conv2d`'s parameters and state dict.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve float [B, C, H, W]."""
-        height, width = input.shape[-2:]
-        top, left = (int(padding) for padding in self.padding)
-        if not (self._one_pixel(height, 0) and self._one_pixel(width, 1)):
-            return super().forward(input)
-        weight = self.weight[:, :, top : top + height, left : left + width]
-        return F.conv2d(input, weight, self.bias, groups=self.groups)
-
-    def _one_pixel(self, size: int, axis: int) -> bool:
-        kernel, padding, stride = self.kernel_size[axis], int(self.padding[axis]), self.stride[axis]
-        return size + padding <= kernel and (size + 2 * padding - kernel) // stride == 0
-
-    @classmethod
-    def convert(cls, network: nn.Module) -> None:
-        """Make the padded convolutions of a network ones of this class, in place."""
-        for module in network.modules():
-            padded = type(module) is nn.Conv2d and isinstance(module.padding, tuple) and max(module.padding) > 0
-            if padded and module.padding_mode == "zeros" and module.dilation == (1, 1):
-                module.__class__ = cls
+COUNTED_AT_MOST = 60  # of timm's networks, which say neither parameters nor operations: each has to be built
+COLUMNS = {
+    "name": "name",
+    "year": "year",
+    "parameters": "params (M)",
+    "gflops": "GFLOPs",
+    "top1_error": "top-1 err",
+    "top5_error": "top-5 err",
+    "native": "native",
+    "weights": "weights",
+    "licence_or_source": "licence or source",
+}
 
 
-def build(name: str, weights: str, num_classes: int, class_names: Sequence[str] | None = None) -> tuple[nn.Module, str]:
-    """A network with a head for the data's classes.
+def describe(name: str, count: bool = True) -> dict[str, Any]:
+    """What the libraries say of a network.
 
     Args:
-        name: A torchvision classification network, say "resnet18".
-        weights: "DEFAULT" or another of torchvision's names for the network ("IMAGENET1K_V1"); "none"; or a file: a
-            state dict (`.pth`, `.safetensors`; float16 is cast) or a checkpoint of this project.
-        num_classes: Outputs of the head.
-        class_names: What they stand for; the head of a checkpoint of ours is kept only when it tells these apart.
+        name: Of the network.
+        count: Build it on no device to count parameters and multiply-adds, where its library does not say them.
 
     Returns:
-        The network, float32, and its head's name: `network.get_submodule(head)` is an `nn.Linear`.
-
-    Raises:
-        UserError: An unknown network or weights' name, a missing or unfit file, or a failed download.
+        By the keys of `COLUMNS`: parameters as a number, GFLOPs in billions of multiply-adds at the native size, errors
+        in per cent on ImageNet-1k's validation set, the native size in pixels; None where unknown.
     """
-    if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=4)
-        hint = f"did you mean {', '.join(near)}?" if near else f"take one of torchvision's, say {', '.join(NAMES[:4])}."
-        raise UserError(f"There is no backbone {name!r}: {hint}")
-    network = models.get_model(name, weights=None)
-    head = head_name(network)
-    old = network.get_submodule(head)
-    assert isinstance(old, nn.Linear)
-    network.set_submodule(head, nn.Linear(old.in_features, num_classes))
-    OnePixelConv2d.convert(network)
-    if weights.lower() != "none":
-        state, trained_on = _read_weights(name, weights)
-        if trained_on and class_names and list(trained_on) != list(class_names):
-            state = _without_head(state, head, f"it tells apart {', '.join(trained_on[:3])}, ...")
-        _load(network, state, head, weights)
-    return network, head
-
-
-def head_name(network: nn.Module) -> str:
-    """The name of the last linear layer, which is the head of every network in `NAMES`."""
-    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
-
-
-def _read_weights(name: str, weights: str) -> tuple[dict[str, Tensor], Sequence[str] | None]:
-    known = {entry.name: entry for entry in models.get_model_weights(name)}
-    if known:
-        known["DEFAULT"] = models.get_model_weights(name).DEFAULT
-    if weights in known:
-        return read_state(_fetch(known[weights].url))
-    path = Path(weights).expanduser()
-    if not path.is_file():
-        near = difflib.get_close_matches(weights, known, n=1)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        raise UserError(
-            f"weights={weights!r} is neither a file nor a name of {name}'s weights. {hint}"
-            f"Take one of {', '.join([*known, 'none'])}, or a path."
-        )
-    return read_state(path)
-
-
-def _fetch(url: str) -> Path:
-    """torchvision's file in torch's own cache, checked each time against the hash in its name, and fetched when absent.
-
-    torch checks the hash only while it downloads, so that a file cut short would fail for ever.
-    """
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
-    match = re.search(r"-([0-9a-f]{8,})\.", path.name)
-    assert match, f"{url} names no hash"
-    if path.is_file() and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(match[1]):
-        rank_zero_info(f"{path} is damaged; it is downloaded again.")
-        path.unlink()
-    try:
-        return fetch([url], path, digest=f"sha256:{match[1]}")
-    except UserError as error:
-        raise UserError(
-            f"The pretrained weights are not on this machine: {error}. Three ways out: copy the file to {path}; name "
-            f"another with --model.weights=FILE; or train without, --model.weights=none (make demo needs no download)."
-        ) from None
-
-
-def read_state(path: Path) -> tuple[dict[str, Tensor], Sequence[str] | None]:
-    """Read a file of weights without running any code that it may hold.
-
-    Args:
-        path: A state dict (`.safetensors`, or as `torch.save` writes it) or a checkpoint of ours.
-
-    Returns:
-        The state dict by the network's own names, and the class names if it is a checkpoint of ours.
-
-    Raises:
-        UserError: The file is damaged, holds objects other than tensors, or is no state dict.
-    """
-    try:
-        content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} is not opened: it holds more than tensors, or is no file of weights.") from None
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path} cannot be read as weights ({error}): it may be cut short.") from None
-    trained_on = None
-    if isinstance(content, dict) and "pytorch-lightning_version" in content:
-        trained_on = content.get("hyper_parameters", {}).get("class_names")
-        content = {k.removeprefix(OWN_PREFIX): v for k, v in content["state_dict"].items() if k.startswith(OWN_PREFIX)}
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{path} is no state dict: save one with torch.save(network.state_dict(), FILE).")
-    return dict(content), trained_on
-
-
-def _without_head(state: dict[str, Tensor], head: str, why: str) -> dict[str, Tensor]:
-    rank_zero_info(f"The pretrained head is dropped: {why}")
-    return {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
-
-
-def _load(network: nn.Module, state: dict[str, Tensor], head: str, weights: str) -> None:
-    expected = network.state_dict()
-    bias = f"{head}.bias"
-    if bias in state and state[bias].shape != expected[bias].shape:
-        state = _without_head(
-            state, head, f"it has {len(state[bias])} outputs, the data {len(expected[bias])} classes."
-        )
-    backbone = {key for key in expected if not key.startswith(f"{head}.")}
-    wrong = {
-        "missing": backbone - state.keys(),
-        "unknown": state.keys() - expected.keys(),
-        "of another shape": {key for key in state.keys() & expected.keys() if state[key].shape != expected[key].shape},
+    published = list(catalog.weights(name).values())
+    default = published[0] if published else None
+    native = default.native if default else ASSUMED if name == LENET else None
+    parameters, gflops = (default.parameters, default.gflops) if default else (None, None)
+    if parameters is None and count:
+        parameters, gflops = _count(name, native)
+    return {
+        "name": name,
+        "year": catalog.year(name),
+        "parameters": parameters,
+        "gflops": gflops,
+        "top1_error": default.top1 if default else None,
+        "top5_error": default.top5 if default else None,
+        "native": native,
+        "weights": [entry.name for entry in published],
+        "licence_or_source": (default.licence or default.source) if default else None,
     }
-    if any(wrong.values()):
-        found = "; ".join(f"{what}: {_some(keys)}" for what, keys in wrong.items() if keys)
-        raise UserError(f"The weights {weights} do not fit the network. Keys {found}.")
-    network.load_state_dict(state, strict=False)
 
 
-def _some(keys: set[str], most: int = 5) -> str:
-    return ", ".join(sorted(keys)[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+def _count(name: str, native: int | None) -> tuple[int, float | None]:
+    with torch.device("meta"):
+        network = networks.stock(name).eval()
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        if native is None:
+            return parameters, None
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            try:
+                network(torch.empty(1, 3, native, native))
+            except (RuntimeError, NotImplementedError):  # something that cannot run without data
+                return parameters, None
+    return parameters, round(counter.get_total_flops() / 2e9, 4)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    text = {key: "" if row[key] is None else str(row[key]) for key in COLUMNS}
+    text["parameters"] = "" if row["parameters"] is None else f"{row['parameters'] / 1e6:.2f}"
+    text["gflops"] = "" if row["gflops"] is None else f"{row['gflops']:.{2 if row['gflops'] >= 0.01 else 4}f}"
+    for key in ("top1_error", "top5_error"):
+        text[key] = "" if row[key] is None else f"{row[key]:.2f}"
+    text["weights"] = ", ".join(row["weights"]) or "none"
+    text["licence_or_source"] = text["licence_or_source"].removeprefix("https://")
+    return list(text.values())
+
+
+def _layer(network: nn.Module, name: str) -> str:
+    return f"{name}: {network.get_submodule(name)}"
+
+
+def detail(name: str, size: int | None) -> str:
+    """Stem, head, what is frozen, what `small_images` changes, and memory.
+
+    Args:
+        name: Of the network.
+        size: Side of the images in pixels; None for 32, or the least that the network takes if that is more.
+
+    Raises:
+        UserError: No such network, or it cannot take the size.
+    """
+    catalog.check(name)
+    lines = [name]
+    for small in (False, True):
+        built, side, needed = _trained(name, size, small)
+        network = built.network
+        if not small:
+            stem = next(n for n, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear))
+            total = sum(p.numel() for p in network.parameters())
+            free = sum(p.numel() for head in built.heads for p in network.get_submodule(head).parameters())
+            lines.append(f"  stem    {_layer(network, stem)}")
+            lines += [f"  head    {_layer(network, head)}" for head in built.heads]
+            lines.append(f"  frozen  {total - free:,} of {total:,} parameters while only the head trains")
+            for entry in catalog.weights(name).values():
+                lines.append(f"  weights {entry.name} ({entry.native} pixels; {entry.licence or entry.source})")
+        else:
+            lines += ["  small_images=true", *(f"    {change}" for change in built.changes or ["changes nothing"])]
+        lines.append(f"    memory at {side} pixels: {needed}" if small else f"  memory  at {side} pixels: {needed}")
+    return "\n".join(lines)
+
+
+def _trained(name: str, size: int | None, small: bool) -> tuple[networks.Backbone, int, str]:
+    least = max([entry.least for entry in catalog.weights(name).values() if entry.least < entry.native] or [1])
+    sides = [size] if size else sorted({ASSUMED, max(ASSUMED, least)})
+    for side in sides:
+        try:
+            built = networks.build(name, "none", 10, image_size=side, small=small)
+            return built, side, memory(built.network, built.heads, side)
+        except (UserError, RuntimeError) as error:
+            problem = error
+    raise UserError(f"{name} cannot take images of {sides[-1]} pixels ({str(problem).splitlines()[0]}).")
+
+
+def memory(network: nn.Module, heads: tuple[str, ...], size: int) -> str:
+    """A sentence on what training needs: the parameters with gradients and Adam's moments, and activations an image.
+
+    Args:
+        network: On the CPU.
+        heads: Names of what trains while the rest is frozen.
+        size: Side of the images in pixels.
+    """
+    everything = _activations(network, size)
+    fixed = 4 * 4 * sum(p.numel() for p in network.parameters())
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    for head in heads:
+        network.get_submodule(head).requires_grad_(True)
+    frozen = _activations(network, size)
+    return (
+        f"{fixed / 2**20:,.0f} MiB, and an image (batch 1, float32) {everything / 2**20:.1f} MiB of activations, "
+        f"{frozen / 2**20:.2g} MiB while frozen"
+    )
+
+
+def _activations(network: nn.Module, size: int) -> int:
+    """Bytes kept for the backward pass of one image."""
+    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage().data_ptr()
+        if storage not in parameters:
+            kept[storage] = tensor  # alive, so that no other takes its place in memory
+        return tensor
+
+    # In eval mode, as batch-norm cannot train on one image; it keeps as much.
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network.eval()(torch.zeros(1, 3, size, size))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def main() -> None:
+    """Parse the options and print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cifar_transfer.backbones",
+        description="The backbones that --model.backbone takes, in the words of their libraries.",
+    )
+    parser.add_argument(
+        "pattern",
+        nargs="?",
+        default="*",
+        metavar="PATTERN",
+        help="Part of a name, or a pattern with * and ?. timm's networks are listed with 'timm/*' and the like.",
+    )
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    parser.add_argument(
+        "--detail", metavar="NAME", help="Of one network: stem, head, what small_images changes, memory."
+    )
+    parser.add_argument("--image_size", type=int, help="For --detail: side of the images in pixels (32).")
+    options = parser.parse_args()
+    if options.detail:
+        print(detail(options.detail, options.image_size))
+        return
+    names = catalog.names(options.pattern)
+    if not names:
+        raise UserError(f"No backbone is named like {options.pattern!r}; timm's are listed with 'timm/*'.")
+    count = len([name for name in names if name.startswith(TIMM)]) <= COUNTED_AT_MOST
+    bar = tqdm(names, leave=False, disable=not sys.stderr.isatty(), delay=2, unit="network")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries about networks that are only counted
+        rows = [describe(name, count) for name in bar]
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return
+    print(markdown([list(COLUMNS.values()), *map(_cells, rows)]), end="")
+    if not count:
+        print(
+            f"\nParameters and GFLOPs of timm's networks are counted for {COUNTED_AT_MOST} at once: narrow the pattern."
+        )
+    if not options.pattern.startswith(TIMM):
+        print("\ntimm's networks: python -m cifar_transfer.backbones 'timm/*' (needs timm)")
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

@@ -1,7 +1,8 @@
 """The network with its new head, its loss, metrics, optimizer and schedule."""
 
+import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,16 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from cifar_transfer import backbones
+from cifar_transfer import networks
 from cifar_transfer.errors import UserError
 from cifar_transfer.images import Batch
 
 EPOCH_FIGURES: tuple[str, ...] = ("train/acc", "train/loss_epoch", "val/acc", "val/loss")
+# What a checkpoint decides when a run continues from it: the network's form, the optimizer and the schedule.
+RESUMED_AS_SAVED = (
+    *("backbone", "num_classes", "small_images", "patch_size", "aux_weight"),
+    *("lr", "weight_decay", "lr_factor", "lr_patience"),
+)
 STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # the deviations that tutorials use
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -27,18 +33,25 @@ STATISTICS = {
 class TransferClassifier(LightningModule):
     """A pretrained network with a new head, fine-tuned with Adam, cross-entropy and `ReduceLROnPlateau`.
 
-    `network` is the plain torchvision network; `head` is the name of its last layer in it, all the rest is the
-    backbone. Which part trains when is up to `BackboneFreeze`.
+    `network` is the library's plain network; `heads` names its layers that tell the classes apart, mostly one; all the
+    rest is the backbone. Which part trains when is up to `BackboneFreeze`.
 
     Args:
-        backbone: Name of a torchvision classification network.
-        weights: Name of torchvision weights, "DEFAULT", "none", or a file: a state dict (.pth, .safetensors) or a
-            checkpoint of this class.
+        backbone: Name of a torchvision classification network, "timm/NAME" for one of timm's, or "lenet5". The list:
+            `python -m cifar_transfer.backbones`.
+        weights: The library's name for the weights, "DEFAULT", "none", or a file: a state dict (.pth, .safetensors), a
+            published checkpoint, or a checkpoint of this class.
         num_classes: Outputs of the head; None takes as many as there are `class_names`, or 10.
         class_names: What the outputs stand for; kept in checkpoints for prediction.
-        image_size: Side in pixels that images are resized to (bilinear, antialiased, on the device); None takes them as
-            they are.
-        normalize: Channel statistics in [0, 1]: "cifar10", "imagenet", or [[mean, mean, mean], [deviation, ...]].
+        image_size: Side in pixels that images are resized to (bilinear, antialiased, on the device); "native" is what
+            the weights were trained with; None takes them as they are, and makes networks for one size (ViT) for 32.
+        normalize: Channel statistics in [0, 1]: "cifar10", "imagenet", "weights" for those that the weights were
+            trained with, or [[mean, mean, mean], [deviation, ...]].
+        small_images: Adapt the network to small images, keeping its weights: a stem of stride 1, smaller patches and
+            windows, no pooling that only repeats. `python -m cifar_transfer.backbones --detail NAME` says what.
+        patch_size: Side of a transformer's patches in pixels; None leaves it to the network and `small_images`.
+        aux_weight: Weight of the auxiliary heads' losses in GoogLeNet (0.3 in its paper) and Inception v3 (0.4 in
+            torchvision's tutorial); 0 drops these heads.
         lr: Adam's learning rate, until the unfreezing or the schedule changes it.
         weight_decay: Adam's L2 penalty.
         lr_factor: What the learning rate is multiplied with when `val/loss` no longer falls.
@@ -59,8 +72,11 @@ class TransferClassifier(LightningModule):
         weights: str = "DEFAULT",
         num_classes: int | None = None,
         class_names: list[str] | None = None,
-        image_size: int | None = None,
+        image_size: int | Literal["native"] | None = None,
         normalize: str | list[list[float]] = "cifar10",
+        small_images: bool = False,
+        patch_size: int | None = None,
+        aux_weight: float = 0.0,
         lr: float = 1e-3,
         weight_decay: float = 1e-4,
         lr_factor: float = 0.5,
@@ -75,11 +91,26 @@ class TransferClassifier(LightningModule):
                 f"num_classes is {num_classes}, but the data have {len(class_names)} classes "
                 f"({', '.join(class_names[:4])}, ...): leave num_classes out."
             )
-        self._check(num_classes, image_size, lr, weight_decay, lr_factor, lr_patience)
         self.save_hyperparameters()
         self.hparams["num_classes"] = num_classes
-        mean, std = statistics(normalize)
-        self.network, self.head = backbones.build(backbone, weights, num_classes, class_names)
+        self._check()
+        built = networks.build(
+            backbone,
+            weights,
+            num_classes,
+            class_names,
+            image_size=image_size,
+            small=small_images,
+            patch=patch_size,
+            auxiliary=aux_weight > 0,
+        )
+        self.network, self.heads = built.network, built.heads
+        if normalize == "weights":
+            if built.statistics is None:
+                raise UserError(f"{backbone} has no published weights, so normalize=weights says nothing: name others.")
+            self.hparams["normalize"] = [list(triple) for triple in built.statistics]
+        self.hparams["image_size"] = built.image_size  # what "native" and "weights" came to, whatever is loaded later
+        mean, std = statistics(self.hparams["normalize"])
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.input_size: list[int] | None = None  # of the images trained on, [height, width] in pixels
@@ -88,20 +119,20 @@ class TransferClassifier(LightningModule):
         self.test_acc = MulticlassAccuracy(num_classes, average="micro")
         self._validated = False
 
-    @staticmethod
-    def _check(
-        num_classes: int, image_size: int | None, lr: float, weight_decay: float, lr_factor: float, lr_patience: int
-    ) -> None:
-        for name, value, fits, wanted in (
-            ("num_classes", num_classes, num_classes >= 2, "two or more"),
-            ("image_size", image_size, image_size is None or image_size >= 1, "a number of pixels"),
-            ("lr", lr, lr > 0, "a positive rate"),
-            ("weight_decay", weight_decay, weight_decay >= 0, "0 or more"),
-            ("lr_factor", lr_factor, 0 < lr_factor < 1, "a factor between 0 and 1"),
-            ("lr_patience", lr_patience, lr_patience >= 0, "0 epochs or more"),
+    def _check(self) -> None:
+        options = self.hparams
+        for name, fits, wanted in (
+            ("num_classes", options["num_classes"] >= 2, "two or more"),
+            ("image_size", options["image_size"] in (None, "native") or options["image_size"] >= 1, "pixels or native"),
+            ("patch_size", options["patch_size"] is None or options["patch_size"] >= 1, "a number of pixels"),
+            ("aux_weight", options["aux_weight"] >= 0, "0 or more"),
+            ("lr", options["lr"] > 0, "a positive rate"),
+            ("weight_decay", options["weight_decay"] >= 0, "0 or more"),
+            ("lr_factor", 0 < options["lr_factor"] < 1, "a factor between 0 and 1"),
+            ("lr_patience", options["lr_patience"] >= 0, "0 epochs or more"),
         ):
             if not fits:
-                raise UserError(f"{name} is {value}: take {wanted}.")
+                raise UserError(f"{name} is {options[name]}: take {wanted}.")
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images.
@@ -112,10 +143,15 @@ class TransferClassifier(LightningModule):
         Returns:
             Logits, float [B, num_classes].
         """
+        return self._all_logits(images)[0]
+
+    def _all_logits(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The main logits, and while auxiliary heads train, theirs."""
         size = self.hparams["image_size"]
         if size is not None and images.shape[-2:] != (size, size):
             images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-        return self.network((images - self.mean) / self.std)
+        logits = self.network((images - self.mean) / self.std)
+        return logits if isinstance(logits, tuple) else (logits,)
 
     def setup(self, stage: str) -> None:
         """Check that data and network fit, before anything is trained."""
@@ -132,18 +168,22 @@ class TransferClassifier(LightningModule):
         try:
             with torch.no_grad():
                 self.eval()(torch.zeros(1, 3, *self.input_size, device=self.device))
-        except RuntimeError as error:
+                if self.hparams["aux_weight"]:  # auxiliary heads need larger images, and answer only while training
+                    side = self.hparams["image_size"] or self.input_size[0]
+                    copy.deepcopy(self.network).train()(torch.zeros(2, 3, side, side, device=self.device))
+        except (RuntimeError, AssertionError) as error:
             size = self.hparams["image_size"] or "x".join(map(str, self.input_size))
-            raise UserError(
-                f"{self.hparams['backbone']} cannot take images of {size} pixels ({error}): set image_size, say 224."
-            ) from None
+            name, why = self.hparams["backbone"], str(error).splitlines()[0]
+            raise UserError(f"{name} cannot take images of {size} pixels ({why}): {networks.size_hint(name)}") from None
         self.train(training)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean cross-entropy of a batch."""
+        """Mean cross-entropy of a batch, with that of the auxiliary heads if they train."""
         images, labels = batch
-        logits = self(images)
+        logits, *auxiliary = self._all_logits(images)
         loss = F.cross_entropy(logits, labels)
+        for other in auxiliary:
+            loss = loss + self.hparams["aux_weight"] * F.cross_entropy(other, labels)
         self.train_loss.update(loss.detach(), len(labels))
         self.train_acc.update(logits.detach(), labels)
         self.log("train/loss", loss, prog_bar=True)
@@ -215,7 +255,7 @@ class TransferClassifier(LightningModule):
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             return
         saved = checkpoint.get("hyper_parameters", {})
-        for name in ("backbone", "num_classes", "lr", "weight_decay", "lr_factor", "lr_patience"):
+        for name in RESUMED_AS_SAVED:
             if name in saved and saved[name] != self.hparams[name]:
                 raise UserError(
                     f"model.{name}={self.hparams[name]} would be undone by the checkpoint, which was written with "

@@ -22,9 +22,7 @@ from cifar_transfer.classifier import TransferClassifier
 from cifar_transfer.data import ImageDataModule
 from cifar_transfer.errors import UserError
 from cifar_transfer.freeze import BackboneFreeze
-from cifar_transfer.report import Report, trim_events
-
-LOGS = "lightning_logs"
+from cifar_transfer.report import LOGS, Report, trim_events
 
 # Warnings that nobody running a job can act on.
 for _message in (

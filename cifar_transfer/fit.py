@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from cifar_transfer.cli import FitCLI
 from cifar_transfer.errors import one_sentence
-from cifar_transfer.report import log_final, say
+from cifar_transfer.report import log_final, say, write_result
 
 
 class Outcome(NamedTuple):
@@ -49,6 +49,7 @@ def fit(args: Sequence[str]) -> Outcome | None:
     if "test" in data.images:
         figures["best/test_acc"] = trainer.test(model, data, ckpt_path=best, verbose=False)[0]["test/acc"]
     log_final(trainer, {**data.hparams, **model.hparams}, figures)
+    write_result(trainer, model, figures)
     run, checkpoint = Path(os.path.relpath(trainer.log_dir or ".")), Path(os.path.relpath(best))
     for name, value in figures.items():
         say(trainer, f"{name.removeprefix('best/').replace('_acc', ' accuracy')} {value:.2%} with the best checkpoint")

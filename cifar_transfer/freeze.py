@@ -33,8 +33,8 @@ class BackboneFreeze(Callback):
         unfrozen_lr: Learning rate of all parameter groups from then on; None leaves it as it is. A `ReduceLROnPlateau`
             starts afresh, for the losses of the frozen network say nothing about the new phase.
         frozen: Regular expressions; parameters whose name one of them matches from the start are frozen, for example
-            `network\\.(conv1|bn1|layer[12])\\.`. None freezes all but the head, which the module names in `head`
-            (a submodule of its `network`).
+            `network\\.(conv1|bn1|layer[12])\\.`. None freezes all but the heads, which the module names in
+            `heads` (submodules of its `network`).
         batch_norm: "eval" keeps frozen modules in eval mode, so that batch-norm uses and keeps the pretrained
             statistics and dropout is off; "train" lets the statistics follow the new data.
 
@@ -80,10 +80,10 @@ class BackboneFreeze(Callback):
                 f"BackboneFreeze works on one device and under DDP, not under {type(trainer.strategy).__name__}, which "
                 f"shards parameters when it wraps the model and cannot release some later: take --trainer.strategy=ddp."
             )
-        if self.frozen is None and not hasattr(pl_module, "head"):
+        if self.frozen is None and not hasattr(pl_module, "heads"):
             raise UserError(
                 f"{type(pl_module).__name__} names no head, so all of it would be frozen: give BackboneFreeze the "
-                f"names of what to freeze, frozen=[...], or the module an attribute `head`."
+                f"names of what to freeze, frozen=[...], or the module an attribute `heads`."
             )
         if not any(True for _ in self._frozen_parameters(pl_module)):
             raise UserError(
@@ -134,7 +134,7 @@ class BackboneFreeze(Callback):
         names = {name for name, _ in self._frozen_parameters(pl_module)}
         for prefix, module in pl_module.named_modules():
             own = {f"{prefix}.{name}" for name, _ in module.named_parameters()}
-            if own and own <= names:
+            if own and own <= names:  # all of a block is frozen, so that its stochastic depth rests too
                 module.train(self.unfrozen)
 
     def _start_afresh(self, trainer: Trainer) -> None:
@@ -147,9 +147,9 @@ class BackboneFreeze(Callback):
                 scheduler.best, scheduler.num_bad_epochs, scheduler.cooldown_counter = scheduler.mode_worse, 0, 0
 
     def _frozen_parameters(self, pl_module: LightningModule) -> Iterator[tuple[str, nn.Parameter]]:
-        head = f"network.{getattr(pl_module, 'head', None)}."
+        heads = tuple(f"network.{head}." for head in getattr(pl_module, "heads", ()))
         for name, parameter in pl_module.named_parameters():
-            if any(re.match(pattern, name) for pattern in self.frozen) if self.frozen else not name.startswith(head):
+            if any(re.match(pattern, name) for pattern in self.frozen) if self.frozen else not name.startswith(heads):
                 yield name, parameter
 
     def state_dict(self) -> dict[str, Any]:

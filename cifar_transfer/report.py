@@ -1,9 +1,12 @@
 """What a run tells: a line an epoch, the graph, comparable hyper-parameters, event files without overlaps."""
 
+import json
 import os
+import re
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +19,29 @@ from tqdm import tqdm
 
 from cifar_transfer.classifier import EPOCH_FIGURES
 
+LOGS = "lightning_logs"  # where runs are, in the current folder
+RESULT = "result.json"  # in a finished run's folder
 EPOCH_TAGS = {*EPOCH_FIGURES, "lr", "trainable_parameters"}
 
 
 class Report(Callback):
-    """One line an epoch on the terminal, and the network's graph in TensorBoard."""
+    """One line an epoch on the terminal, the run's time and speed, and the network's graph in TensorBoard.
+
+    Attributes:
+        seconds: Time of all epochs with their validation, also those before the run was resumed.
+        images_per_second: Speed of training in the last epoch, over all devices; validation does not count.
+    """
 
     def __init__(self) -> None:
-        self._began = 0.0
+        self.seconds = self.images_per_second = 0.0
+        self._began = self._training = 0.0
+        self._images = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the graph of a run that begins (one that continues has it)."""
         size = getattr(pl_module, "input_size", None)
+        if size and (side := pl_module.hparams.get("image_size")):
+            size = [side, side]
         if (
             not trainer.is_global_zero
             or not isinstance(trainer.logger, TensorBoardLogger)
@@ -39,13 +53,24 @@ class Report(Callback):
         modes = {module: module.training for module in network.modules()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes are constants in a picture of one size
-            trainer.logger.experiment.add_graph(network.eval(), torch.zeros(1, 3, *size, device=pl_module.device))
+            try:
+                trainer.logger.experiment.add_graph(network.eval(), torch.zeros(1, 3, *size, device=pl_module.device))
+            except Exception as error:  # of any kind, from tracing somebody's network: a picture must not cost the run
+                say(trainer, f"TensorBoard will have no graph of this network ({str(error).splitlines()[0]}).")
         for module, training in modes.items():
             module.training = training
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the epoch's clock."""
         self._began = time.monotonic()
+        self._training, self._images = 0.0, 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, _: int
+    ) -> None:
+        """Count images, and the time until now, which leaves the validation out."""
+        self._images += len(batch[1]) * trainer.world_size
+        self._training = time.monotonic() - self._began
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch's figures."""
@@ -56,8 +81,19 @@ class Report(Callback):
                 parts.append(f"{split} loss {metrics[loss]:.3f} acc {metrics[f'{split}/acc']:6.2%}")
         parts.append(f"lr {trainer.optimizers[0].param_groups[0]['lr']:.2g}")
         if self._began:
-            parts.append(f"{time.monotonic() - self._began:.1f} s")
+            seconds = time.monotonic() - self._began
+            self.seconds += seconds
+            self.images_per_second = self._images / self._training
+            parts.append(f"{seconds:.1f} s")
         say(trainer, "   ".join(parts))
+
+    def state_dict(self) -> dict[str, float]:
+        """The time so far, for a run that is resumed."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Take up the clock."""
+        self.seconds = state_dict["seconds"]
 
 
 def say(trainer: Trainer, line: str) -> None:
@@ -78,6 +114,42 @@ def log_final(trainer: Trainer, hparams: dict[str, Any], figures: dict[str, floa
     if isinstance(trainer.logger, TensorBoardLogger):
         trainer.logger.log_hyperparams(hparams, figures)
         trainer.logger.save()
+
+
+def write_result(trainer: Trainer, pl_module: LightningModule, figures: dict[str, float]) -> None:
+    """Write what a finished run came to into its folder, as `result.json`.
+
+    Args:
+        trainer: Of the finished run.
+        pl_module: What it trained.
+        figures: Its accuracies, as for `log_final`; beside them are written the number of parameters, the seconds of
+            training and the images trained with in a second.
+    """
+    if trainer.log_dir is None or not trainer.is_global_zero:
+        return
+    report = next(callback for callback in trainer.callbacks if isinstance(callback, Report))  # type: ignore[attr-defined]
+    result = figures | {
+        "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
+        "epochs": trainer.current_epoch,
+        "seconds": round(report.seconds, 1),
+        "images_per_second": round(report.images_per_second, 1),
+    }
+    partial = Path(trainer.log_dir, f"partial.{RESULT}")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(partial, Path(trainer.log_dir, RESULT))
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """A table whose columns line up: numbers to the right, words to the left; its first row is the heading."""
+    columns = list(zip(*table, strict=True))
+    widths = [max(3, *map(len, column)) for column in columns]
+    right = [all(re.fullmatch(r"[\d.]*", cell) for cell in column[1:]) for column in columns]
+    lines = [
+        "| " + " | ".join(f"{c:>{w}}" if r else f"{c:<{w}}" for c, w, r in zip(row, widths, right, strict=True)) + " |"
+        for row in table
+    ]
+    rule = "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
 
 def trim_events(run: Path, epoch: int, step: int) -> None:

@@ -112,7 +112,7 @@ def test_a_pattern_that_matches_nothing_is_refused(tmp_path):
 
 def test_a_module_without_a_named_head_is_not_frozen_as_a_whole(tmp_path):
     module, _ = make()
-    del module.head
+    del module.heads
     with pytest.raises(UserError, match="names no head"):
         BackboneFreeze().setup(Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path), module, "fit")
 

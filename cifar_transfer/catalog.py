@@ -1,0 +1,182 @@
+"""Which networks and weights there are, in the libraries' own words: names, sizes, statistics, results, licences."""
+
+import difflib
+import fnmatch
+import importlib
+import inspect
+import re
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+
+from torchvision import models
+
+from cifar_transfer.errors import UserError
+
+LENET = "lenet5"
+TIMM = "timm/"
+TORCHVISION: list[str] = models.list_models(module=models)
+Triple = tuple[float, float, float]
+_ARXIV = re.compile(r"arxiv\.org/(?:abs|pdf)/(\d{4}\.\d{4,5})")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Published weights of a network.
+
+    Attributes:
+        name: Theirs in the library: "IMAGENET1K_V1" in torchvision, a tag such as "augreg_in21k" in timm.
+        url: Where the file is, "" if it is on the Hugging Face Hub alone.
+        hub: Repository and file on the Hub, or None.
+        native: Side of the images they were trained or evaluated with, in pixels.
+        least: Side of the smallest images that the network takes, in pixels; 1 where the library does not say.
+        mean: Of the channels in [0, 1], subtracted from them.
+        std: What the channels are divided by.
+        licence: As stated, or "".
+        source: Where they come from, a URL.
+        parameters: Of the network with its head, or None where the library does not say.
+        gflops: Billions of multiply-adds for an image of the native size, or None.
+        top1: Error on ImageNet-1k's validation set in per cent, or None.
+        top5: As `top1`, of the five likeliest classes.
+    """
+
+    name: str
+    url: str
+    hub: tuple[str, str] | None
+    native: int
+    least: int
+    mean: Triple
+    std: Triple
+    licence: str
+    source: str
+    parameters: int | None = None
+    gflops: float | None = None
+    top1: float | None = None
+    top5: float | None = None
+
+
+def timm() -> ModuleType:
+    """The timm package.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        return importlib.import_module("timm")
+    except ModuleNotFoundError:
+        raise UserError(
+            "Networks named timm/... come from the package timm, which is not installed: pip install '.[timm]' in the "
+            "project's folder, or pip install timm."
+        ) from None
+
+
+def split(name: str) -> tuple[str, str]:
+    """A timm name as architecture and tag: "timm/vit_base_patch16_224.mae" is ("vit_base_patch16_224", "mae")."""
+    architecture, _, tag = name.removeprefix(TIMM).partition(".")
+    return architecture, tag
+
+
+def check(name: str) -> None:
+    """Refuse a name that no library knows.
+
+    Raises:
+        UserError: With the nearest names; or timm is wanted and not installed.
+    """
+    if name.startswith(TIMM):
+        architecture, tag = split(name)
+        if not timm().is_model(architecture):
+            _unknown(name, [TIMM + known for known in timm().list_models()])
+        if tag and tag not in weights(name):
+            _unknown(name, [f"{TIMM}{architecture}.{known}" for known in weights(TIMM + architecture)])
+    elif name not in (LENET, *TORCHVISION):
+        _unknown(name, [LENET, *TORCHVISION])
+
+
+def _unknown(name: str, known: list[str]) -> None:
+    near = difflib.get_close_matches(name, known, n=4)
+    hint = f"did you mean {', '.join(near)}?" if near else f"take one of {', '.join(known[:4])}, ..."
+    raise UserError(f"There is no backbone {name!r}: {hint} All: python -m cifar_transfer.backbones")
+
+
+def names(pattern: str = "*") -> list[str]:
+    """Names that match a pattern with `*` and `?`, or contain it if it has neither; timm's only if it says "timm/".
+
+    Raises:
+        UserError: timm's are asked for, and it is not installed.
+    """
+    known = [LENET, *TORCHVISION]
+    if pattern.startswith(TIMM):
+        known = [TIMM + name for name in timm().list_models()]
+    pattern = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
+    return [name for name in known if fnmatch.fnmatchcase(name, pattern)]
+
+
+def weights(name: str) -> dict[str, Weights]:
+    """What is published for a network, by name, the default first; empty if nothing is."""
+    if name == LENET:
+        return {}
+    if name.startswith(TIMM):
+        architecture, tag = split(name)
+        published = [_from_timm(cfg) for cfg in timm().models.get_arch_pretrained_cfgs(architecture).values()]
+        known = {entry.name: entry for entry in published if entry.hub or entry.url}
+        default = tag or getattr(timm().get_pretrained_cfg(architecture), "tag", None)
+    else:
+        enum = models.get_model_weights(name)
+        known = {entry.name: _from_torchvision(entry) for entry in enum}
+        default = enum.DEFAULT.name
+    return dict(sorted(known.items(), key=lambda item: item[0] != default))
+
+
+def _from_torchvision(entry: models.WeightsEnum) -> Weights:
+    meta, preset = entry.meta, entry.transforms()
+    figures = meta["_metrics"].get("ImageNet-1K", {})
+    return Weights(
+        name=entry.name,
+        url=entry.url,
+        hub=None,
+        native=preset.crop_size[0],
+        least=meta["min_size"][0],
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        licence=meta.get("license", ""),
+        source=meta["recipe"],
+        parameters=meta["num_params"],
+        gflops=meta["_ops"],
+        top1=round(100 - figures["acc@1"], 3) if figures else None,
+        top5=round(100 - figures["acc@5"], 3) if figures else None,
+    )
+
+
+def _from_timm(cfg: object) -> Weights:
+    def get(key: str, default: object = None) -> object:
+        return getattr(cfg, key, None) or default
+
+    hub = get("hf_hub_id")
+    return Weights(
+        name=str(get("tag", "")),
+        url=str(get("url", "")),
+        hub=(str(hub), str(get("hf_hub_filename", "model.safetensors"))) if hub else None,
+        native=cfg.input_size[-1],  # type: ignore[attr-defined]
+        least=(get("min_input_size") or (3, 1, 1))[-1],  # type: ignore[index]
+        mean=tuple(cfg.mean),  # type: ignore[attr-defined]
+        std=tuple(cfg.std),  # type: ignore[attr-defined]
+        licence=str(get("license", "")),
+        source=str(get("origin_url", f"https://huggingface.co/{hub}" if hub else get("url", ""))),
+    )
+
+
+def year(name: str) -> int | None:
+    """Of the paper that the library gives for a network, from its arXiv number; None if it gives none or several."""
+    if name == LENET:
+        return 1998
+    if name.startswith(TIMM):
+        architecture, _ = split(name)
+        builder = timm().models.model_entrypoint(architecture)
+        paper = getattr(timm().get_pretrained_cfg(architecture), "paper_ids", None)
+        texts = [f"arxiv.org/abs/{str(paper).removeprefix('arXiv:')}", inspect.getdoc(builder) or ""]
+        papers = set(_ARXIV.findall(text := sys.modules[builder.__module__].__doc__ or ""))
+        texts += [text] if len(papers) == 1 else []  # a file of several networks does not say which is whose
+    else:
+        texts = [inspect.getdoc(models.get_model_builder(name)) or ""]
+    found = [match for text in texts if (match := _ARXIV.search(text))]
+    return 2000 + int(found[0][1][:2]) if found else None

@@ -1,0 +1,185 @@
+"""Networks by name, with a head for the data's classes, from torchvision, timm and 1998."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+from torchvision import models
+
+from cifar_transfer import catalog, weights
+from cifar_transfer.catalog import LENET, TIMM, Triple
+from cifar_transfer.errors import UserError
+from cifar_transfer.small_images import ASSUMED, OnePixelConv2d, adapt
+
+# Known to no layer but the heads of networks for ImageNet, so that heads are found by it.
+_IMAGENET_CLASSES = 1000
+# Weights of the auxiliary heads' losses: section 5 of arXiv:1409.4842; torchvision's tutorial for Inception v3.
+AUXILIARY = {"googlenet": 0.3, "inception_v3": 0.4}
+
+
+class Backbone(NamedTuple):
+    """A network ready for training.
+
+    Attributes:
+        network: float32; takes float [B, 3, H, W], normalised, and gives logits [B, num_classes], or while it trains
+            with auxiliary heads a tuple of logits, the main ones first.
+        heads: Names of the layers that tell the classes apart; all the rest is the backbone.
+        image_size: Side of the images in pixels, None as it came.
+        statistics: Mean and deviation of the channels that the weights were trained with, or None.
+        changes: What was adapted to small images or to the size, a sentence each.
+    """
+
+    network: nn.Module
+    heads: tuple[str, ...]
+    image_size: int | None
+    statistics: tuple[Triple, Triple] | None
+    changes: list[str]
+
+
+def lenet5(num_classes: int) -> nn.Sequential:
+    """LeNet-5 for three channels and 32 x 32 pixels (LeCun et al. 1998, section II.B), its last layer a linear one."""
+    features = nn.Sequential(
+        *(nn.Conv2d(3, 6, 5), nn.Tanh(), nn.AvgPool2d(2)),
+        *(nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2)),
+        *(nn.Conv2d(16, 120, 5), nn.Tanh(), nn.Flatten()),
+    )
+    classifier = nn.Sequential(nn.Linear(120, 84), nn.Tanh(), nn.Linear(84, num_classes))
+    return nn.Sequential(OrderedDict(features=features, classifier=classifier))
+
+
+def stock(name: str, auxiliary: bool = False, initialise: bool = True) -> nn.Module:
+    """The library's network for the 1000 classes of ImageNet, with random weights.
+
+    Args:
+        name: Of the network, in torchvision, or in timm after "timm/", or "lenet5".
+        auxiliary: Build GoogLeNet and Inception v3 with their auxiliary heads.
+        initialise: Draw their weights as their papers do, which is slow, and needless if others are loaded.
+
+    Raises:
+        UserError: No such network, or none with auxiliary heads.
+    """
+    catalog.check(name)
+    if auxiliary and name not in AUXILIARY:
+        raise UserError(
+            f"{name} has no auxiliary heads: leave aux_weight at 0 (those that have: {', '.join(AUXILIARY)})."
+        )
+    if name == LENET:
+        return lenet5(_IMAGENET_CLASSES)
+    if name.startswith(TIMM):
+        return catalog.timm().create_model(catalog.split(name)[0], num_classes=_IMAGENET_CLASSES)
+    options = {}
+    if name in AUXILIARY:  # transform_input: as torchvision builds them for its weights
+        options = {"aux_logits": auxiliary, "init_weights": initialise, "transform_input": True}
+    return models.get_model(name, **options)
+
+
+def head_names(network: nn.Module) -> tuple[str, ...]:
+    """The layers of a stock network that have as many outputs as there are classes: one, or with auxiliary or
+    distillation heads several."""
+    return tuple(
+        name
+        for name, layer in network.named_modules()
+        if (isinstance(layer, nn.Linear) and layer.out_features == _IMAGENET_CLASSES)
+        or (isinstance(layer, nn.Conv2d) and layer.out_channels == _IMAGENET_CLASSES)
+    )
+
+
+def _replace_head(network: nn.Module, name: str, num_classes: int) -> None:
+    old = network.get_submodule(name)
+    if isinstance(old, nn.Linear):
+        network.set_submodule(name, nn.Linear(old.in_features, num_classes, bias=old.bias is not None))
+    else:
+        assert isinstance(old, nn.Conv2d)
+        new = nn.Conv2d(old.in_channels, num_classes, old.kernel_size, bias=old.bias is not None)  # type: ignore[arg-type]
+        network.set_submodule(name, new)
+
+
+def build(
+    name: str,
+    pretrained: str,
+    num_classes: int,
+    class_names: Sequence[str] | None = None,
+    *,
+    image_size: int | str | None = None,
+    small: bool = False,
+    patch: int | None = None,
+    auxiliary: bool = False,
+) -> Backbone:
+    """A network with a head for the data's classes.
+
+    Args:
+        name: "resnet18" and the like from torchvision, "timm/vit_base_patch16_224" (or with a tag) from timm, "lenet5".
+        pretrained: "DEFAULT" or another of the library's names for the network's weights; "none"; or a file.
+        num_classes: Outputs of the head.
+        class_names: What they stand for; the head of a checkpoint of ours is kept only when it tells these apart.
+        image_size: Side of the images in pixels; "native" for what the weights were trained with; None if not known.
+        small: Adapt it to small images, see `small_images.adapt`.
+        patch: Side of a transformer's patches in pixels, None for its own.
+        auxiliary: Train auxiliary heads too (GoogLeNet, Inception v3).
+
+    Raises:
+        UserError: An unknown network or weights' name, a missing or unfit file, a failed download, or a size that the
+            network cannot take.
+    """
+    catalog.check(name)
+    known = list(catalog.weights(name).values())
+    source = weights.read(name, pretrained)
+    published = source.published or (known[0] if known else None)
+    size = image_size if not isinstance(image_size, str) else _native(name, published, source.saved)
+    if published and size and size < published.least < published.native and not small:
+        raise UserError(f"{name} cannot take images of {size} pixels: {size_hint(name)}")
+    network = stock(name, auxiliary, initialise=not source.state)
+    heads = head_names(network)
+    if not heads:
+        raise UserError(f"{name} tells no classes apart: it has no head that could be replaced.")
+    for head in heads:
+        _replace_head(network, head, num_classes)
+    _load(name, network, heads, source, pretrained, class_names, small)
+    changes = adapt(network, size, patch, small)
+    OnePixelConv2d.convert(network)
+    return Backbone(network, heads, size, (published.mean, published.std) if published else None, changes)
+
+
+def size_hint(name: str) -> str:
+    """What to do about images of a size that a network cannot take, the end of a sentence."""
+    published = next(iter(catalog.weights(name).values()), None)
+    if published is None:
+        return f"set image_size, say {ASSUMED}."
+    least = f"{published.least} or more, or " if 1 < published.least < published.native else ""
+    return f"set image_size={least}native ({published.native}), or try small_images=true."
+
+
+def _native(name: str, published: catalog.Weights | None, saved: dict[str, Any]) -> int:
+    trained = saved.get("image_size") or min(saved.get("input_size") or [0])
+    if not trained and published is None:
+        raise UserError(f"{name} has no published weights, so no native size: give image_size in pixels.")
+    return trained or published.native  # type: ignore[union-attr]
+
+
+def _load(
+    name: str,
+    network: nn.Module,
+    heads: Sequence[str],
+    source: weights.Pretrained,
+    pretrained: str,
+    class_names: Sequence[str] | None,
+    small: bool,
+) -> None:
+    """Bring the network to the form that the weights have, and load them."""
+    saved, unwanted = source.saved, ""
+    if saved:
+        if catalog.split(saved["backbone"])[0] != catalog.split(name)[0]:
+            raise UserError(f"{pretrained} holds a {saved['backbone']}, not a {name}.")
+        if saved.get("small_images") and not small:
+            raise UserError(f"{pretrained} was trained with small_images=true: ask for it here too.")
+        adapt(network, saved.get("image_size"), saved.get("patch_size"), bool(saved.get("small_images")))
+        before = saved.get("class_names")
+        if before and class_names and list(before) != list(class_names):
+            unwanted = f"it tells apart {', '.join(before[:3])}, ..."
+    elif isinstance(network, models.VisionTransformer) and "encoder.pos_embedding" in source.state:
+        tokens = source.state["encoder.pos_embedding"].shape[1] - 1  # torchvision publishes some for larger images
+        adapt(network, math.isqrt(tokens) * network.patch_size)
+    if source.state:
+        weights.load(network, source.state, heads, pretrained, unwanted)

@@ -1,0 +1,267 @@
+"""Pretrained weights: found by name or file, verified, unwrapped from their publisher's format, loaded."""
+
+import argparse
+import difflib
+import hashlib
+import pickle
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision import models
+
+from cifar_transfer import catalog
+from cifar_transfer.download import fetch
+from cifar_transfer.errors import UserError
+
+State = dict[str, Tensor]
+OWN_PREFIX = "network."  # of the keys in our own checkpoints
+# Under what publishers file the weights in their checkpoints: most; DeiT, BEiT and Swin; DINO.
+WRAPPINGS = ("state_dict", "model", "teacher")
+# Of all keys: DDP's; torch.compile's; MoCo v3's, v1's and v2's; DINO's; other people's Lightning modules'.
+PREFIXES = ("module.", "_orig_mod.", "base_encoder.", "encoder_q.", "backbone.", "network.", "model.", "net.")
+THREE_WAYS_OUT = (
+    "Three ways out: copy the file to {place}; name another with --model.weights=FILE; or train without, "
+    "--model.weights=none (make demo needs no download)."
+)
+
+
+class Pretrained(NamedTuple):
+    """What a source of weights holds.
+
+    Attributes:
+        state: Tensors by the network's own names.
+        saved: The options of the run that wrote it, if it is a checkpoint of this project, else empty.
+        published: The library's entry, if they were named, else None.
+    """
+
+    state: State
+    saved: dict[str, Any]
+    published: catalog.Weights | None
+
+
+def read(name: str, weights: str) -> Pretrained:
+    """Weights of a network, "none" giving an empty state.
+
+    Args:
+        name: Of the network.
+        weights: "DEFAULT" or another of the library's names for weights, "none", or a file (see `read_file`).
+
+    Raises:
+        UserError: Nothing of that name, a file that is no weights, or a failed download.
+    """
+    known = catalog.weights(name)
+    if weights.lower() == "none":
+        return Pretrained({}, {}, None)
+    if weights in known or (weights == "DEFAULT" and known):
+        entry = known[weights] if weights in known else next(iter(known.values()))
+        return Pretrained(read_file(_from_hub(entry) if entry.hub else _fetch(entry.url))[0], {}, entry)
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return Pretrained(*read_file(path), None)
+    if not known:
+        raise UserError(
+            f"No weights of {name} are published: train it from scratch with --model.weights=none "
+            f"--freeze.unfreeze_epoch=0, or name a file of your own."
+        )
+    near = difflib.get_close_matches(weights, known, n=1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    raise UserError(
+        f"weights={weights!r} is neither a file nor a name of {name}'s weights. {hint}"
+        f"Take one of {', '.join(['DEFAULT', *known, 'none'])}, or a path."
+    )
+
+
+def _fetch(url: str) -> Path:
+    """The library's file in torch's own cache, checked each time against the hash in its name, fetched when absent.
+
+    torch checks the hash only while it downloads, so that a file cut short would fail for ever.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
+    match = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    if match is None:
+        if not path.is_file():
+            raise UserError(
+                f"{url} names no hash to verify it by, so it is not downloaded unasked: download it to {path} if you "
+                f"trust it, or take other weights."
+            )
+        return path
+    if path.is_file() and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(match[1]):
+        rank_zero_info(f"{path} is damaged; it is downloaded again.")
+        path.unlink()
+    try:
+        return fetch([url], path, digest=f"sha256:{match[1]}", max_bytes=2**33)
+    except UserError as error:
+        way_out = THREE_WAYS_OUT.format(place=path)
+        raise UserError(f"The pretrained weights are not on this machine: {error}. {way_out}") from None
+
+
+def _from_hub(entry: catalog.Weights) -> Path:
+    """timm's file in the Hugging Face cache, checked each time: its blob is named by its SHA-256 there."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    assert entry.hub is not None
+    repository, file = entry.hub
+    errors: list[str] = []
+    # timm's repositories have both; the first runs no code on loading.
+    for name in dict.fromkeys((file, "pytorch_model.bin")):
+        try:
+            path = Path(hf_hub_download(repository, name))
+            blob = path.resolve()
+            if not _is_intact(blob):
+                rank_zero_info(f"{path} is damaged; it is downloaded again.")
+                blob.unlink()
+                path = Path(hf_hub_download(repository, name, force_download=True))
+                if not _is_intact(path.resolve()):
+                    raise UserError(f"{name} of {repository} arrived damaged twice: try again later.")
+            return path
+        except EntryNotFoundError as error:
+            errors.append(str(error).splitlines()[0])
+        except (OSError, RuntimeError, ValueError) as error:  # the Hub's own errors are OSErrors or RuntimeErrors
+            errors.append(str(error).splitlines()[0])
+            break
+    way_out = THREE_WAYS_OUT.format(place=f"the Hugging Face cache, {constants.HF_HUB_CACHE}")
+    raise UserError(
+        f"The weights {repository} could not be fetched from {constants.ENDPOINT} ({'; '.join(errors)}). {way_out}"
+    )
+
+
+def _is_intact(blob: Path) -> bool:
+    if not re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return True  # named by a git hash, or copied there by hand: nothing to compare with
+    with blob.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == blob.name
+
+
+def read_file(path: Path) -> tuple[State, dict[str, Any]]:
+    """Read a file of weights without running any code that it may hold.
+
+    Args:
+        path: A state dict (`.safetensors`, or as `torch.save` writes it) of torchvision or timm; a published checkpoint
+            that wraps one (MoCo v1 to v3, DeiT, BEiT, Swin, DINO); or a Lightning checkpoint, ours or another's.
+
+    Returns:
+        The tensors, by the network's own names where the file is torchvision's, timm's or ours; and the options of the
+        run, if it is a checkpoint of ours.
+
+    Raises:
+        UserError: The file is damaged, holds objects other than tensors and primitives, or no state dict.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # many publishers file their options beside
+            content: Any = (
+                load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+            )
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is not opened: it holds more than tensors, or is no file of weights.") from None
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{path} cannot be read as weights ({error}): it may be cut short.") from None
+    saved: dict[str, Any] = {}
+    if isinstance(content, dict) and "backbone" in content.get("hyper_parameters", {}):
+        saved = {**content["hyper_parameters"], "input_size": content.get("input_size")}
+        tensors = content["state_dict"].items()
+        content = {key.removeprefix(OWN_PREFIX): value for key, value in tensors if key.startswith(OWN_PREFIX)}
+    else:
+        content = _unwrapped(content)
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"{path} is no state dict: save one with torch.save(network.state_dict(), FILE).")
+    return dict(content) if saved else _renamed(content), saved
+
+
+def _unwrapped(content: Any) -> Any:
+    for key in WRAPPINGS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    return content
+
+
+def _renamed(state: Mapping[str, Tensor]) -> State:
+    """Without the prefixes of wrappers; of several encoders the one that others continue from."""
+    named: State = OrderedDict(state)
+    changed = True
+    while changed:
+        changed = False
+        for prefix in PREFIXES:
+            inner = {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
+            if inner:
+                named, changed = OrderedDict(inner), True
+    if hasattr(state, "_metadata"):
+        named._metadata = state._metadata  # type: ignore[attr-defined] # versions, by which torchvision converts
+    # As torchvision's own builder does for its files of DenseNet.
+    old = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_mean|running_var))$")
+    for key in [key for key in named if old.match(key)]:
+        named[old.sub(r"\1\2", key)] = named.pop(key)
+    return named
+
+
+def load(network: nn.Module, state: State, heads: Sequence[str], source: str, unwanted: str = "") -> None:
+    """Put weights into a network; a head for other classes is dropped, and every other tensor must arrive.
+
+    Args:
+        network: As the weights have it, but for the outputs of its heads.
+        state: Tensors by its names, or in a format that timm converts from.
+        heads: Names of the layers that tell classes apart.
+        source: For messages.
+        unwanted: Why the head is not wanted even when it fits; empty if it is.
+
+    Raises:
+        UserError: Tensors are missing, unknown or of another shape.
+    """
+    expected = network.state_dict()
+    # Versions of the modules, by which torch and torchvision know old names; without, a state dict counts as oldest.
+    metadata = getattr(state, "_metadata", None)
+    if metadata is None and isinstance(network, models.MNASNet):  # which insists on one
+        metadata = expected._metadata  # type: ignore[attr-defined]
+    state = _in_the_networks_format(network, state, expected)
+    for head in heads:
+        own = {key for key in expected if key.startswith(f"{head}.")}
+        given = {key for key in state if key.startswith(f"{head}.")}
+        fits = own == given and all(state[key].shape == expected[key].shape for key in own)
+        if given and (unwanted or not fits):
+            bias = f"{head}.bias"
+            outputs = f"it has {len(state[bias])} outputs, the data" if bias in given else "the data have"
+            rank_zero_info(f"The pretrained head is dropped: {unwanted or f'{outputs} {len(expected[bias])} classes.'}")
+            state = {key: value for key, value in state.items() if key not in given}
+    other = {key for key in state.keys() & expected.keys() if state[key].shape != expected[key].shape}
+    usable = OrderedDict((key, value) for key, value in state.items() if key not in other)
+    if metadata is not None:
+        usable._metadata = metadata  # type: ignore[attr-defined]
+    bad = {key for key, value in usable.items() if value.is_floating_point() and not value.isfinite().all()}
+    if bad:  # as torchvision's IMAGENET1K_FEATURES has for the classifier of VGG16
+        raise UserError(f"The weights {source} hold values that are no numbers, in {_some(bad)}: take others.")
+    result = network.load_state_dict(usable, strict=False)
+    dropped = "aux1.", "aux2.", "AuxLogits."  # of a network built without auxiliary heads
+    wrong = {
+        "missing": {key for key in result.missing_keys if not key.startswith(tuple(f"{head}." for head in heads))}
+        - other,
+        "unknown": {key for key in result.unexpected_keys if not key.startswith(dropped)},
+        "of another shape": other,
+    }
+    if any(wrong.values()):
+        found = "; ".join(f"{what}: {_some(keys)}" for what, keys in wrong.items() if keys)
+        raise UserError(f"The weights {source} do not fit the network. Keys {found}.")
+
+
+def _in_the_networks_format(network: nn.Module, state: State, expected: Mapping[str, Tensor]) -> State:
+    """Converted by timm, which keeps a function beside each network for the formats of its publishers."""
+    if type(network).__module__.startswith("timm.") and {k: v.shape for k, v in state.items()} != {
+        k: v.shape for k, v in expected.items()
+    }:
+        convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+        if convert is not None:
+            return dict(convert(state, network))
+    return state
+
+
+def _some(keys: Iterable[str], most: int = 5) -> str:
+    keys = sorted(keys)
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")

@@ -1,0 +1,167 @@
+"""Comparing backbones, and the table of them."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import TINY, run_fit
+from PIL import Image
+
+from cifar_transfer import backbones, catalog, compare, networks
+from cifar_transfer.errors import UserError
+
+OPTIONS = [*TINY[2:], "--trainer.max_epochs=2"]
+BOTH = ["lenet5=none", "shufflenet_v2_x0_5=none"]
+
+
+def run(folder, *options, expect=0):
+    return run_fit(folder, *options, *OPTIONS, module="cifar_transfer.compare", expect=expect)
+
+
+def rows(folder):
+    with (folder / "lightning_logs" / "comparison" / "comparison.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_is_fitted_once_and_a_failure_loses_nothing(tmp_path):
+    done = run(tmp_path, BOTH[0], "inception_v3=none", BOTH[1], expect=1)
+    assert "75 or more" in done.stderr, "why it failed is said"
+    lenet, inception, shufflenet = rows(tmp_path)
+    assert lenet["network"] == "lenet5, from scratch"
+    assert inception["network"] == "inception_v3, from scratch: failed with exit status 2"
+    assert not inception["images/s"]
+    for row, parameters in ((lenet, "0.06"), (shufflenet, "0.35")):
+        assert row["parameters (M)"] == parameters
+        assert 0 <= float(row["test accuracy (%)"]) <= 100
+        assert float(row["images/s"]) > 1
+    home = tmp_path / "lightning_logs" / "comparison"
+    table = (home / "comparison.md").read_text()
+    assert table in done.stdout
+    assert len({len(line) for line in table.splitlines()}) == 1, "its columns line up"
+    with Image.open(home / "comparison.png") as figure:
+        assert figure.size[0] > 800
+        assert len(figure.convert("RGB").getcolors(2**24)) > 50, "something is drawn"
+
+    again = run(tmp_path, BOTH[0], "inception_v3=none", BOTH[1], expect=1)
+    assert again.stdout.count("done before") == 2
+    assert rows(tmp_path) == [lenet, inception, shufflenet]
+    other = run(tmp_path, *BOTH, "--model.lr=0.5", expect=2)
+    assert "another recipe" in other.stderr
+    assert other.stderr.count("\n") == 1
+
+
+def test_a_comparison_that_was_killed_continues(tmp_path):
+    options = [*BOTH, *OPTIONS[:-1], "--trainer.max_epochs=30"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cifar_transfer.compare", *options],
+        cwd=tmp_path,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    home = tmp_path / "lightning_logs" / "comparison" / "shufflenet_v2_x0_5-from-scratch" / "lightning_logs"
+    deadline = time.monotonic() + 200
+    while not (home / "version_0" / "checkpoints" / "last.ckpt").is_file():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = run_fit(tmp_path, *options, module="cifar_transfer.compare")
+    assert "done before" in done.stdout
+    assert [path.name for path in home.iterdir()] == ["version_0"], "continued, not begun again"
+    result = json.loads((home / "version_0" / "result.json").read_text())
+    assert result["epochs"] == 30
+    assert f"{result['images_per_second']:.0f}" == rows(tmp_path)[1]["images/s"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["resnet81"], "did you mean resnet18"),
+        (["resnet18=gone.pth"], "neither a file nor a name of resnet18's weights"),
+        (["lenet5=none", "lenet5=none"], "name each once"),
+        (["lenet5=none", "--config", "gone.yaml"], "gone.yaml does not exist"),
+    ],
+)
+def test_mistakes_get_a_sentence(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare", *options])
+    with pytest.raises(UserError, match=message) as error:
+        compare.main()
+    assert "\n" not in str(error.value)
+
+
+def test_contestants(tmp_path):
+    (tmp_path / "mine.pth").touch()
+    one = compare.contestant(f"resnet18={tmp_path / 'mine.pth'}")
+    assert (one.label, one.folder) == ("resnet18, mine", "resnet18-mine")
+    assert one.options == ["--model.backbone=resnet18", f"--model.weights={tmp_path / 'mine.pth'}"]
+    scratch = compare.contestant("resnet18=none")
+    assert scratch.options[1:] == ["--model.weights=none", "--freeze.unfreeze_epoch=0"]
+    assert compare.contestant("resnet18").options == ["--model.backbone=resnet18"]
+    pytest.importorskip("timm", reason="timm is an optional extra")
+    assert compare.contestant("timm/vit_tiny_patch16_224").folder == "timm-vit_tiny_patch16_224-pretrained"
+
+
+@pytest.fixture
+def table(monkeypatch, capsys):
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["backbones", *options])
+        backbones.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_table_of_backbones(table):
+    lines = table("resnet?8").splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")[1:9]] == [
+        *("resnet18", "2015", "11.69", "1.81", "30.24", "10.92", "224", "IMAGENET1K_V1")
+    ]
+    assert lines[3] == ""
+    listed = json.loads(table("--json"))
+    assert {row["name"] for row in listed} == {"lenet5", *catalog.TORCHVISION}
+    assert next(row for row in listed if row["name"] == "lenet5")["year"] == 1998
+    with pytest.raises(UserError, match="No backbone is named like 'resnet81'"):
+        table("resnet81")
+
+
+def test_what_timm_does_not_say_is_counted():
+    pytest.importorskip("timm", reason="timm is an optional extra")
+    row = backbones.describe("timm/mobilenetv1_100")
+    assert row["parameters"] == 4231976  # as timm's own results table has it, 4.23
+    assert row["gflops"] == pytest.approx(0.57, abs=0.01)  # 0.6 billion multiply-adds there
+    assert row["licence_or_source"] == "apache-2.0"
+    assert row["weights"][0] == "ra4_e3600_r224_in1k"
+    assert "augreg_in21k" in backbones.describe("timm/vit_base_patch16_224", count=False)["weights"]
+
+
+def test_details(table):
+    text = table("--detail", "resnet18")
+    for expected in (
+        "head    fc: Linear(in_features=512, out_features=10",
+        "frozen  11,176,512 of 11,181,642 parameters",
+        "conv1: 3x3 stride 1 from 7x7 stride 2",
+        "at 32 pixels: 171 MiB",
+    ):
+        assert expected in text
+    with pytest.raises(UserError, match="There is no backbone 'resnet81'"):
+        table("--detail", "resnet81")
+
+
+def test_memory_grows_with_the_image():
+    network = networks.stock("resnet18")
+    ratio = backbones._activations(network, 128) / backbones._activations(network, 64)
+    assert ratio == pytest.approx(4, rel=0.1)
+
+
+def test_an_image_size_that_cannot_be_is_said():
+    with pytest.raises(UserError, match="inception_v3 cannot take images of 40 pixels"):
+        backbones.detail("inception_v3", 40)
