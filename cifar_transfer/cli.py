@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from cifar_transfer import checkpoints
 from cifar_transfer.classifier import TransferClassifier
 from cifar_transfer.data import ImageDataModule
 from cifar_transfer.errors import UserError
@@ -156,11 +157,16 @@ class FitCLI(LightningCLI):
             )  # killed in its first epoch: from the beginning
 
     def before_instantiate_classes(self) -> None:
-        """A checkpoint holds all weights, so none are fetched; and a missing one is known now."""
+        """A checkpoint holds all weights, so none are fetched, and what the words for size and statistics meant."""
+        self._asked: dict[str, Any] = {}
         if path := self.config.ckpt_path:
-            if not Path(path).is_file():
-                raise UserError(f"The checkpoint {path} does not exist.")
-            self._weights, self.config.model.weights = self.config.model.weights, "none"
+            saved = checkpoints.read(path)["hyper_parameters"]
+            instead: dict[str, Any] = {"weights": "none"}
+            for name, word in (("image_size", "native"), ("normalize", "weights")):
+                if self.config.model[name] == word:
+                    instead[name] = saved[name]
+            for name, value in instead.items():
+                self._asked[name], self.config.model[name] = self.config.model[name], value
 
     def instantiate_classes(self) -> None:
         """As Lightning's, after which the options recorded are those given."""
@@ -171,8 +177,10 @@ class FitCLI(LightningCLI):
             while ours is not None and not isinstance(ours, UserError):
                 ours = ours.__cause__ or ours.__context__
             raise UserError(str(ours or error)) from None
-        if self.config.ckpt_path:
-            self.config.model.weights = self.model.hparams["weights"] = self._weights
+        for name, value in self._asked.items():
+            self.config.model[name] = value
+        if self._asked:
+            self.model.hparams["weights"] = self._asked["weights"]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add logger, checkpoints and terminal unless the options name others or want none."""

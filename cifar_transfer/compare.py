@@ -48,8 +48,10 @@ class Contestant:
     @property
     def label(self) -> str:
         """For people."""
-        what = "from scratch" if self.scratch else Path(self.weights).stem if self.weights else "pretrained"
-        return f"{self.name}, {what}"
+        if self.scratch:
+            return f"{self.name}, from scratch"
+        weights = Path(self.weights).stem.removeprefix(self.name).strip("-_.") if self.weights else ""
+        return f"{self.name}, {weights or 'pretrained'}"
 
     @property
     def folder(self) -> str:

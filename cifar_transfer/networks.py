@@ -11,7 +11,8 @@ from torchvision import models
 from cifar_transfer import catalog, weights
 from cifar_transfer.catalog import LENET, TIMM, Triple
 from cifar_transfer.errors import UserError
-from cifar_transfer.small_images import ASSUMED, OnePixelConv2d, adapt
+from cifar_transfer.layers import OnePixelConv2d
+from cifar_transfer.small_images import ASSUMED, adapt
 
 # Known to no layer but the heads of networks for ImageNet, so that heads are found by it.
 _IMAGENET_CLASSES = 1000

@@ -125,7 +125,8 @@ def write_result(trainer: Trainer, pl_module: LightningModule, figures: dict[str
         figures: Its accuracies, as for `log_final`; beside them are written the number of parameters, the seconds of
             training and the images trained with in a second.
     """
-    if trainer.log_dir is None or not trainer.is_global_zero:
+    folder = trainer.log_dir  # asked for by all ranks together
+    if folder is None or not trainer.is_global_zero:
         return
     report = next(callback for callback in trainer.callbacks if isinstance(callback, Report))  # type: ignore[attr-defined]
     result = figures | {
@@ -134,9 +135,9 @@ def write_result(trainer: Trainer, pl_module: LightningModule, figures: dict[str
         "seconds": round(report.seconds, 1),
         "images_per_second": round(report.images_per_second, 1),
     }
-    partial = Path(trainer.log_dir, f"partial.{RESULT}")
+    partial = Path(folder, f"partial.{RESULT}")
     partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, Path(trainer.log_dir, RESULT))
+    os.replace(partial, Path(folder, RESULT))
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:

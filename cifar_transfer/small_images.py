@@ -21,53 +21,11 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from cifar_transfer.errors import UserError
+from cifar_transfer.layers import HalfMaxPool2d, OnePixelConv2d
 
 ASSUMED = 32  # pixels, where a network must know the size of its images and nobody says it
 TOKENS = 8  # patches along a side that a ViT is given at least with `small_images`, 16 for a Swin, which halves them
 KEEPS_POOL = (models.AlexNet,)  # whose stem's stride of 4 is enough to lose
-
-
-class OnePixelConv2d(nn.Conv2d):
-    """`nn.Conv2d` that leaves out, where its output is one pixel, the taps that only ever meet padding.
-
-    At 32 x 32 pixels the last stage of a ResNet is one pixel large, and eight of nine taps of its 3 x 3 kernels are
-    multiplied with zeros. The result is the same and the gradients of those taps are zeros as before, but forward and
-    backward of ResNet18 take 0.37 s instead of 0.58 s (64 images of 32 pixels, one core of an AMD EPYC). It has
-    `nn.Conv2d`'s parameters and state dict.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve float [B, C, H, W]."""
-        height, width = input.shape[-2:]
-        top, left = (int(padding) for padding in self.padding)
-        if not (self._one_pixel(height, 0) and self._one_pixel(width, 1)):
-            return super().forward(input)
-        weight = self.weight[:, :, top : top + height, left : left + width]
-        return F.conv2d(input, weight, self.bias, groups=self.groups)
-
-    def _one_pixel(self, size: int, axis: int) -> bool:
-        kernel, padding, stride = self.kernel_size[axis], int(self.padding[axis]), self.stride[axis]
-        return size + padding <= kernel and (size + 2 * padding - kernel) // stride == 0
-
-    @classmethod
-    def convert(cls, network: nn.Module) -> None:
-        """Make the padded convolutions of a network ones of this class, in place."""
-        for module in network.modules():
-            padded = type(module) is nn.Conv2d and isinstance(module.padding, tuple) and max(module.padding) > 0
-            if padded and module.padding_mode == "zeros" and module.dilation == (1, 1):
-                module.__class__ = cls
-
-
-class HalfMaxPool2d(nn.Module):
-    """What a stem's max-pool does to an enlarged image, done to the image itself: the resolution stays.
-
-    On the enlargement a window of three looks half a pixel of the image to each side, where a smooth response is the
-    mean of two neighbours. And the largest of (x + x) / 2 and all (x + neighbour) / 2 is (x + largest of 3 x 3) / 2.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Pool float [B, C, H, W] into the same shape."""
-        return (input + F.max_pool2d(input, 3, stride=1, padding=1)) / 2
 
 
 def adapt(network: nn.Module, size: int | None, patch: int | None = None, small: bool = False) -> list[str]:
@@ -280,9 +238,12 @@ def _set_window(attention: ShiftedWindowAttention, window: int) -> None:
 
 def _timm(network: nn.Module, size: int, patch: int | None, small: bool) -> list[str]:
     """timm's own resampling of patches, positions and relative biases."""
-    embed = network.patch_embed
-    stock, old_size = _side(embed.patch_size), _side(embed.img_size)  # type: ignore[union-attr, arg-type]
     options: dict[str, Sequence[int]] = {"img_size": (size, size)}
+    embed = getattr(network, "patch_embed", None)
+    if not hasattr(embed, "img_size"):  # windows or tables of biases, but no patches
+        _set_input_size(network, options)
+        return [] if size == network.pretrained_cfg["input_size"][-1] else [f"windows and biases for {size} pixels"]  # type: ignore[index]
+    stock, old_size = _side(embed.patch_size), _side(embed.img_size)
     known = inspect.signature(network.set_input_size).parameters  # type: ignore[arg-type]
     windowed = "window_size" in known
     patch = patch or (_patch(stock, size, TOKENS * (2 if windowed else 1)) if small else stock)
@@ -298,7 +259,15 @@ def _timm(network: nn.Module, size: int, patch: int | None, small: bool) -> list
         own = max(_side(m.window_size) for m in network.modules() if hasattr(m, "window_size"))  # type: ignore[arg-type]
         options["window_size"] = _windows(grid, own, len(network.layers))  # type: ignore[arg-type]
         changes.append(f"windows of {', '.join(map(str, options['window_size']))}, not {own}, in the stages")
+    _set_input_size(network, options)
+    return changes
+
+
+def _set_input_size(network: nn.Module, options: dict[str, Sequence[int]]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of torch, about how timm's interpolation indexes
-        network.set_input_size(**options)  # type: ignore[operator]
-    return changes
+        try:
+            network.set_input_size(**options)  # type: ignore[operator]
+        except (AssertionError, RuntimeError, ValueError) as error:
+            side = options["img_size"][0]
+            raise UserError(f"timm cannot make this network for {side} pixels ({error}): set image_size.") from None

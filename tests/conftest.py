@@ -1,13 +1,19 @@
 """What several tests share: a tiny job, real data where it is at hand."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers, and what they start, share the cores: threads that wait for each other would take most of the time.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 

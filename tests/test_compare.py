@@ -103,6 +103,8 @@ def test_contestants(tmp_path):
     one = compare.contestant(f"resnet18={tmp_path / 'mine.pth'}")
     assert (one.label, one.folder) == ("resnet18, mine", "resnet18-mine")
     assert one.options == ["--model.backbone=resnet18", f"--model.weights={tmp_path / 'mine.pth'}"]
+    (tmp_path / "resnet18-tiny.pth").touch()
+    assert compare.contestant(f"resnet18={tmp_path / 'resnet18-tiny.pth'}").label == "resnet18, tiny"
     scratch = compare.contestant("resnet18=none")
     assert scratch.options[1:] == ["--model.weights=none", "--freeze.unfreeze_epoch=0"]
     assert compare.contestant("resnet18").options == ["--model.backbone=resnet18"]

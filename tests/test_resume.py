@@ -87,3 +87,21 @@ def test_an_override_that_the_checkpoint_would_undo_is_refused(tmp_path, undistu
 def test_ckpt_path_continues_in_a_new_run(tmp_path, undisturbed):
     run_fit(tmp_path, *JOB, "--trainer.max_epochs=5", f"--ckpt_path={undisturbed / LAST}")
     assert [step for step, _ in curves(tmp_path)["val/acc"]] == [4]
+
+
+def test_words_for_size_and_statistics_mean_on_resuming_what_they_meant(tmp_path):
+    """The weights, which said what they mean, are not at hand any more."""
+    run_fit(tmp_path, *TINY, "--trainer.max_epochs=1", "--model.image_size=48", "--model.normalize=imagenet")
+    first = (tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "best.ckpt").rename(tmp_path / "first.ckpt")
+    words = ["--model.image_size=native", "--model.normalize=weights"]
+    run_fit(tmp_path, *TINY, *words, f"--model.weights={first}", "--trainer.max_epochs=1")
+    first.unlink()
+    run = tmp_path / "lightning_logs" / "version_1"
+    run_fit(tmp_path, "--resume", run, "--trainer.max_epochs=2")
+    content = torch.load(run / "checkpoints" / "last.ckpt", "cpu", weights_only=True)
+    assert content["epoch"] == 1
+    assert content["hyper_parameters"]["image_size"] == 48
+    assert content["hyper_parameters"]["normalize"] == [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+    config = (run / "config.yaml").read_text()
+    assert "image_size: native" in config
+    assert "normalize: weights" in config

@@ -11,7 +11,8 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from cifar_transfer import networks
 from cifar_transfer.classifier import STATISTICS
-from cifar_transfer.small_images import HalfMaxPool2d, OnePixelConv2d, adapt, enlarged_kernel, enlarged_patch
+from cifar_transfer.layers import HalfMaxPool2d, OnePixelConv2d
+from cifar_transfer.small_images import adapt, enlarged_kernel, enlarged_patch
 
 
 def smooth_images(count=8, size=32):
