@@ -12,6 +12,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -239,7 +240,7 @@ def _set_window(attention: ShiftedWindowAttention, window: int) -> None:
 def _timm(network: nn.Module, size: int, patch: int | None, small: bool) -> list[str]:
     """timm's own resampling of patches, positions and relative biases."""
     options: dict[str, Sequence[int]] = {"img_size": (size, size)}
-    embed = getattr(network, "patch_embed", None)
+    embed: Any = getattr(network, "patch_embed", None)
     if not hasattr(embed, "img_size"):  # windows or tables of biases, but no patches
         _set_input_size(network, options)
         return [] if size == network.pretrained_cfg["input_size"][-1] else [f"windows and biases for {size} pixels"]  # type: ignore[index]

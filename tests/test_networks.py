@@ -214,3 +214,11 @@ def test_images_that_do_not_fit_are_known_before_training():
     model._trainer = type("Trainer", (), {"datamodule": Data()})()
     with pytest.raises(UserError, match="cannot take images of 75 pixels"):  # its auxiliary head cannot
         model.setup("fit")
+
+
+@pytest.mark.parametrize("name", ["timm/coatnet_pico_rw_224", "timm/efficientvit_m0", "timm/maxvit_rmlp_pico_rw_256"])
+@pytest.mark.parametrize("options", [{"image_size": 64}, {"image_size": 64, "small_images": True}])
+def test_windows_without_patches_are_fitted_by_timm(name, options):
+    pytest.importorskip("timm", reason="timm is an optional extra")
+    model = TransferClassifier(name, "none", num_classes=3, **options).eval()
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 3)
