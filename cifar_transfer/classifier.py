@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -104,7 +105,7 @@ class TransferClassifier(LightningModule):
             patch=patch_size,
             auxiliary=aux_weight > 0,
         )
-        self.network, self.heads = built.network, built.heads
+        self.network, self.heads, self._changes = built.network, built.heads, built.changes
         if normalize == "weights":
             if built.statistics is None:
                 raise UserError(f"{backbone} has no published weights, so normalize=weights says nothing: name others.")
@@ -154,7 +155,9 @@ class TransferClassifier(LightningModule):
         return logits if isinstance(logits, tuple) else (logits,)
 
     def setup(self, stage: str) -> None:
-        """Check that data and network fit, before anything is trained."""
+        """Check that data and network fit, before anything is trained, and say how the network was adapted."""
+        if stage == "fit" and self._changes:
+            rank_zero_info(f"{self.hparams['backbone']} adapted: {'; '.join(self._changes)}.")
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             return

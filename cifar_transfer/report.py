@@ -21,6 +21,7 @@ from cifar_transfer.classifier import EPOCH_FIGURES
 
 LOGS = "lightning_logs"  # where runs are, in the current folder
 RESULT = "result.json"  # in a finished run's folder
+SLOW_GRAPH = 300  # modules, whose graph takes seconds to draw
 EPOCH_TAGS = {*EPOCH_FIGURES, "lr", "trainable_parameters"}
 
 
@@ -51,6 +52,8 @@ class Report(Callback):
             return
         network = pl_module.get_submodule("network")
         modes = {module: module.training for module in network.modules()}
+        if len(modes) > SLOW_GRAPH:
+            say(trainer, f"Drawing the graph of {len(modes)} modules for TensorBoard ...")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes are constants in a picture of one size
             try:

@@ -186,16 +186,14 @@ def _unwrapped(content: Any) -> Any:
 
 def _renamed(state: Mapping[str, Tensor]) -> State:
     """Without the prefixes of wrappers; of several encoders the one that others continue from."""
-    named: State = OrderedDict(state)
+    named = dict(state)
     changed = True
     while changed:
         changed = False
         for prefix in PREFIXES:
             inner = {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
             if inner:
-                named, changed = OrderedDict(inner), True
-    if hasattr(state, "_metadata"):
-        named._metadata = state._metadata  # type: ignore[attr-defined] # versions, by which torchvision converts
+                named, changed = inner, True
     # As torchvision's own builder does for its files of DenseNet.
     old = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_mean|running_var))$")
     for key in [key for key in named if old.match(key)]:
@@ -217,10 +215,6 @@ def load(network: nn.Module, state: State, heads: Sequence[str], source: str, un
         UserError: Tensors are missing, unknown or of another shape.
     """
     expected = network.state_dict()
-    # Versions of the modules, by which torch and torchvision know old names; without, a state dict counts as oldest.
-    metadata = getattr(state, "_metadata", None)
-    if metadata is None and isinstance(network, models.MNASNet):  # which insists on one
-        metadata = expected._metadata  # type: ignore[attr-defined]
     state = _in_the_networks_format(network, state, expected)
     for head in heads:
         own = {key for key in expected if key.startswith(f"{head}.")}
@@ -233,8 +227,9 @@ def load(network: nn.Module, state: State, heads: Sequence[str], source: str, un
             state = {key: value for key, value in state.items() if key not in given}
     other = {key for key in state.keys() & expected.keys() if state[key].shape != expected[key].shape}
     usable = OrderedDict((key, value) for key, value in state.items() if key not in other)
-    if metadata is not None:
-        usable._metadata = metadata  # type: ignore[attr-defined]
+    # Without versions of its modules a state dict counts as oldest, so that torch and torchvision look for old names.
+    if isinstance(network, models.MNASNet):  # which insists on a version
+        usable._metadata = expected._metadata  # type: ignore[attr-defined]
     bad = {key for key, value in usable.items() if value.is_floating_point() and not value.isfinite().all()}
     if bad:  # as torchvision's IMAGENET1K_FEATURES has for the classifier of VGG16
         raise UserError(f"The weights {source} hold values that are no numbers, in {_some(bad)}: take others.")

@@ -221,6 +221,8 @@ def test_swin_windows_divide_the_grids_and_neighbours_keep_their_bias(name):
     attentions = [[m for m in stage.modules() if isinstance(m, ShiftedWindowAttention)] for stage in network.features]
     windows = [stage[0].window_size[0] for stage in attentions if stage]
     assert all(grid % window == 0 for grid, window in zip(grids, windows, strict=True))
+    shifts = [[attention.shift_size for attention in stage] for stage in attentions if stage]
+    assert shifts[0] == [[0, 0], [windows[0] // 2] * 2], "every second block by half a window"
     assert network.eval()(torch.rand(2, 3, 32, 32)).isfinite().all()
 
 

@@ -133,7 +133,7 @@ def test_torchvisions_old_names_and_larger_images_of_vit(tmp_path):
     assert model.network.encoder.pos_embedding.shape[1] == 8 * 8 + 1
 
 
-def test_mnasnet_keeps_the_version_of_its_file(tmp_path):
+def test_mnasnet_which_insists_on_a_version(tmp_path):
     torch.manual_seed(0)
     network = models.mnasnet0_5()
     torch.save(network.state_dict(), tmp_path / "w.pth")
