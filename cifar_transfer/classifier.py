@@ -266,6 +266,14 @@ class TransferClassifier(LightningModule):
                     f"--model.weights=CHECKPOINT."
                 )
 
+        own, given = self.state_dict(), checkpoint["state_dict"]
+        if other := [key for key in own if key in given and own[key].shape != given[key].shape]:
+            raise UserError(
+                f"With image_size={self.hparams['image_size']} {self.hparams['backbone']} has another form than in the "
+                f"checkpoint ({other[0]}): leave it out to continue that run, or begin a new one from its weights with "
+                f"--model.weights=CHECKPOINT."
+            )
+
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> "TransferClassifier":  # type: ignore[override]
         """As Lightning's, but never fetches pretrained weights: the checkpoint holds them all."""

@@ -14,10 +14,9 @@ from cifar_transfer.errors import UserError
 from cifar_transfer.layers import OnePixelConv2d
 from cifar_transfer.small_images import ASSUMED, adapt
 
-# Known to no layer but the heads of networks for ImageNet, so that heads are found by it.
+# As many outputs have the heads of a network for ImageNet, and no other of its layers: heads are found by it.
 _IMAGENET_CLASSES = 1000
-# Weights of the auxiliary heads' losses: section 5 of arXiv:1409.4842; torchvision's tutorial for Inception v3.
-AUXILIARY = {"googlenet": 0.3, "inception_v3": 0.4}
+AUXILIARY = ("googlenet", "inception_v3")  # have auxiliary heads
 
 
 class Backbone(NamedTuple):

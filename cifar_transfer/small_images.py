@@ -246,7 +246,7 @@ def _timm(network: nn.Module, size: int, patch: int | None, small: bool) -> list
         return [] if size == network.pretrained_cfg["input_size"][-1] else [f"windows and biases for {size} pixels"]  # type: ignore[index]
     stock, old_size = _side(embed.patch_size), _side(embed.img_size)
     known = inspect.signature(network.set_input_size).parameters  # type: ignore[arg-type]
-    windowed = "window_size" in known
+    windowed = "window_size" in known and hasattr(network, "layers")  # else timm scales the windows with the image
     patch = patch or (_patch(stock, size, TOKENS * (2 if windowed else 1)) if small else stock)
     grid = _divided(size, patch)
     if patch == stock and size == old_size:

@@ -222,3 +222,22 @@ def test_windows_without_patches_are_fitted_by_timm(name, options):
     pytest.importorskip("timm", reason="timm is an optional extra")
     model = TransferClassifier(name, "none", num_classes=3, **options).eval()
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+
+
+def test_resuming_at_another_size_is_refused(tmp_path):
+    pytest.importorskip("timm", reason="timm is an optional extra")
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    first = Trainer(max_epochs=1, enable_checkpointing=False, **quiet)
+    first.fit(TransferClassifier("timm/test_vit", "none", num_classes=3, image_size=32), batches(), batches())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    other = TransferClassifier("timm/test_vit", "none", num_classes=3, image_size=64)
+    with pytest.raises(UserError, match="image_size=64 timm/test_vit has another form than in the checkpoint"):
+        Trainer(max_epochs=2, enable_checkpointing=False, **quiet).fit(
+            other, batches(), batches(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+        )
+
+
+def test_swin_whose_windows_timm_scales_itself():
+    pytest.importorskip("timm", reason="timm is an optional extra")
+    network = networks.build("timm/swinv2_cr_tiny_224", "none", 3, image_size=64).network
+    assert network.eval()(torch.rand(2, 3, 64, 64)).shape == (2, 3)
