@@ -6,7 +6,8 @@ import pickle
 import re
 import threading
 from argparse import Namespace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import pytest
@@ -356,15 +357,26 @@ def test_without_the_hub_there_are_three_ways_out(hub, monkeypatch):
         TransferClassifier(f"{VIT}.augreg_in21k", "DEFAULT")
 
 
-def test_weights_in_torchs_cache_are_used_and_a_damaged_file_is_not(tmp_path, monkeypatch, upstream):
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
+def test_weights_in_torchs_cache_are_used_and_a_damaged_file_is_fetched_once_more(
+    tmp_path, monkeypatch, upstream, caplog
+):
     content = write(upstream, tmp_path / "w.pth").read_bytes()
-    url = f"http://127.0.0.1:9/tiny-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    name = f"tiny-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / name).write_bytes(content)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    cached = folder / url.rsplit("/", 1)[-1]
-    cached.write_bytes(content)
-    assert weights._fetch(url) == cached
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "site")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{name}"
+        cached = weights._fetch(url)
+        assert cached == tmp_path / "checkpoints" / name
+        cached.write_bytes(content[:-1])
+        with caplog.at_level("INFO"):
+            assert weights._fetch(url).read_bytes() == content
+        assert f"{name} is damaged; it is downloaded again" in caplog.text
+        server.shutdown()
+    assert weights._fetch(url).read_bytes() == content, "without the server, from the cache"
     cached.write_bytes(content[:-1])
     with pytest.raises(UserError, match="could not download"):
         weights._fetch(url)
