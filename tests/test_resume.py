@@ -1,5 +1,6 @@
 """Runs that are killed and continued with `--resume` end with the weights of one that never stopped."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -97,9 +98,13 @@ def test_words_for_size_and_statistics_mean_on_resuming_what_they_meant(tmp_path
     run_fit(tmp_path, *TINY, *words, f"--model.weights={first}", "--trainer.max_epochs=1")
     first.unlink()
     run = tmp_path / "lightning_logs" / "version_1"
-    run_fit(tmp_path, "--resume", run, "--trainer.max_epochs=2")
+    before = torch.load(run / "checkpoints" / "last.ckpt", "cpu", weights_only=True)
+    done = run_fit(tmp_path, "--resume", run, "--trainer.max_epochs=2")
     content = torch.load(run / "checkpoints" / "last.ckpt", "cpu", weights_only=True)
-    assert content["epoch"] == 1
+    assert (before["epoch"], content["epoch"]) == (0, 1)
+    seconds = [saved["callbacks"]["Report"]["seconds"] for saved in (before, content)]
+    shown = float(re.findall(r"([\d.]+) s\n", done.stdout)[-1])
+    assert seconds[1] == pytest.approx(seconds[0] + shown, abs=0.06), "the clock goes on"
     assert content["hyper_parameters"]["image_size"] == 48
     assert content["hyper_parameters"]["normalize"] == [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
     config = (run / "config.yaml").read_text()
