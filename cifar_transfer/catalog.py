@@ -4,6 +4,7 @@ import difflib
 import fnmatch
 import importlib
 import inspect
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -142,9 +143,13 @@ def _from_torchvision(entry: models.WeightsEnum) -> Weights:
         source=meta["recipe"],
         parameters=meta["num_params"],
         gflops=meta["_ops"],
-        top1=round(100 - figures["acc@1"], 3) if figures else None,
-        top5=round(100 - figures["acc@5"], 3) if figures else None,
+        top1=_error(figures.get("acc@1")),
+        top5=_error(figures.get("acc@5")),
     )
+
+
+def _error(accuracy: float | None) -> float | None:
+    return None if accuracy is None or math.isnan(accuracy) else round(100 - accuracy, 3)
 
 
 def _from_timm(cfg: object) -> Weights:

@@ -107,9 +107,9 @@ class TransferClassifier(LightningModule):
         )
         self.network, self.heads, self._changes = built.network, built.heads, built.changes
         if normalize == "weights":
-            if built.statistics is None:
+            if built.normalize is None:
                 raise UserError(f"{backbone} has no published weights, so normalize=weights says nothing: name others.")
-            self.hparams["normalize"] = [list(triple) for triple in built.statistics]
+            self.hparams["normalize"] = built.normalize
         self.hparams["image_size"] = built.image_size  # what "native" and "weights" came to, whatever is loaded later
         mean, std = statistics(self.hparams["normalize"])
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)

@@ -9,7 +9,7 @@ from torch import nn
 from torchvision import models
 
 from cifar_transfer import catalog, weights
-from cifar_transfer.catalog import LENET, TIMM, Triple
+from cifar_transfer.catalog import LENET, TIMM
 from cifar_transfer.errors import UserError
 from cifar_transfer.layers import OnePixelConv2d
 from cifar_transfer.small_images import ASSUMED, adapt
@@ -27,14 +27,14 @@ class Backbone(NamedTuple):
             with auxiliary heads a tuple of logits, the main ones first.
         heads: Names of the layers that tell the classes apart; all the rest is the backbone.
         image_size: Side of the images in pixels, None as it came.
-        statistics: Mean and deviation of the channels that the weights were trained with, or None.
+        normalize: The statistics that the weights were trained with, as `--model.normalize` takes them, or None.
         changes: What was adapted to small images or to the size, a sentence each.
     """
 
     network: nn.Module
     heads: tuple[str, ...]
     image_size: int | None
-    statistics: tuple[Triple, Triple] | None
+    normalize: str | list[list[float]] | None
     changes: list[str]
 
 
@@ -139,7 +139,8 @@ def build(
     _load(name, network, heads, source, pretrained, class_names, small)
     changes = adapt(network, size, patch, small)
     OnePixelConv2d.convert(network)
-    return Backbone(network, heads, size, (published.mean, published.std) if published else None, changes)
+    statistics = [list(published.mean), list(published.std)] if published else None
+    return Backbone(network, heads, size, source.saved.get("normalize", statistics), changes)
 
 
 def size_hint(name: str) -> str:

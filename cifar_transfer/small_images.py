@@ -78,9 +78,11 @@ def _stem(network: nn.Module) -> list[str]:
     if not isinstance(first, nn.Conv2d) or first.stride[0] == 1:
         return []
     name = _name_of(network, first)
-    if type(first) not in (nn.Conv2d, OnePixelConv2d) and type(first).__name__ != "Conv2dSame":
+    same = type(first).__name__ == "Conv2dSame"  # timm's, for weights from TensorFlow: pads less before than behind
+    if type(first) not in (nn.Conv2d, OnePixelConv2d) and not same:
         raise UserError(f"small_images does not know the stem of this network, {name}, a {type(first).__name__}.")
-    factor, padding = first.stride[0], 0 if isinstance(first.padding, str) else int(first.padding[0])
+    factor, old = first.stride[0], first.kernel_size[0]
+    padding = max(0, old - factor) // 2 if same else int(first.padding[0])
     offset, changes = -padding, []
     if isinstance(second, nn.MaxPool2d) and not isinstance(network, KEEPS_POOL):
         # A window of three covers the convolution's outputs 2i - 1, 2i, 2i + 1: the middle one stands for them.
@@ -101,7 +103,6 @@ def _stem(network: nn.Module) -> list[str]:
         if conv.bias is not None and first.bias is not None:
             conv.bias.copy_(first.bias)
     network.set_submodule(name, conv)
-    old = first.kernel_size[0]
     return [f"{name}: {taps}x{taps} stride 1 from {old}x{old} stride {first.stride[0]}", *changes]
 
 

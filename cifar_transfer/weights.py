@@ -107,32 +107,39 @@ def _fetch(url: str) -> Path:
 def _from_hub(entry: catalog.Weights) -> Path:
     """timm's file in the Hugging Face cache, checked each time: its blob is named by its SHA-256 there."""
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     assert entry.hub is not None
     repository, file = entry.hub
-    errors: list[str] = []
-    # timm's repositories have both; the first runs no code on loading.
-    for name in dict.fromkeys((file, "pytorch_model.bin")):
+    names = dict.fromkeys((file, "pytorch_model.bin"))  # timm's repositories have both
+    for name in names:
+        try:
+            path = Path(hf_hub_download(repository, name, local_files_only=True))
+        except LocalEntryNotFoundError:
+            continue
+        if _is_intact(path.resolve()):
+            return path
+        rank_zero_info(f"{path} is damaged; it is downloaded again.")
+        path.resolve().unlink()
+        path.unlink()
+    rank_zero_info(f"Fetching the weights {repository} from {constants.ENDPOINT} ...")
+    problem: Exception | None = None
+    for name in names:
         try:
             path = Path(hf_hub_download(repository, name))
-            blob = path.resolve()
-            if not _is_intact(blob):
-                rank_zero_info(f"{path} is damaged; it is downloaded again.")
-                blob.unlink()
-                path = Path(hf_hub_download(repository, name, force_download=True))
-                if not _is_intact(path.resolve()):
-                    raise UserError(f"{name} of {repository} arrived damaged twice: try again later.")
-            return path
         except EntryNotFoundError as error:
-            errors.append(str(error).splitlines()[0])
+            problem = error
+            if isinstance(error, LocalEntryNotFoundError):  # the Hub was not reached
+                break
+            continue
         except (OSError, RuntimeError, ValueError) as error:  # the Hub's own errors are OSErrors or RuntimeErrors
-            errors.append(str(error).splitlines()[0])
+            problem = error
             break
+        if not _is_intact(path.resolve()):
+            raise UserError(f"{name} of {repository} arrived damaged from {constants.ENDPOINT}: try again later.")
+        return path
     way_out = THREE_WAYS_OUT.format(place=f"the Hugging Face cache, {constants.HF_HUB_CACHE}")
-    raise UserError(
-        f"The weights {repository} could not be fetched from {constants.ENDPOINT} ({'; '.join(errors)}). {way_out}"
-    )
+    raise UserError(f"The weights could not be fetched ({str(problem).splitlines()[0]}). {way_out}")
 
 
 def _is_intact(blob: Path) -> bool:
@@ -221,9 +228,10 @@ def load(network: nn.Module, state: State, heads: Sequence[str], source: str, un
         given = {key for key in state if key.startswith(f"{head}.")}
         fits = own == given and all(state[key].shape == expected[key].shape for key in own)
         if given and (unwanted or not fits):
-            bias = f"{head}.bias"
-            outputs = f"it has {len(state[bias])} outputs, the data" if bias in given else "the data have"
-            rank_zero_info(f"The pretrained head is dropped: {unwanted or f'{outputs} {len(expected[bias])} classes.'}")
+            weight = f"{head}.weight"
+            outputs = f"it has {len(state[weight])} outputs, the data" if weight in given else "the data have"
+            why = unwanted or f"{outputs} {len(expected[weight])} classes."
+            rank_zero_info(f"The pretrained head is dropped: {why}")
             state = {key: value for key, value in state.items() if key not in given}
     other = {key for key in state.keys() & expected.keys() if state[key].shape != expected[key].shape}
     usable = OrderedDict((key, value) for key, value in state.items() if key not in other)
@@ -231,7 +239,7 @@ def load(network: nn.Module, state: State, heads: Sequence[str], source: str, un
     if isinstance(network, models.MNASNet):  # which insists on a version
         usable._metadata = expected._metadata  # type: ignore[attr-defined]
     bad = {key for key, value in usable.items() if value.is_floating_point() and not value.isfinite().all()}
-    if bad:  # as torchvision's IMAGENET1K_FEATURES has for the classifier of VGG16
+    if bad:  # torchvision says of VGG16's IMAGENET1K_FEATURES that values are missing
         raise UserError(f"The weights {source} hold values that are no numbers, in {_some(bad)}: take others.")
     result = network.load_state_dict(usable, strict=False)
     dropped = "aux1.", "aux2.", "AuxLogits."  # of a network built without auxiliary heads
@@ -253,7 +261,10 @@ def _in_the_networks_format(network: nn.Module, state: State, expected: Mapping[
     }:
         convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
         if convert is not None:
-            return dict(convert(state, network))
+            try:
+                return dict(convert(dict(state), network))
+            except Exception:  # of any kind: not a format that it knows, and what does not fit will be named
+                return state
     return state
 
 

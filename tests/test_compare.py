@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 from conftest import TINY, run_fit
@@ -28,7 +29,7 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
-def test_each_is_fitted_once_and_a_failure_loses_nothing(tmp_path):
+def test_each_is_fitted_once_and_a_failure_loses_nothing(tmp_path, monkeypatch):
     done = run(tmp_path, BOTH[0], "inception_v3=none", BOTH[1], expect=1)
     assert "75 or more" in done.stderr, "why it failed is said"
     lenet, inception, shufflenet = rows(tmp_path)
@@ -47,16 +48,22 @@ def test_each_is_fitted_once_and_a_failure_loses_nothing(tmp_path):
         assert figure.size[0] > 800
         assert len(figure.convert("RGB").getcolors(2**24)) > 50, "something is drawn"
 
-    again = run(tmp_path, BOTH[0], "inception_v3=none", BOTH[1], expect=1)
-    assert again.stdout.count("done before") == 2
-    assert rows(tmp_path) == [lenet, inception, shufflenet]
-    other = run(tmp_path, *BOTH, "--model.lr=0.5", expect=2)
-    assert "another recipe" in other.stderr
-    assert other.stderr.count("\n") == 1
+    started = []
+    monkeypatch.setattr(compare.subprocess, "run", lambda command, **_: started.append(command) or Mock(returncode=3))
+    contestants = [compare.contestant(name) for name in (BOTH[0], "inception_v3=none", BOTH[1])]
+    again = compare.compare(contestants, OPTIONS, home)
+    assert [command[3] for command in started] == ["--resume"], "what failed is tried again, and nothing else"
+    assert "inception_v3" in started[0][4]
+    assert again[1]["failed"] == "failed with exit status 3"
+    assert [again[0]["images_per_second"], again[2]["images_per_second"]] == [
+        pytest.approx(float(row["images/s"]), abs=0.5) for row in (lenet, shufflenet)
+    ]
+    with pytest.raises(UserError, match="another recipe"):
+        compare.compare(contestants, [*OPTIONS, "--model.lr=0.5"], home)
 
 
 def test_a_comparison_that_was_killed_continues(tmp_path):
-    options = [*BOTH, *OPTIONS[:-1], "--trainer.max_epochs=30"]
+    options = [BOTH[1], *OPTIONS[:-1], "--trainer.max_epochs=20"]
     process = subprocess.Popen(
         [sys.executable, "-m", "cifar_transfer.compare", *options],
         cwd=tmp_path,
@@ -74,11 +81,12 @@ def test_a_comparison_that_was_killed_continues(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     done = run_fit(tmp_path, *options, module="cifar_transfer.compare")
-    assert "done before" in done.stdout
+    assert "epoch   1/20" not in done.stdout
+    assert "epoch  20/20" in done.stdout
     assert [path.name for path in home.iterdir()] == ["version_0"], "continued, not begun again"
     result = json.loads((home / "version_0" / "result.json").read_text())
-    assert result["epochs"] == 30
-    assert f"{result['images_per_second']:.0f}" == rows(tmp_path)[1]["images/s"]
+    assert result["epochs"] == 20
+    assert f"{result['images_per_second']:.0f}" == rows(tmp_path)[0]["images/s"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ import torch
 from conftest import TINY, assert_same_weights, run_fit, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cifar_transfer import TransferClassifier
+
 JOB = [*TINY, "--trainer.max_epochs=4", "--freeze.unfreeze_epoch=2", "--trainer.log_every_n_steps=1"]
 LAST = "lightning_logs/version_0/checkpoints/last.ckpt"
 
@@ -92,12 +94,14 @@ def test_ckpt_path_continues_in_a_new_run(tmp_path, undisturbed):
 
 def test_words_for_size_and_statistics_mean_on_resuming_what_they_meant(tmp_path):
     """The weights, which said what they mean, are not at hand any more."""
-    run_fit(tmp_path, *TINY, "--trainer.max_epochs=1", "--model.image_size=48", "--model.normalize=imagenet")
-    first = (tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "best.ckpt").rename(tmp_path / "first.ckpt")
+    statistics = [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]
+    model = TransferClassifier("shufflenet_v2_x0_5", "none", image_size=48, normalize=statistics)
+    first = tmp_path / "first.ckpt"
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, first)
     words = ["--model.image_size=native", "--model.normalize=weights"]
     run_fit(tmp_path, *TINY, *words, f"--model.weights={first}", "--trainer.max_epochs=1")
     first.unlink()
-    run = tmp_path / "lightning_logs" / "version_1"
+    run = tmp_path / "lightning_logs" / "version_0"
     before = torch.load(run / "checkpoints" / "last.ckpt", "cpu", weights_only=True)
     done = run_fit(tmp_path, "--resume", run, "--trainer.max_epochs=2")
     content = torch.load(run / "checkpoints" / "last.ckpt", "cpu", weights_only=True)
@@ -106,7 +110,7 @@ def test_words_for_size_and_statistics_mean_on_resuming_what_they_meant(tmp_path
     shown = float(re.findall(r"([\d.]+) s\n", done.stdout)[-1])
     assert seconds[1] == pytest.approx(seconds[0] + shown, abs=0.06), "the clock goes on"
     assert content["hyper_parameters"]["image_size"] == 48
-    assert content["hyper_parameters"]["normalize"] == [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+    assert content["hyper_parameters"]["normalize"] == statistics
     config = (run / "config.yaml").read_text()
     assert "image_size: native" in config
     assert "normalize: weights" in config

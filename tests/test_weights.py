@@ -8,6 +8,7 @@ import threading
 from argparse import Namespace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from typing import ClassVar
 
 import pytest
@@ -152,6 +153,21 @@ def test_auxiliary_heads_are_loaded_or_left(tmp_path, auxiliary):
     assert any("aux1.conv" in key for key in model.state_dict()) == (auxiliary > 0)
 
 
+def test_a_head_without_bias_is_dropped(tmp_path):
+    network = models.maxvit_t(num_classes=7)
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    model = TransferClassifier("maxvit_t", str(tmp_path / "w.pth"), num_classes=3, image_size="native")
+    assert_backbone_arrived(model, network.state_dict())
+
+
+def test_weights_of_another_network_are_refused(tmp_path, upstream):
+    path = str(write(upstream, tmp_path / "w.pth"))
+    for name in ("resnet18", *(["timm/test_vit", "timm/swin_tiny_patch4_window7_224"] if find_spec("timm") else [])):
+        with pytest.raises(UserError, match=r"do not fit the network. Keys missing: .*; unknown: ") as error:
+            TransferClassifier(name, path, num_classes=3)
+        assert "\n" not in str(error.value)
+
+
 def moco_v3(network, head, projector):
     """As facebookresearch/moco-v3 saves it: two encoders with projectors, a predictor, the optimizer."""
     encoder = {k: v for k, v in network.state_dict().items() if not k.startswith(f"{head}.")}
@@ -291,6 +307,8 @@ class Hub(BaseHTTPRequestHandler):
     content = b""
     served: ClassVar[list[str]] = []
 
+    broken = False
+
     def do_GET(self):
         if not self.path.endswith("/model.safetensors"):
             self.send_error(404)
@@ -308,7 +326,7 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.served.append(self.path)
-            self.wfile.write(self.content)
+            self.wfile.write(bytes(len(self.content)) if self.broken else self.content)
 
     do_HEAD = do_GET
 
@@ -332,7 +350,7 @@ def hub(tmp_path, monkeypatch):
     server.shutdown()
 
 
-def test_timms_weights_come_from_the_hub_and_a_damaged_file_is_fetched_once_more(hub, tmp_path, caplog):
+def test_timms_weights_come_from_the_hub_and_a_damaged_file_is_fetched_once_more(hub, tmp_path, caplog, monkeypatch):
     name = f"{VIT}.augreg_in21k"
     model = TransferClassifier(name, "DEFAULT", num_classes=3, image_size=224)
     assert len(Hub.served) == 1
@@ -348,12 +366,16 @@ def test_timms_weights_come_from_the_hub_and_a_damaged_file_is_fetched_once_more
     assert len(Hub.served) == 2
     assert blob.read_bytes() == content
     assert_backbone_arrived(again, model.network.state_dict())
+    monkeypatch.setattr(Hub, "broken", True)
+    blob.write_bytes(b"")
+    with pytest.raises(UserError, match="arrived damaged"):
+        TransferClassifier(name, "DEFAULT", num_classes=3)
 
 
 def test_without_the_hub_there_are_three_ways_out(hub, monkeypatch):
     hub.shutdown()
     hub.server_close()
-    with pytest.raises(UserError, match=r"could not be fetched from http://127.*Three ways out.*model\.weights=FILE"):
+    with pytest.raises(UserError, match=r"could not be fetched \(.*\)\. Three ways out: .*model\.weights=FILE"):
         TransferClassifier(f"{VIT}.augreg_in21k", "DEFAULT")
 
 
