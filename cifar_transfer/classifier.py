@@ -45,9 +45,10 @@ class TransferClassifier(LightningModule):
         num_classes: Outputs of the head; None takes as many as there are `class_names`, or 10.
         class_names: What the outputs stand for; kept in checkpoints for prediction.
         image_size: Side in pixels that images are resized to (bilinear, antialiased, on the device); "native" is what
-            the weights were trained with; None takes them as they are, and makes networks for one size (ViT) for 32.
+            the weights were trained with (a state dict does not say: then the library's default weights); None takes
+            them as they are, and makes networks for one size (ViT) for 32.
         normalize: Channel statistics in [0, 1]: "cifar10", "imagenet", "weights" for those that the weights were
-            trained with, or [[mean, mean, mean], [deviation, ...]].
+            trained with (found as for `image_size`), or [[mean, mean, mean], [deviation, ...]].
         small_images: Adapt the network to small images, keeping its weights: a stem of stride 1, smaller patches and
             windows, no pooling that only repeats. `python -m cifar_transfer.backbones --detail NAME` says what.
         patch_size: Side of a transformer's patches in pixels; None leaves it to the network and `small_images`.
