@@ -103,7 +103,7 @@ def detail(name: str, size: int | None) -> str:
     catalog.check(name)
     lines = [name]
     for small in (False, True):
-        built, side, needed = _trained(name, size, small)
+        built, side, needed = _at_first_fitting_size(name, size, small)
         network = built.network
         if not small:
             stem = next(n for n, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear))
@@ -120,7 +120,7 @@ def detail(name: str, size: int | None) -> str:
     return "\n".join(lines)
 
 
-def _trained(name: str, size: int | None, small: bool) -> tuple[networks.Backbone, int, str]:
+def _at_first_fitting_size(name: str, size: int | None, small: bool) -> tuple[networks.Backbone, int, str]:
     least = max([entry.least for entry in catalog.weights(name).values() if entry.least < entry.native] or [1])
     sides = [size] if size else sorted({ASSUMED, max(ASSUMED, least)})
     for side in sides:
@@ -148,8 +148,8 @@ def memory(network: nn.Module, heads: tuple[str, ...], size: int) -> str:
         network.get_submodule(head).requires_grad_(True)
     frozen = _activations(network, size)
     return (
-        f"{fixed / 2**20:,.0f} MiB, and an image (batch 1, float32) {everything / 2**20:.1f} MiB of activations, "
-        f"{frozen / 2**20:.2g} MiB while frozen"
+        f"{fixed / 2**20:,.0f} MiB of weights, gradients and Adam's moments (float32); an image at batch 1 adds "
+        f"{everything / 2**20:.1f} MiB of activations, {frozen / 2**20:.2g} MiB while frozen"
     )
 
 

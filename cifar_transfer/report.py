@@ -91,12 +91,12 @@ class Report(Callback):
         say(trainer, "   ".join(parts))
 
     def state_dict(self) -> dict[str, float]:
-        """The time so far, for a run that is resumed."""
-        return {"seconds": self.seconds}
+        """The time so far and the last speed, for a run that is resumed, perhaps when only its test is missing."""
+        return {"seconds": self.seconds, "images_per_second": self.images_per_second}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Take up the clock."""
-        self.seconds = state_dict["seconds"]
+        self.seconds, self.images_per_second = state_dict["seconds"], state_dict["images_per_second"]
 
 
 def say(trainer: Trainer, line: str) -> None:

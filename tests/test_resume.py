@@ -109,6 +109,9 @@ def test_words_for_size_and_statistics_mean_on_resuming_what_they_meant(tmp_path
     seconds = [saved["callbacks"]["Report"]["seconds"] for saved in (before, content)]
     shown = float(re.findall(r"([\d.]+) s\n", done.stdout)[-1])
     assert seconds[1] == pytest.approx(seconds[0] + shown, abs=0.06), "the clock goes on"
+    result = (run / "result.json").rename(tmp_path / "result.json").read_text()
+    run_fit(tmp_path, "--resume", run)  # as if killed in the final test: no epoch is left to time
+    assert (run / "result.json").read_text() == result
     assert content["hyper_parameters"]["image_size"] == 48
     assert content["hyper_parameters"]["normalize"] == statistics
     config = (run / "config.yaml").read_text()
