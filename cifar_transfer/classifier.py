@@ -1,7 +1,6 @@
 """The network with its new head, its loss, metrics, optimizer and schedule."""
 
 import copy
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,24 +14,21 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from cifar_transfer import networks
+from cifar_transfer import networks, optim
 from cifar_transfer.errors import UserError
 from cifar_transfer.images import Batch
+from cifar_transfer.normalize import statistics
 
 EPOCH_FIGURES: tuple[str, ...] = ("train/acc", "train/loss_epoch", "val/acc", "val/loss")
 # What a checkpoint decides when a run continues from it: the network's form, the optimizer and the schedule.
 RESUMED_AS_SAVED = (
     *("backbone", "num_classes", "small_images", "patch_size", "aux_weight"),
-    *("lr", "weight_decay", "lr_factor", "lr_patience"),
+    *("optimizer", "lr", "head_lr", "weight_decay", "momentum", "schedule", "lr_factor", "lr_patience"),
 )
-STATISTICS = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # the deviations that tutorials use
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
 
 
 class TransferClassifier(LightningModule):
-    """A pretrained network with a new head, fine-tuned with Adam, cross-entropy and `ReduceLROnPlateau`.
+    """A pretrained network with a new head, fine-tuned with cross-entropy, Adam and `ReduceLROnPlateau` or others.
 
     `network` is the library's plain network; `heads` names its layers that tell the classes apart, mostly one; all the
     rest is the backbone. Which part trains when is up to `BackboneFreeze`.
@@ -54,10 +50,17 @@ class TransferClassifier(LightningModule):
         patch_size: Side of a transformer's patches in pixels; None leaves it to the network and `small_images`.
         aux_weight: Weight of the auxiliary heads' losses in GoogLeNet (0.3 in its paper) and Inception v3 (0.4 in
             torchvision's tutorial); 0 drops these heads.
-        lr: Adam's learning rate, until the unfreezing or the schedule changes it.
-        weight_decay: Adam's L2 penalty.
-        lr_factor: What the learning rate is multiplied with when `val/loss` no longer falls.
-        lr_patience: Epochs without a lower `val/loss` that are let pass.
+        label_smoothing: Share of each label that is spread over all classes while training, in [0, 1).
+        optimizer: "adam", "adamw" or "sgd" (with Nesterov's momentum).
+        lr: Learning rate, until the unfreezing or the schedule changes it.
+        head_lr: Learning rate of the heads, also after the unfreezing; None: they have the backbone's.
+        weight_decay: Adam's L2 penalty, as SGD's; with "adamw" decoupled.
+        momentum: Of "sgd".
+        schedule: "plateau" lowers the rate when `val/loss` no longer falls; "linear" and "cosine" take it from step to
+            step up to its value and down to zero at the end of the run.
+        warmup_epochs: Epochs, also parts of one, on the way up; not for "plateau".
+        lr_factor: What "plateau" multiplies the learning rate with.
+        lr_patience: Epochs without a lower `val/loss` that "plateau" lets pass.
 
     Raises:
         UserError: Unknown names, unfit weights or contradicting class counts.
@@ -79,8 +82,14 @@ class TransferClassifier(LightningModule):
         small_images: bool = False,
         patch_size: int | None = None,
         aux_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        optimizer: optim.Kind = "adam",
         lr: float = 1e-3,
+        head_lr: float | None = None,
         weight_decay: float = 1e-4,
+        momentum: float = 0.9,
+        schedule: optim.Schedule = "plateau",
+        warmup_epochs: float = 0.0,
         lr_factor: float = 0.5,
         lr_patience: int = 2,
     ) -> None:
@@ -106,7 +115,8 @@ class TransferClassifier(LightningModule):
             patch=patch_size,
             auxiliary=aux_weight > 0,
         )
-        self.network, self.heads, self._changes = built.network, built.heads, built.changes
+        self.network = built.network.to(memory_format=torch.channels_last)  # faster on CPUs and on GPUs' tensor cores
+        self.heads, self._changes = built.heads, built.changes
         if normalize == "weights":
             if built.normalize is None:
                 raise UserError(f"{backbone} has no published weights, so normalize=weights says nothing: name others.")
@@ -128,8 +138,13 @@ class TransferClassifier(LightningModule):
             ("image_size", options["image_size"] in (None, "native") or options["image_size"] >= 1, "pixels or native"),
             ("patch_size", options["patch_size"] is None or options["patch_size"] >= 1, "a number of pixels"),
             ("aux_weight", options["aux_weight"] >= 0, "0 or more"),
+            ("label_smoothing", 0 <= options["label_smoothing"] < 1, "a share in [0, 1)"),
             ("lr", options["lr"] > 0, "a positive rate"),
+            ("head_lr", options["head_lr"] is None or options["head_lr"] > 0, "a positive rate"),
             ("weight_decay", options["weight_decay"] >= 0, "0 or more"),
+            ("momentum", 0 <= options["momentum"] < 1, "a share in [0, 1)"),
+            ("warmup_epochs", options["warmup_epochs"] >= 0, "0 epochs or more"),
+            ("warmup_epochs", not (options["warmup_epochs"] and options["schedule"] == "plateau"), "0 for a plateau"),
             ("lr_factor", 0 < options["lr_factor"] < 1, "a factor between 0 and 1"),
             ("lr_patience", options["lr_patience"] >= 0, "0 epochs or more"),
         ):
@@ -152,7 +167,8 @@ class TransferClassifier(LightningModule):
         size = self.hparams["image_size"]
         if size is not None and images.shape[-2:] != (size, size):
             images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-        logits = self.network((images - self.mean) / self.std)
+        images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        logits = self.network(images)
         return logits if isinstance(logits, tuple) else (logits,)
 
     def setup(self, stage: str) -> None:
@@ -185,7 +201,7 @@ class TransferClassifier(LightningModule):
         """Mean cross-entropy of a batch, with that of the auxiliary heads if they train."""
         images, labels = batch
         logits, *auxiliary = self._all_logits(images)
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"])
         for other in auxiliary:
             loss = loss + self.hparams["aux_weight"] * F.cross_entropy(other, labels)
         self.train_loss.update(loss.detach(), len(labels))
@@ -217,20 +233,18 @@ class TransferClassifier(LightningModule):
         return self(batch[0]).softmax(dim=1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam over all parameters, frozen or not: groups added later would break resuming."""
-        lr, weight_decay = self.hparams["lr"], self.hparams["weight_decay"]
-        # A fused optimizer unscales gradients itself, so mixed precision cannot clip them before (Lightning #21435).
-        fused = not self.trainer.gradient_clip_val
-        optimizer = torch.optim.Adam(self.parameters(), lr=lr, weight_decay=weight_decay, fused=fused)
-        factor, patience = self.hparams["lr_factor"], self.hparams["lr_patience"]
-        scheduler = ReduceLROnPlateau(optimizer, mode="min", factor=factor, patience=patience)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "reduce_on_plateau": False}}
+        """One optimizer over all parameters, frozen or not: groups added later would break resuming."""
+        heads = [parameter for head in self.heads for parameter in self.network.get_submodule(head).parameters()]
+        return optim.configure(self.trainer, list(self.parameters()), heads, self.hparams)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Nothing: Lightning calls this after the checkpoint is written, which would then lack the step.
+        """Step a schedule of steps; not the plateau.
 
-        `on_train_epoch_end` steps instead, before it.
+        Lightning calls this for it after the checkpoint is written, which would then lack the step;
+        `on_train_epoch_end` steps it instead, before that.
         """
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
 
     def on_validation_epoch_end(self) -> None:
         """Remember that there is a new validation loss for the schedule."""
@@ -245,9 +259,10 @@ class TransferClassifier(LightningModule):
         for logger in self.loggers:
             logger.log_metrics(figures, step=self.current_epoch)
             logger.save()
-        if self._validated:
-            self.lr_schedulers().step(metrics["val/loss"])  # type: ignore[union-attr, arg-type]
-            self._validated = False
+        scheduler = self.lr_schedulers()
+        if self._validated and isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(metrics["val/loss"])
+        self._validated = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what prediction needs to know of the images."""
@@ -281,20 +296,3 @@ class TransferClassifier(LightningModule):
         options.setdefault("weights", "none")
         options.setdefault("weights_only", True)
         return super().load_from_checkpoint(checkpoint_path, **options)
-
-
-def statistics(normalize: str | Sequence[Sequence[float]]) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and deviation of the channels, by name or as given.
-
-    Raises:
-        UserError: An unknown name, not two triples, or a deviation that is not positive.
-    """
-    if isinstance(normalize, str):
-        if normalize not in STATISTICS:
-            raise UserError(
-                f"normalize={normalize!r} is unknown: take {', '.join(STATISTICS)}, or [[mean], [deviation]]."
-            )
-        return STATISTICS[normalize]
-    if len(normalize) != 2 or any(len(triple) != 3 for triple in normalize) or min(normalize[1]) <= 0:
-        raise UserError(f"normalize={normalize} must be two triples, the means and the positive deviations of R, G, B.")
-    return normalize[0], normalize[1]

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cifar_transfer.errors import UserError
+from cifar_transfer.optim import HEAD
 
 
 class BackboneFreeze(Callback):
@@ -30,8 +31,9 @@ class BackboneFreeze(Callback):
     Args:
         unfreeze_epoch: The first epoch (from 0) in which everything trains. 0 never freezes and leaves the learning
             rate alone; beyond the last epoch only the head is ever trained (a linear probe).
-        unfrozen_lr: Learning rate of all parameter groups from then on; None leaves it as it is. A `ReduceLROnPlateau`
-            starts afresh, for the losses of the frozen network say nothing about the new phase.
+        unfrozen_lr: Learning rate from then on of all parameter groups but one named "head"; None leaves it as it is. A
+            `ReduceLROnPlateau` starts afresh, for the losses of the frozen network say nothing about the new phase; a
+            schedule of steps keeps its curve, which now leads up to this rate.
         frozen: Regular expressions; parameters whose name one of them matches from the start are frozen, for example
             `network\\.(conv1|bn1|layer[12])\\.`. None freezes all but the heads, which the module names in
             `heads` (submodules of its `network`).
@@ -138,13 +140,19 @@ class BackboneFreeze(Callback):
                 module.train(self.unfrozen)
 
     def _start_afresh(self, trainer: Trainer) -> None:
-        if self.unfrozen_lr is not None:
-            for optimizer in trainer.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = self.unfrozen_lr
         for config in trainer.lr_scheduler_configs:
-            if isinstance(scheduler := config.scheduler, ReduceLROnPlateau):
+            scheduler = config.scheduler
+            if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.best, scheduler.num_bad_epochs, scheduler.cooldown_counter = scheduler.mode_worse, 0, 0
+        if self.unfrozen_lr is None:
+            return
+        for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+            if group.get("name") != HEAD:
+                group["lr"] = self.unfrozen_lr * group["lr"] / group.get("initial_lr", group["lr"])
+        for config in trainer.lr_scheduler_configs:
+            if hasattr(scheduler := config.scheduler, "base_lrs"):
+                groups = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True)
+                scheduler.base_lrs = [rate if group.get("name") == HEAD else self.unfrozen_lr for group, rate in groups]
 
     def _frozen_parameters(self, pl_module: LightningModule) -> Iterator[tuple[str, nn.Parameter]]:
         heads = tuple(f"network.{head}." for head in getattr(pl_module, "heads", ()))

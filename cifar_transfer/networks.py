@@ -11,7 +11,7 @@ from torchvision import models
 from cifar_transfer import catalog, weights
 from cifar_transfer.catalog import LENET, TIMM
 from cifar_transfer.errors import UserError
-from cifar_transfer.layers import OnePixelConv2d
+from cifar_transfer.layers import DenseConv2d
 from cifar_transfer.small_images import ASSUMED, adapt
 
 # As many outputs have the heads of a network for ImageNet, and no other of its layers: heads are found by it.
@@ -138,7 +138,7 @@ def build(
         _replace_head(network, head, num_classes)
     _load(name, network, heads, source, pretrained, class_names, small)
     changes = adapt(network, size, patch, small)
-    OnePixelConv2d.convert(network)
+    DenseConv2d.convert(network)
     statistics = [list(published.mean), list(published.std)] if published else None
     return Backbone(network, heads, size, source.saved.get("normalize", statistics), changes)
 

@@ -22,7 +22,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from cifar_transfer.errors import UserError
-from cifar_transfer.layers import HalfMaxPool2d, OnePixelConv2d
+from cifar_transfer.layers import DenseConv2d, HalfMaxPool2d
 
 ASSUMED = 32  # pixels, where a network must know the size of its images and nobody says it
 TOKENS = 8  # patches along a side that a ViT is given at least with `small_images`, 16 for a Swin, which halves them
@@ -79,7 +79,7 @@ def _stem(network: nn.Module) -> list[str]:
         return []
     name = _name_of(network, first)
     same = type(first).__name__ == "Conv2dSame"  # timm's, for weights from TensorFlow: pads less before than behind
-    if type(first) not in (nn.Conv2d, OnePixelConv2d) and not same:
+    if type(first) not in (nn.Conv2d, DenseConv2d) and not same:
         raise UserError(f"small_images does not know the stem of this network, {name}, a {type(first).__name__}.")
     factor, old = first.stride[0], first.kernel_size[0]
     padding = max(0, old - factor) // 2 if same else int(first.padding[0])

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from cifar_transfer import TransferClassifier
-from cifar_transfer.classifier import STATISTICS
 from cifar_transfer.errors import UserError
+from cifar_transfer.normalize import STATISTICS
 
 TINY = "shufflenet_v2_x0_5"
 

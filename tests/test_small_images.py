@@ -10,8 +10,8 @@ from torchvision import models
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from cifar_transfer import networks
-from cifar_transfer.classifier import STATISTICS
-from cifar_transfer.layers import HalfMaxPool2d, OnePixelConv2d
+from cifar_transfer.layers import DenseConv2d, HalfMaxPool2d
+from cifar_transfer.normalize import STATISTICS
 from cifar_transfer.small_images import adapt, enlarged_kernel, enlarged_patch
 
 
@@ -248,12 +248,12 @@ def test_adapting_twice_changes_nothing():
 
 
 @pytest.mark.parametrize("size", [32, 64, 33, 17])
-def test_one_pixel_convolutions_are_the_same_function(size):
+def test_dense_convolutions_are_the_same_function(size):
     torch.manual_seed(0)
     plain = models.resnet18(num_classes=10)
     ours = networks.build("resnet18", "none", 10).network
     ours.load_state_dict(plain.state_dict())
-    assert sum(isinstance(m, OnePixelConv2d) for m in ours.modules()) == 17, "all but the three 1 x 1 shortcuts"
+    assert sum(isinstance(m, DenseConv2d) for m in ours.modules()) == 17, "all but the three 1 x 1 shortcuts"
     images = torch.rand(4, 3, size, size)
     results = []
     for network in (plain.train(), ours.train()):
@@ -265,13 +265,25 @@ def test_one_pixel_convolutions_are_the_same_function(size):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(one.abs().max()) + 1e-7)
 
 
-def test_one_pixel_convolutions_do_less(monkeypatch):
-    shapes = []
-    conv = nn.functional.conv2d
-    monkeypatch.setattr(
-        "torch.nn.functional.conv2d", lambda x, w, *a, **k: shapes.append(w.shape) or conv(x, w, *a, **k)
-    )
-    OnePixelConv2d(4, 4, 3, padding=1)(torch.rand(1, 4, 1, 1))
-    OnePixelConv2d(4, 4, 3, padding=1, stride=2)(torch.rand(1, 4, 2, 2))
-    OnePixelConv2d(4, 4, 3, padding=1)(torch.rand(1, 4, 2, 2))
-    assert shapes == [(4, 4, 1, 1), (4, 4, 2, 2), (4, 4, 3, 3)]
+def test_only_convolutions_that_see_all_everywhere_are_dense(monkeypatch):
+    products, linear = [], nn.functional.linear
+    monkeypatch.setattr("torch.nn.functional.linear", lambda x, w: products.append(tuple(w.shape)) or linear(x, w))
+    DenseConv2d(4, 8, 3, padding=1)(torch.rand(1, 4, 1, 1))
+    DenseConv2d(4, 8, 3, padding=1, stride=2)(torch.rand(1, 4, 2, 2))
+    DenseConv2d(4, 8, 3, padding=1)(torch.rand(1, 4, 2, 2))
+    DenseConv2d(4, 8, 3, padding=1)(torch.rand(1, 4, 1, 2))
+    assert products == [(8, 4), (8, 16), (32, 16), (16, 8)]
+    DenseConv2d(4, 8, 3, padding=1)(torch.rand(1, 4, 3, 3))
+    DenseConv2d(4, 8, 7, padding=3, stride=2)(torch.rand(1, 4, 8, 8))
+    assert len(products) == 4
+
+
+@pytest.mark.parametrize(
+    ("kernel", "padding", "stride", "size"), [(3, 1, 1, 2), (3, 1, 2, 2), (5, 2, 1, 3), (3, 1, 2, 1)]
+)
+def test_dense_convolutions_with_a_bias_and_rectangles(kernel, padding, stride, size):
+    torch.manual_seed(0)
+    conv = DenseConv2d(3, 4, kernel, padding=padding, stride=stride)
+    images = torch.rand(2, 3, size, 1)
+    want = nn.functional.conv2d(images, conv.weight, conv.bias, stride, padding)
+    torch.testing.assert_close(conv(images), want)

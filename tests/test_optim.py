@@ -1,0 +1,115 @@
+"""Learning rates from step to step, of backbone and head apart, through the unfreezing and through a resumed run."""
+
+import pytest
+import torch
+from conftest import assert_same_weights
+from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from cifar_transfer import BackboneFreeze, ShapesDataModule, TransferClassifier
+from cifar_transfer.errors import UserError
+
+STEPS = 4  # an epoch: 120 images in batches of 30
+
+
+class Rates(Callback):
+    def __init__(self):
+        self.rates = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+
+def fit(folder, *callbacks, epochs=3, freeze=None, ckpt_path=None, stop=None, **options):
+    seed_everything(0)
+    data = ShapesDataModule(train_images=160, test_images=40, val_fraction=0.25, batch_size=30)
+    options = {"schedule": "linear", "lr": 1e-2} | options
+    module = TransferClassifier("shufflenet_v2_x0_5", "none", class_names=data.class_names, **options)
+    rates = Rates()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[freeze or BackboneFreeze(unfreeze_epoch=0), rates, *callbacks],
+        default_root_dir=folder,
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return rates.rates, trainer
+
+
+def test_up_in_a_line_and_down_to_zero(tmp_path):
+    rates, _ = fit(tmp_path, warmup_epochs=1.0)
+    expected = [1e-2 * share for share in (0.2, 0.4, 0.6, 0.8, *(1 - step / 8 for step in range(8)))]
+    assert [rate for (rate,) in rates] == pytest.approx(expected)
+
+
+def test_cosine_without_warmup(tmp_path):
+    rates, _ = fit(tmp_path, schedule="cosine", epochs=1)
+    assert [rate for (rate,) in rates] == pytest.approx([1e-2, 1e-2 * 0.8535534, 5e-3, 1e-2 * 0.1464466])
+
+
+def test_the_unfreezing_scales_the_curve_of_the_backbone_alone(tmp_path):
+    freeze = BackboneFreeze(unfreeze_epoch=1, unfrozen_lr=1e-3)
+    rates, _ = fit(tmp_path, freeze=freeze, head_lr=5e-2)
+    share = [1 - step / 12 for step in range(12)]
+    assert [head for _, head in rates] == pytest.approx([5e-2 * s for s in share])
+    assert [backbone for backbone, _ in rates] == pytest.approx(
+        [(1e-2 if step < STEPS else 1e-3) * s for step, s in enumerate(share)]
+    )
+
+
+def test_with_a_plateau_the_head_keeps_its_own_rate(tmp_path):
+    freeze = BackboneFreeze(unfreeze_epoch=1, unfrozen_lr=1e-3)
+    rates, trainer = fit(tmp_path, freeze=freeze, epochs=2, head_lr=5e-2, schedule="plateau")
+    assert rates[0] == [1e-2, 5e-2]
+    assert rates[-1] == [1e-3, 5e-2]
+    head = trainer.optimizers[0].param_groups[1]["params"]
+    assert [id(p) for p in head] == [id(p) for p in trainer.model.network.fc.parameters()]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_resumed_run_goes_on_along_the_curve(tmp_path, optimizer):
+    options = {"optimizer": optimizer, "warmup_epochs": 0.5, "freeze": None, "head_lr": 2e-2}
+
+    def job(folder, ckpt_path=None):
+        freeze = BackboneFreeze(unfreeze_epoch=1, unfrozen_lr=1e-3)
+        saved = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+        return fit(folder, saved, ckpt_path=ckpt_path, **options | {"freeze": freeze})[0]
+
+    whole = job(tmp_path / "whole")
+    rest = job(tmp_path / "rest", tmp_path / "whole" / "epoch=1.ckpt")
+    assert rest == whole[2 * STEPS :]
+    assert_same_weights(tmp_path / "whole" / "epoch=2.ckpt", tmp_path / "rest" / "epoch=2.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"warmup_epochs": 4.0}, "at most the 3 epochs"),
+        ({"warmup_epochs": 1.0, "schedule": "plateau"}, "warmup_epochs is 1.0"),
+        ({"head_lr": 0.0}, "head_lr is 0"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
+        ({"epochs": -1}, "max_epochs"),
+    ],
+)
+def test_mistakes_get_a_sentence(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        fit(tmp_path, **options)
+
+
+def test_label_smoothing_is_of_training_alone(tmp_path):
+    data = ShapesDataModule(train_images=160, test_images=40)
+    module = TransferClassifier("shufflenet_v2_x0_5", "none", class_names=data.class_names, label_smoothing=0.3).eval()
+    logs = {}
+    module.log = lambda name, value, **_: logs.setdefault(name, value)
+    module._trainer = None
+    batch = torch.rand(8, 3, 32, 32), torch.arange(8)
+    with torch.no_grad():
+        logits = module(batch[0])
+        trained = module.training_step(batch, 0)
+        module.validation_step(batch, 0)
+    torch.testing.assert_close(trained, torch.nn.functional.cross_entropy(logits, batch[1], label_smoothing=0.3))
+    torch.testing.assert_close(logs["val/loss"], torch.nn.functional.cross_entropy(logits, batch[1]))
