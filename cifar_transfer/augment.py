@@ -147,13 +147,15 @@ def augment(images: Tensor, parameters: Parameters) -> Tensor:
     parameters = parameters[by_hue]
     there, back = _upload(torch.stack((by_hue, by_hue.argsort())), images).unbind()
 
-    pixels = torch.zeros(batch, 3, size + 2, device=images.device)
+    # Colour by colour, so that what is done to one of them runs through memory in one piece.
+    pixels = torch.zeros(3, batch, size + 2, device=images.device)
     scale = 1 if images.is_floating_point() else 255
-    torch.div(images.index_select(0, there).flatten(2), scale, out=pixels[:, :, :size])
+    torch.div(images.index_select(0, there).flatten(2).transpose(0, 1), scale, out=pixels[:, :, :size])
     _jitter(pixels, _crop_weights(images, parameters), parameters)
     pixels[:, :, -1] = 0
-    sources = _sources(images, parameters).flatten(1)
-    moved = pixels.gather(2, sources[:, None].expand(-1, 3, -1))
+    moved = torch.empty(batch, 3, size, device=images.device)
+    sources = _sources(images, parameters).view(batch, 1, size)
+    torch.gather(pixels.transpose(0, 1), 2, sources.expand(-1, 3, -1), out=moved)
     return moved.index_select(0, back).view(batch, 3, height, width)
 
 
@@ -170,29 +172,25 @@ def _sources(images: Tensor, parameters: Parameters) -> Tensor:
         that the rotation brings in from outside the cropped image.
     """
     height, width = images.shape[-2:]
-    middle_y, middle_x = (height - 1) / 2, (width - 1) / 2
+    middle = torch.tensor([(height - 1) / 2, (width - 1) / 2])[:, None]
     angle = parameters.angle.deg2rad()
     mirror = 1 - 2 * parameters.flip.float()
-    shift_y, shift_x = parameters.shift.float().unbind(1)
+    shift = parameters.shift.t().float()
     # The inverse map, as in torchvision's `rotate`: where to read, given where to write, both from the image's middle.
     # Flip and shift are whole pixels about the same middle, so that to round after them is to round after the rotation.
-    maps = (
-        *(angle.sin(), angle.cos(), shift_y + middle_y, shift_y),
-        *(mirror * angle.cos(), -mirror * angle.sin(), shift_x + middle_x, shift_x),
-    )
-    y_x, y_y, y_0, shift_y, x_x, x_y, x_0, shift_x = _upload(torch.stack(maps), images)[..., None, None].unbind()
-    x = torch.arange(width, device=images.device) - middle_x
-    y = (torch.arange(height, device=images.device) - middle_y)[:, None]
-    row = (y_x * x + (y_y * y + y_0)).round_()
-    column = (x_x * x + (x_y * y + x_0)).round_()
+    by_x = torch.stack((angle.sin(), mirror * angle.cos()))
+    by_y = torch.stack((angle.cos(), -mirror * angle.sin()))
+    edge = middle.expand_as(shift)
+    maps = _upload(torch.stack((by_x, by_y, shift + middle, shift, edge)), images)[..., None, None]
+    by_x, by_y, start, shift, edge = maps.unbind()  # each [2, B, 1, 1], for rows and for columns
+    x = torch.arange(width, device=images.device) - (width - 1) / 2
+    y = (torch.arange(height, device=images.device) - (height - 1) / 2)[:, None]
+    position = (by_x * x + (by_y * y + start)).round_()
 
-    source = row * width + column
-    row, column = row.sub_(middle_y), column.sub_(middle_x)
-    padding = torch.maximum(_outside(row, height), _outside(column, width))
-    source.lerp_(source.new_tensor(height * width), padding)
-    row, column = row.sub_(shift_y), column.sub_(shift_x)
-    fill = torch.maximum(_outside(row, height), _outside(column, width))
-    source.lerp_(source.new_tensor(height * width + 1), fill)
+    source = (position[0] * width).add_(position[1])
+    for shift_back, outside in ((edge, height * width), (shift, height * width + 1)):
+        distance = position.sub_(shift_back).abs().sub_(edge).clamp_(0, 1).amax(0)
+        source.lerp_(torch.full((), float(outside), device=images.device), distance)
     # By way of int32, as the direct conversion is several times slower on a CPU.
     return source.int().long()
 
@@ -234,7 +232,7 @@ def _jitter(pixels: Tensor, weights: Tensor, parameters: Parameters) -> None:
     are sorted by that, each step before it is for the first few images only, and each step after it for the rest.
 
     Args:
-        pixels: float32 [B, 3, N + 2] in [0, 1], the last two of each image black.
+        pixels: float32 [3, B, N + 2] in [0, 1], the last two of each image black.
         weights: float32 [B, N], whose weighted sum of an image's other pixels is the mean that contrast refers to.
         parameters: in descending order of the place of hue.
     """
@@ -248,21 +246,21 @@ def _jitter(pixels: Tensor, weights: Tensor, parameters: Parameters) -> None:
     before = [int((places > step).sum()) for step in range(3)]
 
     for count, values in zip(before, coefficients, strict=True):
-        _mix(pixels[:count], weights[:count], values[:, :count, None])
+        _mix(pixels[:, :count], weights[:count], values[:, :count, None])
     # To go round the circle of hues costs a last digit, which a switched-off operation must not.
     if parameters.hue.any():
         _turn_hue(pixels, parameters.hue)
     for count, values in zip(before, coefficients, strict=True):
-        _mix(pixels[count:], weights[count:], values[:, count:, None])
+        _mix(pixels[:, count:], weights[count:], values[:, count:, None])
 
 
 def _mix(pixels: Tensor, weights: Tensor, coefficients: Tensor) -> None:
     """Turn pixels into clamp(a * pixels + b * grey + c * mean grey) in place, with coefficients a, b, c [3, B, 1]."""
     a, b, c = coefficients
-    red, green, blue = pixels.unbind(1)
+    red, green, blue = pixels
     grey = (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
     mean = (grey[:, :-2] * weights).sum(1, keepdim=True)
-    pixels.mul_(a[:, None]).add_(grey.mul_(b).add_(c * mean)[:, None]).clamp_(0, 1)
+    pixels.mul_(a).add_(grey.mul_(b).add_(c * mean)).clamp_(0, 1)
 
 
 def _turn_hue(pixels: Tensor, turns: Tensor) -> None:
@@ -274,18 +272,18 @@ def _turn_hue(pixels: Tensor, turns: Tensor) -> None:
     they are 1 + (green + blue - red - smallest) / chroma, towards green where green exceeds blue, else towards blue.
 
     Args:
-        pixels: float32 [B, 3, N] in [0, 1].
+        pixels: float32 [3, B, N] in [0, 1].
         turns: float32 [B] on the host, in [-0.5, 0.5].
     """
     corners = torch.tensor([0.0, 2.0, 4.0])
     # In [-3, 3], as is the hue, so that their sum is at most once around and `abs` is enough to find the distance.
-    offsets = _upload((6 * turns[:, None] - corners + 3).remainder(6) - 3, pixels)
-    red, green, blue = pixels.unbind(1)
-    largest, smallest = pixels.amax(1), pixels.amin(1)
+    offsets = _upload((6 * turns - corners[:, None] + 3).remainder(6) - 3, pixels)
+    red, green, blue = pixels
+    largest, smallest = pixels.amax(0), pixels.amin(0)
     chroma = largest - smallest
     # The hue of a grey pixel is arbitrary, for it is multiplied by a chroma of 0, but it must be a number.
     sixths = (green + blue).sub_(red).sub_(smallest).div_(chroma.clamp_min(torch.finfo(chroma.dtype).tiny)).add_(1)
     sixths = sixths.copysign_(green - blue)
     # 0 to 1 from the channel's corner (or 5 to 6, the other way round): 0; at 2 to 4: 1; in between: a ramp.
-    fall = (sixths[:, None] + offsets[:, :, None]).abs_().sub_(3).abs_().neg_().add_(2).clamp_(0, 1)
-    torch.addcmul(largest[:, None], chroma[:, None], fall, value=-1, out=pixels)
+    fall = (sixths + offsets[..., None]).abs_().sub_(3).abs_().neg_().add_(2).clamp_(0, 1)
+    torch.addcmul(largest, chroma, fall, value=-1, out=pixels)
