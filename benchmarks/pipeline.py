@@ -1,4 +1,4 @@
-"""How fast `fit` trains, against a tutorial's loop and against the bare step: `python -m benchmarks.pipeline [options]`.
+"""How fast `fit` trains beside a tutorial's loop and the bare step: `python -m benchmarks.pipeline [options]`.
 
 * The reference is the loop that tutorials show: torchvision's transforms on one PIL image after the other in the main
   process, batches of 64, torchvision's ResNet18, `optim.Adam`, float32, `loss.item()` in each step.
@@ -70,12 +70,14 @@ class Tutorial:
         self.freeze(True)
 
     def freeze(self, frozen: bool) -> None:
+        """Train the head alone, or all; each with an optimizer of its own."""
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(not frozen or name.startswith("fc."))
         trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(trainable, lr=1e-4, weight_decay=1e-4)
 
     def __call__(self) -> None:
+        """Train for one turn."""
         self.network.train()
         running = 0.0
         for _ in range(CHUNK):
@@ -118,6 +120,7 @@ class Turns(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Give the others their turn."""
         if (batch_idx + 1) % CHUNK:
             return
         turn = batch_idx // CHUNK

@@ -43,6 +43,8 @@ class TransferClassifier(LightningModule):
         image_size: Side in pixels that images are resized to (bilinear, antialiased, on the device); "native" is what
             the weights were trained with (a state dict does not say: then the library's default weights); None takes
             them as they are, and makes networks for one size (ViT) for 32.
+        train_sizes: Sides that the images of training have in equal parts of the run, say [32, 48] for half of
+            the steps each; None trains at `image_size` throughout.
         normalize: Channel statistics in [0, 1]: "cifar10", "imagenet", "weights" for those that the weights were
             trained with (found as for `image_size`), or [[mean, mean, mean], [deviation, ...]].
         small_images: Adapt the network to small images, keeping its weights: a stem of stride 1, smaller patches and
@@ -61,6 +63,8 @@ class TransferClassifier(LightningModule):
         warmup_epochs: Epochs, also parts of one, on the way up; not for "plateau".
         lr_factor: What "plateau" multiplies the learning rate with.
         lr_patience: Epochs without a lower `val/loss` that "plateau" lets pass.
+        compile: Run the network through `torch.compile` (inductor); the first steps take a minute longer. Checkpoints
+            stay the same.
 
     Raises:
         UserError: Unknown names, unfit weights or contradicting class counts.
@@ -78,6 +82,7 @@ class TransferClassifier(LightningModule):
         num_classes: int | None = None,
         class_names: list[str] | None = None,
         image_size: int | Literal["native"] | None = None,
+        train_sizes: list[int] | None = None,
         normalize: str | list[list[float]] = "cifar10",
         small_images: bool = False,
         patch_size: int | None = None,
@@ -92,6 +97,7 @@ class TransferClassifier(LightningModule):
         warmup_epochs: float = 0.0,
         lr_factor: float = 0.5,
         lr_patience: int = 2,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.mean: Tensor
@@ -128,9 +134,10 @@ class TransferClassifier(LightningModule):
         self.input_size: list[int] | None = None  # of the images trained on, [height, width] in pixels
         # Their checks would make every step wait for the device.
         self.train_loss = MeanMetric(nan_strategy="disable")
-        self.train_acc, self.val_acc, self.test_acc = (
-            MulticlassAccuracy(num_classes, average="micro", validate_args=False) for _ in range(3)
+        self.train_acc, self.val_acc, self.test_acc, self.mirrored_acc = (
+            MulticlassAccuracy(num_classes, average="micro", validate_args=False) for _ in range(4)
         )
+        self.mirrored = False  # whether evaluation also gives the accuracy of an image and its mirror image together
         self._validated = False
 
     def _check(self) -> None:
@@ -138,6 +145,7 @@ class TransferClassifier(LightningModule):
         for name, fits, wanted in (
             ("num_classes", options["num_classes"] >= 2, "two or more"),
             ("image_size", options["image_size"] in (None, "native") or options["image_size"] >= 1, "pixels or native"),
+            ("train_sizes", options["train_sizes"] is None or min(options["train_sizes"], default=0) >= 1, "pixels"),
             ("patch_size", options["patch_size"] is None or options["patch_size"] >= 1, "a number of pixels"),
             ("aux_weight", options["aux_weight"] >= 0, "0 or more"),
             ("label_smoothing", 0 <= options["label_smoothing"] < 1, "a share in [0, 1)"),
@@ -162,11 +170,10 @@ class TransferClassifier(LightningModule):
         Returns:
             Logits, float [B, num_classes].
         """
-        return self._all_logits(images)[0]
+        return self._all_logits(images, self.hparams["image_size"])[0]
 
-    def _all_logits(self, images: Tensor) -> tuple[Tensor, ...]:
+    def _all_logits(self, images: Tensor, size: int | None) -> tuple[Tensor, ...]:
         """The main logits, and while auxiliary heads train, theirs."""
-        size = self.hparams["image_size"]
         if size is not None and images.shape[-2:] != (size, size):
             images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
         images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
@@ -189,20 +196,35 @@ class TransferClassifier(LightningModule):
         training = self.training
         try:
             with torch.no_grad():
-                self.eval()(torch.zeros(1, 3, *self.input_size, device=self.device))
+                for size in {self.hparams["image_size"], *(self.hparams["train_sizes"] or [])}:
+                    self.eval()._all_logits(torch.zeros(1, 3, *self.input_size, device=self.device), size)
                 if self.hparams["aux_weight"]:  # auxiliary heads need larger images, and answer only while training
                     side = self.hparams["image_size"] or self.input_size[0]
                     copy.deepcopy(self.network).train()(torch.zeros(2, 3, side, side, device=self.device))
         except (RuntimeError, AssertionError) as error:
-            size = self.hparams["image_size"] or "x".join(map(str, self.input_size))
+            side = size or "x".join(map(str, self.input_size))
             name, why = self.hparams["backbone"], str(error).splitlines()[0]
-            raise UserError(f"{name} cannot take images of {size} pixels ({why}): {networks.size_hint(name)}") from None
+            raise UserError(f"{name} cannot take images of {side} pixels ({why}): {networks.size_hint(name)}") from None
         self.train(training)
+
+    def on_train_start(self) -> None:
+        """Compile the network, now that its graph is drawn, and count the steps that sizes are shared out over."""
+        if self.hparams["compile"]:
+            self.network.compile()  # in place, so that the names in its state dict stay
+        if self.hparams["train_sizes"]:
+            if self.trainer.estimated_stepping_batches == float("inf"):
+                raise UserError("train_sizes are shared out over the run: set --trainer.max_epochs.")
+            self._steps = int(self.trainer.estimated_stepping_batches)
+
+    def _train_size(self) -> int | None:
+        if not (sizes := self.hparams["train_sizes"]):
+            return self.hparams["image_size"]
+        return sizes[min(len(sizes) * self.trainer.global_step // self._steps, len(sizes) - 1)]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross-entropy of a batch, with that of the auxiliary heads if they train."""
         images, labels = batch
-        logits, *auxiliary = self._all_logits(images)
+        logits, *auxiliary = self._all_logits(images, self._train_size())
         loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"])
         for other in auxiliary:
             loss = loss + self.hparams["aux_weight"] * F.cross_entropy(other, labels)
@@ -210,7 +232,7 @@ class TransferClassifier(LightningModule):
         self.train_acc.update(logits.detach(), labels)
         # Each call costs Lightning up to a millisecond. What it is not told between two lines of the log is not lost:
         # the metrics have counted it.
-        every = self.trainer.log_every_n_steps
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by one of its connectors
         if self.trainer.is_last_batch or (every and (self.trainer.global_step + 1) % every == 0):
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/loss_epoch", self.train_loss, on_step=False, on_epoch=True, logger=False)
@@ -233,6 +255,9 @@ class TransferClassifier(LightningModule):
         # The loss steers the schedule, so every rank must see the same.
         self.log(f"{split}/loss", loss, batch_size=len(labels), prog_bar=True, logger=logger, sync_dist=True)
         self.log(f"{split}/acc", accuracy, prog_bar=True, logger=logger)
+        if self.mirrored:
+            self.mirrored_acc.update(logits.softmax(1) + self(images.flip(3)).softmax(1), labels)
+            self.log(f"{split}/mirrored_acc", self.mirrored_acc, logger=logger)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Probabilities of a batch, float [B, num_classes]."""

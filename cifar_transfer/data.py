@@ -22,6 +22,7 @@ from cifar_transfer.errors import UserError
 from cifar_transfer.images import Batch, Images, as_is, cores, stratified
 
 Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 class WholeShard(DistributedSampler):
@@ -79,6 +80,7 @@ class ImageDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_fraction, self.augment, self.num_workers, self.seed = val_fraction, augment, num_workers, seed
         self.images: dict[Split, Images] = {}
+        self._loaded: dict[Split, Images | None] = {}
         self._epoch_seeded: int | None = None
 
     def record(self, **options: str | int | float | None) -> None:
@@ -112,8 +114,14 @@ class ImageDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download and decode: called once a machine, before `setup`."""
-        for split in ("train", "val", "test"):
-            self.load(split)
+        for split in SPLITS:
+            self._load_once(split)
+
+    def _load_once(self, split: Split) -> Images | None:
+        """To look through the files of a large folder takes seconds, and `setup` follows `prepare_data`."""
+        if split not in self._loaded:
+            self._loaded[split] = self.load(split)
+        return self._loaded[split]
 
     def setup(self, stage: str | None = None) -> None:
         """Open the images of every split and hold out those of validation.
@@ -123,7 +131,7 @@ class ImageDataModule(LightningDataModule):
         """
         if self.images:
             return
-        train, val, test = self.load("train"), self.load("val"), self.load("test")
+        train, val, test = (self._load_once(split) for split in SPLITS)
         if train is None or not len(train):
             raise UserError("There are no training images.")
         if val is None and self.val_fraction > 0:

@@ -17,6 +17,7 @@ def evaluate(
     accelerator: str = "auto",
     devices: int = 1,
     precision: str = "32-true",
+    mirrored: bool = False,
 ) -> dict[str, float]:
     """Evaluate a checkpoint on the data it was trained with.
 
@@ -27,12 +28,15 @@ def evaluate(
         accelerator: As in Lightning's Trainer.
         devices: As in Lightning's Trainer.
         precision: As in Lightning's Trainer.
+        mirrored: Also predict from each image and its mirror image together, for twice the time.
 
     Returns:
-        `test/loss` and `test/acc`, or `val/loss` and `val/acc`; accuracy as a share of 1.
+        `test/loss` and `test/acc`, or `val/loss` and `val/acc`, and with `mirrored` also `test/mirrored_acc`; accuracy
+        as a share of 1.
     """
     data = checkpoints.load_data(checkpoints.read(ckpt), **({"root": root} if root else {}))
     model = checkpoints.load(ckpt)
+    model.mirrored = mirrored
     trainer = Trainer(
         accelerator=accelerator,
         devices=devices,

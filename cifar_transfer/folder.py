@@ -117,7 +117,8 @@ def folder_images(
     if size is None and max(read_image(paths[0]).shape) > LARGEST_KEPT:
         size = MIXED_SIZE
     stats = [os.stat(path) for path in paths]
-    content = [[os.path.relpath(p, folder), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats, strict=True)]
+    below = f"{folder}{os.sep}"
+    content = [[p.removeprefix(below), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats, strict=True)]
     while True:
         height, width = read_image(paths[0], size).shape[1:]
         if 3 * height * width * len(paths) > limit_gb * 1e9:

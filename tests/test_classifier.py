@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from lightning import Trainer, seed_everything
 from torch import nn
 
-from cifar_transfer import TransferClassifier
+from cifar_transfer import ShapesDataModule, TransferClassifier
 from cifar_transfer.errors import UserError
 from cifar_transfer.normalize import STATISTICS
 
@@ -24,6 +25,8 @@ TINY = "shufflenet_v2_x0_5"
         ({"lr": 0.0}, "lr is 0"),
         ({"lr_factor": 1.0}, "lr_factor"),
         ({"image_size": 0}, "image_size"),
+        ({"train_sizes": []}, "train_sizes"),
+        ({"train_sizes": [32, 0]}, "train_sizes"),
     ],
 )
 def test_mistakes_get_a_sentence(options, message):
@@ -48,3 +51,72 @@ def test_input_is_resized_and_normalised():
         for channel in range(3):
             expected = (resized[:, channel] - mean[channel]) / std[channel]
             torch.testing.assert_close(model.network.seen[:, channel], expected)
+
+
+def fit(folder, epochs=1, **options):
+    seed_everything(0)
+    data = ShapesDataModule(train_images=160, test_images=40, val_fraction=0.25, batch_size=30)
+    module = TransferClassifier(**{"backbone": TINY, "weights": "none"} | options, class_names=data.class_names)
+    seen = []
+    module.network.register_forward_pre_hook(lambda net, inputs: seen.append((net.training, inputs[0].shape[-1])))
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, data)
+    return module, seen, trainer
+
+
+def test_training_sizes_share_the_steps_and_evaluation_has_its_own(tmp_path):
+    _, seen, _ = fit(tmp_path, epochs=2, train_sizes=[24, 32], image_size=40)
+    assert [size for training, size in seen if training] == [24] * 4 + [32] * 4
+    assert {size for training, size in seen[3:] if not training} == {40}
+
+
+def test_sizes_that_the_network_cannot_take_are_refused_before_training(tmp_path):
+    data = ShapesDataModule(train_images=160, test_images=40)
+    module = TransferClassifier("vit_b_16", "none", class_names=data.class_names, image_size=32, train_sizes=[16, 32])
+    with pytest.raises(UserError, match="cannot take images of 16 pixels"):
+        Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, max_epochs=1).fit(module, data)
+
+
+def test_compiled_networks_keep_their_names_and_their_results(tmp_path, monkeypatch):
+    compile = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile(module, backend="eager"))  # inductor takes minutes
+    plain, _, _ = fit(tmp_path, backbone="lenet5")
+    compiled, _, trainer = fit(tmp_path, backbone="lenet5", compile=True)
+    assert compiled.network._compiled_call_impl is not None
+    trainer.save_checkpoint(tmp_path / "compiled.ckpt")
+    state = torch.load(tmp_path / "compiled.ckpt", weights_only=True)["state_dict"]
+    assert state.keys() == plain.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-3)
+
+
+def test_mirrored_accuracy_is_of_an_image_and_its_mirror_image_together():
+    class LeftOrRight(nn.Module):
+        """Class 1, strongly, where the left half is bright; class 0, weakly, elsewhere."""
+
+        def forward(self, images):
+            left = images[..., :16].mean((1, 2, 3)) > images[..., 16:].mean((1, 2, 3))
+            return torch.where(left[:, None], torch.tensor([0.0, 5.0]), torch.tensor([1.0, 0.0]))
+
+    model = TransferClassifier(TINY, "none", num_classes=2).eval()
+    model.network, logs = LeftOrRight(), {}
+    model.log = lambda name, value, **_: logs.update({name: value})
+    images = torch.zeros(4, 3, 32, 32)
+    images[:2, ..., :16] = 1
+    images[2:, ..., 16:] = 1
+    labels = torch.ones(4, dtype=torch.int64)
+    model.validation_step((images, labels), 0)
+    assert "val/mirrored_acc" not in logs
+    model.mirrored = True
+    model.validation_step((images, labels), 0)
+    assert float(logs["val/acc"].compute()) == 0.5
+    assert float(logs["val/mirrored_acc"].compute()) == 1.0
