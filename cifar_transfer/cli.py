@@ -197,6 +197,10 @@ class FitCLI(LightningCLI):
             callbacks.append(TQDMProgressBar(leave=False))
         else:
             kwargs["enable_progress_bar"] = False
+        if options.benchmark is None and not options.deterministic:
+            kwargs["benchmark"] = True  # cuDNN's; there are few sizes of batches
+        if torch.cuda.is_available():
+            torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have by default
         if options.logger is None or options.logger is True:
             kwargs["logger"] = self._logger(options.default_root_dir or ".")
         self.trainer_defaults["callbacks"] = callbacks

@@ -21,8 +21,8 @@ class DenseConv2d(nn.Conv2d):
         # Channels last, as the networks are kept: then nothing of this is a copy but the rows of the matrix.
         height, width = input.shape[-2:]
         kernel = self.weight.permute(0, 2, 3, 1)
-        windows = [kernel[:, y : y + height, x : x + width].flatten(1) for y in rows for x in columns]
-        output = F.linear(input.permute(0, 2, 3, 1).flatten(1), torch.cat(windows))
+        windows = torch.stack([kernel[:, y : y + height, x : x + width] for y in rows for x in columns])
+        output = F.linear(input.permute(0, 2, 3, 1).flatten(1), windows.flatten(0, 1).flatten(1))
         output = output.unflatten(1, (len(rows), len(columns), -1)).permute(0, 3, 1, 2)
         return output if self.bias is None else output + self.bias[:, None, None]
 
