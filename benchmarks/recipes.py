@@ -5,13 +5,13 @@ done again, and what was stopped is continued. Then it evaluates each epoch's ch
 clock, and draws the curves into FOLDER/recipes.png. The minutes are those of training and validation.
 """
 
+import argparse
 import csv
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 
 from cifar_transfer.evaluate import evaluate
@@ -82,9 +82,9 @@ def draw(curves: dict[str, list[list[tuple[float, float]]]], path: Path) -> None
 
 def main() -> None:
     """Train, evaluate, draw."""
-    parser = ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="Folder for runs and picture.")
-    parser.add_argument("--recipes", type=list[str], default=list(RECIPES))
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seeds", type=int, default=1, help="Seeds of each recipe: 0, 1, ...")
     known, options = parser.parse_known_args()
     curves = {

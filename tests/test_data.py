@@ -3,7 +3,9 @@
 import hashlib
 import io
 import pickle
+import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -289,3 +291,22 @@ def test_real_images_are_read_exactly(shared, tmp_path):
     subprocess.run([sys.executable, script, "batches", tmp_path / "b", "--per-class", "3"], check=True)
     with pytest.raises(UserError, match="not the official file"):
         CIFAR10DataModule(str(tmp_path / "b")).prepare_data()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says which memory is shared")
+def test_processes_share_the_memory_of_the_images(tmp_path):
+    write_images(tmp_path / "train", per_class=64)
+    data = ImageFolderDataModule(str(tmp_path), batch_size=16)
+    data.prepare_data()
+    data.setup()
+    assert sum(len(labels) for _, labels in data.train_dataloader()) == 116
+    kilobytes = dict.fromkeys(("Rss", "Private_Dirty", "Anonymous"), 0)
+    ours = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name in kilobytes and ours:
+            kilobytes[name] += int(rest.split()[0])
+        elif re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            ours = str(tmp_path) in line
+    assert kilobytes["Rss"] >= 128 * 3  # of 3 KB an image, in the page cache, which there is once a machine
+    assert kilobytes["Private_Dirty"] == kilobytes["Anonymous"] == 0

@@ -1,0 +1,41 @@
+"""What the benchmarks print and draw, from times and runs that are known."""
+
+import pytest
+from conftest import TINY
+from PIL import Image
+
+from benchmarks import recipes, turns
+
+
+def test_contestants_take_turns_and_the_first_round_does_not_count():
+    calls = []
+    times = turns.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, most=60)
+    assert calls == ["a", "b"] * 4
+    assert [len(values) for values in times.values()] == [3, 3]
+
+
+def test_no_round_begins_after_the_time_is_up():
+    assert len(turns.alternate({"a": lambda: None}, rounds=1000, most=0)["a"]) == 1
+
+
+def test_ratios_are_those_within_a_round():
+    table = turns.table({"slow": [1.0, 2.0, 4.0], "fast": [0.5, 1.0, 1.0]}, images=10)
+    slow, fast = table.splitlines()[2:]
+    assert [cell.strip() for cell in slow.split("|")[1:-1]] == ["slow", "5", "4 to 8", "1.00", "1.00 to 1.00"]
+    assert [cell.strip() for cell in fast.split("|")[1:-1]] == ["fast", "10", "10 to 15", "2.00", "2.00 to 3.00"]
+
+
+def test_recipes_are_run_once_evaluated_each_epoch_and_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(recipes.RECIPES, "fast", ["--model.schedule=linear"])
+    options = ["--out", str(tmp_path), "--recipes", "fast", *TINY, "--trainer.max_epochs=2"]
+    monkeypatch.setattr("sys.argv", ["recipes", *options])
+    recipes.main()
+    run = tmp_path / "fast-0" / "lightning_logs" / "version_0"
+    points = recipes.curve(run)
+    assert len(points) == 2
+    assert 0 < points[0][0] < points[1][0]
+    assert f"{points[1][1]:.2%}" in capsys.readouterr().out
+    with Image.open(tmp_path / "recipes.png") as picture:
+        assert picture.size == (1200, 675)
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("a finished run was started again"))
+    recipes.main()
