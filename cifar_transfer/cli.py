@@ -36,8 +36,10 @@ for _message in (
     ".*is smaller than the logging interval.*",  # the figures of epochs are logged all the same
 ):
     warnings.filterwarnings("ignore", _message)
-# Advertisements for other products.
-logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+# Advertisements for other products, and what Lightning does to count the steps of a schedule.
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+    lambda record: not re.search(r"Tip:|^Loading `train_dataloader`", record.getMessage())
+)
 
 
 class Parser(LightningArgumentParser):

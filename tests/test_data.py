@@ -293,6 +293,15 @@ def test_real_images_are_read_exactly(shared, tmp_path):
         CIFAR10DataModule(str(tmp_path / "b")).prepare_data()
 
 
+def test_files_are_looked_through_once(monkeypatch):
+    loaded, load = [], ShapesDataModule.load
+    monkeypatch.setattr(ShapesDataModule, "load", lambda data, split: loaded.append(split) or load(data, split))
+    data = ShapesDataModule(train_images=40, test_images=10)
+    data.prepare_data()
+    data.setup()
+    assert sorted(loaded) == ["test", "train", "val"]
+
+
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says which memory is shared")
 def test_processes_share_the_memory_of_the_images(tmp_path):
     write_images(tmp_path / "train", per_class=64)
