@@ -1,7 +1,7 @@
 """Accuracy on the test images against minutes, of the recipes: `python -m benchmarks.recipes --out FOLDER [options]`.
 
 Runs `fit` for each recipe and seed, one after the other, with the options given (data, weights); what is done is not
-done again, and what was stopped is continued. Then it evaluates each epoch's checkpoint on the test images, outside the
+done again, and what was stopped is continued. Then it evaluates the epochs' checkpoints on the test images, outside the
 clock, and draws the curves into FOLDER/recipes.png. The minutes are those of training and validation.
 """
 
@@ -11,10 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
+from lightning import Trainer
 from matplotlib.figure import Figure
 
-from cifar_transfer.evaluate import evaluate
+from cifar_transfer import checkpoints
 from cifar_transfer.report import RESULT
 
 RECIPES = {
@@ -47,14 +47,19 @@ def train(out: Path, recipe: str, seed: int, options: list[str]) -> Path:
     return run
 
 
-def curve(run: Path) -> list[tuple[float, float]]:
-    """Minutes and test accuracy after each epoch of a run; evaluated once, then kept beside it."""
+def curve(run: Path, every: int = 1) -> list[tuple[float, float]]:
+    """Minutes and test accuracy after each epoch of a run, or each so many; evaluated once, then kept beside it."""
     kept = run / "curve.csv"
     if not kept.is_file():
+        paths = sorted(run.glob("checkpoints/epoch-*.ckpt"))
+        paths = [path for number, path in enumerate(paths, 1) if number % every == 0 or path == paths[-1]]
+        data = checkpoints.load_data(checkpoints.read(paths[0]))
+        trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, devices=1)
         points = []
-        for path in sorted(run.glob("checkpoints/epoch-*.ckpt")):
-            seconds = torch.load(path, "cpu", weights_only=True, mmap=True)["callbacks"]["Report"]["seconds"]
-            points.append((seconds / 60, evaluate(str(path))["test/acc"]))
+        for path in paths:
+            seconds = checkpoints.read(path)["callbacks"]["Report"]["seconds"]
+            figures = trainer.test(checkpoints.load(path), data, verbose=False)[0]
+            points.append((seconds / 60, figures["test/acc"]))
         with kept.open("w", newline="") as file:
             csv.writer(file).writerows(points)
     with kept.open(newline="") as file:
@@ -86,9 +91,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="Folder for runs and picture.")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seeds", type=int, default=1, help="Seeds of each recipe: 0, 1, ...")
+    parser.add_argument("--every", type=int, default=1, help="Epochs from one evaluation to the next.")
     known, options = parser.parse_known_args()
     curves = {
-        recipe: [curve(train(known.out, recipe, seed, options)) for seed in range(known.seeds)]
+        recipe: [curve(train(known.out, recipe, seed, options), known.every) for seed in range(known.seeds)]
         for recipe in known.recipes
     }
     draw(curves, known.out / "recipes.png")

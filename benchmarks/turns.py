@@ -18,7 +18,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def alternate(contestants: Mapping[str, Callable[[], object]], rounds: int, most: float) -> dict[str, list[float]]:
-    """Call each contestant once a round, after a first round that does not count.
+    """Call each contestant once a round, in turn forwards and backwards, after a first round that does not count.
 
     Args:
         contestants: What to time, by name.
@@ -32,8 +32,8 @@ def alternate(contestants: Mapping[str, Callable[[], object]], rounds: int, most
     for work in contestants.values():
         seconds(work)
     start = time.perf_counter()
-    for _ in range(rounds):
-        for name, work in contestants.items():
+    for turn in range(rounds):
+        for name, work in list(contestants.items())[:: -1 if turn % 2 else 1]:
             times[name].append(seconds(work))
         if time.perf_counter() - start > most:
             break

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -203,6 +203,8 @@ class FitCLI(LightningCLI):
             kwargs["benchmark"] = True  # cuDNN's; there are few sizes of batches
         if torch.cuda.is_available():
             torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have by default
+        if self.config.model.schedule != "plateau" and options.logger is not False and not options.fast_dev_run:
+            callbacks.append(LearningRateMonitor("step"))  # a plateau changes it between epochs only
         if options.logger is None or options.logger is True:
             kwargs["logger"] = self._logger(options.default_root_dir or ".")
         self.trainer_defaults["callbacks"] = callbacks
