@@ -2,7 +2,7 @@
 
 The result is distributed as that of torchvision's pipeline, which works on one image at a time::
 
-    RandomCrop((H, W), padding) -> RandomHorizontalFlip(flip)
+    RandomCrop((H, W), padding, padding_mode) -> RandomHorizontalFlip(flip)
     -> ColorJitter(brightness, contrast, saturation, hue) -> RandomRotation(degrees)
 
 (https://docs.pytorch.org/vision/stable/transforms.html; nearest interpolation, black fill). It takes two steps:
@@ -19,6 +19,7 @@ same parameters whatever the device.
 
 import math
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from cifar_transfer.errors import UserError
 
 GREY = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in a grey value, as in torchvision's `rgb_to_grayscale` (ITU-R BT.601, rounded)."""
+
+PaddingMode = Literal["constant", "reflect"]
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Numbers of the colour operations in `Parameters.order`, as in torchvision's `ColorJitter`."""
@@ -63,13 +66,14 @@ class Augment:
     A value of 0 switches an operation off exactly; with all at 0 the result is `images / 255`.
 
     Args:
-        padding: black pixels added on every side before a crop to the original size; the crop's place is uniform.
+        padding: pixels added on every side before a crop to the original size; the crop's place is uniform.
         flip: probability of a left-right flip, in [0, 1].
         brightness: the brightness factor is uniform in [max(0, 1 - brightness), 1 + brightness].
         contrast: the contrast factor is uniform in [max(0, 1 - contrast), 1 + contrast].
         saturation: the saturation factor is uniform in [max(0, 1 - saturation), 1 + saturation].
         hue: the hue moves by a fraction of the colour circle, uniform in [-hue, hue]; at most 0.5.
         degrees: the angle of rotation is uniform in [-degrees, degrees].
+        padding_mode: what the padding is, "constant" for black or "reflect" for the image mirrored at its edge.
 
     Raises:
         UserError: a value is out of its range.
@@ -82,14 +86,17 @@ class Augment:
     saturation: float = 0.2
     hue: float = 0.1
     degrees: float = 15.0
+    padding_mode: PaddingMode = "constant"
 
     def __post_init__(self) -> None:
+        if self.padding_mode not in ("constant", "reflect"):
+            raise UserError(f"The augmentation's padding_mode is {self.padding_mode}; take constant or reflect.")
         upper = {"flip": 1.0, "hue": 0.5}
-        for field in fields(self):
-            value, most = getattr(self, field.name), upper.get(field.name, math.inf)
+        for name in ("padding", "flip", "brightness", "contrast", "saturation", "hue", "degrees"):
+            value, most = getattr(self, name), upper.get(name, math.inf)
             if not (math.isfinite(value) and 0 <= value <= most):
                 allowed = f"between 0 and {most:g}" if most < math.inf else "0 (off) or a finite positive number"
-                raise UserError(f"The augmentation's {field.name} is {value}; it must be {allowed}.")
+                raise UserError(f"The augmentation's {name} is {value}; it must be {allowed}.")
 
     def __call__(self, images: Tensor) -> Tensor:
         """Augment each image with parameters of its own.
@@ -102,8 +109,14 @@ class Augment:
 
         Raises:
             ValueError: the shape is not [B, 3, H, W] with H * W < 2**24.
+            UserError: an image is too small to be mirrored at its edge so far out.
         """
-        return augment(images, self.draw(len(images)))
+        if self.padding_mode == "reflect" and self.padding >= min(images.shape[-2:]):
+            raise UserError(
+                f"The augmentation's padding is {self.padding}, but images of {images.shape[-1]} x {images.shape[-2]} "
+                f"pixels reflect at most {min(images.shape[-2:]) - 1}."
+            )
+        return augment(images, self.draw(len(images)), self.padding_mode)
 
     def draw(self, count: int) -> Parameters:
         """Draw the parameters of `count` images independently from torch's global CPU generator."""
@@ -120,7 +133,7 @@ class Augment:
 
 
 @torch.no_grad()
-def augment(images: Tensor, parameters: Parameters) -> Tensor:
+def augment(images: Tensor, parameters: Parameters, padding_mode: PaddingMode = "constant") -> Tensor:
     """Crop, flip, jitter and rotate each image by given parameters.
 
     Equal to torchvision's functional `crop`, `hflip`, `adjust_*` and `rotate` one after the other on float tensors, up
@@ -130,6 +143,7 @@ def augment(images: Tensor, parameters: Parameters) -> Tensor:
     Args:
         images: uint8 in 0..255 or floating point in [0, 1], [B, 3, H, W], on any device; left as it is.
         parameters: one row for each of the B images.
+        padding_mode: what a crop finds beyond the image, black or its mirror image; torchvision's `pad` before `crop`.
 
     Returns:
         float32 [B, 3, H, W] in [0, 1], on the images' device.
@@ -151,10 +165,10 @@ def augment(images: Tensor, parameters: Parameters) -> Tensor:
     pixels = torch.zeros(3, batch, size + 2, device=images.device)
     scale = 1 if images.is_floating_point() else 255
     torch.div(images.index_select(0, there).flatten(2).transpose(0, 1), scale, out=pixels[:, :, :size])
-    _jitter(pixels, _crop_weights(images, parameters), parameters)
+    _jitter(pixels, _crop_weights(images, parameters, padding_mode), parameters)
     pixels[:, :, -1] = 0
     moved = torch.empty(batch, 3, size, device=images.device)
-    sources = _sources(images, parameters).view(batch, 1, size)
+    sources = _sources(images, parameters, padding_mode).view(batch, 1, size)
     torch.gather(pixels.transpose(0, 1), 2, sources.expand(-1, 3, -1), out=moved)
     return moved.index_select(0, back).view(batch, 3, height, width)
 
@@ -164,7 +178,7 @@ def _upload(tensor: Tensor, images: Tensor) -> Tensor:
     return tensor.to(images.device, non_blocking=True)
 
 
-def _sources(images: Tensor, parameters: Parameters) -> Tensor:
+def _sources(images: Tensor, parameters: Parameters, padding_mode: PaddingMode) -> Tensor:
     """Say where each output pixel comes from.
 
     Returns:
@@ -187,12 +201,23 @@ def _sources(images: Tensor, parameters: Parameters) -> Tensor:
     y = (torch.arange(height, device=images.device) - (height - 1) / 2)[:, None]
     position = (by_x * x + (by_y * y + start)).round_()
 
-    source = (position[0] * width).add_(position[1])
-    for shift_back, outside in ((edge, height * width), (shift, height * width + 1)):
+    if padding_mode == "reflect":
+        inside = _reflect(position - edge, edge).add_(edge)
+        borders = [(edge + shift, height * width + 1)]
+    else:
+        inside = position
+        borders = [(edge, height * width), (shift, height * width + 1)]
+    source = (inside[0] * width).add_(inside[1])
+    for shift_back, outside in borders:
         distance = position.sub_(shift_back).abs().sub_(edge).clamp_(0, 1).amax(0)
         source.lerp_(torch.full((), float(outside), device=images.device), distance)
     # By way of int32, as the direct conversion is several times slower on a CPU.
     return source.int().long()
+
+
+def _reflect(position: Tensor, edge: Tensor) -> Tensor:
+    """Fold positions counted from the middle of a row back into it, if they are less than a row outside."""
+    return torch.copysign(edge - (position.abs() - edge).abs(), position)
 
 
 def _outside(position: Tensor, size: int) -> Tensor:
@@ -207,20 +232,26 @@ def _outside(position: Tensor, size: int) -> Tensor:
     return position.abs().sub_((size - 1) / 2).clamp_(0, 1)
 
 
-def _crop_weights(images: Tensor, parameters: Parameters) -> Tensor:
+def _crop_weights(images: Tensor, parameters: Parameters, padding_mode: PaddingMode) -> Tensor:
     """Weigh the pixels of the source so that a weighted sum is the mean over the crop.
 
-    Padding counts in the mean but adds nothing to it: contrast comes only once, and until then padding is black.
+    Black padding counts in the mean but adds nothing to it: contrast comes only once, and until then it is black.
 
     Returns:
         float32 [B, H * W].
     """
     height, width = images.shape[-2:]
     shifts = _upload(parameters.shift.t().contiguous(), images)[..., None]
-    rows, columns = (
-        (1 - _outside(torch.arange(size, device=images.device) - (size - 1) / 2 - shift, size)) / size
-        for shift, size in zip(shifts, (height, width), strict=True)
-    )
+    weights = []
+    for shift, size in zip(shifts, (height, width), strict=True):
+        edge = (size - 1) / 2
+        place = torch.arange(size, device=images.device) - edge
+        weight = 1 - _outside(place - shift, size)
+        if padding_mode == "reflect":  # a pixel may lie in the crop a second time, mirrored at either edge but its own
+            for end in (-edge, edge):
+                weight += (1 - _outside(2 * end - place - shift, size)) * (place != end)
+        weights.append(weight / size)
+    rows, columns = weights
     return (rows[:, :, None] * columns[:, None]).flatten(1)
 
 

@@ -10,6 +10,7 @@ from torchvision.transforms import functional
 from cifar_transfer.augment import BRIGHTNESS, CONTRAST, HUE, SATURATION, Augment, Parameters, augment
 from cifar_transfer.errors import UserError
 
+MODES = ["constant", "reflect"]
 SIZES = [(32, 32), (24, 37), (31, 16)]
 OFF = {"padding": 0, "flip": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "degrees": 0.0}
 
@@ -48,13 +49,16 @@ def parameters(count: int, **changes: Tensor) -> Parameters:
     return replace(nothing, **changes)
 
 
-def one_by_one(images: Tensor, given: Parameters) -> Tensor:
+def crop(image: Tensor, down: int, right: int, mode: str) -> Tensor:
+    """What torchvision cuts out of an image padded by 4, this far below and right of its middle."""
+    return functional.crop(functional.pad(image, [4], padding_mode=mode), 4 + down, 4 + right, *image.shape[1:])
+
+
+def one_by_one(images: Tensor, given: Parameters, mode: str = "constant") -> Tensor:
     """What torchvision makes of each image, one operation after the other."""
-    height, width = images.shape[-2:]
     results = []
     for k, image in enumerate(images.float() / 255):
-        down, right = given.shift[k].tolist()
-        image = functional.crop(image, down, right, height, width)
+        image = crop(image, *given.shift[k].tolist(), mode)
         if given.flip[k]:
             image = functional.hflip(image)
         brightness, contrast, saturation = given.factors[k].tolist()
@@ -76,14 +80,12 @@ def share_of_different_pixels(result: Tensor, expected: Tensor, tolerance: float
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_crop_is_torchvisions_for_every_shift(size):
+@pytest.mark.parametrize("mode", MODES)
+def test_crop_is_torchvisions_for_every_shift(size, mode):
     shifts = torch.cartesian_prod(torch.arange(-4, 5), torch.arange(-4, 5))
     images, given = pictures(len(shifts), *size), parameters(len(shifts), shift=shifts)
-    crops = [
-        functional.crop(functional.pad(image, [4]), 4 + down, 4 + right, *size)
-        for image, (down, right) in zip(images, shifts.tolist(), strict=True)
-    ]
-    assert torch.equal(augment(images, given), torch.stack(crops) / 255)
+    crops = [crop(image, *shift, mode) for image, shift in zip(images, shifts.tolist(), strict=True)]
+    assert torch.equal(augment(images, given, mode), torch.stack(crops) / 255)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -128,19 +130,20 @@ def test_hue_is_torchvisions_on_pictures_and_on_all_corner_colours():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_whole_pipeline_is_torchvisions_in_every_order(size):
+@pytest.mark.parametrize("mode", MODES)
+def test_whole_pipeline_is_torchvisions_in_every_order(size, mode):
     torch.manual_seed(1)
     orders = torch.tensor(list(permutations(range(4)))).repeat(4, 1)
     count = len(orders)
     # Strong changes, so that values are clamped on the way and the order matters.
     given = replace(Augment(4, 0.5, 0.6, 0.6, 0.6, 0.3, 20).draw(count), order=orders)
     images = pictures(count, *size)
-    result, expected = augment(images, given), one_by_one(images, given)
+    result, expected = augment(images, given, mode), one_by_one(images, given, mode)
     assert share_of_different_pixels(result, expected) <= 1e-3
     assert result.min() >= 0
     assert result.max() <= 1
     one_order = replace(given, order=orders[:1].expand(count, 4))
-    assert share_of_different_pixels(augment(images, one_order), expected) > 0.5
+    assert share_of_different_pixels(augment(images, one_order, mode), expected) > 0.5
 
 
 def test_off_is_exact():
@@ -172,6 +175,7 @@ def test_each_option_switches_its_own_operation(name):
         ({"contrast": float("nan")}, "contrast"),
         ({"saturation": float("inf")}, "saturation"),
         ({"degrees": -15.0}, "degrees"),
+        ({"padding_mode": "symmetric"}, "constant or reflect"),
     ],
 )
 def test_wrong_options_are_refused(options, word):
@@ -183,6 +187,13 @@ def test_wrong_options_are_refused(options, word):
 def test_wrong_shape_is_refused(shape):
     with pytest.raises(ValueError, match="expected images of shape"):
         Augment()(torch.zeros(shape, dtype=torch.uint8))
+
+
+def test_an_image_reflects_no_further_than_it_is_wide():
+    images = pictures(2, 4, 9)
+    assert Augment(**OFF | {"padding": 3}, padding_mode="reflect")(images).shape == images.shape
+    with pytest.raises(UserError, match="padding is 4, but images of 9 x 4 pixels reflect at most 3"):
+        Augment(**OFF | {"padding": 4}, padding_mode="reflect")(images)
 
 
 def test_images_do_not_depend_on_the_rest_of_the_batch():
