@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lightning import Trainer
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from cifar_transfer import checkpoints
 from cifar_transfer.report import RESULT
@@ -77,6 +78,8 @@ def draw(curves: dict[str, list[list[tuple[float, float]]]], path: Path) -> None
             shares = [100 * value for value in accuracy]
             axes.plot(minutes, shares, ".-", color=COLORS[recipe], lw=1, ms=5, label=None if number else label)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("minutes of training and validation")
     axes.set_ylabel("test accuracy (%)")

@@ -5,6 +5,7 @@ import io
 import pickle
 import re
 import tarfile
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,19 @@ import pytest
 import torch
 from broken_server import BrokenServer
 from conftest import write_images
+from lightning import Trainer
+from lightning.pytorch import Callback
 from PIL import Image
 
-from cifar_transfer import Augment, CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule, cifar10
+from cifar_transfer import (
+    Augment,
+    CIFAR10DataModule,
+    ImageFolderDataModule,
+    ShapesDataModule,
+    TransferClassifier,
+    cifar10,
+)
+from cifar_transfer.data import step_seed
 from cifar_transfer.errors import UserError
 from cifar_transfer.images import CACHE_FOLDER, read_image, stratified
 
@@ -255,6 +266,36 @@ def test_batches_are_shuffled_by_seed_and_epoch_and_kept_in_order_for_evaluation
     assert first != labels(loader)
     assert sorted(first) == sorted(labels(loader)) == sorted(data.images["train"].labels.tolist())
     assert labels(data.test_dataloader()) == data.images["test"].labels.tolist()
+
+
+def test_chance_follows_from_seed_epoch_step_and_rank():
+    numbers = list(product(range(3), repeat=4))
+    assert len({step_seed(*four) for four in numbers}) == len(numbers)
+
+    class Witness(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            states.append(torch.get_rng_state().numpy().tobytes())
+
+    runs = []
+    for seed in (0, 0, 1):
+        states: list[bytes] = []
+        data = ShapesDataModule(train_images=60, test_images=10, batch_size=18, seed=seed)
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=2,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[Witness()],
+        )
+        trainer.fit(TransferClassifier("shufflenet_v2_x0_5", "none"), data)
+        torch.rand(7)  # what else is drawn, makes no difference
+        runs.append(states)
+    assert len(set(runs[0])) == len(runs[0]) == 6
+    assert runs[0] == runs[1]
+    assert not set(runs[0]) & set(runs[2])
 
 
 def test_a_last_batch_of_one_image_is_left_out():
