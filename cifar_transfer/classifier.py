@@ -230,6 +230,8 @@ class TransferClassifier(LightningModule):
             loss = loss + self.hparams["aux_weight"] * F.cross_entropy(other, labels)
         self.train_loss.update(loss.detach(), len(labels))
         self.train_acc.update(logits.detach(), labels)
+        if self._trainer is None:  # called by hand
+            return loss
         # Each call costs Lightning up to a millisecond. What it is not told between two lines of the log is not lost:
         # the metrics have counted it.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by one of its connectors

@@ -183,10 +183,14 @@ def test_a_source_that_was_left_is_disconnected(server: BrokenServer, tmp_path: 
 
 
 def test_an_interrupt_leaves_nothing(server: BrokenServer, tmp_path: Path) -> None:
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        get(server, tmp_path / "x.bin", "/stall/file", stall_seconds=20)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make background jobs ignore it
+    try:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            get(server, tmp_path / "x.bin", "/stall/file", stall_seconds=20)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 5
     assert server.hits["/stall/file"] == 1
     assert left(tmp_path) == []
