@@ -113,6 +113,9 @@ def test_own_images_run_end_to_end_without_test_images(tmp_path):
     write_images(tmp_path / "photos" / "train", 12, size=(24, 24), classes=["cat", "dog", "猫"])
     options = ["--data=ImageFolderDataModule", "--data.root=photos", "--data.batch_size=8", "--trainer.max_epochs=1"]
     done = run_fit(tmp_path, "--model.backbone=shufflenet_v2_x0_5", "--model.weights=none", *options)
+    assert re.search(r"epoch   1/1   train loss \d", done.stdout), (
+        "also of fewer steps than between two lines of the log"
+    )
     assert "val accuracy" in done.stdout
     assert "test accuracy" not in done.stdout
     best = f"--ckpt={RUN}/checkpoints/best.ckpt"

@@ -279,7 +279,8 @@ def test_only_convolutions_that_see_all_everywhere_are_dense(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "padding", "stride", "size"), [(3, 1, 1, 2), (3, 1, 2, 2), (5, 2, 1, 3), (3, 1, 2, 1)]
+    ("kernel", "padding", "stride", "size"),
+    [(3, 1, 1, 2), (3, 1, 2, 2), (5, 2, 1, 3), (3, 1, 2, 1), (3, 2, 2, 2)],
 )
 def test_dense_convolutions_with_a_bias_and_rectangles(kernel, padding, stride, size):
     torch.manual_seed(0)
