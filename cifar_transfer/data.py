@@ -6,8 +6,9 @@ What the network's input must look like beyond [0, 1] (statistics, resolution) b
 so that a checkpoint can be used without the data module that trained it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -37,6 +38,44 @@ class WholeShard(DistributedSampler):
 
     def __len__(self) -> int:
         return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+
+class ResumableLoader(DataLoader[Batch]):
+    """Training batches that a checkpoint written within an epoch continues: it skips those given before.
+
+    Lightning keeps the state of every loader that has one.
+
+    Attributes:
+        given: How many batches of the epoch have been given.
+        epoch: How many there are in an epoch, which the Trainer may limit.
+    """
+
+    given = 0
+    epoch: Callable[[], float]
+
+    def state_dict(self) -> dict[str, int]:
+        """How many are to be skipped: none when the epoch is over."""
+        return {"given": 0 if self.given >= self.epoch() else self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next epoch after these."""
+        self._skipped = state["given"]
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # as loop and profilers use it
+        self.given, self._skipped = getattr(self, "_skipped", 0), 0
+        self.sampler.first = self.given * (self.batch_size or 1)  # type: ignore[attr-defined]
+        for batch in super().__iter__():
+            self.given += 1
+            yield batch
+
+
+class Shuffled(DistributedSampler):
+    """`DistributedSampler` that can begin later."""
+
+    first = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(super().__iter__(), self.first, None)
 
 
 class ImageDataModule(LightningDataModule):
@@ -158,7 +197,7 @@ class ImageDataModule(LightningDataModule):
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         train = split == "train"
         sampler: DistributedSampler = (
-            DistributedSampler(images, num_replicas=world, rank=rank, shuffle=True, seed=self.seed)
+            Shuffled(images, num_replicas=world, rank=rank, shuffle=True, seed=self.seed)
             if train
             else WholeShard(images, num_replicas=world, rank=rank, shuffle=False)
         )
@@ -166,7 +205,8 @@ class ImageDataModule(LightningDataModule):
         workers = 0
         if images.on_the_fly:
             workers = self.num_workers if self.num_workers is not None else cores()
-        return DataLoader(
+        kind = ResumableLoader if train else DataLoader
+        loader = kind(
             images,
             batch_size=batch_size,
             sampler=sampler,
@@ -177,6 +217,9 @@ class ImageDataModule(LightningDataModule):
             # Batch-norm cannot train on one value a channel, and a network may end in 1 x 1 pixels.
             drop_last=train and len(sampler) % batch_size == 1,
         )
+        if isinstance(loader, ResumableLoader):
+            loader.epoch = lambda: self.trainer.num_training_batches if self.trainer else len(loader)
+        return loader
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled training batches, a shard a rank."""

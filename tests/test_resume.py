@@ -37,6 +37,31 @@ def kill_when(folder, line, delay):
     assert process.returncode == -signal.SIGKILL
 
 
+def test_interrupted_within_an_epoch_continues_from_that_step(tmp_path, undisturbed):
+    command = [sys.executable, "-m", "cifar_transfer.fit", *JOB]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert any("epoch   2/4" in printed for printed in process.stdout)
+        time.sleep(0.15)
+        process.send_signal(signal.SIGINT)
+        said = process.stdout.read()
+    assert process.returncode == 130, said
+    assert "Stopped. Continue with: python -m cifar_transfer.fit --resume lightning_logs/version_0" in said
+    assert "Traceback" not in said
+    stopped = torch.load(tmp_path / LAST, weights_only=True)
+    assert stopped["epoch"] == 2
+    assert 12 < stopped["global_step"] < 18, "between the steps of the third epoch"
+    done = run_fit(tmp_path, "--resume=lightning_logs/version_0")
+    assert "test accuracy" in done.stdout
+    assert "Warning" not in done.stderr
+    assert_same_weights(tmp_path / LAST, undisturbed / LAST)
+    resumed, whole = curves(tmp_path), curves(undisturbed)
+    assert resumed["train/loss"] == whole["train/loss"], "every image once"
+    assert resumed["val/loss"] == whole["val/loss"]
+
+
 def curves(folder):
     events = EventAccumulator(str(folder / "lightning_logs" / "version_0"), size_guidance={"scalars": 0})
     events.Reload()
