@@ -6,12 +6,14 @@ from cifar_transfer.classifier import TransferClassifier
 from cifar_transfer.data import ImageDataModule
 from cifar_transfer.folder import ImageFolderDataModule
 from cifar_transfer.freeze import BackboneFreeze
+from cifar_transfer.inference import Classifier
 from cifar_transfer.shapes import ShapesDataModule
 
 __all__ = [
     "Augment",
     "BackboneFreeze",
     "CIFAR10DataModule",
+    "Classifier",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ShapesDataModule",

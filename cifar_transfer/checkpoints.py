@@ -15,9 +15,28 @@ from cifar_transfer.errors import UserError
 from cifar_transfer.folder import ImageFolderDataModule
 from cifar_transfer.shapes import ShapesDataModule
 
+LOGS = "lightning_logs"  # where runs are, in the current folder
 DATA_MODULES: dict[str, type[ImageDataModule]] = {
     module.__name__: module for module in (CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule)
 }
+
+
+def newest(logs: str | Path = LOGS) -> Path:
+    """The best checkpoint of the newest run.
+
+    Args:
+        logs: Folder with the runs' folders.
+
+    Raises:
+        UserError: No run there has one.
+    """
+    found = list(Path(logs).glob("*/checkpoints/best.ckpt"))
+    if not found:
+        raise UserError(
+            f"No run in {Path(logs).resolve()} has a checkpoint: name one with --ckpt, or train with "
+            f"python -m cifar_transfer.fit."
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -43,14 +43,19 @@ def read_image(path: str | Path, size: int | None = None) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bit a pixel, which `convert` would clip instead of scale
-                rgb = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-            else:
-                rgb = image.convert("RGB")
+            return to_pixels(image, size)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be decoded as an image ({error}): mend or remove it.") from None
+
+
+def to_pixels(image: Image.Image, size: int | None = None) -> np.ndarray:
+    """An opened image as an array: uint8 [3, H, W], RGB; `size` as in `read_image`."""
+    if image.mode.startswith("I"):  # 16 bit a pixel, which `convert` would clip instead of scale
+        rgb = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    else:
+        rgb = image.convert("RGB")
     if size is not None and rgb.size != (size, size):
         scale = size / min(rgb.size)
         width, height = (max(size, round(side * scale)) for side in rgb.size)

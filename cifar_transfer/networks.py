@@ -86,6 +86,29 @@ def head_names(network: nn.Module) -> tuple[str, ...]:
     )
 
 
+def with_head(
+    name: str, num_classes: int, auxiliary: bool = False, initialise: bool = True
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The library's network with random weights and a head for so many classes, and the names of its heads.
+
+    Args:
+        name: As for `stock`.
+        num_classes: Outputs of the head.
+        auxiliary: As for `stock`.
+        initialise: As for `stock`.
+
+    Raises:
+        UserError: As `stock`, or a network without a head.
+    """
+    network = stock(name, auxiliary, initialise)
+    heads = head_names(network)
+    if not heads:
+        raise UserError(f"{name} tells no classes apart: it has no head that could be replaced.")
+    for head in heads:
+        _replace_head(network, head, num_classes)
+    return network, heads
+
+
 def _replace_head(network: nn.Module, name: str, num_classes: int) -> None:
     old = network.get_submodule(name)
     if isinstance(old, nn.Linear):
@@ -130,12 +153,7 @@ def build(
     size = image_size if not isinstance(image_size, str) else _native(name, published, source.saved)
     if published and size and size < published.least < published.native and not small:
         raise UserError(f"{name} cannot take images of {size} pixels: {size_hint(name)}")
-    network = stock(name, auxiliary, initialise=not source.state)
-    heads = head_names(network)
-    if not heads:
-        raise UserError(f"{name} tells no classes apart: it has no head that could be replaced.")
-    for head in heads:
-        _replace_head(network, head, num_classes)
+    network, heads = with_head(name, num_classes, auxiliary, initialise=not source.state)
     _load(name, network, heads, source, pretrained, class_names, small)
     changes = adapt(network, size, patch, small)
     DenseConv2d.convert(network)

@@ -1,70 +1,149 @@
-"""The likeliest classes of images: `python -m cifar_transfer.predict IMAGE... --ckpt FILE [--json]`."""
+"""The likeliest classes of images: `python -m cifar_transfer.predict FILE|FOLDER|PATTERN|-... [--ckpt FILE]`.
 
+files, folders, patterns, a list -> decoded by threads, a batch ahead -> network -> a line for each image, at once
+
+The exit status is 1 if an image could not be read; each such is named on stderr, and the others are classified.
+"""
+
+import csv
+import io
 import json
+import signal
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
-import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
+from tqdm import tqdm
 
-from cifar_transfer import checkpoints
-from cifar_transfer.data import to_float
+from cifar_transfer import checkpoints, pictures
 from cifar_transfer.errors import UserError, one_sentence
-from cifar_transfer.images import read_image
+from cifar_transfer.explain import explained
+from cifar_transfer.inference import Answer, Classifier
+from cifar_transfer.sources import find
 
-Prediction = tuple[str, float]
+Format = Callable[[Iterable[Answer], Sequence[str]], Iterator[str]]
 
 
-def predict(images: list[str], ckpt: str, top_k: int = 5) -> dict[str, list[Prediction]]:
-    """Classify image files.
+def table(answers: Iterable[Answer], names: Sequence[str]) -> Iterator[str]:
+    """Classes and probabilities in columns, as wide as the longest of all `names`; the file, of any length, is last."""
+    wide = max(map(_cells, names))
+    for answer in answers:
+        columns = (f"{' ' * (wide - _cells(name))}{name} {share:6.1%}" for name, share in answer.classes)
+        yield "  ".join([*columns, f"{answer.source}\n"])
+
+
+def _cells(text: str) -> int:
+    """How many columns of a terminal a text takes: Chinese letters two, accents none."""
+    return sum((1 + (unicodedata.east_asian_width(c) in "WF")) * (not unicodedata.combining(c)) for c in text)
+
+
+def as_json(answers: Iterable[Answer], names: Sequence[str]) -> Iterator[str]:
+    """One array, a line for each image: `{"image": FILE, "classes": [[NAME, PROBABILITY], ...]}`."""
+    separator = "["
+    for answer in answers:
+        classes = [(name, round(share, 6)) for name, share in answer.classes]
+        yield f"{separator}\n" + json.dumps({"image": answer.source, "classes": classes}, ensure_ascii=False)
+        separator = ","
+    yield "[]\n" if separator == "[" else "\n]\n"
+
+
+def as_csv(answers: Iterable[Answer], names: Sequence[str]) -> Iterator[str]:
+    """A row for each class of each image, under a heading."""
+    line = io.StringIO()
+    writer = csv.writer(line, lineterminator="\n")
+    writer.writerow(["image", "rank", "class", "probability"])
+    for answer in answers:
+        for rank, (name, share) in enumerate(answer.classes, 1):
+            writer.writerow([answer.source, rank, name, f"{share:.6f}"])
+        yield line.getvalue()
+        line.seek(0)
+        line.truncate()
+    yield line.getvalue()
+
+
+FORMATS: dict[str, Format] = {"table": table, "json": as_json, "csv": as_csv}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Classify what the options name and print it, image by image; draw what they ask for.
 
     Args:
-        images: Files of any size and mode; each is brought to the size of the images that the network was trained on.
-        ckpt: A checkpoint of `fit`.
-        top_k: How many classes to give for each image.
+        args: Options; None takes those of the command line.
 
     Returns:
-        For each file the likeliest classes with their probabilities in [0, 1], the likeliest first.
+        The exit status: 1 if an image could not be read, else 0.
 
     Raises:
-        UserError: A file that is no image, or an unfit checkpoint.
+        UserError: An unfit checkpoint or option, or a network without heat maps.
     """
-    if top_k < 1:
-        raise UserError(f"top_k is {top_k}: take 1 or more.")
-    model = checkpoints.load(ckpt)
-    names = model.hparams["class_names"] or [str(label) for label in range(model.hparams["num_classes"])]
-    size = min(model.input_size or [32])
-    predictions = {}
-    for path in images:
-        with torch.inference_mode():
-            probabilities = model(to_float(torch.from_numpy(read_image(path, size)))[None]).softmax(dim=1)[0]
-        best = probabilities.topk(min(top_k, len(names)))
-        predictions[path] = [(names[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-    return predictions
+    options = _parse(args)
+    ckpt = options.ckpt
+    if ckpt is None:
+        ckpt = checkpoints.newest()
+        print(f"The newest run's checkpoint: {ckpt}", file=sys.stderr)
+    classifier = Classifier.load(ckpt, options.accelerator)
+    refused = count = 0
+    shown: list[Answer] = []
+
+    def refuse(error: UserError) -> None:
+        nonlocal refused
+        refused += 1
+        tqdm.write(f"error: {error}", file=sys.stderr)
+
+    def answers() -> Iterator[Answer]:
+        nonlocal count
+        stream = classifier.stream(find(options.images, refuse), options.top_k, options.batch_size, refuse)
+        if options.explain:
+            stream = explained(stream, classifier.model, options.explain)
+        # Lines that scroll by on a terminal are progress enough.
+        hidden = not sys.stderr.isatty() or sys.stdout.isatty()
+        total = None if hidden or "-" in options.images else sum(1 for _ in find(options.images, lambda error: None))
+        for count, answer in enumerate(tqdm(stream, total=total, unit=" images", delay=2, disable=hidden), 1):
+            if count <= pictures.SHOWN:
+                shown.append(answer)
+            yield answer
+
+    for text in FORMATS[options.format](answers(), classifier.names):
+        print(text, end="", flush=True)
+    if options.figure and shown:
+        pictures.gallery(shown, count).savefig(options.figure, dpi=pictures.DPI)
+    return int(refused > 0)
 
 
-def table(predictions: dict[str, list[Prediction]]) -> str:
-    """A line for each image: its name, then classes and probabilities in columns."""
-    wide = max(map(len, predictions))
-    column = max(len(name) for row in predictions.values() for name, _ in row)
-    return "\n".join(
-        f"{path:{wide}}  " + "  ".join(f"{name:>{column}} {p:6.1%}" for name, p in row)
-        for path, row in predictions.items()
-    )
-
-
-def main() -> None:
-    """Parse the options, predict and print."""
+def _parse(args: Sequence[str] | None) -> Namespace:
     parser = ArgumentParser(prog="python -m cifar_transfer.predict", description="The likeliest classes of images.")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="Image files.")
     parser.add_argument(
-        "--ckpt", required=True, help="Checkpoint of a run, say lightning_logs/version_0/checkpoints/best.ckpt."
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="Files, folders, patterns ('photos/**/*.jpg'); - reads them from standard input, one a line.",
     )
-    parser.add_argument("--top_k", type=int, default=5, help="How many classes to show.")
-    parser.add_argument("--json", action="store_true", help="Print JSON: {image: [[class, probability], ...]}.")
-    options = parser.parse_args()
-    predictions = predict(options.images, options.ckpt, options.top_k)
-    print(json.dumps(predictions, ensure_ascii=False, indent=1) if options.json else table(predictions))
+    parser.add_argument("--ckpt", help="Checkpoint; without, the best of the newest run in lightning_logs/.")
+    parser.add_argument("--top_k", type=int, default=5, help="How many classes to give for each image.")
+    parser.add_argument("--format", choices=list(FORMATS), default="table", help="Of what is printed.")
+    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="Draw the first 24 images with their classes.")
+    parser.add_argument(
+        "--explain", type=Path, metavar="FOLDER", help="Draw for each image where its class is seen (Grad-CAM)."
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="Images that the network sees at once.")
+    parser.add_argument("--accelerator", default="auto", help="auto takes a GPU where there is one; cpu, gpu.")
+    options = parser.parse_args(args)
+    if options.figure and not (options.figure.suffix == ".png" and options.figure.parent.is_dir()):
+        raise UserError(f"--figure {options.figure}: name a file that ends in .png, in a folder that exists.")
+    if options.explain:
+        try:
+            options.explain.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--explain {options.explain} cannot be made a folder ({error.strerror}).") from None
+    return options
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may stop, as `head` does
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     with one_sentence():
-        main()
+        sys.exit(main())

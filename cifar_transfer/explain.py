@@ -1,0 +1,110 @@
+"""Where in an image a network sees its class: Grad-CAM (Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391).
+
+The channels of a late layer are summed, each weighted by the mean of the class's gradient over its positions. The
+layer is the last one of the network's trunk that still has a few positions: at 32 pixels the last stages of ResNet18
+have one, or four, and say nothing of places.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.vision_transformer import Encoder
+
+from cifar_transfer import pictures
+from cifar_transfer.classifier import TransferClassifier
+from cifar_transfer.data import to_float
+from cifar_transfer.errors import UserError
+from cifar_transfer.inference import Answer
+
+SIDES = (4, 2)  # positions along a side that are wanted, or else at least
+
+
+def heat_map(model: TransferClassifier, pixels: np.ndarray) -> np.ndarray:
+    """How much each place speaks for the likeliest class.
+
+    Args:
+        model: In eval mode, on any device.
+        pixels: uint8 [3, S, S], RGB, a square.
+
+    Returns:
+        float32 [S, S]; 1 at the place that speaks most, 0 where nothing does, which may be everywhere.
+
+    Raises:
+        UserError: No layer has places.
+    """
+    outputs: list[Tensor] = []
+
+    def keep(layer: nn.Module, inputs: tuple, output: object) -> None:
+        if isinstance(output, Tensor):
+            outputs.append(output)
+
+    hooks = [layer.register_forward_hook(keep) for layer in _trunk(model.network)]
+    try:
+        with torch.enable_grad():
+            # Its gradient is not used, but for it there are gradients also where all parameters are frozen.
+            images = to_float(torch.from_numpy(pixels)[None].to(model.device)).requires_grad_()
+            logits = model(images)
+            gradients = torch.autograd.grad(logits.max(), outputs, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for side in SIDES:
+        for output, gradient in zip(reversed(outputs), reversed(gradients), strict=True):
+            # Behind its last attention a ViT reads the token of the class alone, and the others have no gradient.
+            if gradient is None or (weights := _places(gradient)) is None or not weights.any():
+                continue
+            values = _places(output.detach())
+            if values is None or values.shape[1] < side:
+                continue
+            heat = (weights.mean((1, 2), keepdim=True) * values).sum(0).relu()
+            heat = F.interpolate(heat[None, None], size=pixels.shape[1:], mode="bilinear")[0, 0]
+            return (heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)).cpu().numpy()
+    raise UserError(
+        f"There is no heat map of {model.hparams['backbone']} at this size: no layer of it has 2 x 2 places or more."
+    )
+
+
+def _trunk(network: nn.Module) -> Iterator[nn.Module]:
+    """The layers through which everything passes one after the other; not those within branches of a block.
+
+    Nor poolings to a size of their own: VGG's makes 7 x 7 places of one, all alike.
+    """
+    for layer in network.children():
+        if isinstance(layer, nn.Sequential | nn.ModuleList | Encoder):
+            yield from _trunk(layer)
+        elif not isinstance(layer, nn.AdaptiveAvgPool2d):
+            yield layer
+
+
+def _places(values: Tensor) -> Tensor | None:
+    """What a layer gives for one image as [C, side, side], or None if it has no places.
+
+    Args:
+        values: [1, C, side, side]; [1, side, side, C] (Swin); or [1, N, C], tokens behind a few of the class (ViT).
+    """
+    values = values[0]
+    if values.ndim == 3 and values.shape[1] == values.shape[2]:
+        return values
+    if values.ndim == 3 and values.shape[0] == values.shape[1]:
+        return values.permute(2, 0, 1)
+    if values.ndim == 2:
+        side = math.isqrt(len(values))
+        return values[len(values) - side**2 :].T.unflatten(1, (side, side))
+    return None
+
+
+def explained(answers: Iterable[Answer], model: TransferClassifier, folder: Path) -> Iterator[Answer]:
+    """Pass answers on, after a picture of each has been saved as `folder/NUMBER-NAME.png`.
+
+    Raises:
+        UserError: No heat map can be made.
+    """
+    for number, answer in enumerate(answers, 1):
+        figure = pictures.heated(answer, heat_map(model, answer.pixels))
+        figure.savefig(folder / f"{number:05d}-{Path(str(answer.source)).stem[:60]}.png", dpi=pictures.DPI)
+        yield answer

@@ -1,0 +1,188 @@
+"""A trained checkpoint as a function from images to names: `Classifier.load(CHECKPOINT).predict(IMAGE)`."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, overload
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cifar_transfer import checkpoints
+from cifar_transfer.classifier import TransferClassifier
+from cifar_transfer.data import to_float
+from cifar_transfer.errors import UserError
+from cifar_transfer.images import cores, read_image, to_pixels
+
+Picture = str | Path | Image.Image | np.ndarray | Tensor
+Prediction = tuple[str, float]
+
+
+class Answer(NamedTuple):
+    """What the network says of an image.
+
+    Attributes:
+        source: The image as it was given.
+        pixels: What the network was shown, uint8 [3, S, S], RGB.
+        classes: The likeliest with their probabilities in [0, 1], the likeliest first.
+    """
+
+    source: Picture
+    pixels: np.ndarray
+    classes: list[Prediction]
+
+
+def _raise(error: UserError) -> NoReturn:
+    raise error
+
+
+class Classifier:
+    """A trained network with its classes' names.
+
+    Args:
+        model: The network, as `checkpoints.load` gives it.
+        accelerator: "auto" for a GPU where there is one, "gpu" (or its kind, "cuda", "mps"), or "cpu".
+
+    Attributes:
+        model: The same, in eval mode, on the device.
+        names: Of the classes, in the order of the network's outputs.
+        size: Side in pixels of the images that the network was trained on, to which each image is brought.
+
+    Raises:
+        UserError: There is no such accelerator.
+
+    Example::
+
+        classifier = Classifier.load("lightning_logs/version_0/checkpoints/best.ckpt")
+        classifier.predict("photo.jpg")  # [("cat", 0.93), ("dog", 0.05), ...]
+    """
+
+    def __init__(self, model: TransferClassifier, accelerator: str = "auto") -> None:
+        self.model = model.eval().to(_device(accelerator))
+        self.names: list[str] = model.hparams["class_names"] or [str(i) for i in range(model.hparams["num_classes"])]
+        self.size = min(model.input_size or [32])
+
+    @classmethod
+    def load(cls, ckpt: str | Path, accelerator: str = "auto") -> "Classifier":
+        """The classifier of a checkpoint of `fit`.
+
+        Raises:
+            UserError: It is missing, damaged or no such checkpoint; or there is no such accelerator.
+        """
+        return cls(checkpoints.load(ckpt), accelerator)
+
+    @overload
+    def predict(self, images: Picture, top_k: int = 5) -> list[Prediction]: ...
+    @overload
+    def predict(self, images: list[Any] | tuple[Any, ...], top_k: int = 5) -> list[list[Prediction]]: ...
+    def predict(self, images: Any, top_k: int = 5) -> list[Prediction] | list[list[Prediction]]:
+        """The likeliest classes of one image or of several.
+
+        Each image becomes a square of `size` pixels: the shorter side is resized and the centre cut out.
+
+        Args:
+            images: A file, a PIL image of any mode, a uint8 array [H, W, 3], a tensor [3, H, W] of uint8 or of floats
+                in [0, 1], all RGB; or a list of these.
+            top_k: How many classes to give, or all if there are fewer.
+
+        Returns:
+            Names with probabilities in [0, 1], the likeliest first; for a list, such a list for each image.
+
+        Raises:
+            UserError: Anything else, or a file that is no image.
+        """
+        if isinstance(images, list | tuple):
+            return [answer.classes for answer in self.stream(images, top_k)]
+        return next(self.stream([images], top_k)).classes
+
+    def stream(
+        self,
+        images: Iterable[Picture],
+        top_k: int = 5,
+        batch_size: int = 64,
+        refuse: Callable[[UserError], object] = _raise,
+    ) -> Iterator[Answer]:
+        """Answers in the order of the images, however many these are: two batches are in memory.
+
+        Threads decode a batch while the network looks at the one before.
+
+        Args:
+            images: As `predict` takes them.
+            top_k: As in `predict`.
+            batch_size: Images that the network sees at once.
+            refuse: Called with the reason for an image that cannot be read, which is then left out.
+
+        Raises:
+            UserError: `top_k` or `batch_size` is less than 1; and by default an image that cannot be read.
+        """
+        for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+            if value < 1:
+                raise UserError(f"{name} is {value}: take 1 or more.")
+        with ThreadPoolExecutor(cores()) as pool:
+            for batch in _ahead(images, batch_size, lambda image: pool.submit(_pixels, image, self.size)):
+                sources, shown = [], []
+                for source, reading in batch:
+                    try:
+                        shown.append(reading.result())
+                        sources.append(source)
+                    except UserError as error:
+                        refuse(error)
+                if shown:
+                    yield from map(Answer, sources, shown, self._classes(np.stack(shown), top_k))
+
+    @torch.inference_mode()
+    def _classes(self, pixels: np.ndarray, top_k: int) -> list[list[Prediction]]:
+        images = to_float(torch.from_numpy(pixels).to(self.model.device))
+        best = self.model(images).softmax(1).topk(min(top_k, len(self.names)))
+        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [[(self.names[i], share) for i, share in zip(*row, strict=True)] for row in rows]
+
+
+def _ahead(
+    images: Iterable[Picture], batch_size: int, read: Callable[[Picture], Future[np.ndarray]]
+) -> Iterator[list[tuple[Picture, Future[np.ndarray]]]]:
+    """Batches of images that are being read, the next one already while one is in use."""
+    images, waiting = iter(images), None
+    while batch := [(image, read(image)) for image in islice(images, batch_size)]:
+        if waiting:
+            yield waiting
+        waiting = batch
+    if waiting:
+        yield waiting
+
+
+def _pixels(image: Picture, size: int) -> np.ndarray:
+    """Any picture as uint8 [3, size, size], RGB."""
+    if isinstance(image, str | Path):
+        return read_image(image, size)
+    given = image
+    if isinstance(image, Tensor) and image.ndim == 3 and len(image) == 3:
+        image = image.detach().cpu()
+        if image.is_floating_point() and bool(((image >= 0) & (image <= 1)).all()):
+            image = (255 * image).round().byte()
+        if image.dtype == torch.uint8:
+            image = image.permute(1, 2, 0).numpy()
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size:
+        image = Image.fromarray(np.ascontiguousarray(image))
+    if isinstance(image, Image.Image):
+        return to_pixels(image, size)
+    what = " ".join(str(getattr(given, part)) for part in ("dtype", "shape") if hasattr(given, part))
+    raise UserError(
+        f"An image is a path, a PIL image, a uint8 array [H, W, 3] or a tensor [3, H, W] of uint8 or of floats in "
+        f"[0, 1], not this {type(given).__name__} {what}".rstrip()
+        + "."
+    )
+
+
+def _device(accelerator: str) -> torch.device:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found and accelerator in ("auto", "gpu", found.type):
+        return found
+    if accelerator in ("auto", "cpu"):
+        return torch.device("cpu")
+    raise UserError(
+        f"There is no accelerator {accelerator!r} here: take auto, cpu{f' or {found.type}' if found else ''}."
+    )
