@@ -1,0 +1,193 @@
+"""A trained network for other programs: `python -m cifar_transfer.export --ckpt FILE --to onnx`.
+
+Weights alone (`state_dict`, `safetensors`) are those of the library's own network. A graph (`onnx`, `torch_export`)
+needs none of this project's code and takes any number of images at once. Each file is read back and must give the
+logits of the checkpoint before it gets its name.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import auto_cli
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from cifar_transfer import checkpoints, networks, weights
+from cifar_transfer.classifier import TransferClassifier
+from cifar_transfer.errors import UserError, one_sentence
+from cifar_transfer.normalize import statistics
+
+Format = Literal["state_dict", "safetensors", "onnx", "torch_export"]
+ENDINGS: dict[Format, str] = {
+    "state_dict": ".pth",
+    "safetensors": ".safetensors",
+    "onnx": ".onnx",
+    "torch_export": ".pt2",
+}
+GRAPHS = ("onnx", "torch_export")
+NOTES = "notes.json"  # a torch.export archive's file of what the other formats keep as metadata
+BATCHES = (1, 2, 5)  # sizes that the file is tried with
+TOLERANCE = 1e-4  # of the largest logit; float32 sums in another order differ by a hundredth of that
+
+
+def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = True) -> float | None:
+    """Write a checkpoint's network in another format, and read it back.
+
+    Args:
+        ckpt: The checkpoint.
+        to: "state_dict" (the class names go beside it as JSON), "safetensors", "onnx", or "torch_export" for
+            `torch.export.load`.
+        out: The file; by default beside the checkpoint, under its name with .pth, .safetensors, .onnx or .pt2.
+        preprocess: Put resizing and normalisation into the graph of onnx and torch_export, which then takes images as
+            they are in [0, 1]; otherwise it takes what the network takes. Weights alone hold neither.
+
+    Returns:
+        The largest absolute difference of a logit between the file and the checkpoint, or None if there is no
+        onnxruntime to run the file.
+
+    Raises:
+        UserError: An unfit checkpoint, a missing package, a network that the format cannot hold, or a file that does
+            not give the checkpoint's logits, which is then removed.
+    """
+    if to == "onnx":
+        _require("onnx", "onnxscript")
+    model = checkpoints.load(ckpt)
+    path = Path(out) if out else Path(ckpt).with_suffix(ENDINGS[to])
+    if path.suffix != ENDINGS[to] or path.resolve() == Path(ckpt).resolve():
+        raise UserError(f"{path} cannot be the file of {to}: name another with --out, one that ends in {ENDINGS[to]}.")
+    if model.changes and to not in GRAPHS:
+        raise UserError(
+            f"The library's {model.hparams['backbone']} cannot take these weights, for this one was adapted "
+            f"({'; '.join(model.changes)}): export it --to onnx or torch_export."
+        )
+    inside = preprocess and to in GRAPHS
+    trials = [_images(model, batch, inside) for batch in BATCHES]
+    notes = _notes(model, trials[0][1], inside)
+    partial = path.with_name(f"partial.{path.name}")
+    try:
+        partial.touch()
+        _write(to, model if inside else model.network, trials[-1][1], notes, partial)
+        network = _read(to, model, partial)
+        difference = _difference(model, network, trials) if network else None
+        if to == "state_dict":
+            path.with_suffix(".json").write_text(json.dumps(notes, ensure_ascii=False, indent=1) + "\n")
+        os.replace(partial, path)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): name another file with --out.") from None
+    except Exception as error:  # of any kind, from tracing somebody's network
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{model.hparams['backbone']} cannot be exported to {to} ({why}).") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"file        {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    print(f"input       {notes['input']}")
+    if difference is None:
+        print("difference  not known: pip install onnxruntime")
+    else:
+        print(f"difference  {difference:.1e} at most in any logit of batches of {', '.join(map(str, BATCHES))}")
+    return difference
+
+
+def _require(*packages: str) -> None:
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise UserError(f"ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
+
+
+def _images(model: TransferClassifier, batch: int, inside: bool) -> tuple[Tensor, Tensor]:
+    """Random images of the size trained on, float32 [batch, 3, H, W] in [0, 1], and what the file takes of them."""
+    size = model.input_size or [32, 32]
+    images = torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(batch))
+    return images, images if inside else model.prepare(images, model.hparams["image_size"])
+
+
+def _notes(model: TransferClassifier, taken: Tensor, inside: bool) -> dict[str, Any]:
+    """What a program needs to know beside the network."""
+    options = model.hparams
+    mean, std = statistics(options["normalize"])
+    size = f"float32 [batch, 3, {taken.shape[2]}, {taken.shape[3]}], RGB in [0, 1]"
+    return {
+        "backbone": options["backbone"],
+        "class_names": options["class_names"] or [str(label) for label in range(options["num_classes"])],
+        "input": size if inside else f"{size}, then (x - mean) / std of each channel",
+        "input_shape": ["batch", *taken.shape[1:]],
+        "mean": list(mean),
+        "std": list(std),
+        "preprocess": inside,
+    }
+
+
+def _write(to: Format, network: nn.Module, example: Tensor, notes: dict[str, Any], path: Path) -> None:
+    dynamic = ({0: torch.export.Dim("batch", min=1)},)
+    texts = {
+        key: note if isinstance(note, str) else json.dumps(note, ensure_ascii=False) for key, note in notes.items()
+    }
+    state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    if to == "state_dict":
+        torch.save(state, path)
+    elif to == "safetensors":
+        path.write_bytes(save(state, texts))  # `save_file` would let nobody else read it
+    elif to == "torch_export":
+        program = torch.export.export(network, (example,), dynamic_shapes=dynamic)
+        with warnings.catch_warnings():
+            # Of channels-last weights, which only other devices than the CPU might not get back.
+            warnings.filterwarnings("ignore", "No complete tensor found")
+            torch.export.save(program, path, extra_files={NOTES: json.dumps(notes, ensure_ascii=False)})
+    else:
+        onnx = torch.onnx.export(
+            network,
+            (example,),
+            dynamo=True,
+            dynamic_shapes=dynamic,
+            input_names=["images"],
+            output_names=["logits"],
+            verbose=False,
+        )
+        assert onnx is not None
+        onnx.model.metadata_props.update(texts)
+        onnx.save(path, external_data=False)
+
+
+def _read(to: Format, model: TransferClassifier, path: Path) -> Callable[[Tensor], Tensor] | None:
+    """The file as others will use it; None without onnxruntime."""
+    if to == "torch_export":
+        return torch.export.load(path).module()
+    if to == "onnx":
+        return _session(path) if find_spec("onnxruntime") else None
+    options = model.hparams
+    plain, _ = networks.with_head(options["backbone"], options["num_classes"], options["aux_weight"] > 0, False)
+    plain.load_state_dict(weights.read_file(path)[0])
+    return plain.eval()
+
+
+def _session(path: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+@torch.inference_mode()
+def _difference(model: nn.Module, network: Callable[[Tensor], Tensor], trials: list[tuple[Tensor, Tensor]]) -> float:
+    """The largest absolute difference of a logit over batches of images and what `network` takes of them."""
+    wanted, given = (torch.cat(logits) for logits in zip(*((model(a), network(b)) for a, b in trials), strict=True))
+    difference, largest = float((wanted - given).abs().max()), float(wanted.abs().max())
+    if not difference <= TOLERANCE * max(1.0, largest):  # nor is NaN
+        raise UserError(
+            f"The exported network gives other logits than the checkpoint (by {difference:.1e}, the largest being "
+            f"{largest:.1e}): nothing is kept."
+        )
+    return difference
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        auto_cli(export, as_positional=False)
