@@ -31,7 +31,8 @@ class TransferClassifier(LightningModule):
     """A pretrained network with a new head, fine-tuned with cross-entropy, Adam and `ReduceLROnPlateau` or others.
 
     `network` is the library's plain network; `heads` names its layers that tell the classes apart, mostly one; all the
-    rest is the backbone. Which part trains when is up to `BackboneFreeze`.
+    rest is the backbone; `changes` says what was adapted to small images, in sentences. Which part trains when is up to
+    `BackboneFreeze`.
 
     Args:
         backbone: Name of a torchvision classification network, "timm/NAME" for one of timm's, or "lenet5". The list:
@@ -122,7 +123,7 @@ class TransferClassifier(LightningModule):
             auxiliary=aux_weight > 0,
         )
         self.network = built.network.to(memory_format=torch.channels_last)  # faster on CPUs and on GPUs' tensor cores
-        self.heads, self._changes = built.heads, built.changes
+        self.heads, self.changes = built.heads, built.changes
         if normalize == "weights":
             if built.normalize is None:
                 raise UserError(f"{backbone} has no published weights, so normalize=weights says nothing: name others.")
@@ -172,18 +173,29 @@ class TransferClassifier(LightningModule):
         """
         return self._all_logits(images, self.hparams["image_size"])[0]
 
-    def _all_logits(self, images: Tensor, size: int | None) -> tuple[Tensor, ...]:
-        """The main logits, and while auxiliary heads train, theirs."""
+    def prepare(self, images: Tensor, size: int | None) -> Tensor:
+        """What `network` takes: images brought to a size and normalised.
+
+        Args:
+            images: float [B, 3, H, W] in [0, 1], RGB.
+            size: Side in pixels, None as they are.
+
+        Returns:
+            float [B, 3, size, size], with the mean 0 and the deviation 1 in each channel over the data.
+        """
         if size is not None and images.shape[-2:] != (size, size):
             images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-        images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        logits = self.network(images)
+        return (images - self.mean) / self.std
+
+    def _all_logits(self, images: Tensor, size: int | None) -> tuple[Tensor, ...]:
+        """The main logits, and while auxiliary heads train, theirs."""
+        logits = self.network(self.prepare(images, size).contiguous(memory_format=torch.channels_last))
         return logits if isinstance(logits, tuple) else (logits,)
 
     def setup(self, stage: str) -> None:
         """Check that data and network fit, before anything is trained, and say how the network was adapted."""
-        if stage == "fit" and self._changes:
-            rank_zero_info(f"{self.hparams['backbone']} adapted: {'; '.join(self._changes)}.")
+        if stage == "fit" and self.changes:
+            rank_zero_info(f"{self.hparams['backbone']} adapted: {'; '.join(self.changes)}.")
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             return
@@ -241,15 +253,15 @@ class TransferClassifier(LightningModule):
             self.log("train/acc", self.train_acc, on_step=False, on_epoch=True, logger=False, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to `val/loss` and `val/acc`."""
-        self._evaluate(batch, "val", self.val_acc, logger=False)
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Add a batch to `val/loss` and `val/acc`; its logits are for callbacks."""
+        return self._evaluate(batch, "val", self.val_acc, logger=False)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to `test/loss` and `test/acc`."""
-        self._evaluate(batch, "test", self.test_acc, logger=True)
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Add a batch to `test/loss` and `test/acc`; its logits are for callbacks."""
+        return self._evaluate(batch, "test", self.test_acc, logger=True)
 
-    def _evaluate(self, batch: Batch, split: str, accuracy: MulticlassAccuracy, logger: bool) -> None:
+    def _evaluate(self, batch: Batch, split: str, accuracy: MulticlassAccuracy, logger: bool) -> Tensor:
         images, labels = batch
         logits = self(images)
         accuracy.update(logits, labels)
@@ -260,6 +272,7 @@ class TransferClassifier(LightningModule):
         if self.mirrored:
             self.mirrored_acc.update(logits.softmax(1) + self(images.flip(3)).softmax(1), labels)
             self.log(f"{split}/mirrored_acc", self.mirrored_acc, logger=logger)
+        return logits
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Probabilities of a batch, float [B, num_classes]."""

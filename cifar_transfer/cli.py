@@ -1,49 +1,63 @@
-"""The command line of `fit`: Lightning's, with our classes, our defaults and `--resume`."""
+"""The command line of `fit`: Lightning's, with our classes, our defaults, `--resume` and `--find_lr`."""
 
 import argparse
 import difflib
-import logging
 import re
 import sys
 import tempfile
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from jsonargparse import ActionYesNo
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from cifar_transfer import checkpoints
+from cifar_transfer import checkpoints, find_lr, quiet
+from cifar_transfer.answers import PROJECTED, CollectAnswers
 from cifar_transfer.classifier import TransferClassifier
 from cifar_transfer.data import ImageDataModule
 from cifar_transfer.errors import UserError
 from cifar_transfer.freeze import BackboneFreeze
-from cifar_transfer.report import LOGS, Report, trim_events
+from cifar_transfer.interrupt import Interrupt
+from cifar_transfer.report import Report, trim_events
 
-# Warnings that nobody running a job can act on.
-for _message in (
-    ".*torch.jit.trace.*is deprecated",  # TensorBoard's graph is drawn with it
-    ".*isinstance.treespec, LeafSpec.*",  # Lightning, of torch's own change
-    ".*does not have many workers.*",  # cached images are read faster without
-    ".*module.s. in eval mode at the start of training.*",  # the frozen backbone of a second fit
-    ".*recommended to use a single device.*",  # of repeated images, which `WholeShard` does not have
-    ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
-    ".*is smaller than the logging interval.*",  # the figures of epochs are logged all the same
-):
-    warnings.filterwarnings("ignore", _message)
-# Advertisements for other products, and what Lightning does to count the steps of a schedule.
-logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-    lambda record: not re.search(r"Tip:|^Loading `train_dataloader`", record.getMessage())
-)
+HELP = """\
+usage: python -m cifar_transfer.fit [--config FILE] [--option=VALUE ...]
+
+Take a pretrained network, give it a new head, train the head, then everything. What people change first:
+
+  --model.backbone=resnet50          another network; python -m cifar_transfer.backbones lists them
+  --model.weights=FILE               its weights: a file, a name, or none
+  --model.image_size=64              pixels that images are resized to; native: as the weights were trained
+  --data=ImageFolderDataModule       your own images, photos/train/<class>/*,
+  --data.root=photos                 and where they are
+  --data.batch_size=128              images a step and process (64)
+  --freeze.unfreeze_epoch=3          the first epoch that trains everything (5); 0: from the beginning
+  --model.lr=3e-4                    learning rate until then (1e-3),
+  --freeze.unfrozen_lr=5e-5          and from then on (1e-4)
+  --find_lr                          trains nothing, and suggests both rates
+  --trainer.max_epochs=10            epochs (40)
+  --trainer.devices=4                GPUs (all there are)
+  --resume=lightning_logs/version_0  continue a run that was stopped
+
+Recipes: --config configs/fast.yaml (minutes), configs/accurate.yaml (one GPU), configs/scratch.yaml.
+
+all """
 
 
 class Parser(LightningArgumentParser):
     """Lightning's parser, whose complaints are sentences, without a page of usage before them."""
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """The options people use, then all of them."""
+        text = super().format_help(*args, **kwargs)
+        # Without the page of usage. The help of one class (--data.help) comes from a parser of this kind too.
+        return HELP + text[text.index("options:") :] if "--resume" in text else text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a `UserError`, with near names for an unknown option."""
@@ -71,6 +85,12 @@ class SaveConfig(SaveConfigCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what is not written yet."""
         super().setup(trainer, pl_module, "fit")
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Also as text in TensorBoard."""
+        if isinstance(trainer.logger, TensorBoardLogger):
+            lines = self.parser.dump(self.config, skip_none=False).splitlines()
+            trainer.logger.experiment.add_text("config.yaml", "\n".join(f"    {line}" for line in lines))
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -108,10 +128,19 @@ class RunCheckpoint(ModelCheckpoint):
         super().load_state_dict(state_dict)
 
 
+class Board(TensorBoardLogger):
+    """TensorBoard without Lightning's chart of the epoch against the step, which would come first."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write scalars."""
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+
 class FitCLI(LightningCLI):
     """`LightningCLI` for `TransferClassifier` and the data modules, without subcommands."""
 
     def __init__(self, args: Sequence[str]) -> None:
+        quiet.hush()
         super().__init__(
             TransferClassifier,
             ImageDataModule,
@@ -128,12 +157,16 @@ class FitCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The callback's options, the two ways to continue, and what one class takes from another."""
+        """The callback's options, the two ways to continue, the search for a rate, and what links the classes."""
         parser.add_lightning_class_args(BackboneFreeze, "freeze")
+        parser.add_lightning_class_args(Report, "report")
         parser.add_argument(
             "--ckpt_path", type=str | None, default=None, help="Checkpoint to continue from, in a new run."
         )
         parser.add_argument("--resume", type=str | None, default=None, help="Folder of a run to continue in place.")
+        parser.add_argument(
+            "--find_lr", action=ActionYesNo, nargs="?", help="Find learning rates to begin with, and train nothing."
+        )
         parser.set_defaults({"data": {"class_path": "cifar_transfer.CIFAR10DataModule"}})
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_integer_seed)
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
@@ -148,7 +181,7 @@ class FitCLI(LightningCLI):
             config = Path(run, "config.yaml")
             if not config.is_file():
                 raise UserError(
-                    f"--resume {run}: there is no {config}; name the folder of a run, say {LOGS}/version_0."
+                    f"--resume {run}: there is no {config}; name the folder of a run, say {checkpoints.LOGS}/version_0."
                 )
             args = ["--config", str(config), *args]
         self.config = parser.parse_args(args)
@@ -161,6 +194,10 @@ class FitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """A checkpoint holds all weights, so none are fetched, and what the words for size and statistics meant."""
         self._asked: dict[str, Any] = {}
+        if self.config.find_lr:
+            if self.config.ckpt_path:
+                raise UserError("--find_lr looks at a run that begins: leave out --resume and --ckpt_path.")
+            self.config.model.train_sizes = None  # at the last size, for another in the middle would bend the curve
         if path := self.config.ckpt_path:
             saved = checkpoints.read(path)["hyper_parameters"]
             instead: dict[str, Any] = {"weights": "none"}
@@ -191,10 +228,18 @@ class FitCLI(LightningCLI):
             raise UserError(
                 "limit_val_batches=0: the schedule and the choice of the checkpoint need validation images."
             )
-        callbacks: list[Any] = [Report()]
+        callbacks: list[Any] = []
+        self.answers: CollectAnswers | None = None
+        if self.config_init.report.figures and not options.fast_dev_run:
+            self.answers = CollectAnswers(PROJECTED if self.config_init.report.projector else 0)
+            callbacks.append(self.answers)
         self.best = RunCheckpoint("best", "val/acc", in_place=bool(self.config.resume))
+        last = None
         if options.enable_checkpointing is not False and not options.fast_dev_run:
-            callbacks += [self.best, RunCheckpoint("last", in_place=bool(self.config.resume))]
+            last = RunCheckpoint("last", in_place=bool(self.config.resume))
+            callbacks += [self.best, last]
+        self.interrupt = Interrupt(last)
+        callbacks.append(self.interrupt)
         if options.enable_progress_bar is not False and sys.stdout.isatty():
             callbacks.append(TQDMProgressBar(leave=False))
         else:
@@ -203,6 +248,10 @@ class FitCLI(LightningCLI):
             kwargs["benchmark"] = True  # cuDNN's; there are few sizes of batches
         if torch.cuda.is_available():
             torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have by default
+        if self.config.find_lr:
+            _require_writable(Path(options.default_root_dir or "."))
+            self.save_config_callback = None
+            return super().instantiate_trainer(**kwargs | find_lr.settings())
         if self.config.model.schedule != "plateau" and options.logger is not False and not options.fast_dev_run:
             callbacks.append(LearningRateMonitor("step"))  # a plateau changes it between epochs only
         if options.logger is None or options.logger is True:
@@ -212,13 +261,13 @@ class FitCLI(LightningCLI):
 
     def _logger(self, root: str) -> TensorBoardLogger:
         if not (run := self.config.resume):
-            _require_writable(Path(root, LOGS))
+            _require_writable(Path(root, checkpoints.LOGS))
             # Absolute, as when the run is resumed: a ModelCheckpoint that finds another path forgets its best score.
-            return TensorBoardLogger(str(Path(root).resolve()), LOGS, default_hp_metric=False)
+            return Board(str(Path(root).resolve()), checkpoints.LOGS, default_hp_metric=False)
         folder = Path(run).resolve()
         _require_writable(folder)
         self._trim(folder)
-        return TensorBoardLogger(str(folder.parent), "", folder.name, default_hp_metric=False)
+        return Board(str(folder.parent), "", folder.name, default_hp_metric=False)
 
     @rank_zero_only
     def _trim(self, folder: Path) -> None:

@@ -19,12 +19,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cifar_transfer import catalog
+from cifar_transfer.checkpoints import LOGS
+from cifar_transfer.draw import COLOURS
 from cifar_transfer.errors import UserError, one_sentence
-from cifar_transfer.report import LOGS, RESULT, markdown
+from cifar_transfer.report import RESULT, markdown
 
 OUT = Path(LOGS, "comparison")
-# Okabe and Ito's colours, which the colour-blind tell apart, without yellow and black.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "os^Dvph<>X"
 
 

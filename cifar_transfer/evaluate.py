@@ -1,13 +1,17 @@
 """Loss and accuracy of a checkpoint: `python -m cifar_transfer.evaluate --ckpt FILE [--split val]`."""
 
 import sys
+from pathlib import Path
 from typing import Literal
 
 from jsonargparse import auto_cli
 from lightning import Trainer
+from torch.utils.tensorboard import SummaryWriter
 
-from cifar_transfer import checkpoints
+from cifar_transfer import checkpoints, quiet
+from cifar_transfer.answers import PROJECTED, CollectAnswers
 from cifar_transfer.errors import one_sentence
+from cifar_transfer.figures import publish
 
 
 def evaluate(
@@ -18,6 +22,8 @@ def evaluate(
     devices: int = 1,
     precision: str = "32-true",
     mirrored: bool = False,
+    figures: bool = True,
+    projector: bool = False,
 ) -> dict[str, float]:
     """Evaluate a checkpoint on the data it was trained with.
 
@@ -29,14 +35,20 @@ def evaluate(
         devices: As in Lightning's Trainer.
         precision: As in Lightning's Trainer.
         mirrored: Also predict from each image and its mirror image together, for twice the time.
+        figures: Draw confusion, reliability and mistakes into the folder `figures` of the checkpoint's run, and into
+            the run's TensorBoard; for a checkpoint outside a run, beside it.
+        projector: Also give TensorBoard's projector the features of 1,000 images.
 
     Returns:
         `test/loss` and `test/acc`, or `val/loss` and `val/acc`, and with `mirrored` also `test/mirrored_acc`; accuracy
         as a share of 1.
     """
-    data = checkpoints.load_data(checkpoints.read(ckpt), **({"root": root} if root else {}))
+    quiet.hush()
+    checkpoint = checkpoints.read(ckpt)
+    data = checkpoints.load_data(checkpoint, **({"root": root} if root else {}))
     model = checkpoints.load(ckpt)
     model.mirrored = mirrored
+    collected = CollectAnswers(PROJECTED if projector else 0)
     trainer = Trainer(
         accelerator=accelerator,
         devices=devices,
@@ -44,14 +56,26 @@ def evaluate(
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=sys.stdout.isatty(),
+        callbacks=[collected] if figures else [],
     )
     run = trainer.test if split == "test" else trainer.validate
     run(model, data, verbose=False)
-    figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    results = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if trainer.is_global_zero:
-        for name, value in figures.items():
+        for name, value in results.items():
             print(f"{name}  {value:.2%}" if name.endswith("acc") else f"{name} {value:.4f}")
-    return figures
+        if figures:
+            _publish(Path(ckpt), checkpoint["global_step"], split, collected)
+    return results
+
+
+def _publish(ckpt: Path, step: int, split: str, collected: CollectAnswers) -> None:
+    run = ckpt.parent.parent
+    if not (run / "config.yaml").is_file():
+        publish(ckpt.parent, split, collected, None, step)
+        return
+    with SummaryWriter(str(run)) as board:
+        publish(run, split, collected, board, step)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 from cifar_transfer.cli import FitCLI
 from cifar_transfer.errors import one_sentence
-from cifar_transfer.report import log_final, say, write_result
+from cifar_transfer.find_lr import find_lr
+from cifar_transfer.interrupt import STATUS
+from cifar_transfer.report import draw_final, log_final, say, write_result
 
 
 class Outcome(NamedTuple):
@@ -34,29 +36,47 @@ def fit(args: Sequence[str]) -> Outcome | None:
         args: Options as on the command line.
 
     Returns:
-        The outcome, or None after `fast_dev_run`, which keeps nothing.
+        The outcome, or None after `fast_dev_run` and `find_lr`, which keep nothing.
 
     Raises:
         UserError: A mistake in the options, the data or the checkpoint.
     """
     cli = FitCLI(args)
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
-    trainer.fit(model, data, ckpt_path=cli.config.ckpt_path)
+    if cli.config.find_lr:
+        find_lr(trainer, model, data)
+        return None
+    try:
+        trainer.fit(model, data, ckpt_path=cli.config.ckpt_path)
+    except SystemExit:
+        if cli.interrupt.asked:
+            say(trainer, f"Stopped. Continue with: python -m cifar_transfer.fit --resume {_here(trainer.log_dir)}")
+            raise SystemExit(STATUS) from None
+        raise
     best, score = cli.best.best_model_path, cli.best.best_model_score
     if score is None:
         return None
     figures = {"best/val_acc": float(score)}
-    if "test" in data.images:
+    split = "test" if "test" in data.images else "val"
+    if split == "test":
         figures["best/test_acc"] = trainer.test(model, data, ckpt_path=best, verbose=False)[0]["test/acc"]
+    elif cli.answers:
+        trainer.validate(model, data, ckpt_path=best, verbose=False)
     log_final(trainer, {**data.hparams, **model.hparams}, figures)
     write_result(trainer, model, figures)
-    run, checkpoint = Path(os.path.relpath(trainer.log_dir or ".")), Path(os.path.relpath(best))
+    if cli.answers:
+        draw_final(trainer, split, cli.answers)
+    run, checkpoint = _here(trainer.log_dir), _here(best)
     for name, value in figures.items():
         say(trainer, f"{name.removeprefix('best/').replace('_acc', ' accuracy')} {value:.2%} with the best checkpoint")
     say(trainer, f"run         {run}")
     say(trainer, f"look at it  tensorboard --logdir {run.parent}")
     say(trainer, f"predict     python -m cifar_transfer.predict IMAGE --ckpt {checkpoint}")
     return Outcome(figures, checkpoint)
+
+
+def _here(path: str | None) -> Path:
+    return Path(os.path.relpath(path or "."))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run tells: a line an epoch, the graph, comparable hyper-parameters, event files without overlaps."""
+"""What a run tells: a line an epoch, figures, the graph, comparable hyper-parameters, event files without overlaps."""
 
 import json
 import os
@@ -17,39 +17,69 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
+from cifar_transfer import figures
+from cifar_transfer.answers import CollectAnswers
 from cifar_transfer.classifier import EPOCH_FIGURES
 
-LOGS = "lightning_logs"  # where runs are, in the current folder
 RESULT = "result.json"  # in a finished run's folder
 SLOW_GRAPH = 300  # modules, whose graph takes seconds to draw
 EPOCH_TAGS = {*EPOCH_FIGURES, "lr", "trainable_parameters"}
+# TensorBoard's tab of custom scalars.
+LAYOUT = {
+    "Training and validation": {
+        "loss": ["Multiline", ["train/loss_epoch", "val/loss"]],
+        "accuracy": ["Multiline", ["train/acc", "val/acc"]],
+    },
+    "Schedule": {
+        "learning rate": ["Multiline", ["^lr$"]],
+        "trainable parameters": ["Multiline", ["trainable_parameters"]],
+    },
+}
 
 
 class Report(Callback):
-    """One line an epoch on the terminal, the run's time and speed, and the network's graph in TensorBoard.
+    """What a run shows of itself: a line an epoch on the terminal, figures in its folder and in TensorBoard.
+
+    Args:
+        figures: Draw a grid of augmented images before training and, at the end, curves, confusion, reliability and
+            mistakes, as PNG and in TensorBoard.
+        projector: Also write the features of 1,000 test images with their thumbnails for TensorBoard's
+            projector (6 MB for ResNet18).
 
     Attributes:
         seconds: Time of all epochs with their validation, also those before the run was resumed.
         images_per_second: Speed of training in the last epoch, over all devices; validation does not count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, figures: bool = True, projector: bool = False) -> None:
+        self.figures, self.projector = figures, projector
         self.seconds = self.images_per_second = 0.0
         self._began = self._training = 0.0
         self._images = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the graph of a run that begins (one that continues has it)."""
-        size = getattr(pl_module, "input_size", None)
-        if size and (side := pl_module.hparams.get("image_size")):
-            size = [side, side]
-        if (
-            not trainer.is_global_zero
-            or not isinstance(trainer.logger, TensorBoardLogger)
-            or size is None
-            or trainer.ckpt_path
-        ):
+        """Show what can be shown before a run begins (one that continues has it already)."""
+        folder = trainer.log_dir  # asked for by all ranks together
+        if not trainer.is_global_zero or trainer.ckpt_path or trainer.logger is None or folder is None:
             return
+        paths = []
+        data = getattr(trainer, "datamodule", None)
+        if self.figures and data is not None:
+            sizes = pl_module.hparams.get("train_sizes") or [pl_module.hparams.get("image_size")]
+            paths = figures.save({"augmented": figures.augmented(data, sizes[-1])}, Path(folder, figures.FOLDER))
+            say(trainer, f"The augmented images: {os.path.relpath(paths[0])}")
+        if isinstance(trainer.logger, TensorBoardLogger):
+            board = trainer.logger.experiment
+            board.add_custom_scalars(LAYOUT)
+            figures.show(paths, board, 0)
+            self._graph(trainer, pl_module)
+
+    def _graph(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        size = getattr(pl_module, "input_size", None)
+        if size is None:
+            return
+        if side := pl_module.hparams.get("image_size"):
+            size = [side, side]
         network = pl_module.get_submodule("network")
         modes = {module: module.training for module in network.modules()}
         if len(modes) > SLOW_GRAPH:
@@ -57,7 +87,8 @@ class Report(Callback):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes are constants in a picture of one size
             try:
-                trainer.logger.experiment.add_graph(network.eval(), torch.zeros(1, 3, *size, device=pl_module.device))
+                board = trainer.logger.experiment  # type: ignore[union-attr]
+                board.add_graph(network.eval(), torch.zeros(1, 3, *size, device=pl_module.device))
             except Exception as error:  # of any kind, from tracing somebody's network: a picture must not cost the run
                 say(trainer, f"TensorBoard will have no graph of this network ({str(error).splitlines()[0]}).")
         for module, training in modes.items():
@@ -88,6 +119,8 @@ class Report(Callback):
             self.seconds += seconds
             self.images_per_second = self._images / self._training
             parts.append(f"{seconds:.1f} s")
+            if (left := (trainer.max_epochs or 0) - trainer.current_epoch - 1) > 0:
+                parts.append(f"{duration(left * seconds)} left")
         say(trainer, "   ".join(parts))
 
     def state_dict(self) -> dict[str, float]:
@@ -99,6 +132,14 @@ class Report(Callback):
         self.seconds, self.images_per_second = state_dict["seconds"], state_dict["images_per_second"]
 
 
+def duration(seconds: float) -> str:
+    """In the two largest units that people use: 1 h 05 min, 12 min, 40 s."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
+
+
 def say(trainer: Trainer, line: str) -> None:
     """Print a line on the first rank, above the progress bar if there is one."""
     if trainer.is_global_zero:
@@ -106,16 +147,38 @@ def say(trainer: Trainer, line: str) -> None:
         sys.stdout.flush()
 
 
+def draw_final(trainer: Trainer, split: str, collected: CollectAnswers) -> None:
+    """Draw a finished run, in its folder and in TensorBoard.
+
+    Args:
+        trainer: Of the finished run.
+        split: Of the images that the best checkpoint was evaluated on.
+        collected: Its answers to them.
+    """
+    folder = trainer.log_dir  # asked for by all ranks together
+    if folder is None or trainer.logger is None or not trainer.is_global_zero:
+        return
+    board = trainer.logger.experiment if isinstance(trainer.logger, TensorBoardLogger) else None
+    paths = figures.save(figures.curves(Path(folder)), Path(folder, figures.FOLDER))
+    if board is not None:
+        figures.show(paths, board, trainer.global_step)
+    figures.publish(Path(folder), split, collected, board, trainer.global_step)
+
+
 def log_final(trainer: Trainer, hparams: dict[str, Any], figures: dict[str, float]) -> None:
     """Write the hyper-parameters with the run's final figures, so that TensorBoard compares runs by them.
 
     Args:
         trainer: Of the finished run.
-        hparams: Options; whatever is not a number, a string or a flag is written as its text.
+        hparams: Options; whatever is not a number, a string or a flag is written as its text, in one column.
         figures: Say `{"best/val_acc": 0.9, "best/test_acc": 0.89}`.
     """
     if isinstance(trainer.logger, TensorBoardLogger):
-        trainer.logger.log_hyperparams(hparams, figures)
+        texts = {
+            name: " ".join(f"{key}={part}" for key, part in value.items()) if isinstance(value, dict) else value
+            for name, value in hparams.items()
+        }
+        trainer.logger.log_hyperparams(texts, figures)
         trainer.logger.save()
 
 

@@ -26,6 +26,7 @@ TINY = [
     "--data.test_images=50",
     "--data.batch_size=32",
     "--trainer.accelerator=cpu",
+    "--report.figures=false",  # seconds of drawing, which few tests look at
 ]
 
 

@@ -1,16 +1,13 @@
-"""The commands as users run them: a whole job, evaluation, prediction, and a sentence for every mistake."""
+"""The commands as users run them: a whole job, evaluation, and a sentence for every mistake."""
 
-import json
 import re
 
-import numpy as np
 import pytest
 import yaml
 from conftest import TINY, run_fit, write_images
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cifar_transfer import ShapesDataModule
+from cifar_transfer.cli import FitCLI
 from cifar_transfer.errors import UserError, one_sentence
 from cifar_transfer.fit import fit
 
@@ -22,6 +19,7 @@ def job(tmp_path_factory):
     """A finished run, and what it printed."""
     folder = tmp_path_factory.mktemp("job")
     options = ["--trainer.max_epochs=3", "--freeze.unfreeze_epoch=1", "--trainer.log_every_n_steps=1"]
+    options += ["--report.figures=true", "--report.projector=true"]
     return folder, run_fit(folder, *TINY, *options)
 
 
@@ -56,6 +54,35 @@ def test_tensorboard_has_curves_against_the_epoch_the_graph_and_the_hyperparamet
     assert any("_hparams_/session_start_info" in tag for tag in hparams)
 
 
+OF_ANSWERS = ("confusion", "classes", "reliability", "mistakes", "correct")
+FIGURES = {"augmented", "loss", "epochs", *(f"test-{name}" for name in OF_ANSWERS)}
+
+
+def test_a_run_leaves_its_figures_and_draws_them_again(job):
+    folder, done = job
+    pictures = folder / RUN / "figures"
+    assert "The augmented images: lightning_logs/version_0/figures/augmented.png" in done.stdout.splitlines()
+    before = {name: (pictures / f"{name}.png").read_bytes() for name in FIGURES}
+    for name in FIGURES - {"augmented"}:
+        (pictures / f"{name}.png").unlink()
+    out = run_fit(folder, RUN, module="cifar_transfer.figures").stdout
+    assert f"{RUN}/figures/test-mistakes.png" in out.splitlines()
+    assert {name: (pictures / f"{name}.png").read_bytes() for name in FIGURES} == before
+    assert "name a run's folder" in run_fit(folder, "nowhere", module="cifar_transfer.figures", expect=2).stderr
+
+
+def test_tensorboard_has_figures_layout_configuration_and_projector(job):
+    folder, _ = job
+    events = EventAccumulator(str(folder / RUN))
+    events.Reload()
+    assert {f"figures/{name}" for name in FIGURES} <= set(events.Tags()["images"])
+    assert {"custom_scalars__config__", "config.yaml/text_summary"} <= set(events.Tags()["tensors"])
+    assert "shufflenet_v2_x0_5" in str(events.Tensors("config.yaml/text_summary")[0].tensor_proto.string_val)
+    projector = (folder / RUN / "projector_config.pbtxt").read_text()
+    tensors = folder / RUN / re.search(r'tensor_path: "(.*)"', projector)[1]
+    assert len(tensors.read_text().splitlines()) == 50, "a line for each test image"
+
+
 def test_the_configuration_of_a_run_is_beside_it_and_runs_again(job, tmp_path):
     folder, done = job
     config = yaml.safe_load((folder / RUN / "config.yaml").read_text())
@@ -72,25 +99,7 @@ def test_evaluate_gives_the_figures_of_the_run(job):
         out = run_fit(folder, best, *options, module="cifar_transfer.evaluate").stdout
         expected = re.search(rf"{split} accuracy ([\d.]+%)", done.stdout)[1]
         assert f"{split}/acc  {expected}" in out
-
-
-def test_predict_agrees_with_the_network_and_takes_any_image(job, tmp_path):
-    folder, _ = job
-    data = ShapesDataModule()
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a photo.jpg")
-    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
-    images = [tmp_path / "a photo.jpg", tmp_path / "grey.png"]
-    ckpt = f"--ckpt={RUN}/checkpoints/best.ckpt"
-    found = json.loads(run_fit(folder, *images, ckpt, "--top_k=10", "--json", module="cifar_transfer.predict").stdout)
-    assert list(found) == [str(path) for path in images]
-    for row in found.values():
-        assert sorted(name for name, _ in row) == sorted(data.class_names)
-        assert sum(probability for _, probability in row) == pytest.approx(1)
-        assert [p for _, p in row] == sorted((p for _, p in row), reverse=True)
-    table = run_fit(folder, *images, ckpt, "--top_k=2", module="cifar_transfer.predict").stdout.splitlines()
-    assert len(table) == 2
-    assert found[str(images[0])][0][0] in table[0]
+        assert all((folder / RUN / "figures" / f"{split}-{name}.png").is_file() for name in OF_ANSWERS)
 
 
 def test_no_weights_are_fetched_to_use_or_continue_a_checkpoint(job, tmp_path):
@@ -155,6 +164,20 @@ def test_mistakes_get_a_sentence(tmp_path, monkeypatch, capsys, options, message
     assert message in errors[0]
 
 
+def test_help_begins_with_what_people_change_first(capsys):
+    with pytest.raises(SystemExit):
+        FitCLI(["--help"])
+    text = capsys.readouterr().out
+    first, rest = text.split("all options:")
+    assert len(first.splitlines()) < 24, "on the first page"
+    for option in re.findall(r"^  (--[a-z._]+)=", first, re.MULTILINE):
+        if not option.startswith("--data."):  # those of the data module that is chosen
+            assert re.search(rf"^  {re.escape(option)}\b", rest, re.MULTILINE), option
+    with pytest.raises(SystemExit):
+        FitCLI(["--data.help=CIFAR10DataModule"])
+    assert "batch_size" in capsys.readouterr().out
+
+
 def test_a_network_too_deep_for_the_images_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"alexnet cannot take images of 32x32 pixels.*image_size"):
@@ -168,10 +191,9 @@ def test_a_mistake_ends_with_status_two_and_no_traceback(tmp_path):
     assert not (tmp_path / "lightning_logs").exists()
 
 
-def test_checkpoints_that_are_none_are_explained(tmp_path, job):
+def test_checkpoints_that_are_none_are_explained(tmp_path):
     (tmp_path / "w.ckpt").write_bytes(b"no checkpoint")
     for path, message in (("gone.ckpt", "does not exist"), ("w.ckpt", "cannot be read as a checkpoint")):
-        for module, options in (("evaluate", []), ("predict", ["x.png"])):
-            done = run_fit(tmp_path, *options, f"--ckpt={path}", module=f"cifar_transfer.{module}", expect=2)
-            assert message in done.stderr
-            assert "Traceback" not in done.stderr
+        done = run_fit(tmp_path, f"--ckpt={path}", module="cifar_transfer.evaluate", expect=2)
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr

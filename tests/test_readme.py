@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from lightning import Trainer
+from PIL import Image
 
 import cifar_transfer
 from cifar_transfer.cli import FitCLI
@@ -12,22 +13,27 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_example_runs(tmp_path, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+def test_the_python_examples_run(tmp_path, monkeypatch):
+    train, predict = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     tiny = {"train_images": 100, "test_images": 20}
     monkeypatch.setattr(cifar_transfer, "CIFAR10DataModule", lambda root: cifar_transfer.ShapesDataModule(**tiny))
-    code = code.replace('"resnet18"', '"shufflenet_v2_x0_5", "none"').replace("max_epochs=40", "max_epochs=6")
+    train = train.replace('"resnet18"', '"shufflenet_v2_x0_5", "none"').replace("max_epochs=40", "max_epochs=6")
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(code, names)
+    exec(train, names)
     assert isinstance(names["trainer"], Trainer)
     assert "test/acc" in names["trainer"].callback_metrics
+    for name in re.findall(r'"(\w+\.jpg)"', predict):
+        Image.new("RGB", (40, 30)).save(name)
+    exec(predict.replace("best.ckpt", Path(names["trainer"].checkpoint_callback.best_model_path).name), names)
+    assert {name for name, _ in names["likely"]} <= set(names["data"].class_names)
+    assert [len(row) for row in names["likeliest"]] == [1, 1]
 
 
 def test_every_option_exists(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["fit"])
-    options = set(re.findall(r"(--(?:model|data|trainer|freeze)\.[a-z_.0-9]+)=", README))
+    options = set(re.findall(r"(--(?:model|data|trainer|freeze|report)\.[a-z_.0-9]+)=", README))
     assert len(options) > 10
     (tmp_path / "train" / "a").mkdir(parents=True)
     (tmp_path / "train" / "b").mkdir()
@@ -36,7 +42,7 @@ def test_every_option_exists(tmp_path, monkeypatch):
     for arguments in (own, ["--model.weights=none", "--trainer.accelerator=cpu"]):
         config = FitCLI(arguments).config.as_dict()
         known |= {f"--data.{name}" for name in config["data"]["init_args"]}
-        known |= {f"--{part}.{name}" for part in ("model", "trainer", "freeze") for name in config[part]}
+        known |= {f"--{part}.{name}" for part in ("model", "trainer", "freeze", "report") for name in config[part]}
     assert options <= known
 
 

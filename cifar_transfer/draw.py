@@ -1,0 +1,201 @@
+"""Figures of a run, drawn from plain arrays: curves, confusion, reliability, grids of images.
+
+Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which the colour-blind tell apart.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from cifar_transfer.answers import Answers
+from cifar_transfer.lettering import Lettering, lettering
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # all but yellow and black
+BLUE, ORANGE, SKY, GREY = COLOURS[0], COLOURS[1], COLOURS[5], "#999999"
+NUMBERED = 20  # classes up to which a confusion matrix has numbers in its cells
+SMOOTHED = 0.95  # weight of the past in the smoothed loss, as TensorBoard's slider has it
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A logged figure: x (steps or epochs) and y, float64 [N] each."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+
+def loss_by_step(loss: Curve) -> Figure:
+    """Training loss per iteration, raw and smoothed."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(loss.x, loss.y, color=BLUE, alpha=0.35, lw=0.8, label="loss of a batch")
+    axes.plot(loss.x, smooth(loss.y), color=BLUE, lw=1.8, label="smoothed")
+    _finish(axes, "optimizer step", "training loss")
+    axes.legend(frameon=False)
+    return figure
+
+
+def smooth(values: np.ndarray, past: float = SMOOTHED) -> np.ndarray:
+    """Exponential moving average without the pull of its beginning (Adam's correction, arXiv:1412.6980)."""
+    average, weight, result = 0.0, 0.0, []
+    for value in values:
+        average, weight = past * average + (1 - past) * value, past * weight + (1 - past)
+        result.append(average / weight)
+    return np.array(result)
+
+
+def epochs(curves: dict[str, Curve], frozen: int, lr: Curve) -> Figure:
+    """Loss and accuracy per epoch.
+
+    Args:
+        curves: `train/loss_epoch`, `val/loss`, `train/acc`, `val/acc`, by epoch from 0; what is missing is left out.
+        frozen: Epochs with a frozen backbone, which are shaded.
+        lr: Learning rate by epoch; where it changed is marked, if it did so in steps.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    changes = lr.x[1:][lr.y[1:] != lr.y[:-1]]
+    if len(changes) > len(lr.x) / 2:
+        changes = changes[:0]  # a rate that always changes has no steps
+    for number, (title, scale, tags) in enumerate(
+        (("loss", 1, ("train/loss_epoch", "val/loss")), ("accuracy (%)", 100, ("train/acc", "val/acc")))
+    ):
+        axes = figure.add_subplot(1, 2, number + 1)
+        for tag, color, label, marker in zip(tags, (BLUE, ORANGE), ("training", "validation"), "os", strict=True):
+            if tag in curves:
+                axes.plot(curves[tag].x + 1, scale * curves[tag].y, marker + "-", color=color, ms=3, label=label)
+        if frozen:
+            axes.axvspan(0.5, frozen + 0.5, color=GREY, alpha=0.2, lw=0, label="backbone frozen")
+        for epoch in changes:
+            axes.axvline(
+                epoch + 0.5, color=GREY, ls=":", lw=1, label="learning rate changed" if epoch == changes[0] else None
+            )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(x=0.02)
+        _finish(axes, "epoch", title)
+        axes.legend(frameon=False)
+    return figure
+
+
+def confusion(answers: Answers) -> Figure:
+    """Counts, and shares of each class's images; numbers in the cells of up to 20 classes."""
+    counts, letters = answers.confusion(), lettering(answers.names)
+    classes = len(counts)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = min(16.0, max(4.0, 1.6 + (0.42 if classes <= NUMBERED else 0.13) * classes))
+    # The room for long names below the axes is only reckoned roughly.
+    figure = Figure(figsize=(2 * side + 1, side + 0.4), layout=ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.1))
+    for number, (title, values) in enumerate((("number of images", counts), ("% of the class", 100 * shares))):
+        axes = figure.add_subplot(1, 2, number + 1)
+        axes.imshow(values, cmap="Blues", vmin=0, vmax=max(1, values.max()))
+        size = 9 if classes <= NUMBERED else 5
+        for axis, label in ((axes.xaxis, "predicted"), (axes.yaxis, "true")):
+            axis.set_ticks(range(classes), letters.names, fontsize=size, family=letters.families)
+            axis.set_label_text(label)
+        axes.tick_params(axis="x", rotation=90 if classes > 3 else 0)
+        axes.set_title(title)
+        if classes <= NUMBERED:
+            for (row, column), value in np.ndenumerate(values):
+                dark = value > values.max() / 2
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+    note(figure, letters)
+    return figure
+
+
+def per_class(answers: Answers) -> Figure:
+    """A table of precision, recall, F1 and the number of images; the worst F1 first."""
+    counts, letters = answers.confusion(), lettering(answers.names)
+    hits = counts.diagonal()
+    truth, said = counts.sum(1), counts.sum(0)
+    precision, recall = hits / np.maximum(said, 1), hits / np.maximum(truth, 1)
+    f1 = 2 * hits / np.maximum(said + truth, 1)
+    order = np.argsort(f1, kind="stable")
+    figure = Figure(figsize=(7, 0.9 + 0.24 * len(order)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(range(len(order)), 100 * f1[order], color=BLUE, alpha=0.3, height=0.8)
+    axes.set_yticks(range(len(order)), [letters.names[row] for row in order], family=letters.families)
+    columns = (("precision", 100 * precision), ("recall", 100 * recall), ("F1", 100 * f1), ("images", truth))
+    for place, (title, values) in enumerate(columns):
+        x = 106 + 20 * place
+        axes.text(x + 10, -1, title, ha="right", va="center", weight="bold")
+        for line, row in enumerate(order):
+            text = f"{values[row]:.0f}" if title == "images" else f"{values[row]:.1f}"
+            axes.text(x + 10, line, text, ha="right", va="center")
+    axes.set_xlim(0, 180)
+    axes.set_ylim(len(order) - 0.4, -1.6)
+    axes.set_xticks([0, 50, 100])
+    axes.set_xlabel("F1 (%)", loc="left")
+    axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
+    axes.tick_params(length=0)
+    note(figure, letters)
+    return figure
+
+
+def reliability(answers: Answers, bins: int = 15) -> Figure:
+    """Accuracy by confidence, with the expected calibration error, and how many images there are to each."""
+    confidences = answers.confidences.numpy()
+    place = np.minimum((confidences * bins).astype(int), bins - 1)
+    count = np.bincount(place, minlength=bins)
+    accuracy = np.bincount(place, answers.correct.numpy(), bins) / np.maximum(count, 1)
+    confidence = np.bincount(place, confidences, bins) / np.maximum(count, 1)
+    figure = Figure(figsize=(5, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    edges = np.arange(bins) / bins
+    full = count > 0
+    upper.bar(edges[full], accuracy[full], 1 / bins, align="edge", color=BLUE, alpha=0.6, edgecolor="w")
+    upper.plot(confidence[full], accuracy[full], "o", color=BLUE, ms=4)
+    upper.plot([0, 1], [0, 1], "--", color=GREY, lw=1)
+    upper.set_title(f"expected calibration error {answers.calibration_error(bins):.1%}")
+    _finish(upper, "", "accuracy")
+    lower.bar(edges, count, 1 / bins, align="edge", color=GREY, edgecolor="w")
+    lower.set_xlim(0, 1)
+    _finish(lower, "confidence", "images")
+    return figure
+
+
+def grid(images: np.ndarray, titles: Sequence[Sequence[str]], heading: str, columns: int = 8) -> Figure:
+    """Images with a few words above each.
+
+    Args:
+        images: uint8 [N, 3, H, W], RGB.
+        titles: N times the lines above an image.
+        heading: Above all.
+        columns: Images in a row.
+    """
+    letters = lettering(sorted({line for lines in titles for line in lines}))
+    shown = dict(zip(sorted({line for lines in titles for line in lines}), letters.names, strict=True))
+    lines = max(map(len, titles), default=0)
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.35 * columns, 0.5 + rows * (1.3 + 0.17 * lines)), layout="constrained")
+    figure.suptitle(heading, fontsize=11)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes:
+        ax.axis("off")
+    for ax, image, words in zip(axes, images, titles, strict=False):
+        ax.imshow(image.transpose(1, 2, 0), interpolation="nearest")
+        text = "\n".join(_short(shown[line]) for line in words)
+        ax.set_title(text, fontsize=8, family=letters.families, pad=3)
+    note(figure, letters)
+    return figure
+
+
+def _short(name: str, length: int = 16) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _finish(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def note(figure: Figure, letters: Lettering) -> None:
+    """Say below all else what was done to the names, if anything was."""
+    if letters.note:
+        figure.supxlabel(letters.note, fontsize=7, color=GREY)

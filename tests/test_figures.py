@@ -1,0 +1,150 @@
+"""Figures: complete, readable in any script, and the same from what a run has kept."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.ft2font import FT2Font
+from PIL import Image
+
+from cifar_transfer import ShapesDataModule, draw, figures
+from cifar_transfer.answers import Answers, CollectAnswers
+from cifar_transfer.lettering import BASE, lettering
+
+NAMES = {
+    "three": ["cat", "dog", "bird"],
+    "ten long": [f"Parus caeruleus obscurus {number}" for number in range(10)],
+    "ten Chinese": ["飞机", "汽车", "鸟", "猫", "鹿", "狗", "青蛙", "马", "船", "卡车"],
+    "hundred": [f"class number {number}" for number in range(100)],
+    "formula": ["$x", "a_b", "50%"],
+}
+
+
+def some_answers(names, count=300, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(len(names), (count,), generator=generator)
+    logits = torch.randn(count, len(names), generator=generator)
+    logits[torch.arange(count), labels] += 2
+    rows = torch.arange(12)
+    images = torch.randint(0, 256, (12, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return Answers(names, labels, logits.softmax(1), rows, images)
+
+
+def assert_nothing_is_cut_off(figure):
+    """All ink lies on the canvas, and every letter has a glyph."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+    box, (width, height) = figure.get_tightbbox(canvas.get_renderer()), figure.get_size_inches()
+    assert box.x0 >= -0.02, box
+    assert box.y0 >= -0.02, box
+    assert box.x1 <= width + 0.02, (box, width)
+    assert box.y1 <= height + 0.02, (box, height)
+
+
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+def test_no_name_is_cut_off_or_boxed(names):
+    for figure in figures.answers(some_answers(names), "test").values():
+        assert_nothing_is_cut_off(figure)
+
+
+def test_curves_are_whole():
+    x = np.arange(40.0)
+    curve = {tag: draw.Curve(x, np.exp(-x / 9)) for tag in ("train/loss_epoch", "val/loss", "train/acc", "val/acc")}
+    assert_nothing_is_cut_off(draw.epochs(curve, 5, draw.Curve(x, np.where(x < 5, 1e-3, 1e-4))))
+    assert_nothing_is_cut_off(draw.loss_by_step(draw.Curve(x, x)))
+
+
+def test_epochs_shade_the_frozen_ones_and_mark_the_rates_steps():
+    x = np.arange(10.0)
+    curves = {"val/loss": draw.Curve(x, x)}
+    axes = draw.epochs(curves, 3, draw.Curve(x, np.repeat([1.0, 0.5, 0.25], [3, 4, 3]))).axes[0]
+    assert axes.patches[0].get_extents().transformed(axes.transData.inverted()).intervalx == pytest.approx([0.5, 3.5])
+    assert [line.get_xdata()[0] for line in axes.lines[1:]] == [3.5, 7.5]
+    assert len(draw.epochs(curves, 0, draw.Curve(x, 1 - x / 10)).axes[0].lines) == 1, "a decay has no steps"
+
+
+def test_the_smoothed_loss_begins_with_the_loss():
+    smoothed = draw.smooth(np.array([4.0, 2.0, 2.0, 2.0]))
+    assert smoothed[0] == 4
+    assert all(2 < value < 4 for value in smoothed[1:])
+    assert draw.smooth(np.full(50, 3.0)) == pytest.approx(3)
+
+
+def test_a_name_is_drawn_with_the_font_that_has_its_letters_or_in_latin_letters():
+    known = [font for font in font_manager.fontManager.ttflist if font.name == "STIXGeneral" and font.weight == 400]
+    letters = set(map(chr, FT2Font(known[0].fname).get_charmap()))
+    letters -= set(map(chr, FT2Font(font_manager.findfont(BASE)).get_charmap()))
+    rare = "".join(sorted(letters)[:3])
+    found = lettering(["cat", rare])
+    assert found.names == ["cat", rare]
+    assert found.note == ""
+    assert len(found.families) > 1
+    nobodys = "\U000e0101\U000f0000"  # private use
+    found = lettering(["cat", nobodys + "é"])
+    assert found.names == ["cat", "e"]
+    assert "no font" in found.note
+
+
+def test_confusion_counts_and_calibration():
+    sure = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
+    answers = Answers(["a", "b"], torch.tensor([0, 1, 1, 1]), sure, torch.arange(0), torch.empty(0, 3, 1, 1))
+    assert answers.confusion().tolist() == [[1, 0], [2, 1]]
+    # Four answers, each alone in its bin: |1 - 0.9|, |0 - 0.8|, |1 - 0.7|, |0 - 0.6|.
+    assert answers.calibration_error(15) == pytest.approx((0.1 + 0.8 + 0.3 + 0.6) / 4)
+
+
+def test_answers_survive_saving(tmp_path):
+    answers = some_answers(["猫", "dog", "a"])
+    answers.save(tmp_path / "answers-test.npz")
+    loaded = Answers.load(tmp_path / "answers-test.npz")
+    assert loaded.names == answers.names
+    assert torch.equal(loaded.labels, answers.labels)
+    assert torch.equal(loaded.images, answers.images)
+    torch.testing.assert_close(loaded.probabilities, answers.probabilities, atol=1e-3, rtol=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["answers-test.npz"]
+
+
+def test_augmented_images_are_shown_at_the_networks_size_and_disturb_no_draw(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = ShapesDataModule(train_images=60, test_images=20)
+    data.setup()
+    before = torch.get_rng_state()
+    figure = figures.augmented(data, 48)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert "48 x 48" in figure.get_suptitle()
+    assert figure.axes[0].images[0].get_array().shape == (48, 48, 3)
+    (path,) = figures.save({"augmented": figure}, tmp_path / "figures")
+    with Image.open(path) as picture:
+        assert picture.width > 600
+
+
+def test_features_from_all_over_the_split_are_kept_on_request_with_their_images(tmp_path, monkeypatch):
+    from lightning import Trainer
+
+    from cifar_transfer import TransferClassifier
+
+    monkeypatch.chdir(tmp_path)
+    data = ShapesDataModule(train_images=60, test_images=50)
+    model = TransferClassifier("shufflenet_v2_x0_5", "none", class_names=data.class_names)
+    model.mirrored = True  # whose features are not those
+    collected = CollectAnswers(features=30)
+    trainer = Trainer(logger=False, accelerator="cpu", callbacks=[collected], enable_progress_bar=False)
+    trainer.test(model, data, verbose=False)
+    images, labels = data.images["test"].__getitems__(range(50))
+    assert torch.equal(collected.answers.labels, labels)
+    with torch.no_grad():
+        logits = model.eval()(images / 255)
+        expected = model.network.fc(collected.features)
+    torch.testing.assert_close(logits.softmax(1), collected.answers.probabilities, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits[::2], expected, atol=1e-4, rtol=0)  # at most 30 of 50
+    assert torch.equal(collected.thumbnails, images[::2])
+    assert torch.equal(collected.classes, labels[::2])
+    kept = collected.answers
+    worst = kept.rows[~kept.correct[kept.rows]]
+    assert kept.confidences[worst].diff().le(0).all(), "the most confident mistakes first"
+    assert torch.equal(kept.images, images[kept.rows])
