@@ -1,6 +1,5 @@
 """What a network said to each image of a split: collected while it is evaluated, kept with the run."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 from torchmetrics.utilities import dim_zero_cat
 
 from cifar_transfer.data import Split
+from cifar_transfer.files import whole
 from cifar_transfer.images import Images
 
 SHOWN = 32  # mistakes, and as many correct answers, whose images are kept
@@ -69,16 +69,14 @@ class Answers:
     def save(self, path: Path) -> None:
         """Write to a `.npz` of plain arrays, probabilities in half precision."""
         arrays = {name: getattr(self, name).numpy() for name in ("labels", "rows", "images")}
-        partial = path.with_name(f"partial.{path.name}")
-        with partial.open("wb") as file:
+        with whole(path) as file:
             half = self.probabilities.half().numpy()
             np.savez_compressed(file, names=np.array(self.names), probabilities=half, **arrays)
-        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: Path) -> "Answers":
         """Read what `save` has written."""
-        with np.load(path) as arrays:
+        with np.load(path, allow_pickle=False) as arrays:
             read = {name: torch.from_numpy(arrays[name]) for name in ("labels", "rows", "images", "probabilities")}
             return cls(arrays["names"].tolist(), **read | {"probabilities": read["probabilities"].float()})
 

@@ -2,27 +2,30 @@
 
 import argparse
 import difflib
+import math
 import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from jsonargparse import ActionYesNo
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning import Trainer
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from cifar_transfer import checkpoints, find_lr, quiet
+from cifar_transfer import checkpoints, find_lr, quiet, runs
 from cifar_transfer.answers import PROJECTED, CollectAnswers
 from cifar_transfer.classifier import TransferClassifier
 from cifar_transfer.data import ImageDataModule
-from cifar_transfer.errors import UserError
+from cifar_transfer.errors import UserError, check, taken
 from cifar_transfer.freeze import BackboneFreeze
+from cifar_transfer.guard import Guard
 from cifar_transfer.interrupt import Interrupt
 from cifar_transfer.report import Report, trim_events
 
@@ -50,6 +53,9 @@ Recipes: --config configs/fast.yaml (minutes), configs/accurate.yaml (one GPU), 
 all """
 
 
+LONGEST = 400  # letters of a complaint
+
+
 class Parser(LightningArgumentParser):
     """Lightning's parser, whose complaints are sentences, without a page of usage before them."""
 
@@ -68,72 +74,17 @@ class Parser(LightningArgumentParser):
             message = f"There is no option {found[1]}" + (f": did you mean {', '.join(near)}?" if near else ".")
         elif link := re.search(r"Call to compute_fn of link .* failed: (.*)", message):
             message = link[1]
+        elif denied := re.search(r"Importing '(\S+)' is not allowed", message):
+            message = (
+                f"The run's configuration names {denied[1]}, which is not of this project or Lightning and would be "
+                f"imported: if you trust it, name it on the command line too."
+            )
         elif data := re.search(r'Parser key "data".*Expected a dot import path string: (\S+)', message, re.DOTALL):
             names = ", ".join(sorted(kind.__name__ for kind in ImageDataModule.__subclasses__()))
             message = f"There is no data module {data[1]}: take one of {names}."
-        raise UserError(f"{' '.join(message.split())} (All options: --help)")
-
-
-class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml` at once, but for a run that continues only when its checkpoint has accepted the options."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write, unless a checkpoint is still to be read."""
-        if not self.config.ckpt_path:
-            super().setup(trainer, pl_module, stage)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what is not written yet."""
-        super().setup(trainer, pl_module, "fit")
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Also as text in TensorBoard."""
-        if isinstance(trainer.logger, TensorBoardLogger):
-            lines = self.parser.dump(self.config, skip_none=False).splitlines()
-            trainer.logger.experiment.add_text("config.yaml", "\n".join(f"    {line}" for line in lines))
-
-
-class RunCheckpoint(ModelCheckpoint):
-    """A file of a run, written when an epoch is over and the schedule has stepped, and replaced in one move.
-
-    Args:
-        filename: Its name without the ending.
-        monitor: Keep the best by this metric (highest); None keeps the latest.
-        in_place: The run is continued in its own folder. Should that have moved, the best score is still known, which
-            Lightning's class would forget, and then replace the best checkpoint by a worse one.
-    """
-
-    def __init__(self, filename: str, monitor: str | None = None, in_place: bool = False) -> None:
-        super().__init__(
-            filename=filename,
-            monitor=monitor,
-            mode="max",
-            save_top_k=1,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
-        self.in_place = in_place
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the scores of the run so far."""
-        if self.in_place and self.dirpath:
-            folder = Path(self.dirpath)
-            paths = {
-                key: str(folder / Path(value).name) if value else value
-                for key, value in state_dict.items()
-                if key in ("best_model_path", "kth_best_model_path", "last_model_path")
-            }
-            scores = {str(folder / Path(path).name): score for path, score in state_dict["best_k_models"].items()}
-            state_dict = state_dict | paths | {"best_k_models": scores, "dirpath": self.dirpath}
-        super().load_state_dict(state_dict)
-
-
-class Board(TensorBoardLogger):
-    """TensorBoard without Lightning's chart of the epoch against the step, which would come first."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write scalars."""
-        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+        elif given := re.search(r"(?:Got|Given) value: (.*)", message):
+            message = taken(message[: given.start()], given[1])
+        raise UserError(f"{textwrap.shorten(message, LONGEST)} (All options: --help)")
 
 
 class FitCLI(LightningCLI):
@@ -144,11 +95,11 @@ class FitCLI(LightningCLI):
         super().__init__(
             TransferClassifier,
             ImageDataModule,
-            SaveConfig,
+            runs.SaveConfig,
             subclass_mode_data=True,
             seed_everything_default=0,
             trainer_defaults={"max_epochs": 40, "log_every_n_steps": 10, "enable_model_summary": False},
-            save_config_kwargs={"overwrite": True},  # a resumed run writes it again
+            save_config_kwargs={"save_to_log_dir": False},  # which is not done in one move
             load_from_checkpoint_support=False,  # the classes record their own options
             auto_configure_optimizers=False,
             parser_class=Parser,
@@ -178,18 +129,20 @@ class FitCLI(LightningCLI):
         resume.error = parser.error  # type: ignore[method-assign]
         run = resume.parse_known_args(args)[0].resume
         if run:
-            config = Path(run, "config.yaml")
+            config = Path(run, runs.CONFIG)
             if not config.is_file():
                 raise UserError(
                     f"--resume {run}: there is no {config}; name the folder of a run, say {checkpoints.LOGS}/version_0."
                 )
+            runs.import_nothing_else(args)
             args = ["--config", str(config), *args]
         self.config = parser.parse_args(args)
+        self.job = runs.job_folder(Path(self.config.trainer.default_root_dir or "."))
+        if self.job and not self.config.find_lr and (self.job / runs.CONFIG).is_file():
+            run = self.config.resume = str(self.job)  # requeued, with the same options
         if run:
-            last = Path(run, "checkpoints", "last.ckpt")
-            self.config.ckpt_path = (
-                str(last) if last.is_file() else None
-            )  # killed in its first epoch: from the beginning
+            state = runs.newest_state(Path(run))
+            self.config.ckpt_path = str(state) if state else None  # killed in its first epoch: from the beginning
 
     def before_instantiate_classes(self) -> None:
         """A checkpoint holds all weights, so none are fetched, and what the words for size and statistics meant."""
@@ -211,11 +164,11 @@ class FitCLI(LightningCLI):
         """As Lightning's, after which the options recorded are those given."""
         try:
             super().instantiate_classes()
-        except ValueError as error:  # jsonargparse's, around one of ours, or the Trainer's
+        except (ValueError, TypeError) as error:  # jsonargparse's, around one of ours, or the Trainer's
             ours: BaseException | None = error
             while ours is not None and not isinstance(ours, UserError):
                 ours = ours.__cause__ or ours.__context__
-            raise UserError(str(ours or error)) from None
+            raise UserError(str(ours) if ours else textwrap.shorten(str(error), LONGEST)) from None
         for name, value in self._asked.items():
             self.config.model[name] = value
         if self._asked:
@@ -228,15 +181,22 @@ class FitCLI(LightningCLI):
             raise UserError(
                 "limit_val_batches=0: the schedule and the choice of the checkpoint need validation images."
             )
-        callbacks: list[Any] = []
+        if options.max_epochs is None and options.max_steps == -1 and options.max_time is None:
+            raise UserError("max_epochs is null, which Lightning takes for 1000: give a number, or -1 for no end.")
+        check("accumulate_grad_batches", options.accumulate_grad_batches, lambda n: n >= 1, "1 batch or more")
+        if options.gradient_clip_val is not None:
+            check("gradient_clip_val", options.gradient_clip_val, lambda x: 0 <= x < math.inf, "0 (off) or more")
+        if options.default_root_dir:
+            _require_writable(Path(options.default_root_dir))
+        callbacks: list[Any] = [Guard()]
         self.answers: CollectAnswers | None = None
         if self.config_init.report.figures and not options.fast_dev_run:
             self.answers = CollectAnswers(PROJECTED if self.config_init.report.projector else 0)
             callbacks.append(self.answers)
-        self.best = RunCheckpoint("best", "val/acc", in_place=bool(self.config.resume))
+        self.best = runs.RunCheckpoint("best", "val/acc", in_place=bool(self.config.resume))
         last = None
         if options.enable_checkpointing is not False and not options.fast_dev_run:
-            last = RunCheckpoint("last", in_place=bool(self.config.resume))
+            last = runs.RunCheckpoint("last", in_place=bool(self.config.resume))
             callbacks += [self.best, last]
         self.interrupt = Interrupt(last)
         callbacks.append(self.interrupt)
@@ -255,19 +215,26 @@ class FitCLI(LightningCLI):
         if self.config.model.schedule != "plateau" and options.logger is not False and not options.fast_dev_run:
             callbacks.append(LearningRateMonitor("step"))  # a plateau changes it between epochs only
         if options.logger is None or options.logger is True:
-            kwargs["logger"] = self._logger(options.default_root_dir or ".")
+            logger = kwargs["logger"] = self._logger(options.default_root_dir or ".")
+            if self.job:
+                kwargs["default_root_dir"] = logger.log_dir  # for Lightning's own checkpoint, which is no other job's
+        plugins = options.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, runs.WholeFiles()]
         self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
-    def _logger(self, root: str) -> TensorBoardLogger:
+    def _logger(self, root: str) -> runs.Board:
         if not (run := self.config.resume):
-            _require_writable(Path(root, checkpoints.LOGS))
+            logs = Path(root, checkpoints.LOGS)
+            _require_writable(logs)
             # Absolute, as when the run is resumed: a ModelCheckpoint that finds another path forgets its best score.
-            return Board(str(Path(root).resolve()), checkpoints.LOGS, default_hp_metric=False)
+            return runs.Board(str(Path(root).resolve()), checkpoints.LOGS, self.job.name if self.job else None)
         folder = Path(run).resolve()
         _require_writable(folder)
         self._trim(folder)
-        return Board(str(folder.parent), "", folder.name, default_hp_metric=False)
+        return runs.Board(str(folder.parent), "", folder.name)
 
     @rank_zero_only
     def _trim(self, folder: Path) -> None:
@@ -283,6 +250,7 @@ def _integer_seed(seed: bool | int) -> int:
         raise UserError(
             f"seed_everything is {str(seed).lower()}: give a number, for data and augmentation follow from it."
         )
+    check("seed_everything", seed, lambda n: 0 <= n < 2**32, "a number from 0 to 4294967295")
     return seed
 
 

@@ -6,6 +6,7 @@ events.out.tfevents.* -> curves        figures/answers-test.npz -> confusion, re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from torch.utils.tensorboard import SummaryWriter
 from cifar_transfer import draw
 from cifar_transfer.answers import Answers, CollectAnswers
 from cifar_transfer.data import ImageDataModule, step_seed
-from cifar_transfer.errors import UserError, one_sentence
+from cifar_transfer.errors import UserError, first_line, one_sentence
+from cifar_transfer.files import whole
 
 FOLDER = "figures"  # in that of the run
 KEPT = "answers-"  # files of answers begin with it, and end with the split
@@ -94,9 +96,9 @@ def save(figures: dict[str, Figure], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():
-        partial, path = folder / f"partial.{name}.png", folder / f"{name}.png"
-        figure.savefig(partial, dpi=DPI)
-        paths.append(partial.replace(path))
+        paths.append(folder / f"{name}.png")
+        with whole(paths[-1]) as file:
+            figure.savefig(file, dpi=DPI, format="png")
     return paths
 
 
@@ -147,9 +149,12 @@ def figures(run: str) -> list[Path]:
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"There is no {folder / 'config.yaml'}: name a run's folder, say lightning_logs/version_0.")
-    paths = save(curves(folder), folder / FOLDER)
-    for kept in sorted((folder / FOLDER).glob(f"{KEPT}*.npz")):
-        paths += save(answers(Answers.load(kept), kept.stem.removeprefix(KEPT)), folder / FOLDER)
+    try:
+        paths = save(curves(folder), folder / FOLDER)
+        for kept in sorted((folder / FOLDER).glob(f"{KEPT}*.npz")):
+            paths += save(answers(Answers.load(kept), kept.stem.removeprefix(KEPT)), folder / FOLDER)
+    except (OSError, ValueError, KeyError, TypeError, BadZipFile, yaml.YAMLError) as error:
+        raise UserError(f"{folder} cannot be drawn, for a file of it is damaged ({first_line(error)}).") from None
     print("\n".join(map(str, paths)))
     return paths
 

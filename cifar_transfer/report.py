@@ -20,6 +20,8 @@ from tqdm import tqdm
 from cifar_transfer import figures
 from cifar_transfer.answers import CollectAnswers
 from cifar_transfer.classifier import EPOCH_FIGURES
+from cifar_transfer.errors import first_line
+from cifar_transfer.files import whole
 
 RESULT = "result.json"  # in a finished run's folder
 SLOW_GRAPH = 300  # modules, whose graph takes seconds to draw
@@ -90,7 +92,7 @@ class Report(Callback):
                 board = trainer.logger.experiment  # type: ignore[union-attr]
                 board.add_graph(network.eval(), torch.zeros(1, 3, *size, device=pl_module.device))
             except Exception as error:  # of any kind, from tracing somebody's network: a picture must not cost the run
-                say(trainer, f"TensorBoard will have no graph of this network ({str(error).splitlines()[0]}).")
+                say(trainer, f"TensorBoard will have no graph of this network ({first_line(error)}).")
         for module, training in modes.items():
             module.training = training
 
@@ -201,9 +203,8 @@ def write_result(trainer: Trainer, pl_module: LightningModule, figures: dict[str
         "seconds": round(report.seconds, 1),
         "images_per_second": round(report.images_per_second, 1),
     }
-    partial = Path(folder, f"partial.{RESULT}")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, Path(folder, RESULT))
+    with whole(Path(folder, RESULT)) as file:
+        file.write(f"{json.dumps(result, indent=1)}\n".encode())
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
@@ -230,14 +231,10 @@ def trim_events(run: Path, epoch: int, step: int) -> None:
         step: First optimizer step that will be run again.
     """
     for path in sorted(run.glob("events.out.tfevents.*")):
-        partial = path.with_name(f"partial.{path.name.replace('tfevents', 'trimmed')}")
-        with partial.open("wb") as file:
+        with whole(path) as file:
             writer = RecordWriter(file)
             for event in LegacyEventFileLoader(str(path)).Load():  # stops before a record that was cut short
                 tags = {value.tag for value in event.summary.value}
                 final = any(tag.startswith("best/") for tag in tags)
                 if not tags or (not final and event.step < (epoch if tags & EPOCH_TAGS else step)):
                     writer.write(event.SerializeToString())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)

@@ -1,10 +1,12 @@
 """What several tests share: a tiny job, real data where it is at hand."""
 
+import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonargparse._common
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
@@ -52,6 +55,13 @@ def assert_same_weights(one, other):
     assert not different, f"{len(different)} of {len(one)} tensors differ, first {different[:3]}"
 
 
+def curves(run):
+    """Scalars of a run: (step, value) by tag."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
 def write_images(folder, per_class, size=(32, 32), classes=("cat", "dog"), seed=0):
     """An image folder `<class>/NNN.png` of noise."""
     rng = np.random.default_rng(seed)
@@ -62,8 +72,49 @@ def write_images(folder, per_class, size=(32, 32), classes=("cat", "dog"), seed=
             Image.fromarray(pixels).save(folder / name / f"{i:03d}.png")
 
 
+@pytest.fixture(autouse=True)
+def _imports_as_before(monkeypatch):
+    """What a resumed run forbids its process to import is allowed again for the next test."""
+    monkeypatch.setattr(jsonargparse._common, "parsing_settings", copy.copy(jsonargparse._common.parsing_settings))
+
+
 @pytest.fixture
 def shared():
     if not SHARED.is_dir():
         pytest.skip(f"real images and weights are not at hand in {SHARED}")
     return SHARED
+
+
+RUN = "lightning_logs/version_0"
+
+
+class Program:
+    """What a pickle can hold: a call that is made when it is read."""
+
+    def __init__(self, marker, call=None):
+        self.call = call or (open, (str(marker), "w"))
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Writes a program, and sees afterwards that it was not run."""
+    marker = tmp_path / "it was run"
+    calls = {"open": None, "system": (os.system, (f"touch '{marker}'",))}
+
+    def write(path, call="open", inside=None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save((inside or (lambda it: it))(Program(marker, calls[call])), path)
+        return path
+
+    yield write
+    assert not marker.exists(), "it was run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    run_fit(folder, *TINY, "--trainer.max_epochs=1", "--freeze.unfreeze_epoch=0", "--report.figures=true")
+    return folder

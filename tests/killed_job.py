@@ -1,0 +1,68 @@
+"""A run that is killed at a moment of its own: `python killed_job.py MOMENT N [options of fit]`, at the N-th time."""
+
+import io
+import os
+import signal
+import sys
+
+import torch
+
+from cifar_transfer import TransferClassifier, cache, cli, files, runs
+from cifar_transfer.fit import fit
+from cifar_transfer.freeze import BackboneFreeze
+
+
+def at(owner, name, left, when=lambda *args: True):
+    """Kill this process when `owner.name` is called for the N-th time with arguments of that kind."""
+    real = getattr(owner, name)
+
+    def deadly(*args, **kwargs):
+        nonlocal left
+        left -= bool(when(*args))
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, deadly)
+
+
+def half_written(left, name):
+    """Kill this process when the N-th checkpoint of that name is on its way to the disk."""
+
+    def save(checkpoint, file):
+        nonlocal left
+        whole = io.BytesIO()
+        torch_save(checkpoint, whole)
+        left -= name in file.name
+        if left == 0:
+            file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        file.write(whole.getvalue())
+
+    torch_save, torch.save = torch.save, save
+
+
+def moving(left, name):
+    at(files.os, "replace", left, lambda source, target: str(target).endswith(name))
+
+
+MOMENTS = {
+    "decoding": lambda n: at(cache.tqdm, "update", n),
+    "writing the configuration": lambda n: moving(n, runs.CONFIG),
+    "mid-step": lambda n: at(torch.optim.Adam, "step", n),
+    "half of best.ckpt": lambda n: half_written(n, "best.ckpt"),
+    "half of last.ckpt": lambda n: half_written(n, "last.ckpt"),
+    "moving last.ckpt": lambda n: moving(n, "last.ckpt"),
+    "trimming the curves": lambda n: at(cli, "trim_events", n),
+    "unfreezing": lambda n: at(BackboneFreeze, "_start_afresh", n),
+    "validation": lambda n: at(
+        TransferClassifier, "validation_step", n, lambda model, *_: not model.trainer.sanity_checking
+    ),
+    "final test": lambda n: at(TransferClassifier, "test_step", n),
+    "writing the result": lambda n: moving(n, "result.json"),
+}
+
+if __name__ == "__main__":
+    MOMENTS[sys.argv[1]](int(sys.argv[2]))
+    fit(sys.argv[3:])
