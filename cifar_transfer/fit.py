@@ -4,17 +4,24 @@ Without options it is the whole recipe: ResNet18 with ImageNet weights on CIFAR-
 35 without, then the test with the best checkpoint.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed import DistError
+
 from cifar_transfer.cli import FitCLI
-from cifar_transfer.errors import one_sentence
+from cifar_transfer.errors import UserError, one_sentence
 from cifar_transfer.find_lr import find_lr
-from cifar_transfer.interrupt import STATUS
+from cifar_transfer.interrupt import end_with_the_first
 from cifar_transfer.report import draw_final, log_final, say, write_result
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class Outcome(NamedTuple):
@@ -41,18 +48,13 @@ def fit(args: Sequence[str]) -> Outcome | None:
     Raises:
         UserError: A mistake in the options, the data or the checkpoint.
     """
+    end_with_the_first()
     cli = FitCLI(args)
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     if cli.config.find_lr:
         find_lr(trainer, model, data)
         return None
-    try:
-        trainer.fit(model, data, ckpt_path=cli.config.ckpt_path)
-    except SystemExit:
-        if cli.interrupt.asked:
-            say(trainer, f"Stopped. Continue with: python -m cifar_transfer.fit --resume {_here(trainer.log_dir)}")
-            raise SystemExit(STATUS) from None
-        raise
+    _train(cli)
     best, score = cli.best.best_model_path, cli.best.best_model_score
     if score is None:
         return None
@@ -73,6 +75,39 @@ def fit(args: Sequence[str]) -> Outcome | None:
     say(trainer, f"look at it  tensorboard --logdir {run.parent}")
     say(trainer, f"predict     python -m cifar_transfer.predict IMAGE --ckpt {checkpoint}")
     return Outcome(figures, checkpoint)
+
+
+def _train(cli: FitCLI) -> None:
+    trainer, stop = cli.trainer, cli.interrupt
+    try:
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    except SystemExit:
+        if not stop.asked:
+            raise
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(
+            f"The run cannot write ({error.strerror}): make room, then continue it with --resume {_run(trainer)}."
+        ) from error
+    except RuntimeError as error:
+        # Of NCCL and of gloo, which has no class of its own.
+        if not isinstance(error, DistError) and "gloo" not in str(error):
+            raise
+        raise UserError(
+            f"Another process of this run is gone; if it said nothing above, it was killed. Continue with: "
+            f"python -m cifar_transfer.fit --resume {_run(trainer)}"
+        ) from error
+    if stop.asked:
+        say(trainer, f"Stopped. Continue with: python -m cifar_transfer.fit --resume {_run(trainer)}")
+        # The others end without a word, lest they seem to have failed to the one that started them.
+        raise SystemExit(stop.status if trainer.is_global_zero else 0) from None
+    if trainer.received_sigterm:  # when the training was over
+        raise SIGTERMException
+
+
+def _run(trainer: Trainer) -> Path:
+    return _here(trainer.logger.log_dir if trainer.logger else ".")  # `trainer.log_dir` would ask the other processes
 
 
 def _here(path: str | None) -> Path:

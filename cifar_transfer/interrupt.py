@@ -1,60 +1,122 @@
-"""Ctrl-C: finish the step, save, and say how to go on."""
+"""Told to stop, by Ctrl-C or a scheduler: finish the step, save, and say how to go on."""
 
+import os
 import signal
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cifar_transfer.report import say
 
-STATUS = 128 + signal.SIGINT  # the shell's, for a program that was interrupted
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TOGETHER = 10  # steps after which several processes ask each other whether one is to stop
+WATCHED = 1.0  # seconds between two looks at the first process
 
 
 class Interrupt(Callback):
-    """Saves a checkpoint within the epoch when the user interrupts, from which the run continues exactly.
+    """Saves a checkpoint within the epoch when told to stop, from which the run continues exactly.
 
-    The first Ctrl-C waits for the end of the step (of the epoch, in validation), the second does not. Several processes
-    are stopped at once, as they would be by Lightning: each may be at another step.
+    The first Ctrl-C or SIGTERM waits for the end of the step (of the epoch, in validation), the second does not. Of
+    several processes one that is told suffices: all stop after the same step.
+
+    Lightning's handler of SLURM's signal, which saves and requeues the job, waits for the end of the step likewise; by
+    itself it would save in the middle of one, when a part of the weights has made the step and another has not.
 
     Args:
         last: Names the checkpoint's folder and file; None saves none.
 
     Attributes:
-        asked: Whether the user has.
+        asked: The signal by which this or another process was told to stop, or None.
     """
 
     def __init__(self, last: ModelCheckpoint | None) -> None:
         self.last = last
-        self.asked = False
+        self.asked: signal.Signals | None = None
+        self._heard: signal.Signals | None = None
+        self._requeue = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def status(self) -> int:
+        """Of the process: the shell's, for a program that a signal ended."""
+        return 128 + (self.asked or signal.SIGTERM)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen."""
-        self._before = None
-        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, lambda number, frame: self._note(trainer, number, frame))
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, lambda number, frame: self._note(trainer, number))
+        if SLURMEnvironment.detect() and callable(requeue := signal.getsignal(signal.SIGUSR1)):
+            self._before[signal.SIGUSR1] = requeue
+            signal.signal(signal.SIGUSR1, self._note_requeue)
 
-    def _note(self, trainer: Trainer, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, self._before)
-        say(trainer, "Stopping after this step (Ctrl-C again: at once) ...")
+    def _note(self, trainer: Trainer, number: int) -> None:
+        self._heard = signal.Signals(number)
+        signal.signal(number, self._before[self._heard])
+        with suppress(RuntimeError):  # the signal may have come amid a line
+            say(trainer, f"Stopping after this step ({self._heard.name}; again: at once) ...")
+
+    def _note_requeue(self, number: int, frame: FrameType | None) -> None:
+        self._requeue = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, if asked to stop."""
-        if self.asked and self.last is not None and self.last.dirpath is not None:
+        """Requeue and save, if told to."""
+        every = trainer.accumulate_grad_batches * (TOGETHER if trainer.world_size > 1 else 1)
+        if not trainer.is_last_batch and (batch_idx + 1) % every:
+            return
+        if signal.SIGUSR1 in self._before and self._any(trainer, self._requeue):
+            self._requeue = False
+            self._before[signal.SIGUSR1](signal.SIGUSR1, None)
+        self._agree(trainer)
+        # After the last batch comes the checkpoint of the epoch, with its validation.
+        if self.asked and not trainer.is_last_batch and self.last is not None and self.last.dirpath is not None:
             trainer.save_checkpoint(Path(self.last.dirpath, f"{self.last.filename}.ckpt"))
+
+    def _agree(self, trainer: Trainer) -> None:
+        if self._any(trainer, self._heard is not None):
+            self.asked = self._heard or signal.SIGTERM
+
+    def _any(self, trainer: Trainer, here: bool) -> bool:
+        return here if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(here, all=False)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop, now that the step before is logged."""
+        if trainer.world_size == 1 and batch_idx == 0:  # told in validation
+            self._agree(trainer)
         if self.asked:
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen no more."""
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        self._agree(trainer)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def end_with_the_first() -> None:
+    """End this process should the one that started it for another device be gone, which would be waited for in vain.
+
+    The first process sees to the end of the others; this is the other way round. Elsewhere than under Lightning's own
+    launcher it is the business of torchrun or SLURM.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" in os.environ or SLURMEnvironment.detect():
+        return
+    first = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == first:
+            time.sleep(WATCHED)
+        os.write(2, b"error: The first process of this run is gone, so this one ends too.\n")
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

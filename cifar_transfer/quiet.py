@@ -2,6 +2,7 @@
 
 import logging
 import re
+import threading
 import warnings
 
 WARNINGS = (
@@ -28,9 +29,16 @@ def _worth_printing(record: logging.LogRecord) -> bool:
     return not _PATTERN.search(record.getMessage())
 
 
+def _unless_told_again(failed: threading.ExceptHookArgs) -> None:
+    # TensorBoard's thread cannot write, which the main thread hears from it at the next line of the log.
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
+
+
 def hush() -> None:
     """Filter these, by name; everything else is printed."""
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_worth_printing)
+    threading.excepthook = _unless_told_again
