@@ -15,11 +15,12 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from torchvision.datasets import CIFAR10
 
+from cifar_transfer.cache import cached
 from cifar_transfer.data import ImageDataModule, Split
 from cifar_transfer.download import fetch
-from cifar_transfer.errors import UserError
-from cifar_transfer.folder import class_folder
-from cifar_transfer.images import ArrayImages, Images, cached
+from cifar_transfer.errors import UserError, check
+from cifar_transfer.folder import class_files, folder_images
+from cifar_transfer.images import ArrayImages, Images
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ARCHIVE: str = CIFAR10.filename
@@ -56,6 +57,7 @@ class CIFAR10DataModule(ImageDataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        check("root", root, Path, "a folder")
         self.root = Path(root)
         self.url = url
         self.record(root=root, url=url)
@@ -79,7 +81,8 @@ class CIFAR10DataModule(ImageDataModule):
             return batch_images(source, split)
         folder = image_folder(self.root)
         assert folder is not None, "prepare_data has not run"
-        return class_folder(folder / split, self.class_names, folder, size=32, limit_gb=1.0)
+        paths, labels = class_files(folder / split, CLASSES)
+        return folder_images(paths, labels, folder, split, size=32, limit_gb=1.0)
 
 
 def image_folder(root: Path) -> Path | None:

@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from cifar_transfer.augment import Augment
-from cifar_transfer.errors import UserError
+from cifar_transfer.errors import UserError, check
 from cifar_transfer.images import Batch, Images, as_is, cores, stratified
 
 Split = Literal["train", "val", "test"]
+LARGEST_BATCH = 65536  # images; more is a slip of the finger
+MOST_WORKERS = 512
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
@@ -110,12 +112,12 @@ class ImageDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 2 or eval_batch_size < 1:
-            raise UserError(f"batch_size is {batch_size} and eval_batch_size {eval_batch_size}: take at least 2 and 1.")
-        if not 0 <= val_fraction < 1:
-            raise UserError(f"val_fraction is {val_fraction}: take a share of the training images in [0, 1).")
-        if num_workers is not None and num_workers < 0:
-            raise UserError(f"num_workers is {num_workers}: take 0 or more.")
+        check("batch_size", batch_size, lambda n: 2 <= n <= LARGEST_BATCH, f"2 to {LARGEST_BATCH} images")
+        check("eval_batch_size", eval_batch_size, lambda n: 1 <= n <= LARGEST_BATCH, f"1 to {LARGEST_BATCH} images")
+        check("val_fraction", val_fraction, lambda x: 0 <= x < 1, "a share of the training images in [0, 1)")
+        if num_workers is not None:
+            check("num_workers", num_workers, lambda n: 0 <= n <= MOST_WORKERS, f"0 to {MOST_WORKERS} processes")
+        check("seed", seed, lambda n: 0 <= n < 2**32, "a number from 0 to 4294967295")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_fraction, self.augment, self.num_workers, self.seed = val_fraction, augment, num_workers, seed
         self.images: dict[Split, Images] = {}
@@ -165,13 +167,20 @@ class ImageDataModule(LightningDataModule):
         """Open the images of every split and hold out those of validation.
 
         Raises:
-            UserError: There is nothing to validate on.
+            UserError: There is nothing to validate on, or a label that is no class's.
         """
         if self.images:
             return
         train, val, test = (self._load_once(split) for split in SPLITS)
         if train is None or not len(train):
             raise UserError("There are no training images.")
+        for split, images in self._loaded.items():
+            labels = images.labels if images else np.array([0])
+            if not 0 <= labels.min() <= labels.max() < self.num_classes:
+                raise UserError(
+                    f"The {split} images have labels from {labels.min()} to {labels.max()}, but the {self.num_classes} "
+                    f"classes are numbered from 0 to {self.num_classes - 1}."
+                )
         if val is None and self.val_fraction > 0:
             kept, held_out = stratified(train.labels, self.val_fraction, self.seed)
             if not len(held_out):

@@ -4,15 +4,18 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from cifar_transfer import twins
+from cifar_transfer.cache import cached
 from cifar_transfer.data import ImageDataModule, Split
-from cifar_transfer.errors import UserError
-from cifar_transfer.images import FileImages, Images, MixedSizes, cached, read_image
+from cifar_transfer.errors import UserError, check, printable
+from cifar_transfer.images import LARGEST_SIDE, MAX_MEGAPIXELS, FileImages, Images, MixedSizes, read_image
+from cifar_transfer.sources import images_below
 
 MIXED_SIZE = 224  # pixels: what images of unequal or large sizes are brought to unless `decode_size` says otherwise
 LARGEST_KEPT = 256  # pixels: up to this, images that all have one size keep it
@@ -29,10 +32,11 @@ class ImageFolderDataModule(ImageDataModule):
         decode_size: Height and width in pixels that images are brought to when decoded (shorter side resized, centre
             cut out). None keeps one common size of up to 256 pixels and makes 224 of anything else.
         cache_limit_gb: A split whose decoded images exceed this many gigabytes (1e9 bytes) is decoded on the fly.
+        max_megapixels: An image of more million pixels is refused, before it is decoded.
         **options: Those of `ImageDataModule`.
 
     Raises:
-        UserError: The folder is missing or has another layout.
+        UserError: The folder is missing or has another layout, or an option is out of its range.
     """
 
     def __init__(
@@ -40,69 +44,103 @@ class ImageFolderDataModule(ImageDataModule):
         root: str,
         decode_size: int | None = None,
         cache_limit_gb: float = 8.0,
+        max_megapixels: float = MAX_MEGAPIXELS,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        check("root", root, Path, "a folder")
         self.root = Path(root)
-        if decode_size is not None and decode_size < 1:
-            raise UserError(f"decode_size is {decode_size}: take a number of pixels.")
+        if decode_size is not None:
+            check("decode_size", decode_size, lambda n: 1 <= n <= LARGEST_SIDE, f"1 to {LARGEST_SIDE} pixels")
+        check("cache_limit_gb", cache_limit_gb, lambda x: x >= 0, "0 or more")
+        check("max_megapixels", max_megapixels, lambda x: x > 0, "a positive number")
         if not (self.root / "train").is_dir():
             raise UserError(
                 f"{self.root / 'train'} is missing: put the images of each class into {root}/train/<class>/."
             )
-        try:
-            self._classes, _ = find_classes(self.root / "train")
-        except FileNotFoundError:
-            raise UserError(f"{self.root / 'train'} has no folders: it needs one for each class.") from None
+        self._classes = class_folders(self.root / "train")
+        if not self._classes:
+            raise UserError(f"{self.root / 'train'} has no folders: it needs one for each class.")
         if len(self._classes) < 2:
             raise UserError(f"{self.root / 'train'} has one class only ({self._classes[0]}): it needs two or more.")
-        self.decode_size, self.cache_limit_gb = decode_size, cache_limit_gb
-        self.record(root=root, decode_size=decode_size, cache_limit_gb=cache_limit_gb)
+        self.decode_size, self.cache_limit_gb, self.max_megapixels = decode_size, cache_limit_gb, max_megapixels
+        self._paths: dict[Split, Sequence[str]] = {}
+        self.record(root=root, decode_size=decode_size, cache_limit_gb=cache_limit_gb, max_megapixels=max_megapixels)
 
     @property
     def class_names(self) -> list[str]:
-        """The names of the folders in `train/`, sorted."""
-        return self._classes
+        """The names of the folders in `train/`, sorted; what is no text in them is written as escapes."""
+        return [printable(name) for name in self._classes]
+
+    def prepare_data(self) -> None:
+        """Decode, and warn of images that are in the training and in another split alike."""
+        first = not self._loaded
+        super().prepare_data()
+        for split, images in self._loaded.items():
+            train = self._loaded["train"]
+            if first and train and images and images is not train:
+                self._warn_of_twins(split, twins.find(train, self._paths["train"], images, self._paths[split]))
+
+    def _warn_of_twins(self, split: Split, pairs: Sequence[tuple[str, str]]) -> None:
+        if pairs:
+            examples = "; ".join(printable(f"{other} is {trained}") for trained, other in pairs[:2])
+            rank_zero_warn(
+                f"{len(pairs):,} of {len(self._paths[split]):,} {split} images are also among those of training "
+                f"({examples}), so the {split} figure will be too good: remove them from either."
+            )
 
     def load(self, split: Split) -> Images | None:
         """The images of a split, or None where it has no folder."""
         folder = self.root / split
         if not folder.is_dir():
             return None
-        return class_folder(folder, self.class_names, self.root, self.decode_size, self.cache_limit_gb)
+        self._paths[split], labels = class_files(folder, self._classes)
+        return folder_images(
+            self._paths[split], labels, self.root, split, self.decode_size, self.cache_limit_gb, self.max_megapixels
+        )
 
 
-def class_folder(folder: Path, class_names: list[str], root: Path, size: int | None, limit_gb: float) -> Images:
-    """The images of `folder/<class>/*`.
+def class_folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, sorted; those that are hidden left out, as `.ipynb_checkpoints`."""
+    return sorted(e.name for e in os.scandir(folder) if not e.name.startswith(".") and os.path.isdir(e.path))
+
+
+def class_files(folder: Path, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The image files anywhere below `folder/<class>/`, and their labels, int64 [N].
 
     Args:
-        folder: One split.
-        class_names: The classes; their order gives the labels.
-        root: Where the cache goes.
-        size: See `folder_images`.
-        limit_gb: See `folder_images`.
+        folder: One split. In that of training each class needs images.
+        classes: The names of the classes' folders; their order gives the labels.
 
     Raises:
-        UserError: A class of the folder is not among `class_names`, or there are no images.
+        UserError: A class of the folder is not among `classes`, or images are missing.
     """
-    unknown = {entry.name for entry in os.scandir(folder) if entry.is_dir()} - set(class_names)
+
+    def refuse(error: UserError) -> NoReturn:
+        raise error
+
+    unknown = set(class_folders(folder)) - set(classes)
     if unknown:
         raise UserError(
             f"{folder} has classes that training has not ({', '.join(sorted(unknown))}): remove or rename them."
         )
-    index = {name: label for label, name in enumerate(class_names)}
-    try:
-        files = make_dataset(folder, index, extensions=IMG_EXTENSIONS, allow_empty=folder.name != "train")
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: {error}") from None
-    if not files:
-        raise UserError(f"{folder} has no images in its classes' folders ({', '.join(class_names)}).")
-    paths, labels = zip(*files, strict=True)
-    return folder_images(paths, np.array(labels), root, folder.name, size, limit_gb)
+    files = [list(images_below(str(folder / name), refuse)) if (folder / name).is_dir() else [] for name in classes]
+    empty = [name for name, found in zip(classes, files, strict=True) if not found]
+    if empty and (folder.name == "train" or len(empty) == len(classes)):
+        raise UserError(
+            f"{folder} has no images of {', '.join(empty)} ({' '.join(IMG_EXTENSIONS)}): add some, or remove the class."
+        )
+    return [path for found in files for path in found], np.repeat(np.arange(len(classes)), [*map(len, files)])
 
 
 def folder_images(
-    paths: Sequence[str], labels: np.ndarray, folder: Path, name: str, size: int | None, limit_gb: float
+    paths: Sequence[str],
+    labels: np.ndarray,
+    folder: Path,
+    name: str,
+    size: int | None,
+    limit_gb: float,
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> Images:
     """The images of a list of files: decoded once into the cache, or on the fly when that would take too much disk.
 
@@ -113,19 +151,23 @@ def folder_images(
         name: What the images are called in progress bars and file names, say "train".
         size: As in `read_image`; None keeps one common size of up to 256 pixels and makes 224 of anything else.
         limit_gb: Above this many gigabytes (1e9 bytes) of decoded images, they are decoded on the fly.
+        max_megapixels: As in `read_image`.
     """
-    if size is None and max(read_image(paths[0]).shape) > LARGEST_KEPT:
+    try:
+        stats = [os.stat(path) for path in paths]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend or remove it.") from None
+    if size is None and max(read_image(paths[0], None, max_megapixels).shape) > LARGEST_KEPT:
         size = MIXED_SIZE
-    stats = [os.stat(path) for path in paths]
     below = f"{folder}{os.sep}"
     content = [[p.removeprefix(below), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats, strict=True)]
     while True:
-        height, width = read_image(paths[0], size).shape[1:]
+        height, width = read_image(paths[0], size, max_megapixels).shape[1:]
         if 3 * height * width * len(paths) > limit_gb * 1e9:
             rank_zero_info("%s: decoded on the fly, for all of it would take more than %g GB", name, limit_gb)
-            return FileImages(paths, labels, size)
+            return FileImages(paths, labels, size, max_megapixels)
         try:
-            return cached(folder, name, [content, size], partial(FileImages, paths, labels, size))
+            return cached(folder, name, [content, size], partial(FileImages, paths, labels, size, max_megapixels))
         except MixedSizes:
             rank_zero_info("%s: images of different sizes; each becomes %d x %d pixels", name, MIXED_SIZE, MIXED_SIZE)
             size = MIXED_SIZE

@@ -1,57 +1,73 @@
-"""Images from files to uint8 batches: decode once, cache as one array, read a batch at a time.
+"""Images from files to uint8 batches: one image decoded, and many of them read a batch at a time."""
 
-CIFAR-10 is a tensor of 180 MB, not 60,000 files. So every source (python batches, a folder of images, drawn shapes)
-ends as one memory-mapped `.npy` of shape [N, 3, H, W] beside the data: started in an instant, held once per machine
-however many processes read it, and indexed by whole batches. Only a folder too large for that is decoded on the fly.
-"""
-
-import hashlib
-import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 from cifar_transfer.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
 
-CACHE_FOLDER = ".cifar_transfer"
+MAX_MEGAPIXELS = 100.0  # of an image that is decoded, unless somebody asks for more: 300 MB in memory
+LARGEST_SIDE = 4000  # pixels that an image may be asked to be brought to
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `read_image` has a limit, and refuses
 
 
-def read_image(path: str | Path, size: int | None = None) -> np.ndarray:
+def read_image(path: str | Path, size: int | None = None, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
     """Decode one image file of any mode that Pillow reads: grey, palette, RGBA, CMYK, 16 bit.
+
+    It is turned upright as its EXIF says. Of an animation it is the first frame. The contents tell the format, not the
+    name.
 
     Args:
         path: The file.
         size: None keeps the image's own size; otherwise the shorter side is resized to `size` pixels (bilinear,
             antialiased) and the centre square is cut out, as torchvision's evaluation presets do.
+        max_megapixels: An image of more million pixels is refused, before it is decoded: a file of a few kilobytes may
+            claim to be one that fills all memory.
 
     Returns:
         uint8 [3, H, W], RGB. Transparency is dropped, as torchvision's loader does.
 
     Raises:
-        UserError: The file cannot be decoded; the message names it.
+        UserError: The file is too large or cannot be decoded; the message names it.
     """
+    if Image.MAX_IMAGE_PIXELS is not None and max_megapixels * 1e6 > Image.MAX_IMAGE_PIXELS:
+        # Of the whole process, and never lowered here, as other threads read too.
+        Image.MAX_IMAGE_PIXELS = int(min(max_megapixels * 1e6, sys.maxsize))
     try:
         with Image.open(path) as image:
+            if image.width * image.height > max_megapixels * 1e6:
+                raise Image.DecompressionBombError
+            if image.format == "EPS":
+                raise ValueError("a program, which is not run")  # Pillow would start Ghostscript
             return to_pixels(image, size)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be decoded as an image ({error}): mend or remove it.") from None
+    except Image.DecompressionBombError:
+        raise UserError(
+            f"{path} has more than {max_megapixels:g} million pixels: make it smaller, or raise max_megapixels."
+        ) from None
+    except Exception as error:  # of any kind: what the decoders of damaged files raise is not listed anywhere
+        why = (
+            "Pillow knows no such image" if isinstance(error, UnidentifiedImageError) else error or type(error).__name__
+        )
+        raise UserError(f"{path} cannot be decoded as an image ({why}): mend or remove it.") from None
 
 
 def to_pixels(image: Image.Image, size: int | None = None) -> np.ndarray:
-    """An opened image as an array: uint8 [3, H, W], RGB; `size` as in `read_image`."""
+    """An opened image as an array: uint8 [3, H, W], RGB, upright; `size` as in `read_image`."""
+    image.load()
+    image = _upright(image)
     if image.mode.startswith("I"):  # 16 bit a pixel, which `convert` would clip instead of scale
         rgb = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
     else:
@@ -59,10 +75,21 @@ def to_pixels(image: Image.Image, size: int | None = None) -> np.ndarray:
     if size is not None and rgb.size != (size, size):
         scale = size / min(rgb.size)
         width, height = (max(size, round(side * scale)) for side in rgb.size)
-        rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
         left, top = (width - size) // 2, (height - size) // 2
-        rgb = rgb.crop((left, top, left + size, top + size))
+        # Only what is cut out is resized: the whole of an image of 1 x 60,000 pixels would become gigabytes.
+        x, y = rgb.width / width, rgb.height / height
+        box = (left * x, top * y, min((left + size) * x, rgb.width), min((top + size) * y, rgb.height))
+        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
     return np.array(rgb).transpose(2, 0, 1)  # a copy, as torch wants to be able to write
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            return image  # as most are, and `exif_transpose` would copy it
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of any kind, for an EXIF that cannot be read says nothing
+        return image
 
 
 class Images(Dataset[Batch]):
@@ -118,11 +145,12 @@ class ArrayImages(Images):
     Args:
         array: uint8 [N, 3, H, W].
         labels: int64 [N].
+        sums: uint32 [N], CRC-32 of each image, where they are known.
     """
 
-    def __init__(self, array: np.ndarray, labels: np.ndarray) -> None:
+    def __init__(self, array: np.ndarray, labels: np.ndarray, sums: np.ndarray | None = None) -> None:
         super().__init__(labels)
-        self.array = array
+        self.array, self.sums = array, sums
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
         """uint8 [B, 3, H, W] of the rows int64 [B]."""
@@ -136,17 +164,20 @@ class FileImages(Images):
         paths: N files.
         labels: int64 [N].
         size: As in `read_image`.
+        max_megapixels: As in `read_image`.
     """
 
     on_the_fly = True
 
-    def __init__(self, paths: Sequence[str], labels: np.ndarray, size: int | None) -> None:
+    def __init__(
+        self, paths: Sequence[str], labels: np.ndarray, size: int | None, max_megapixels: float = MAX_MEGAPIXELS
+    ) -> None:
         super().__init__(labels)
-        self.paths, self.size = paths, size
+        self.paths, self.size, self.max_megapixels = paths, size, max_megapixels
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
         """uint8 [B, 3, H, W] of the rows int64 [B]; a UserError names a broken file or one of another size."""
-        images = [read_image(self.paths[row], self.size) for row in rows]
+        images = [read_image(self.paths[row], self.size, self.max_megapixels) for row in rows]
         for row, image in zip(rows, images, strict=True):
             if image.shape != images[0].shape:
                 raise MixedSizes(f"{self.paths[row]} has another size than {self.paths[rows[0]]}: set decode_size.")
@@ -186,80 +217,3 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarr
         count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
         held_out[rows[:count]] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
-
-def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Images]) -> Images:
-    """The images of `source` as one memory-mapped array, written the first time.
-
-    Args:
-        folder: The data's folder; the cache is a subfolder of it, or, where nothing can be written, of the user's
-        cache. name: Shown in the progress bar and used as the file's name.
-        fingerprint: JSON-serialisable; another fingerprint means another cache, so that changed files are read again.
-        source: Called when there is no cache yet. Its images must share one size.
-
-    Raises:
-        UserError: A broken image; the message names it. Nothing is left behind.
-    """
-    key = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
-    directory = _writable(folder)
-    pixels, labels = directory / f"{name}-{key}.npy", directory / f"{name}-{key}-labels.npy"
-    with FileLock(directory / f"{name}.lock"):
-        if (images := _open(pixels, labels)) is None:
-            for stale in directory.glob(f"{name}-*"):  # of files that have changed since, or cut short by a full disk
-                stale.unlink()
-            _write(source(), name, pixels, labels)
-            images = _open(pixels, labels)
-            assert images is not None
-    return images
-
-
-def _open(pixels: Path, labels: Path) -> Images | None:
-    try:
-        return ArrayImages(np.load(pixels, mmap_mode="r"), np.load(labels))
-    except (OSError, ValueError, EOFError):  # absent or cut short
-        return None
-
-
-def _write(images: Images, name: str, pixels: Path, labels: Path) -> None:
-    # Workers decode on all cores; a process forked for an array in memory would only copy it.
-    workers = cores() if images.on_the_fly else 0
-    loader = DataLoader(images, batch_size=256, collate_fn=as_is, num_workers=workers)  # type: ignore[arg-type]
-    partial = pixels.with_suffix(".partial")
-    array: np.memmap | None = None
-    done = 0
-    try:
-        with tqdm(total=len(images), desc=f"decoding {name}", unit="img", disable=not sys.stderr.isatty()) as bar:
-            for batch, _ in loader:
-                if array is None:
-                    shape = (len(images), *batch.shape[1:])
-                    array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-                if batch.shape[1:] != array.shape[1:]:
-                    raise MixedSizes(f"The images of {name} do not share one size: set decode_size.")
-                array[done : done + len(batch)] = batch.numpy()
-                done += len(batch)
-                bar.update(len(batch))
-        assert array is not None
-        array.flush()
-        np.save(labels, images.labels)
-        os.replace(partial, pixels)  # last, so that a file of this name is whole
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _writable(folder: Path) -> Path:
-    from pooch import os_cache
-
-    places = [
-        folder / CACHE_FOLDER,
-        os_cache("cifar_transfer") / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
-    ]
-    for place in places:
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            if os.access(place, os.W_OK):
-                return place
-        except OSError:
-            continue
-    raise UserError(
-        f"No place for decoded images: neither {places[0]} nor {places[1]} can be written. Free one of them."
-    )

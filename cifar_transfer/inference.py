@@ -14,8 +14,8 @@ from torch import Tensor
 from cifar_transfer import checkpoints
 from cifar_transfer.classifier import TransferClassifier
 from cifar_transfer.data import to_float
-from cifar_transfer.errors import UserError
-from cifar_transfer.images import cores, read_image, to_pixels
+from cifar_transfer.errors import UserError, check
+from cifar_transfer.images import MAX_MEGAPIXELS, cores, read_image, to_pixels
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 Prediction = tuple[str, float]
@@ -45,6 +45,7 @@ class Classifier:
     Args:
         model: The network, as `checkpoints.load` gives it.
         accelerator: "auto" for a GPU where there is one, "gpu" (or its kind, "cuda", "mps"), or "cpu".
+        max_megapixels: A file of more million pixels is refused, before it is decoded.
 
     Attributes:
         model: The same, in eval mode, on the device.
@@ -52,7 +53,7 @@ class Classifier:
         size: Side in pixels of the images that the network was trained on, to which each image is brought.
 
     Raises:
-        UserError: There is no such accelerator.
+        UserError: There is no such accelerator, or a limit that is not positive.
 
     Example::
 
@@ -60,19 +61,23 @@ class Classifier:
         classifier.predict("photo.jpg")  # [("cat", 0.93), ("dog", 0.05), ...]
     """
 
-    def __init__(self, model: TransferClassifier, accelerator: str = "auto") -> None:
+    def __init__(
+        self, model: TransferClassifier, accelerator: str = "auto", max_megapixels: float = MAX_MEGAPIXELS
+    ) -> None:
+        check("max_megapixels", max_megapixels, lambda x: x > 0, "a positive number")
+        self.max_megapixels = max_megapixels
         self.model = model.eval().to(_device(accelerator))
         self.names: list[str] = model.hparams["class_names"] or [str(i) for i in range(model.hparams["num_classes"])]
         self.size = min(model.input_size or [32])
 
     @classmethod
-    def load(cls, ckpt: str | Path, accelerator: str = "auto") -> "Classifier":
+    def load(cls, ckpt: str | Path, accelerator: str = "auto", max_megapixels: float = MAX_MEGAPIXELS) -> "Classifier":
         """The classifier of a checkpoint of `fit`.
 
         Raises:
-            UserError: It is missing, damaged or no such checkpoint; or there is no such accelerator.
+            UserError: It is missing, damaged or no such checkpoint; or as for the class.
         """
-        return cls(checkpoints.load(ckpt), accelerator)
+        return cls(checkpoints.load(ckpt), accelerator, max_megapixels)
 
     @overload
     def predict(self, images: Picture, top_k: int = 5) -> list[Prediction]: ...
@@ -122,7 +127,9 @@ class Classifier:
             if value < 1:
                 raise UserError(f"{name} is {value}: take 1 or more.")
         with ThreadPoolExecutor(cores()) as pool:
-            for batch in _ahead(images, batch_size, lambda image: pool.submit(_pixels, image, self.size)):
+            for batch in _ahead(
+                images, batch_size, lambda image: pool.submit(_pixels, image, self.size, self.max_megapixels)
+            ):
                 sources, shown = [], []
                 for source, reading in batch:
                     try:
@@ -154,10 +161,10 @@ def _ahead(
         yield waiting
 
 
-def _pixels(image: Picture, size: int) -> np.ndarray:
+def _pixels(image: Picture, size: int, max_megapixels: float) -> np.ndarray:
     """Any picture as uint8 [3, size, size], RGB."""
     if isinstance(image, str | Path):
-        return read_image(image, size)
+        return read_image(image, size, max_megapixels)
     given = image
     if isinstance(image, Tensor) and image.ndim == 3 and len(image) == 3:
         image = image.detach().cpu()

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cifar_transfer.draw import SKY, note
+from cifar_transfer.errors import printable
 from cifar_transfer.inference import Answer
 from cifar_transfer.lettering import Lettering, lettering
 
@@ -112,7 +113,7 @@ def _image(axes: Axes, pixels: np.ndarray) -> None:
 
 def _place(answer: Answer) -> str:
     """A file by its name and its folder's."""
-    return str(Path(*Path(str(answer.source)).parts[-2:]))
+    return printable(str(Path(*Path(str(answer.source)).parts[-2:])))
 
 
 def _wrap(text: str, width: int) -> list[str]:

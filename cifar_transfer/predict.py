@@ -18,8 +18,9 @@ from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
 from cifar_transfer import checkpoints, pictures
-from cifar_transfer.errors import UserError, one_sentence
+from cifar_transfer.errors import UserError, one_sentence, printable
 from cifar_transfer.explain import explained
+from cifar_transfer.images import MAX_MEGAPIXELS
 from cifar_transfer.inference import Answer, Classifier
 from cifar_transfer.sources import find
 
@@ -31,7 +32,7 @@ def table(answers: Iterable[Answer], names: Sequence[str]) -> Iterator[str]:
     wide = max(map(_cells, names))
     for answer in answers:
         columns = (f"{' ' * (wide - _cells(name))}{name} {share:6.1%}" for name, share in answer.classes)
-        yield "  ".join([*columns, f"{answer.source}\n"])
+        yield "  ".join([*columns, f"{printable(str(answer.source))}\n"])
 
 
 def _cells(text: str) -> int:
@@ -83,7 +84,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if ckpt is None:
         ckpt = checkpoints.newest()
         print(f"The newest run's checkpoint: {ckpt}", file=sys.stderr)
-    classifier = Classifier.load(ckpt, options.accelerator)
+    classifier = Classifier.load(ckpt, options.accelerator, options.max_megapixels)
     refused = count = 0
     shown: list[Answer] = []
 
@@ -129,6 +130,9 @@ def _parse(args: Sequence[str] | None) -> Namespace:
     )
     parser.add_argument("--batch_size", type=int, default=64, help="Images that the network sees at once.")
     parser.add_argument("--accelerator", default="auto", help="auto takes a GPU where there is one; cpu, gpu.")
+    parser.add_argument(
+        "--max_megapixels", type=float, default=MAX_MEGAPIXELS, help="Larger images are refused before decoding."
+    )
     options = parser.parse_args(args)
     if options.figure and not (options.figure.suffix == ".png" and options.figure.parent.is_dir()):
         raise UserError(f"--figure {options.figure}: name a file that ends in .png, in a folder that exists.")

@@ -44,15 +44,27 @@ def find(names: Iterable[str], refuse: Callable[[UserError], None]) -> Iterator[
 
 def _folder(folder: str, refuse: Callable[[UserError], None]) -> Iterator[str]:
     found = False
-    for path in _below(folder, frozenset([os.path.realpath(folder)]), refuse):
+    for path in images_below(folder, refuse):
         found = True
         yield path
     if not found:
         refuse(UserError(f"{folder} has no images, not below it either ({' '.join(IMG_EXTENSIONS)})."))
 
 
+def images_below(folder: str, refuse: Callable[[UserError], None]) -> Iterator[str]:
+    """Files named as images, anywhere below a folder and sorted; links are followed, but not in circles.
+
+    What is hidden, as the notes that systems leave beside images (`._cat.jpg`), is left out, and so are pipes and
+    devices. A link to nothing is a file that cannot be read.
+
+    Args:
+        folder: Where to look.
+        refuse: Called with the reason where a folder cannot be read.
+    """
+    return _below(folder, frozenset([os.path.realpath(folder)]), refuse)
+
+
 def _below(folder: str, above: frozenset[str], refuse: Callable[[UserError], None]) -> Iterator[str]:
-    """Images below a folder, those that are hidden left out; links are followed, but not in circles."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -61,8 +73,9 @@ def _below(folder: str, above: frozenset[str], refuse: Callable[[UserError], Non
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        link = entry.is_symlink()
+        if os.path.isdir(entry.path) if link else entry.is_dir():  # which fails for a link to itself
             if (real := os.path.realpath(entry.path)) not in above:
                 yield from _below(entry.path, above | {real}, refuse)
-        elif entry.name.lower().endswith(IMG_EXTENSIONS):
+        elif entry.name.lower().endswith(IMG_EXTENSIONS) and (link or entry.is_file()):
             yield entry.path

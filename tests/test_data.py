@@ -25,9 +25,10 @@ from cifar_transfer import (
     TransferClassifier,
     cifar10,
 )
+from cifar_transfer.cache import CACHE_FOLDER
 from cifar_transfer.data import step_seed
 from cifar_transfer.errors import UserError
-from cifar_transfer.images import CACHE_FOLDER, read_image, stratified
+from cifar_transfer.images import read_image, stratified
 
 PER_BATCH = 30
 
@@ -240,7 +241,7 @@ def test_a_broken_image_is_named(tmp_path, workers):
         (lambda root: None, "train is missing"),
         (lambda root: (root / "train").mkdir(), "no folders"),
         (lambda root: write_images(root / "train", 2, classes=["only"]), "one class only"),
-        (lambda root: [(root / "train" / name).mkdir(parents=True) for name in "ab"], "no valid file"),
+        (lambda root: [(root / "train" / name).mkdir(parents=True) for name in "ab"], "no images of a, b"),
         (
             lambda root: (write_images(root / "train", 3), write_images(root / "test", 2, classes=["cow"])),
             "cow",

@@ -1,0 +1,154 @@
+"""Decode once: images as one array on disk, verified whenever it is opened.
+
+CIFAR-10 is a tensor of 180 MB, not 60,000 files. So every source (python batches, a folder of images) ends as one
+memory-mapped `.npy` of shape [N, 3, H, W] beside the data: started in an instant, held once per machine however many
+processes read it, and indexed by whole batches. Only a folder too large for that is decoded on the fly.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from lightning.pytorch.utilities import rank_zero_warn
+from tqdm import tqdm
+
+from cifar_transfer.images import ArrayImages, Images, MixedSizes, cores
+
+CACHE_FOLDER = ".cifar_transfer"
+BATCH = 64  # images that a thread decodes at once
+VERSION = 2  # of what decoding gives: one more makes all caches anew. 2: turned upright
+
+
+def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Images]) -> Images:
+    """The images of `source` as one memory-mapped array, written the first time.
+
+    Of several processes one decodes, and the others wait for it. Each image is verified by its CRC-32, in 0.1 s for
+    60,000 of CIFAR-10, and a cache that is damaged is made again. Where none can be written, for the disk is full or
+    everything is read-only, a warning says so, and the images are those of `source`, decoded on the fly if they are
+    files.
+
+    Args:
+        folder: The data's folder; the cache is a subfolder of it, or, where nothing can be written, of the user's
+            cache.
+        name: Shown in the progress bar and used as the file's name.
+        fingerprint: JSON-serialisable; another fingerprint means another cache, so that changed files are read again.
+        source: Called when there is no cache yet. Its images must share one size.
+
+    Raises:
+        UserError: A broken image; the message names it. Nothing is left behind.
+    """
+    key = hashlib.sha256(json.dumps([VERSION, fingerprint]).encode()).hexdigest()[:16]
+    if (directory := _writable(folder)) is None:
+        return _without(source(), f"neither {folder} nor the user's cache can be written")
+    pixels, index = directory / f"{name}-{key}.npy", directory / f"{name}-{key}.npz"
+    with FileLock(directory / f"{name}.lock"):
+        if (images := _open(pixels, index)) is None:
+            for stale in directory.glob(f"{name}-*"):  # of files that have changed since, damaged, or of a killed run
+                stale.unlink()
+            decoded = source()
+            try:
+                _write(decoded, name, pixels, index)
+            except OSError as error:
+                index.unlink(missing_ok=True)
+                return _without(decoded, f"{directory} cannot be written ({error.strerror})")
+            images = _open(pixels, index) or _without(decoded, f"{directory} does not keep what is written")
+    return images
+
+
+def _without(images: Images, why: str) -> Images:
+    how = "decoded anew in each epoch, which is slower" if images.on_the_fly else "kept in memory"
+    rank_zero_warn(f"Images are not cached but {how}: {why}.")
+    return images
+
+
+def _open(pixels: Path, index: Path) -> Images | None:
+    """The cached images, or None if there are none or damaged ones."""
+    if not pixels.exists():
+        return None
+    try:
+        array = np.lib.format.open_memmap(pixels, mode="r")
+        with zipfile.ZipFile(index), np.load(index, allow_pickle=False) as arrays:  # which is a zip, verified when read
+            labels, sums = arrays["labels"], arrays["sums"]
+        whole = array.dtype == np.uint8 and array.ndim == 4 and len(labels) == len(array)
+        if whole and np.array_equal(_sums(array), sums):
+            return ArrayImages(array, labels, sums)
+    except Exception:  # of any kind: what the readers of damaged files raise is not listed anywhere
+        pass
+    rank_zero_warn(f"The decoded images in {pixels} are damaged, and are made again.")
+    return None
+
+
+def _sums(array: np.ndarray) -> np.ndarray:
+    """CRC-32 of each image, uint32 [N]."""
+    rows = np.asarray(array)  # those of a memory map are objects of its class, which take longer to make than to sum
+    return np.fromiter(map(zlib.crc32, rows), np.uint32, len(rows))
+
+
+def _write(images: Images, name: str, pixels: Path, index: Path) -> None:
+    partial = pixels.with_suffix(".partial")
+    sums: list[np.ndarray] = []
+    shape: tuple[int, ...] = ()
+    try:
+        with (
+            partial.open("wb") as file,
+            tqdm(total=len(images), desc=f"decoding {name}", unit="img", disable=not sys.stderr.isatty()) as bar,
+        ):
+            for batch in _batches(images):
+                if not shape:
+                    shape = tuple(batch.shape[1:])
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *shape)}
+                    np.lib.format.write_array_header_1_0(file, header)
+                if batch.shape[1:] != shape:
+                    raise MixedSizes(f"The images of {name} do not share one size: set decode_size.")
+                # Not by way of a memory map, on which a full disk would kill the process without a word.
+                file.write(batch.data)
+                sums.append(_sums(batch))
+                bar.update(len(batch))
+            file.flush()
+            os.fsync(file.fileno())
+        np.savez(index, labels=images.labels, sums=np.concatenate(sums))
+        os.replace(partial, pixels)  # last, so that a file of this name is whole
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _batches(images: Images) -> Iterator[np.ndarray]:
+    """All images in order, uint8 [B, 3, H, W], decoded ahead by threads.
+
+    Not by processes: these would need shared memory, of which a container or a size limit may not grant enough, and a
+    DataLoader then waits for ever.
+    """
+
+    def read(start: int) -> np.ndarray:
+        return np.ascontiguousarray(images.pixels(np.arange(start, min(start + BATCH, len(images)))))
+
+    starts = iter(range(0, len(images), BATCH))
+    with ThreadPoolExecutor(cores()) as pool:
+        ahead = deque(pool.submit(read, start) for start in islice(starts, 2 * cores()))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(pool.submit(read, start) for start in islice(starts, 1))
+
+
+def _writable(folder: Path) -> Path | None:
+    from pooch import os_cache
+
+    own = hashlib.sha256(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]
+    for place in (folder / CACHE_FOLDER, os_cache("cifar_transfer") / own):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            if os.access(place, os.W_OK):
+                return place
+        except OSError:
+            continue
+    return None

@@ -1,0 +1,57 @@
+"""Images that are in the training and in another split alike, by their content, whatever they are called."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cifar_transfer.images import ArrayImages, Images
+
+BEGINNING = 4096  # bytes, which tell almost all files of one size apart
+
+
+def find(train: Images, train_paths: Sequence[str], other: Images, other_paths: Sequence[str]) -> list[tuple[str, str]]:
+    """A training image for each image of another split that is the same.
+
+    Images that are cached are compared by their pixels, at no cost, for their checksums are known. Others are compared
+    as files: those of one size by their beginning, and only those that still agree by the whole.
+
+    Args:
+        train: Images of training.
+        train_paths: Their files.
+        other: Images of another split.
+        other_paths: Their files.
+
+    Returns:
+        Pairs of files, one of training and the other one.
+    """
+    if not (isinstance(train, ArrayImages) and isinstance(other, ArrayImages)):
+        return _same_files(train_paths, other_paths)
+    if train.sums is None or other.sums is None:
+        return []
+    rows = {int(train.sums[row]): row for row in np.flatnonzero(np.isin(train.sums, other.sums)).tolist()}
+    return [
+        (train_paths[twin], other_paths[row])
+        for row in np.flatnonzero(np.isin(other.sums, train.sums)).tolist()
+        if np.array_equal(train.array[twin := rows[int(other.sums[row])]], other.array[row])
+    ]
+
+
+def _same_files(train: Sequence[str], other: Sequence[str]) -> list[tuple[str, str]]:
+    for key in (os.path.getsize, _beginning, _digest):
+        trained, others = ({path: key(path) for path in paths} for paths in (train, other))
+        common = {*trained.values()} & {*others.values()}
+        train, other = ([path for path, value in found.items() if value in common] for found in (trained, others))
+    twins = {value: path for path, value in trained.items()}
+    return [(twins[others[path]], path) for path in other]
+
+
+def _beginning(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(BEGINNING)
+
+
+def _digest(path: str) -> bytes:
+    return hashlib.sha256(Path(path).read_bytes()).digest()

@@ -1,0 +1,178 @@
+"""Decoded images on disk: damaged, unwritable, without room, and wanted by two processes at once."""
+
+import ctypes
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_images
+
+from cifar_transfer import ImageFolderDataModule
+from cifar_transfer.cache import CACHE_FOLDER, cached
+from cifar_transfer.images import ArrayImages
+
+# Sets up a data module on the folder `photos`, and prints whether images are decoded anew each time, and their sum.
+SETUP = """
+import sys, warnings
+from cifar_transfer import ImageFolderDataModule, cache
+{before}
+data = ImageFolderDataModule("photos", num_workers=0)
+data.prepare_data()
+data.setup()
+train = data.load("train")
+print(train.on_the_fly, int(train.__getitems__(range(len(train)))[0].sum()))
+"""
+
+
+def start(folder, before="", **options):
+    """The above, in a process of its own."""
+    environment = os.environ | options.pop("env", {})
+    code = SETUP.format(before=before)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=folder, env=environment, text=True, **options, stdout=-1, stderr=-1
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    on_the_fly, total = out.split()
+    return on_the_fly == "True", int(total), err
+
+
+def ready(root):
+    data = ImageFolderDataModule(str(root))
+    data.prepare_data()
+    data.setup()
+    return data.load("train")
+
+
+def everything(images):
+    pixels, labels = images.__getitems__(range(len(images)))
+    return pixels.numpy().copy(), labels.numpy().copy()
+
+
+def flip(at):
+    def damage(path):
+        content = bytearray(path.read_bytes())
+        content[at] ^= 0x10
+        path.write_bytes(content)
+
+    return damage
+
+
+def zeros(path):
+    content = bytearray(path.read_bytes())
+    content[4096:8192] = bytes(4096)
+    path.write_bytes(content)
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("bomb-went-off", "w")
+
+
+DAMAGE = {
+    "a bit of the pixels": ("npy", flip(-5000)),
+    "a block of zeros": ("npy", zeros),
+    "cut short": ("npy", lambda path: os.truncate(path, 9000)),
+    "empty": ("npy", lambda path: os.truncate(path, 0)),
+    "a pickle as pixels": ("npy", lambda path: path.write_bytes(pickle.dumps(Bomb()))),
+    "an array of objects": ("npy", lambda path: np.save(path, np.array([Bomb()] * 20, object), allow_pickle=True)),
+    "an array of another kind": ("npy", lambda path: np.save(path, np.zeros((20, 3, 32, 32)))),
+    "a bit of the labels": ("npz", flip(128 + 80)),
+    "no labels": ("npz", Path.unlink),
+    "labels cut short": ("npz", lambda path: os.truncate(path, 100)),
+    "a pickle as labels": ("npz", lambda path: path.write_bytes(pickle.dumps(Bomb()))),
+    "labels of objects": (
+        "npz",
+        lambda path: np.savez(path, labels=np.array([Bomb()] * 20, object), sums=np.zeros(20, np.uint32)),
+    ),
+    "fewer labels": ("npz", lambda path: np.savez(path, labels=np.zeros(3, int), sums=np.load(path)["sums"])),
+}
+
+
+@pytest.mark.parametrize(("ending", "damage"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_cache_is_noticed_and_made_again(tmp_path, monkeypatch, ending, damage):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "train", 10)
+    whole = everything(ready(tmp_path))
+    (path,) = (tmp_path / CACHE_FOLDER).glob(f"*.{ending}")
+    stamp = os.stat(path)
+    damage(path)
+    if path.exists():  # as if by the disk, not by a program
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    with pytest.warns(UserWarning, match="are damaged, and are made again"):
+        again = everything(ready(tmp_path))
+    assert all(np.array_equal(*pair) for pair in zip(whole, again, strict=True))
+    assert not (tmp_path / "bomb-went-off").exists()
+    assert all(np.array_equal(*pair) for pair in zip(whole, everything(ready(tmp_path)), strict=True))
+
+
+def test_every_byte_before_the_pixels_may_be_damaged(tmp_path):
+    """None of them ends otherwise than in the images as they are."""
+    array = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8), dtype=np.uint8)
+    labels = np.arange(4)
+    for at in range(128):
+        images = cached(tmp_path, "x", 0, lambda: ArrayImages(array, labels))
+        assert np.array_equal(everything(images)[0], array), at
+        (path,) = (tmp_path / CACHE_FOLDER).glob("*.npy")
+        flip(at)(path)
+
+
+def test_without_room_for_the_cache_images_are_decoded_on_the_fly(tmp_path):
+    write_images(tmp_path / "photos" / "train", 40)  # 80 * 3072 bytes
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    on_the_fly, total, said = finish(start(tmp_path, full))
+    assert on_the_fly
+    assert "not cached but decoded anew in each epoch" in said
+    assert "File too large" in said
+    left = sorted(path.name for path in (tmp_path / "photos" / CACHE_FOLDER).iterdir())
+    assert left in ([], ["train.lock"])
+    with_room = ready(tmp_path / "photos")
+    assert not with_room.on_the_fly
+    assert everything(with_room)[0].sum() == total
+
+
+def without_privileges():
+    """Also root is then bound by the modes of files, from the next program on."""
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="root is bound by modes on Linux only")
+@pytest.mark.parametrize("home", ["writable", pytest.param("read-only", marks=pytest.mark.whole)])
+def test_a_folder_that_cannot_be_written_is_read(tmp_path, home):
+    folder = tmp_path
+    write_images(folder / "photos" / "train", 4)
+    (folder / "home").mkdir()
+    for path in (folder / "photos", folder / "home"):
+        path.chmod(0o777 if path.name == "home" and home == "writable" else 0o555)
+    env = {"XDG_CACHE_HOME": str(folder / "home"), "HOME": str(folder / "home")}
+    on_the_fly, _, said = finish(start(folder, env=env, preexec_fn=without_privileges))
+    assert on_the_fly == (home == "read-only")
+    assert ("neither photos nor the user's cache can be written" in said) == (home == "read-only")
+    assert bool(list((folder / "home").rglob("train-*.npy"))) == (home == "writable")
+    assert not (folder / "photos" / CACHE_FOLDER).exists()
+
+
+def test_of_two_processes_one_decodes(tmp_path):
+    write_images(tmp_path / "photos" / "train", 60)
+    witness = """
+write = cache._write
+def witnessed(*args):
+    with open("decodes", "a") as file:
+        file.write("one\\n")
+    import time
+    time.sleep(0.5)  # for the other to come
+    write(*args)
+cache._write = witnessed
+"""
+    both = [start(tmp_path, witness) for _ in range(2)]
+    first, second = map(finish, both)
+    assert first[:2] == second[:2]
+    assert not first[0]
+    assert (tmp_path / "decodes").read_text() == "one\n"
