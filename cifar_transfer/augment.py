@@ -17,17 +17,19 @@ The parameters live on the host, so no step has to wait for the device to know w
 same parameters whatever the device.
 """
 
-import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cifar_transfer.errors import UserError
+from cifar_transfer.errors import UserError, check
+from cifar_transfer.images import LARGEST_SIDE
 
 GREY = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in a grey value, as in torchvision's `rgb_to_grayscale` (ITU-R BT.601, rounded)."""
+
+STRONGEST = 1000.0  # factor of a colour
 
 PaddingMode = Literal["constant", "reflect"]
 
@@ -91,12 +93,11 @@ class Augment:
     def __post_init__(self) -> None:
         if self.padding_mode not in ("constant", "reflect"):
             raise UserError(f"The augmentation's padding_mode is {self.padding_mode}; take constant or reflect.")
-        upper = {"flip": 1.0, "hue": 0.5}
+        upper = {"padding": LARGEST_SIDE, "flip": 1.0, "hue": 0.5, "degrees": 360.0}
         for name in ("padding", "flip", "brightness", "contrast", "saturation", "hue", "degrees"):
-            value, most = getattr(self, name), upper.get(name, math.inf)
-            if not (math.isfinite(value) and 0 <= value <= most):
-                allowed = f"between 0 and {most:g}" if most < math.inf else "0 (off) or a finite positive number"
-                raise UserError(f"The augmentation's {name} is {value}; it must be {allowed}.")
+            most = upper.get(name, STRONGEST)
+            value, wanted = getattr(self, name), f"0 (off) to {most:g}"
+            check(f"The augmentation's {name}", value, lambda x: 0 <= x <= most, wanted)  # noqa: B023 # called at once
 
     def __call__(self, images: Tensor) -> Tensor:
         """Augment each image with parameters of its own.

@@ -1,6 +1,7 @@
 """The network with its new head, its loss, metrics, optimizer and schedule."""
 
 import copy
+import math
 from typing import Any, Literal
 
 import torch
@@ -14,11 +15,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from cifar_transfer import networks, optim
-from cifar_transfer.errors import UserError
-from cifar_transfer.images import Batch
+from cifar_transfer import __version__, networks, optim
+from cifar_transfer.errors import UserError, check
+from cifar_transfer.images import LARGEST_SIDE, Batch
 from cifar_transfer.normalize import statistics
+from cifar_transfer.optim import LARGEST_RATE
 
+VERSION_KEY = "cifar_transfer_version"  # in checkpoints
 EPOCH_FIGURES: tuple[str, ...] = ("train/acc", "train/loss_epoch", "val/acc", "val/loss")
 # What a checkpoint decides when a run continues from it: the network's form, the optimizer and the schedule.
 RESUMED_AS_SAVED = (
@@ -103,7 +106,7 @@ class TransferClassifier(LightningModule):
         super().__init__()
         self.mean: Tensor
         self.std: Tensor
-        num_classes = num_classes or len(class_names or range(10))
+        num_classes = len(class_names or range(10)) if num_classes is None else num_classes
         if class_names and len(class_names) != num_classes:
             raise UserError(
                 f"num_classes is {num_classes}, but the data have {len(class_names)} classes "
@@ -142,25 +145,24 @@ class TransferClassifier(LightningModule):
         self._validated = False
 
     def _check(self) -> None:
-        options = self.hparams
+        most = f"1 to {LARGEST_SIDE} pixels"
         for name, fits, wanted in (
-            ("num_classes", options["num_classes"] >= 2, "two or more"),
-            ("image_size", options["image_size"] in (None, "native") or options["image_size"] >= 1, "pixels or native"),
-            ("train_sizes", options["train_sizes"] is None or min(options["train_sizes"], default=0) >= 1, "pixels"),
-            ("patch_size", options["patch_size"] is None or options["patch_size"] >= 1, "a number of pixels"),
-            ("aux_weight", options["aux_weight"] >= 0, "0 or more"),
-            ("label_smoothing", 0 <= options["label_smoothing"] < 1, "a share in [0, 1)"),
-            ("lr", options["lr"] > 0, "a positive rate"),
-            ("head_lr", options["head_lr"] is None or options["head_lr"] > 0, "a positive rate"),
-            ("weight_decay", options["weight_decay"] >= 0, "0 or more"),
-            ("momentum", 0 <= options["momentum"] < 1, "a share in [0, 1)"),
-            ("warmup_epochs", options["warmup_epochs"] >= 0, "0 epochs or more"),
-            ("warmup_epochs", not (options["warmup_epochs"] and options["schedule"] == "plateau"), "0 for a plateau"),
-            ("lr_factor", 0 < options["lr_factor"] < 1, "a factor between 0 and 1"),
-            ("lr_patience", options["lr_patience"] >= 0, "0 epochs or more"),
+            ("num_classes", lambda n: n >= 2, "two or more"),
+            ("image_size", lambda n: n in (None, "native") or 1 <= n <= LARGEST_SIDE, f"{most}, or native"),
+            ("train_sizes", lambda ns: ns is None or (ns and 1 <= min(ns) <= max(ns) <= LARGEST_SIDE), most),
+            ("patch_size", lambda n: n is None or 1 <= n <= LARGEST_SIDE, most),
+            ("aux_weight", lambda x: 0 <= x <= LARGEST_RATE, f"0 to {LARGEST_RATE}"),
+            ("label_smoothing", lambda x: 0 <= x < 1, "a share in [0, 1)"),
+            ("lr", lambda x: 0 < x <= LARGEST_RATE, f"a positive rate up to {LARGEST_RATE}"),
+            ("head_lr", lambda x: x is None or 0 < x <= LARGEST_RATE, f"a positive rate up to {LARGEST_RATE}"),
+            ("weight_decay", lambda x: 0 <= x <= LARGEST_RATE, f"0 to {LARGEST_RATE}"),
+            ("momentum", lambda x: 0 <= x < 1, "a share in [0, 1)"),
+            ("warmup_epochs", lambda x: 0 <= x < math.inf, "0 epochs or more"),
+            ("warmup_epochs", lambda x: not (x and self.hparams["schedule"] == "plateau"), "0 for a plateau"),
+            ("lr_factor", lambda x: 0 < x < 1, "a factor between 0 and 1"),
+            ("lr_patience", lambda n: n >= 0, "0 epochs or more"),
         ):
-            if not fits:
-                raise UserError(f"{name} is {options[name]}: take {wanted}.")
+            check(name, self.hparams[name], fits, wanted)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images.
@@ -197,7 +199,7 @@ class TransferClassifier(LightningModule):
         if stage == "fit" and self.changes:
             rank_zero_info(f"{self.hparams['backbone']} adapted: {'; '.join(self.changes)}.")
         data = getattr(self.trainer, "datamodule", None)
-        if data is None:
+        if data is None or not hasattr(data, "num_classes"):  # or it is of somebody else
             return
         if data.num_classes != self.hparams["num_classes"]:
             raise UserError(
@@ -311,8 +313,9 @@ class TransferClassifier(LightningModule):
         self._validated = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what prediction needs to know of the images."""
+        """Add what prediction needs to know of the images, and whose options these are."""
         checkpoint["input_size"] = self.input_size
+        checkpoint[VERSION_KEY] = __version__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse settings that the checkpoint's optimizer and schedule would silently undo."""

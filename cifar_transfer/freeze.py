@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from cifar_transfer.errors import UserError
-from cifar_transfer.optim import HEAD
+from cifar_transfer.errors import UserError, check
+from cifar_transfer.optim import HEAD, LARGEST_RATE
 
 
 class BackboneFreeze(Callback):
@@ -61,10 +61,17 @@ class BackboneFreeze(Callback):
         frozen: list[str] | None = None,
         batch_norm: Literal["eval", "train"] = "eval",
     ) -> None:
-        if unfreeze_epoch < 0:
-            raise UserError(f"unfreeze_epoch is {unfreeze_epoch}: take 0 (never frozen) or a later epoch.")
-        if unfrozen_lr is not None and unfrozen_lr <= 0:
-            raise UserError(f"unfrozen_lr is {unfrozen_lr}: take a positive rate, or none to leave the rate as it is.")
+        check("unfreeze_epoch", unfreeze_epoch, lambda n: n >= 0, "0 (never frozen) or a later epoch")
+        if unfrozen_lr is not None:
+            wanted = f"a positive rate up to {LARGEST_RATE}, or null to leave the rate as it is"
+            check("unfrozen_lr", unfrozen_lr, lambda x: 0 < x <= LARGEST_RATE, wanted)
+        for pattern in frozen or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"frozen has {pattern!r}, which is no regular expression ({error}).") from None
+        if frozen == []:
+            raise UserError("frozen is []: name what is to be frozen, or freeze nothing with unfreeze_epoch=0.")
         self.unfreeze_epoch, self.unfrozen_lr, self.frozen, self.batch_norm = (
             unfreeze_epoch,
             unfrozen_lr,

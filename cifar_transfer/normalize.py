@@ -1,5 +1,6 @@
 """Statistics of the channels, by which networks expect their images normalised."""
 
+import math
 from collections.abc import Sequence
 
 from cifar_transfer.errors import UserError
@@ -22,6 +23,7 @@ def statistics(normalize: str | Sequence[Sequence[float]]) -> tuple[Sequence[flo
                 f"normalize={normalize!r} is unknown: take {', '.join(STATISTICS)}, or [[mean], [deviation]]."
             )
         return STATISTICS[normalize]
-    if len(normalize) != 2 or any(len(triple) != 3 for triple in normalize) or min(normalize[1]) <= 0:
+    triples = len(normalize) == 2 and all(len(triple) == 3 for triple in normalize)
+    if not triples or not all(map(math.isfinite, [*normalize[0], *normalize[1]])) or min(normalize[1]) <= 0:
         raise UserError(f"normalize={normalize} must be two triples, the means and the positive deviations of R, G, B.")
     return normalize[0], normalize[1]

@@ -15,6 +15,7 @@ from cifar_transfer.errors import UserError
 
 Kind = Literal["adam", "adamw", "sgd"]
 Schedule = Literal["plateau", "linear", "cosine"]
+LARGEST_RATE = 1000  # of learning and of decay; nothing learns beyond it, and soon float32 ends
 HEAD = "head"
 """Name of the parameter group of heads that have a learning rate of their own."""
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from cifar_transfer.data import ImageDataModule, Split
-from cifar_transfer.errors import UserError
+from cifar_transfer.errors import UserError, check
 from cifar_transfer.images import ArrayImages, Images
 
-_SIDE = 32  # pixels
+_SIDE = 32
+MOST = 1_000_000  # images, 3 GB  # pixels
 _CHUNK = 1000  # images drawn at once: tens of megabytes of temporaries, whatever the count
 
 _Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -196,6 +197,8 @@ class ShapesDataModule(ImageDataModule):
         super().__init__(**options)
         if task not in TASKS:
             raise UserError(f"There is no task {task!r} of shapes: take one of {', '.join(TASKS)}.")
+        for name, count in (("train_images", train_images), ("test_images", test_images)):
+            check(name, count, lambda n: 1 <= n <= MOST, f"1 to {MOST} images")
         self.task, self.train_images, self.test_images = task, train_images, test_images
         self.record(task=task, train_images=train_images, test_images=test_images)
 

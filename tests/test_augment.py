@@ -168,9 +168,9 @@ def test_each_option_switches_its_own_operation(name):
     ("options", "word"),
     [
         ({"padding": -1}, "padding is -1"),
-        ({"flip": 1.1}, "between 0 and 1"),
+        ({"flip": 1.1}, "to 1"),
         ({"flip": -0.1}, "flip"),
-        ({"hue": 0.6}, "between 0 and 0.5"),
+        ({"hue": 0.6}, "to 0.5"),
         ({"brightness": -0.1}, "brightness"),
         ({"contrast": float("nan")}, "contrast"),
         ({"saturation": float("inf")}, "saturation"),
