@@ -39,6 +39,7 @@ class Weights:
         gflops: Billions of multiply-adds for an image of the native size, or None.
         top1: Error on ImageNet-1k's validation set in per cent, or None.
         top5: As `top1`, of the five likeliest classes.
+        mebibytes: Of the file, or None where the library does not say.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Weights:
     gflops: float | None = None
     top1: float | None = None
     top5: float | None = None
+    mebibytes: float | None = None
 
 
 def timm() -> ModuleType:
@@ -145,6 +147,7 @@ def _from_torchvision(entry: models.WeightsEnum) -> Weights:
         gflops=meta["_ops"],
         top1=_error(figures.get("acc@1")),
         top5=_error(figures.get("acc@5")),
+        mebibytes=meta["_file_size"],
     )
 
 

@@ -11,10 +11,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 import requests
@@ -23,6 +25,8 @@ from pooch import HTTPDownloader
 from tqdm import tqdm
 
 from cifar_transfer.errors import UserError
+
+Result = TypeVar("Result")
 
 CHUNK_BYTES = 16 * 1024
 """Arriving bytes are counted in whole chunks; fewer than one within `stall_seconds` is silence."""
@@ -103,6 +107,34 @@ def fetch(
                             break
     tried = "; ".join(f"{_host(url)} ({', then '.join(dict.fromkeys(why))})" for url, why in failures.items())
     raise UserError(f"could not download {path.name}: {tried or 'no source is known'}")
+
+
+def within(seconds: float, call: Callable[[], Result]) -> Result:
+    """The result of a call that may never end, such as one to a server that sends a byte now and then.
+
+    Args:
+        seconds: after which it is left alone, on a thread that does not keep the program from ending.
+        call: what to do.
+
+    Raises:
+        TimeoutError: it has not ended by then. Its own errors are raised as they are.
+
+    """
+    done: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return done.result(seconds)
+    except FutureTimeout:
+        if done.done():
+            raise
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
 
 
 class _SourceFailed(Exception):

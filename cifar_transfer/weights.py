@@ -8,19 +8,19 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 
 from cifar_transfer import catalog
-from cifar_transfer.download import fetch
-from cifar_transfer.errors import UserError
+from cifar_transfer.download import fetch, within
+from cifar_transfer.errors import UserError, first_line
 
 State = dict[str, Tensor]
 OWN_PREFIX = "network."  # of the keys in our own checkpoints
@@ -28,6 +28,8 @@ OWN_PREFIX = "network."  # of the keys in our own checkpoints
 WRAPPINGS = ("state_dict", "model", "teacher")
 # Of all keys: DDP's; torch.compile's; MoCo v3's, v1's and v2's; DINO's; other people's Lightning modules'.
 PREFIXES = ("module.", "_orig_mod.", "base_encoder.", "encoder_q.", "backbone.", "network.", "model.", "net.")
+LARGEST = 2**33  # bytes of a file whose size nobody says
+HUB_SECONDS = 60.0  # for the Hub's answer to where a file is
 THREE_WAYS_OUT = (
     "Three ways out: copy the file to {place}; name another with --model.weights=FILE; or train without, "
     "--model.weights=none (make demo needs no download)."
@@ -63,7 +65,9 @@ def read(name: str, weights: str) -> Pretrained:
         return Pretrained({}, {}, None)
     if weights in known or (weights == "DEFAULT" and known):
         entry = known[weights] if weights in known else next(iter(known.values()))
-        return Pretrained(read_file(_from_hub(entry) if entry.hub else _fetch(entry.url))[0], {}, entry)
+        return Pretrained(
+            read_file(_from_hub(entry) if entry.hub else _fetch(entry.url, entry.mebibytes))[0], {}, entry
+        )
     path = Path(weights).expanduser()
     if path.is_file():
         return Pretrained(*read_file(path), None)
@@ -80,10 +84,11 @@ def read(name: str, weights: str) -> Pretrained:
     )
 
 
-def _fetch(url: str) -> Path:
+def _fetch(url: str, mebibytes: float | None = None) -> Path:
     """The library's file in torch's own cache, checked each time against the hash in its name, fetched when absent.
 
-    torch checks the hash only while it downloads, so that a file cut short would fail for ever.
+    torch checks the hash only while it downloads, so that a file cut short would fail for ever. The name has no more
+    than the hash's first 32 bits, which tell damage but could be met on purpose; so the file is opened as any other.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
     match = re.search(r"-([0-9a-f]{8,})\.", path.name)
@@ -98,7 +103,8 @@ def _fetch(url: str) -> Path:
         rank_zero_info(f"{path} is damaged; it is downloaded again.")
         path.unlink()
     try:
-        return fetch([url], path, digest=f"sha256:{match[1]}", max_bytes=2**33)
+        most = int((mebibytes + 1) * 2**20) if mebibytes else LARGEST
+        return fetch([url], path, digest=f"sha256:{match[1]}", max_bytes=most)
     except UserError as error:
         way_out = THREE_WAYS_OUT.format(place=path)
         raise UserError(f"The pretrained weights are not on this machine: {error}. {way_out}") from None
@@ -123,23 +129,37 @@ def _from_hub(entry: catalog.Weights) -> Path:
         path.resolve().unlink()
         path.unlink()
     rank_zero_info(f"Fetching the weights {repository} from {constants.ENDPOINT} ...")
-    problem: Exception | None = None
+    problem: Exception = FileNotFoundError(f"{repository} has no such file")
     for name in names:
         try:
-            path = Path(hf_hub_download(repository, name))
+            return _into_hubs_cache(repository, name)
         except EntryNotFoundError as error:
             problem = error
-            if isinstance(error, LocalEntryNotFoundError):  # the Hub was not reached
-                break
-            continue
-        except (OSError, RuntimeError, ValueError) as error:  # the Hub's own errors are OSErrors or RuntimeErrors
+        except Exception as error:  # of any kind: the Hub's own, and those of its HTTP library of the day
             problem = error
             break
-        if not _is_intact(path.resolve()):
-            raise UserError(f"{name} of {repository} arrived damaged from {constants.ENDPOINT}: try again later.")
-        return path
     way_out = THREE_WAYS_OUT.format(place=f"the Hugging Face cache, {constants.HF_HUB_CACHE}")
-    raise UserError(f"The weights could not be fetched ({str(problem).splitlines()[0]}). {way_out}")
+    raise UserError(f"The weights {repository} could not be fetched ({first_line(problem)}). {way_out}")
+
+
+def _into_hubs_cache(repository: str, name: str) -> Path:
+    """The Hub's own download waits for ever for a server that sends a byte now and then, or without end."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.file_download import repo_folder_name
+
+    found = within(HUB_SECONDS, partial(get_hf_file_metadata, hf_hub_url(repository, name)))
+    if not re.fullmatch(r"[0-9a-f]{64}", found.etag or ""):
+        raise UserError(f"{name} of {repository} comes without a SHA-256 to verify it by")
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"))
+    fetch(
+        [found.location],
+        folder / "blobs" / str(found.etag),
+        digest=f"sha256:{found.etag}",
+        max_bytes=found.size or LARGEST,
+    )
+    return Path(
+        within(HUB_SECONDS, partial(hf_hub_download, repository, name))
+    )  # which finds the blob, and links to it
 
 
 def _is_intact(blob: Path) -> bool:
@@ -170,11 +190,12 @@ def read_file(path: Path) -> tuple[State, dict[str, Any]]:
             )
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not opened: it holds more than tensors, or is no file of weights.") from None
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # of any kind: the file may come from anywhere
         raise UserError(f"{path} cannot be read as weights ({error}): it may be cut short.") from None
     saved: dict[str, Any] = {}
-    if isinstance(content, dict) and "backbone" in content.get("hyper_parameters", {}):
-        saved = {**content["hyper_parameters"], "input_size": content.get("input_size")}
+    options = content.get("hyper_parameters") if isinstance(content, dict) else None
+    if isinstance(options, dict) and "backbone" in options and isinstance(content.get("state_dict"), Mapping):
+        saved = {**options, "input_size": content.get("input_size")}
         tensors = content["state_dict"].items()
         content = {key.removeprefix(OWN_PREFIX): value for key, value in tensors if key.startswith(OWN_PREFIX)}
     else:

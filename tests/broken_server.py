@@ -169,6 +169,12 @@ class Behaviours(BaseHTTPRequestHandler):
         self.send_header("Location", self.path)
         self.end_headers()
 
+    def to_a_file(self, data: bytes) -> None:
+        """Redirect to a file of the client's machine."""
+        self.send_response(302)
+        self.send_header("Location", "file:///etc/passwd")
+        self.end_headers()
+
     def bad_length(self, data: bytes) -> None:
         """Announce a length that is no number."""
         self.send_response(200)

@@ -57,6 +57,7 @@ BROKEN = {
     "wrong": (r"150kB of wrong bytes", 5),
     "missing": (r"HTTP status 404", 5),
     "loop": (r"endless redirects", 10),
+    "to_a_file": (r"unusable answer, InvalidSchema", 5),
     "bad_length": (r"unusable answer, ValueError", 5),
     "endless": (r"more than 10\.0MB", 10),
 }
@@ -156,6 +157,28 @@ def test_of_four_processes_one_downloads(
     said = capfd.readouterr().err
     assert said.count("waiting for another process to download x.bin\n") == 3
     assert said.count("downloaded x.bin: 150kB in") == 1
+
+
+def test_a_killed_download_leaves_nothing_under_the_name_and_the_next_succeeds(
+    server: BrokenServer, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.bin"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cifar_transfer.download"])
+    killed = context.Process(
+        target=fetch, args=([server.url("/stall/file")], path), kwargs={"digest": MD5, "stall_seconds": 60}
+    )
+    killed.start()
+    deadline = time.monotonic() + 60
+    while not any(part.stat().st_size for part in tmp_path.glob(".x.bin.*.part")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.kill()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert not path.exists()
+    assert get(server, path, "/file").read_bytes() == DATA
+    assert os.listdir(tmp_path) == ["x.bin"], "what the killed one left is gone too"
 
 
 def test_after_a_failed_download_a_waiting_process_tries_itself(server: BrokenServer, tmp_path: Path) -> None:

@@ -1,17 +1,24 @@
 """Weights from torch's and the Hugging Face cache: verified, and fetched once more when damaged."""
 
 import hashlib
+import multiprocessing
 import threading
+import time
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
+from broken_server import BEHAVIOURS, BrokenServer
 from safetensors.torch import save
 from torchvision import models
 
-from cifar_transfer import TransferClassifier, networks, weights
+from cifar_transfer import TransferClassifier, cifar10, download, networks, weights
+from cifar_transfer.download import fetch
 from cifar_transfer.errors import UserError
 
 TINY = "shufflenet_v2_x0_5"
@@ -38,9 +45,16 @@ class Hub(BaseHTTPRequestHandler):
 
     content = b""
     broken = False  # sends zeros instead
+    stalls = ""  # the method that never gets a whole answer
     served: ClassVar[list[str]] = []
 
     def do_GET(self):
+        if self.command == self.stalls:  # a byte now and then, so that no time-out of a socket fires
+            with suppress(OSError):
+                self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Never-Ending: ")
+                while True:
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
         if not self.path.endswith("/model.safetensors"):
             self.send_error(404)
             return
@@ -99,7 +113,7 @@ def test_timms_weights_come_from_the_hub_and_a_damaged_file_is_fetched_once_more
     assert_arrived(again, model.network.state_dict())
     monkeypatch.setattr(Hub, "broken", True)
     blob.write_bytes(b"")
-    with pytest.raises(UserError, match="arrived damaged"):
+    with pytest.raises(UserError, match=r"of wrong bytes.*Three ways out"):
         TransferClassifier(name, "DEFAULT", num_classes=3)
 
 
@@ -108,6 +122,117 @@ def test_without_the_hub_there_are_three_ways_out(hub, monkeypatch):
     hub.server_close()
     with pytest.raises(UserError, match=r"could not be fetched \(.*\)\. Three ways out: .*model\.weights=FILE"):
         TransferClassifier(f"{VIT}.r160_in1k", "DEFAULT")
+
+
+@pytest.mark.parametrize(("method", "why"), [("HEAD", "no answer within 1 s"), ("GET", "silent for 1 s")])
+def test_a_hub_that_sends_a_byte_now_and_then_is_left(hub, tmp_path, monkeypatch, method, why):
+    monkeypatch.setattr(Hub, "stalls", method)
+    monkeypatch.setattr(weights, "HUB_SECONDS", 1)
+    monkeypatch.setattr(weights, "fetch", partial(fetch, stall_seconds=1))
+    began = time.monotonic()
+    with pytest.raises(UserError, match=rf"{why}.*Three ways out"):
+        TransferClassifier(f"{VIT}.r160_in1k", "DEFAULT")
+    assert time.monotonic() - began < 20
+    assert not list((tmp_path / "hub").glob("models--*/snapshots/*/*"))
+
+
+CONTENT = bytes(range(256)) * 1000
+GOOD = ("ok", "slow", "unsaid", "overlong")
+
+
+def source(what, home, url):
+    """Where the file of a kind belongs below a folder, and the call of the product that fetches it from a server."""
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    if what == "data":
+        cifar10.ARCHIVE_MD5 = hashlib.md5(CONTENT).hexdigest()
+        return home / cifar10.ARCHIVE, partial(cifar10.download, home, url)
+    if what == "torchvision":
+        torch.hub.set_dir(home)
+        name = url.rpartition("/")[2]
+        return home / "checkpoints" / name, partial(weights._fetch, url, 0.25)
+    import huggingface_hub.constants
+
+    huggingface_hub.constants.HF_HUB_CACHE = str(home)
+    found = SimpleNamespace(etag=digest, location=url, size=len(CONTENT))
+    huggingface_hub.get_hf_file_metadata = lambda _: found
+    path = home / "models--a--b" / "blobs" / digest
+    huggingface_hub.hf_hub_download = lambda *_, **options: path if path.is_file() else _absent()
+    return path, partial(weights._from_hub, SimpleNamespace(hub=("a/b", "model.safetensors")))
+
+
+def _absent():
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    raise LocalEntryNotFoundError("not in the cache")
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    """What `source` changes is as before, afterwards."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", cifar10.ARCHIVE_MD5)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", huggingface_hub.constants.HF_HUB_CACHE)
+    for name in ("get_hf_file_metadata", "hf_hub_download"):
+        monkeypatch.setattr(huggingface_hub, name, getattr(huggingface_hub, name))
+    before = torch.hub.get_dir()
+    yield
+    torch.hub.set_dir(before)
+
+
+NAME = f"w-{hashlib.sha256(CONTENT).hexdigest()[:8]}.pth"
+
+
+@pytest.mark.parametrize("behaviour", [name for name in BEHAVIOURS if name not in GOOD])
+@pytest.mark.parametrize("what", ["data", "torchvision", "hub"])
+def test_a_broken_server_leaves_no_file_and_a_way_out(tmp_path, monkeypatch, restored, what, behaviour):
+    """Or, where the second attempt is good, the file."""
+    for module in (cifar10, weights):
+        monkeypatch.setattr(module, "fetch", partial(fetch, stall_seconds=0.4))
+    monkeypatch.setattr(download, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(cifar10, "ARCHIVE_BYTES", len(CONTENT))
+    with BrokenServer({f"/{NAME}": CONTENT}) as server:
+        path, get = source(what, tmp_path, server.url(f"/{behaviour}/{NAME}"))
+        began = time.monotonic()
+        if behaviour == "once_500":
+            assert get().read_bytes() == CONTENT
+            return
+        with pytest.raises(UserError, match=rf"{server.host}.*Three ways out"):
+            get()
+        assert time.monotonic() - began < 10
+    assert not path.exists()
+
+
+def fetch_one(what, home, url):
+    """A process of its own."""
+    path, get = source(what, home, url)
+    assert get() == path
+
+
+@pytest.mark.parametrize("what", ["data", "torchvision", "hub"])
+def test_of_four_processes_one_downloads(tmp_path, restored, what):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cifar_transfer.weights", __name__])  # else each imports torch for itself
+    with BrokenServer({f"/{NAME}": CONTENT}, slow_rate=200_000) as server:
+        url = server.url(f"/slow/{NAME}")
+        four = [context.Process(target=fetch_one, args=(what, tmp_path, url)) for _ in range(4)]
+        for process in four:
+            process.start()
+        for process in four:
+            process.join(120)
+        assert [process.exitcode for process in four] == [0] * 4
+        assert server.hits.total() == 1
+    assert source(what, tmp_path, url)[0].read_bytes() == CONTENT
+
+
+def test_the_library_says_how_large_a_file_may_be(monkeypatch):
+    """ResNet18's has 46,830,571 bytes; a body without end is left a little after, not after gigabytes."""
+    asked = {}
+    monkeypatch.setattr(weights, "fetch", lambda *_, **options: asked.update(options) or Path("unread"))
+    monkeypatch.setattr(weights, "read_file", lambda path: ({}, {}))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "/nowhere")
+    weights.read("resnet18", "DEFAULT")
+    assert 46_830_571 < asked["max_bytes"] < 48_000_000
 
 
 def test_weights_in_torchs_cache_are_used_and_a_damaged_file_is_fetched_once_more(tmp_path, monkeypatch, caplog):
