@@ -1,5 +1,7 @@
 """Transfer learning on small images with PyTorch Lightning."""
 
+__version__ = "0.1.0"  # first, for checkpoints record it
+
 from cifar_transfer.augment import Augment
 from cifar_transfer.cifar10 import CIFAR10DataModule
 from cifar_transfer.classifier import TransferClassifier

@@ -1,17 +1,19 @@
 """Trained checkpoints: read once, checked, and turned into a network and its data."""
 
 import pickle
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningDataModule
 
+from cifar_transfer import __version__
 from cifar_transfer.augment import Augment
 from cifar_transfer.cifar10 import CIFAR10DataModule
-from cifar_transfer.classifier import TransferClassifier
+from cifar_transfer.classifier import VERSION_KEY, TransferClassifier
 from cifar_transfer.data import ImageDataModule
-from cifar_transfer.errors import UserError
+from cifar_transfer.errors import UserError, first_line
 from cifar_transfer.folder import ImageFolderDataModule
 from cifar_transfer.shapes import ShapesDataModule
 
@@ -43,16 +45,27 @@ def read(path: str | Path) -> dict[str, Any]:
     """A checkpoint of ours as a dictionary; nothing but tensors and primitives is unpickled.
 
     Raises:
-        UserError: The file is missing, damaged, or not a checkpoint of `TransferClassifier`.
+        UserError: The file is missing, damaged, not a checkpoint of `TransferClassifier`, or one of another version.
     """
     if not Path(path).is_file():
         raise UserError(f"The checkpoint {path} does not exist: a run keeps its own in RUN/checkpoints/best.ckpt.")
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}).") from None
-    if not isinstance(checkpoint, dict) or "backbone" not in checkpoint.get("hyper_parameters", {}):
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} cannot be read as a checkpoint: it is damaged, or holds more than tensors and numbers, which "
+            f"could be a program and is not opened."
+        ) from None
+    except Exception as error:  # of any kind: the file may come from anywhere
+        raise UserError(f"{path} cannot be read as a checkpoint ({first_line(error)}).") from None
+    options = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
+    if not isinstance(options, dict) or "backbone" not in options or "state_dict" not in checkpoint:
         raise UserError(f"{path} is not a checkpoint of this project, but perhaps weights: use it as --model.weights.")
+    if unknown := sorted(map(str, options.keys() - signature(TransferClassifier).parameters.keys())):
+        raise UserError(
+            f"{path} is of version {checkpoint.get(VERSION_KEY, '0.1.0')} of this project and has options that are "
+            f"unknown here, in {__version__}: {', '.join(unknown)}. Read it with that version."
+        )
     return checkpoint
 
 
@@ -60,10 +73,15 @@ def load(path: str | Path) -> TransferClassifier:
     """The trained network of a checkpoint, in eval mode, on the CPU.
 
     Raises:
-        UserError: As `read`.
+        UserError: As `read`; or its weights are not those of the network that its options name.
     """
     read(path)
-    return TransferClassifier.load_from_checkpoint(path, map_location="cpu").eval()
+    try:
+        return TransferClassifier.load_from_checkpoint(path, map_location="cpu").eval()
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: the file may come from anywhere
+        raise UserError(f"{path} does not hold the network that it says it does ({first_line(error)}).") from None
 
 
 def load_data(checkpoint: dict, **overrides: str | int | None) -> ImageDataModule:
@@ -82,5 +100,8 @@ def load_data(checkpoint: dict, **overrides: str | int | None) -> ImageDataModul
         raise UserError(
             "The checkpoint does not say which data it was trained on: it has no data module of this package's."
         )
-    options["augment"] = Augment(**options["augment"])
-    return DATA_MODULES[name](**options | overrides)
+    try:
+        options["augment"] = Augment(**options["augment"])
+        return DATA_MODULES[name](**options | overrides)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"The checkpoint's options for its data are not those of this version ({error}).") from None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cifar_transfer import checkpoints, networks, weights
 from cifar_transfer.classifier import TransferClassifier
-from cifar_transfer.errors import UserError, one_sentence
+from cifar_transfer.errors import UserError, first_line, one_sentence
 from cifar_transfer.normalize import statistics
 
 Format = Literal["state_dict", "safetensors", "onnx", "torch_export"]
@@ -83,8 +83,7 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): name another file with --out.") from None
     except Exception as error:  # of any kind, from tracing somebody's network
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{model.hparams['backbone']} cannot be exported to {to} ({why}).") from error
+        raise UserError(f"{model.hparams['backbone']} cannot be exported to {to} ({first_line(error)}).") from error
     finally:
         partial.unlink(missing_ok=True)
     print(f"file        {path} ({path.stat().st_size / 1e6:.1f} MB)")
