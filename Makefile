@@ -10,8 +10,8 @@ demo: .venv/ready  ## Pretrain, transfer and compare on drawn shapes: no data, n
 fit: .venv/ready  ## The whole recipe on CIFAR-10
 	$(VENV)/python -m cifar_transfer.fit
 
-test: .venv/ready  ## All tests
-	$(VENV)/python -m pytest
+test: .venv/ready  ## All tests, with a sample of the longest; ARGS are those of pytest
+	$(VENV)/python -m pytest $(ARGS)
 
 check: .venv/ready  ## Style and types
 	$(VENV)/ruff format --check .

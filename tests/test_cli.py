@@ -9,6 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cifar_transfer.cli import FitCLI
 from cifar_transfer.errors import UserError, one_sentence
+from cifar_transfer.evaluate import evaluate
+from cifar_transfer.figures import figures
 from cifar_transfer.fit import fit
 
 RUN = "lightning_logs/version_0"
@@ -68,7 +70,8 @@ def test_a_run_leaves_its_figures_and_draws_them_again(job):
     out = run_fit(folder, RUN, module="cifar_transfer.figures").stdout
     assert f"{RUN}/figures/test-mistakes.png" in out.splitlines()
     assert {name: (pictures / f"{name}.png").read_bytes() for name in FIGURES} == before
-    assert "name a run's folder" in run_fit(folder, "nowhere", module="cifar_transfer.figures", expect=2).stderr
+    with pytest.raises(UserError, match="name a run's folder"):
+        figures("nowhere")
 
 
 def test_tensorboard_has_figures_layout_configuration_and_projector(job):
@@ -88,17 +91,17 @@ def test_the_configuration_of_a_run_is_beside_it_and_runs_again(job, tmp_path):
     config = yaml.safe_load((folder / RUN / "config.yaml").read_text())
     assert config["freeze"]["unfreeze_epoch"] == 1
     again = run_fit(tmp_path, "--config", folder / RUN / "config.yaml")
-    figures = [re.findall(r"(?:val|test) accuracy [\d.]+%", output) for output in (done.stdout, again.stdout)]
-    assert figures[0] == figures[1]
+    accuracies = [re.findall(r"(?:val|test) accuracy [\d.]+%", output) for output in (done.stdout, again.stdout)]
+    assert accuracies[0] == accuracies[1]
 
 
-def test_evaluate_gives_the_figures_of_the_run(job):
+def test_evaluate_gives_the_figures_of_the_run(job, monkeypatch, capsys):
     folder, done = job
-    best = f"--ckpt={RUN}/checkpoints/best.ckpt"
-    for split, options in (("test", []), ("val", ["--split=val"])):
-        out = run_fit(folder, best, *options, module="cifar_transfer.evaluate").stdout
+    monkeypatch.chdir(folder)
+    for split in ("test", "val"):
+        evaluate(f"{RUN}/checkpoints/best.ckpt", split)
         expected = re.search(rf"{split} accuracy ([\d.]+%)", done.stdout)[1]
-        assert f"{split}/acc  {expected}" in out
+        assert f"{split}/acc  {expected}" in capsys.readouterr().out
         assert all((folder / RUN / "figures" / f"{split}-{name}.png").is_file() for name in OF_ANSWERS)
 
 
@@ -110,7 +113,7 @@ def test_no_weights_are_fetched_to_use_or_continue_a_checkpoint(job, tmp_path):
     checkpoint = torch.load(folder / RUN / "checkpoints" / "last.ckpt", weights_only=True)
     checkpoint["hyper_parameters"]["weights"] = "DEFAULT"
     torch.save(checkpoint, tmp_path / "x.ckpt")
-    run_fit(tmp_path, "--ckpt=x.ckpt", module="cifar_transfer.evaluate")
+    evaluate(str(tmp_path / "x.ckpt"), figures=False)
     options = [option for option in TINY if "weights" not in option]
     more = ["--freeze.unfreeze_epoch=1", "--ckpt_path=x.ckpt", "--trainer.max_epochs=4"]
     run_fit(tmp_path, *options, *more)
@@ -194,6 +197,5 @@ def test_a_mistake_ends_with_status_two_and_no_traceback(tmp_path):
 def test_checkpoints_that_are_none_are_explained(tmp_path):
     (tmp_path / "w.ckpt").write_bytes(b"no checkpoint")
     for path, message in (("gone.ckpt", "does not exist"), ("w.ckpt", "cannot be read as a checkpoint")):
-        done = run_fit(tmp_path, f"--ckpt={path}", module="cifar_transfer.evaluate", expect=2)
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        with pytest.raises(UserError, match=message):
+            evaluate(str(tmp_path / path))

@@ -62,6 +62,7 @@ def test_each_is_fitted_once_and_a_failure_loses_nothing(tmp_path, monkeypatch):
         compare.compare(contestants, [*OPTIONS, "--model.lr=0.5"], home)
 
 
+@pytest.mark.whole
 def test_a_comparison_that_was_killed_continues(tmp_path):
     options = [BOTH[1], *OPTIONS[:-1], "--trainer.max_epochs=20"]
     process = subprocess.Popen(

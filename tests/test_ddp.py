@@ -43,6 +43,7 @@ def test_ranks_are_equal_to_the_last_bit_after_the_unfreezing(plain):
     assert not torch.equal(before["network.conv1.0.weight"], after["network.conv1.0.weight"]), "it did unfreeze"
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true"])
 def test_ranks_are_equal_under_the_named_strategies(tmp_path, strategy):
     ranks, _ = run(tmp_path / strategy, strategy, 2)
@@ -75,6 +76,7 @@ def test_every_test_image_counts_once(tmp_path, plain):
     assert abs(correct - round(correct)) < 1e-4
 
 
+@pytest.mark.whole
 def test_the_command_runs_and_resumes_on_two_processes(tmp_path):
     options = [*TINY, "--trainer.devices=2", "--trainer.max_epochs=2", "--freeze.unfreeze_epoch=1"]
     done = run_fit(tmp_path, *options)

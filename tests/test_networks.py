@@ -42,6 +42,9 @@ TABLE: dict[str, dict] = {
     "timm/beit_base_patch16_224": {"image_size": 32},
 }
 
+# The larger ones of a family that has smaller ones.
+LARGER = {"vgg19", "resnet101", "resnet152", "swin_s", "swin_b", *(f"efficientnet_b{number}" for number in range(3, 8))}
+
 
 def batches(count=4, classes=3):
     generator = torch.Generator().manual_seed(0)
@@ -49,7 +52,7 @@ def batches(count=4, classes=3):
     return DataLoader(TensorDataset(images, torch.arange(count) % classes), batch_size=count)
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.whole] * (name in LARGER)) for name in TABLE])
 def test_every_network_of_the_table(name, tmp_path, monkeypatch):
     if name.startswith("timm/"):
         pytest.importorskip("timm", reason="timm is an optional extra")
