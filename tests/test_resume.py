@@ -50,6 +50,7 @@ def test_interrupted_within_an_epoch_continues_from_that_step(tmp_path, undistur
     assert resumed["val/loss"] == whole["val/loss"]
 
 
+@pytest.mark.whole
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path, undisturbed):
     run_fit(tmp_path, *JOB)
     assert_same_weights(tmp_path / LAST, undisturbed / LAST)

@@ -122,6 +122,7 @@ def test_a_resumed_configuration_may_name_lightnings_classes_and_what_the_comman
     assert "EarlyStopping" in {type(callback).__name__ for callback in cli.trainer.callbacks}
 
 
+@pytest.mark.whole
 def test_a_run_with_damaged_curves_is_drawn_or_refused_and_continued(tmp_path, monkeypatch, run):
     """What an event file holds is read up to the first record that is none."""
     shutil.copytree(run / "lightning_logs", tmp_path / "lightning_logs")
