@@ -241,7 +241,9 @@ class FitCLI(LightningCLI):
         epoch = step = 0
         if self.config.ckpt_path:
             checkpoint = torch.load(self.config.ckpt_path, "cpu", weights_only=True, mmap=True)
-            epoch, step = checkpoint["epoch"] + 1, checkpoint["global_step"]
+            # Of one that was written within an epoch, this epoch's figures are still to come.
+            over = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
+            epoch, step = checkpoint["epoch"] + over, checkpoint["global_step"]
         trim_events(folder, epoch, step)
 
 

@@ -1,5 +1,6 @@
 """Errors that a user can mend: shown as one sentence, without a traceback."""
 
+import errno
 import re
 import signal
 import sys
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class UserError(Exception):
@@ -73,8 +76,8 @@ def first_line(error: BaseException) -> str:
 def one_sentence() -> Iterator[None]:
     """Turn a `UserError` into a line on stderr and exit status 2, and so Lightning's own word on a wrong setting.
 
-    That comes in several classes, and is known by where it is raised. A signal ends with the shell's status for it, 130
-    or 143.
+    That comes in several classes, and is known by where it is raised. A full disk is the user's to mend likewise. A
+    signal ends with the shell's status for it, 130 or 143.
     """
     try:
         yield
@@ -84,6 +87,11 @@ def one_sentence() -> Iterator[None]:
         if not ours and not last.f_globals.get("__name__", "").startswith("lightning."):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        print(f"error: {error.filename or 'A file'} cannot be written ({error.strerror}): make room.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         _end("Interrupted.", signal.SIGINT)

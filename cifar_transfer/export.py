@@ -7,6 +7,7 @@ logits of the checkpoint before it gets its name.
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -70,6 +71,7 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
     trials = [_images(model, batch, inside) for batch in BATCHES]
     notes = _notes(model, trials[0][1], inside)
     partial = path.with_name(f"partial.{path.name}")
+    print(f"Writing {path}, and trying it ...", file=sys.stderr)
     try:
         partial.touch()
         _write(to, model if inside else model.network, trials[-1][1], notes, partial)

@@ -4,7 +4,6 @@ Without options it is the whole recipe: ResNet18 with ImageNet weights on CIFAR-
 35 without, then the test with the best checkpoint.
 """
 
-import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -16,12 +15,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed import DistError
 
 from cifar_transfer.cli import FitCLI
-from cifar_transfer.errors import UserError, one_sentence
+from cifar_transfer.errors import UNWRITABLE, UserError, one_sentence
 from cifar_transfer.find_lr import find_lr
 from cifar_transfer.interrupt import end_with_the_first
 from cifar_transfer.report import draw_final, log_final, say, write_result
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class Outcome(NamedTuple):
@@ -50,10 +47,30 @@ def fit(args: Sequence[str]) -> Outcome | None:
     """
     end_with_the_first()
     cli = FitCLI(args)
-    trainer, model, data = cli.trainer, cli.model, cli.datamodule
     if cli.config.find_lr:
-        find_lr(trainer, model, data)
+        find_lr(cli.trainer, cli.model, cli.datamodule)
         return None
+    try:
+        return _job(cli)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise UserError(
+            f"The run cannot write ({error.strerror}): make room, then continue it with: "
+            f"python -m cifar_transfer.fit --resume {_run(cli.trainer)}"
+        ) from error
+    except RuntimeError as error:
+        # Of NCCL and of gloo, which has no class of its own.
+        if not isinstance(error, DistError) and "gloo" not in str(error):
+            raise
+        raise UserError(
+            f"Another process of this run is gone; if it said nothing above, it was killed. Continue with: "
+            f"python -m cifar_transfer.fit --resume {_run(cli.trainer)}"
+        ) from error
+
+
+def _job(cli: FitCLI) -> Outcome | None:
+    trainer, model, data = cli.trainer, cli.model, cli.datamodule
     _train(cli)
     best, score = cli.best.best_model_path, cli.best.best_model_score
     if score is None:
@@ -84,20 +101,6 @@ def _train(cli: FitCLI) -> None:
     except SystemExit:
         if not stop.asked:
             raise
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise UserError(
-            f"The run cannot write ({error.strerror}): make room, then continue it with --resume {_run(trainer)}."
-        ) from error
-    except RuntimeError as error:
-        # Of NCCL and of gloo, which has no class of its own.
-        if not isinstance(error, DistError) and "gloo" not in str(error):
-            raise
-        raise UserError(
-            f"Another process of this run is gone; if it said nothing above, it was killed. Continue with: "
-            f"python -m cifar_transfer.fit --resume {_run(trainer)}"
-        ) from error
     if stop.asked:
         say(trainer, f"Stopped. Continue with: python -m cifar_transfer.fit --resume {_run(trainer)}")
         # The others end without a word, lest they seem to have failed to the one that started them.

@@ -15,9 +15,7 @@ from cifar_transfer.freeze import BackboneFreeze
 ENOUGH = 100  # steps after which a head should have learned something
 EVERY = 10  # steps between two looks, for each waits for the device
 SCALED = 25  # losses in a row that are none before the scaler of fp16, which leaves out such steps, is given up
-LEARNED = (
-    0.99  # of the loss of knowing only how frequent the classes are: a frozen network that has taught the head less
-)
+BLIND = 0.99  # of the loss of a head that knows how frequent the classes are, and nothing of the images
 
 
 class Guard(Callback):
@@ -92,7 +90,7 @@ class Guard(Callback):
         counts = np.bincount(data.images["train"].labels)
         shares = counts[counts > 0] / counts.sum()
         blind = float(-(shares * np.log(shares)).sum()) * (1 + pl_module.hparams.get("aux_weight", 0))
-        if loss > LEARNED * blind:
+        if loss > BLIND * blind:
             rank_zero_warn(
                 f"The frozen backbone has taught the head nothing: the training loss is {loss:.3f}, and {blind:.3f} "
                 f"without looking at the images. Its features may be dead at this size (try --model.image_size=64, "

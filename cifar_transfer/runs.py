@@ -158,7 +158,8 @@ class Board(TensorBoardLogger):
         if self._folder is not None:
             return self._folder
         if self._number is None:
-            self._number = self._claim() if not rank_zero_only.rank else 0  # type: ignore[attr-defined] # the first rank's is what counts
+            first = rank_zero_only.rank == 0  # type: ignore[attr-defined] # set on import
+            self._number = self._claim() if first else 0  # the first rank's is what counts
         return self._number
 
     def _claim(self) -> int:
