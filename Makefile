@@ -13,10 +13,11 @@ fit: .venv/ready  ## The whole recipe on CIFAR-10
 test: .venv/ready  ## All tests, with a sample of the longest; ARGS are those of pytest
 	$(VENV)/python -m pytest $(ARGS)
 
-check: .venv/ready  ## Style and types
+check: .venv/ready  ## Style, types, and which room may import which
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
 	$(VENV)/mypy
+	$(VENV)/lint-imports
 
 .venv/ready: pyproject.toml
 	@echo "Setting up .venv: PyTorch and what it needs, about 6 GB."

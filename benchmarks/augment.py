@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision import transforms
 
-from cifar_transfer.augment import Augment
+from cifar_transfer.data.augment import Augment
 
 BATCH, SIZE, ROUNDS = 64, 32, 60
 MOST_SECONDS = 40

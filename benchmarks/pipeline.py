@@ -30,8 +30,8 @@ from torchvision.transforms.functional import to_pil_image
 from benchmarks.augment import torchvision_pipeline
 from benchmarks.turns import seconds, table
 from cifar_transfer import BackboneFreeze
-from cifar_transfer.cli import FitCLI
 from cifar_transfer.errors import one_sentence
+from cifar_transfer.training.cli import FitCLI
 
 CHUNK, ROUNDS, WARM = 8, 14, 2
 """Steps a turn, turns that count, turns before them."""

@@ -15,8 +15,8 @@ from lightning import Trainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from cifar_transfer import checkpoints
-from cifar_transfer.report import RESULT
+from cifar_transfer.results.report import RESULT
+from cifar_transfer.training.checkpoint import load_data, load_model, read_checkpoint
 
 RECIPES = {
     "default": [],
@@ -54,12 +54,12 @@ def curve(run: Path, every: int = 1) -> list[tuple[float, float]]:
     if not kept.is_file():
         paths = sorted(run.glob("checkpoints/epoch-*.ckpt"))
         paths = [path for number, path in enumerate(paths, 1) if number % every == 0 or path == paths[-1]]
-        data = checkpoints.load_data(checkpoints.read(paths[0]))
+        data = load_data(read_checkpoint(paths[0]))
         trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, devices=1)
         points = []
         for path in paths:
-            seconds = checkpoints.read(path)["callbacks"]["Report"]["seconds"]
-            figures = trainer.test(checkpoints.load(path), data, verbose=False)[0]
+            seconds = read_checkpoint(path)["callbacks"]["Report"]["seconds"]
+            figures = trainer.test(load_model(path), data, verbose=False)[0]
             points.append((seconds / 60, figures["test/acc"]))
         with kept.open("w", newline="") as file:
             csv.writer(file).writerows(points)

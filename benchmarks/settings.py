@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from benchmarks.turns import alternate, table
-from cifar_transfer import networks
+from cifar_transfer.network import build
 
 BATCH, SIZE, ROUNDS, MOST_SECONDS = 64, 32, 24, 60
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def network(layout: torch.memory_format = torch.channels_last, dense: bool = True) -> nn.Module:
     """ResNet18 for ten classes."""
-    made = networks.build("resnet18", "none", 10).network if dense else models.resnet18(num_classes=10)
+    made = build.build("resnet18", "none", 10).network if dense else models.resnet18(num_classes=10)
     return made.to(DEVICE, memory_format=layout)
 
 

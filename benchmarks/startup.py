@@ -15,7 +15,7 @@ ROUNDS = 5
 FIRST_STEP = """
 import os, sys
 from lightning.pytorch import Callback
-from cifar_transfer.cli import FitCLI
+from cifar_transfer.training.cli import FitCLI
 
 class Stop(Callback):
     def on_train_batch_end(self, *_):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from cifar_transfer.report import markdown
+from cifar_transfer.console import markdown
 
 
 def seconds(work: Callable[[], object]) -> float:

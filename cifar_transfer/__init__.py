@@ -1,15 +1,19 @@
 """Transfer learning on small images with PyTorch Lightning."""
 
-__version__ = "0.1.0"  # first, for checkpoints record it
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from cifar_transfer.augment import Augment
-from cifar_transfer.cifar10 import CIFAR10DataModule
-from cifar_transfer.classifier import TransferClassifier
-from cifar_transfer.data import ImageDataModule
-from cifar_transfer.folder import ImageFolderDataModule
-from cifar_transfer.freeze import BackboneFreeze
-from cifar_transfer.inference import Classifier
-from cifar_transfer.shapes import ShapesDataModule
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from cifar_transfer.data.augment import Augment
+    from cifar_transfer.data.cifar import CIFAR10DataModule
+    from cifar_transfer.data.folder import ImageFolderDataModule
+    from cifar_transfer.data.module import ImageDataModule
+    from cifar_transfer.data.shapes import ShapesDataModule
+    from cifar_transfer.inference.predictor import Classifier
+    from cifar_transfer.training.classifier import TransferClassifier
+    from cifar_transfer.training.freeze import BackboneFreeze
 
 __all__ = [
     "Augment",
@@ -21,3 +25,27 @@ __all__ = [
     "ShapesDataModule",
     "TransferClassifier",
 ]
+
+# Imported when first used: a command that needs no network should not wait for torch.
+_ROOMS = {
+    "Augment": "data.augment",
+    "BackboneFreeze": "training.freeze",
+    "CIFAR10DataModule": "data.cifar",
+    "Classifier": "inference.predictor",
+    "ImageDataModule": "data.module",
+    "ImageFolderDataModule": "data.folder",
+    "ShapesDataModule": "data.shapes",
+    "TransferClassifier": "training.classifier",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from cifar_transfer import catalog, networks
-from cifar_transfer.catalog import LENET, TIMM
+from cifar_transfer.console import markdown
 from cifar_transfer.errors import UserError, one_sentence
-from cifar_transfer.report import markdown
-from cifar_transfer.small_images import ASSUMED
+from cifar_transfer.network import build, catalog
+from cifar_transfer.network.catalog import LENET, TIMM
+from cifar_transfer.network.small_images import ASSUMED
 
 COUNTED_AT_MOST = 60  # of timm's networks, which say neither parameters nor operations: each has to be built
 COLUMNS = {
@@ -63,7 +63,7 @@ def describe(name: str, count: bool = True) -> dict[str, Any]:
 
 def _count(name: str, native: int | None) -> tuple[int, float | None]:
     with torch.device("meta"):
-        network = networks.stock(name).eval()
+        network = build.stock(name).eval()
         parameters = sum(parameter.numel() for parameter in network.parameters())
         if native is None:
             return parameters, None
@@ -120,12 +120,12 @@ def detail(name: str, size: int | None) -> str:
     return "\n".join(lines)
 
 
-def _at_first_fitting_size(name: str, size: int | None, small: bool) -> tuple[networks.Backbone, int, str]:
+def _at_first_fitting_size(name: str, size: int | None, small: bool) -> tuple[build.Backbone, int, str]:
     least = max([entry.least for entry in catalog.weights(name).values() if entry.least < entry.native] or [1])
     sides = [size] if size else sorted({ASSUMED, max(ASSUMED, least)})
     for side in sides:
         try:
-            built = networks.build(name, "none", 10, image_size=side, small=small)
+            built = build.build(name, "none", 10, image_size=side, small=small)
             return built, side, memory(built.network, built.heads, side)
         except (UserError, RuntimeError) as error:
             problem = error

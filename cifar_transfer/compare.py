@@ -18,11 +18,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from cifar_transfer import catalog
-from cifar_transfer.checkpoints import LOGS
-from cifar_transfer.draw import COLOURS
+from cifar_transfer.console import markdown
 from cifar_transfer.errors import UserError, one_sentence
-from cifar_transfer.report import RESULT, markdown
+from cifar_transfer.network import catalog
+from cifar_transfer.results.plots import COLOURS
+from cifar_transfer.results.report import RESULT
+from cifar_transfer.training.checkpoint import LOGS
 
 OUT = Path(LOGS, "comparison")
 MARKERS = "os^Dvph<>X"

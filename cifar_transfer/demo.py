@@ -4,44 +4,57 @@ ResNet18 is pretrained on one task of drawn shapes; then another task, with 40 i
 with the freeze schedule, and beside it from scratch. All three are ordinary runs of `fit`, with recipes of `configs/`.
 """
 
+import argparse
+import json
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from cifar_transfer.errors import UserError, one_sentence
-from cifar_transfer.fit import Outcome, fit
+from cifar_transfer.results.report import RESULT
+from cifar_transfer.training.checkpoint import LOGS
 
 CONFIGS = Path("configs")
 
 
-def run(name: str, *options: str) -> Outcome:
-    """One run of `fit` with the recipe `configs/demo-NAME.yaml`.
+def run(name: str, options: list[str]) -> dict[str, Any]:
+    """One run of `fit`, in a process of its own, with the recipe `configs/demo-NAME.yaml`.
+
+    Returns:
+        What its `result.json` says, and its folder as "run".
 
     Raises:
-        UserError: The recipes are not below the current folder.
+        UserError: The recipes are not below the current folder, or the run keeps no result.
+        SystemExit: The run failed, and has said why.
     """
     config = CONFIGS / f"demo-{name}.yaml"
     if not config.is_file():
         raise UserError(f"{config} is not here: run the demo in the project's own folder.")
+    root = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    root.add_argument("--trainer.default_root_dir", dest="folder", type=Path, default=Path())
+    logs = root.parse_known_args(options)[0].folder / LOGS
+    before = set(logs.glob(f"*/{RESULT}"))
     print(f"\n--- {name} ---", flush=True)
-    outcome = fit(["--config", str(config), *options, *sys.argv[1:]])
-    assert outcome is not None
-    return outcome
+    command = [sys.executable, "-m", "cifar_transfer.fit", "--config", str(config), *options]
+    if status := subprocess.run(command, check=False).returncode:
+        sys.exit(status)
+    found = sorted(set(logs.glob(f"*/{RESULT}")) - before, key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"The {name} run has kept no result, so there is nothing to compare: leave {options} out.")
+    return json.loads(found[-1].read_text()) | {"run": found[-1].parent}
 
 
 def main() -> None:
     """Pretrain, transfer, compare."""
-    began = time.monotonic()
-    upstream = run("upstream")
-    accuracy = {
-        "pretrained on other shapes, then 5 epochs frozen and 7 not": run(
-            "transfer", f"--model.weights={upstream.best}"
-        ),
-        "from scratch, 12 epochs": run("scratch"),
-    }
+    began, options = time.monotonic(), sys.argv[1:]
+    upstream = run("upstream", options)["run"] / "checkpoints" / "best.ckpt"
+    transfer = run("transfer", [f"--model.weights={upstream}", *options])
+    scratch = run("scratch", options)
     print(f"\nTest accuracy on ten new shapes from 40 images each ({time.monotonic() - began:.0f} s in all):")
-    for what, outcome in accuracy.items():
-        print(f"  {outcome.figures['best/test_acc']:6.1%}  {what}")
+    print(f"  {transfer['best/test_acc']:6.1%}  pretrained on other shapes, then 5 epochs frozen and 7 not")
+    print(f"  {scratch['best/test_acc']:6.1%}  from scratch, 12 epochs")
 
 
 if __name__ == "__main__":

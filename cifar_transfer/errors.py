@@ -5,12 +5,13 @@ import re
 import signal
 import sys
 import traceback
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from cifar_transfer.console import printable
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
@@ -41,15 +42,6 @@ def check(name: str, value: Any, fits: Callable[[Any], object], wanted: str) -> 
     except (TypeError, OverflowError):  # from comparing with numbers what is none, or beyond them
         pass
     raise UserError(f"{name} is {'null' if value is None else value}: take {wanted}.")
-
-
-def printable(text: str) -> str:
-    """A text that any file, terminal or figure takes, in one line: a file's name need neither be text nor one line.
-
-    Returns:
-        The same with each control character, and each byte that is no UTF-8, as its escape (`\\n`, `\\udce9`).
-    """
-    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
 
 
 def taken(account: str, given: str) -> str:

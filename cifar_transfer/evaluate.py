@@ -8,10 +8,11 @@ from jsonargparse import auto_cli
 from lightning import Trainer
 from torch.utils.tensorboard import SummaryWriter
 
-from cifar_transfer import checkpoints, quiet
-from cifar_transfer.answers import PROJECTED, CollectAnswers
+from cifar_transfer import console
 from cifar_transfer.errors import one_sentence
-from cifar_transfer.figures import publish
+from cifar_transfer.results.predictions import PROJECTED, CollectAnswers
+from cifar_transfer.results.publish import publish
+from cifar_transfer.training.checkpoint import load_data, load_model, read_checkpoint
 
 
 def evaluate(
@@ -43,10 +44,10 @@ def evaluate(
         `test/loss` and `test/acc`, or `val/loss` and `val/acc`, and with `mirrored` also `test/mirrored_acc`; accuracy
         as a share of 1.
     """
-    quiet.hush()
-    checkpoint = checkpoints.read(ckpt)
-    data = checkpoints.load_data(checkpoint, **({"root": root} if root else {}))
-    model = checkpoints.load(ckpt)
+    console.hush()
+    checkpoint = read_checkpoint(ckpt)
+    data = load_data(checkpoint, **({"root": root} if root else {}))
+    model = load_model(ckpt)
     model.mirrored = mirrored
     collected = CollectAnswers(PROJECTED if projector else 0)
     trainer = Trainer(

@@ -19,10 +19,11 @@ from jsonargparse import auto_cli
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from cifar_transfer import checkpoints, networks, weights
-from cifar_transfer.classifier import TransferClassifier
+from cifar_transfer.data.geometry import statistics
 from cifar_transfer.errors import UserError, first_line, one_sentence
-from cifar_transfer.normalize import statistics
+from cifar_transfer.network import build, weights
+from cifar_transfer.training.checkpoint import load_model
+from cifar_transfer.training.classifier import TransferClassifier
 
 Format = Literal["state_dict", "safetensors", "onnx", "torch_export"]
 ENDINGS: dict[Format, str] = {
@@ -58,7 +59,7 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
     """
     if to == "onnx":
         _require("onnx", "onnxscript")
-    model = checkpoints.load(ckpt)
+    model = load_model(ckpt)
     path = Path(out) if out else Path(ckpt).with_suffix(ENDINGS[to])
     if path.suffix != ENDINGS[to] or path.resolve() == Path(ckpt).resolve():
         raise UserError(f"{path} cannot be the file of {to}: name another with --out, one that ends in {ENDINGS[to]}.")
@@ -164,7 +165,7 @@ def _read(to: Format, model: TransferClassifier, path: Path) -> Callable[[Tensor
     if to == "onnx":
         return _session(path) if find_spec("onnxruntime") else None
     options = model.hparams
-    plain, _ = networks.with_head(options["backbone"], options["num_classes"], options["aux_weight"] > 0, False)
+    plain, _ = build.with_head(options["backbone"], options["num_classes"], options["aux_weight"] > 0, False)
     plain.load_state_dict(weights.read_file(path)[0])
     return plain.eval()
 

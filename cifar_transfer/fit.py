@@ -14,11 +14,12 @@ from lightning import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed import DistError
 
-from cifar_transfer.cli import FitCLI
+from cifar_transfer.console import say
 from cifar_transfer.errors import UNWRITABLE, UserError, one_sentence
-from cifar_transfer.find_lr import find_lr
-from cifar_transfer.interrupt import end_with_the_first
-from cifar_transfer.report import draw_final, log_final, say, write_result
+from cifar_transfer.results.report import draw_final, log_final, write_result
+from cifar_transfer.training.cli import FitCLI
+from cifar_transfer.training.find_lr import find_lr
+from cifar_transfer.training.interrupt import end_with_the_first
 
 
 class Outcome(NamedTuple):

@@ -17,17 +17,20 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
-from cifar_transfer import checkpoints, pictures
-from cifar_transfer.errors import UserError, one_sentence, printable
-from cifar_transfer.explain import explained
-from cifar_transfer.images import MAX_MEGAPIXELS
-from cifar_transfer.inference import Answer, Classifier
-from cifar_transfer.sources import find
+from cifar_transfer.console import printable
+from cifar_transfer.data.images import MAX_MEGAPIXELS
+from cifar_transfer.errors import UserError, one_sentence
+from cifar_transfer.inference.explain import explained
+from cifar_transfer.inference.predictor import Classifier
+from cifar_transfer.inference.sources import find
+from cifar_transfer.results import gallery
+from cifar_transfer.results.predictions import ImagePrediction
+from cifar_transfer.training.checkpoint import newest_checkpoint
 
-Format = Callable[[Iterable[Answer], Sequence[str]], Iterator[str]]
+Format = Callable[[Iterable[ImagePrediction], Sequence[str]], Iterator[str]]
 
 
-def table(answers: Iterable[Answer], names: Sequence[str]) -> Iterator[str]:
+def table(answers: Iterable[ImagePrediction], names: Sequence[str]) -> Iterator[str]:
     """Classes and probabilities in columns, as wide as the longest of all `names`; the file, of any length, is last."""
     wide = max(map(_cells, names))
     for answer in answers:
@@ -40,7 +43,7 @@ def _cells(text: str) -> int:
     return sum((1 + (unicodedata.east_asian_width(c) in "WF")) * (not unicodedata.combining(c)) for c in text)
 
 
-def as_json(answers: Iterable[Answer], names: Sequence[str]) -> Iterator[str]:
+def as_json(answers: Iterable[ImagePrediction], names: Sequence[str]) -> Iterator[str]:
     """One array, a line for each image: `{"image": FILE, "classes": [[NAME, PROBABILITY], ...]}`."""
     separator = "["
     for answer in answers:
@@ -50,7 +53,7 @@ def as_json(answers: Iterable[Answer], names: Sequence[str]) -> Iterator[str]:
     yield "[]\n" if separator == "[" else "\n]\n"
 
 
-def as_csv(answers: Iterable[Answer], names: Sequence[str]) -> Iterator[str]:
+def as_csv(answers: Iterable[ImagePrediction], names: Sequence[str]) -> Iterator[str]:
     """A row for each class of each image, under a heading."""
     line = io.StringIO()
     writer = csv.writer(line, lineterminator="\n")
@@ -82,18 +85,18 @@ def main(args: Sequence[str] | None = None) -> int:
     options = _parse(args)
     ckpt = options.ckpt
     if ckpt is None:
-        ckpt = checkpoints.newest()
+        ckpt = newest_checkpoint()
         print(f"The newest run's checkpoint: {ckpt}", file=sys.stderr)
     classifier = Classifier.load(ckpt, options.accelerator, options.max_megapixels)
     refused = count = 0
-    shown: list[Answer] = []
+    shown: list[ImagePrediction] = []
 
     def refuse(error: UserError) -> None:
         nonlocal refused
         refused += 1
         tqdm.write(f"error: {error}", file=sys.stderr)
 
-    def answers() -> Iterator[Answer]:
+    def answers() -> Iterator[ImagePrediction]:
         nonlocal count
         stream = classifier.stream(find(options.images, refuse), options.top_k, options.batch_size, refuse)
         if options.explain:
@@ -102,14 +105,14 @@ def main(args: Sequence[str] | None = None) -> int:
         hidden = not sys.stderr.isatty() or sys.stdout.isatty()
         total = None if hidden or "-" in options.images else sum(1 for _ in find(options.images, lambda error: None))
         for count, answer in enumerate(tqdm(stream, total=total, unit=" images", delay=2, disable=hidden), 1):
-            if count <= pictures.SHOWN:
+            if count <= gallery.SHOWN:
                 shown.append(answer)
             yield answer
 
     for text in FORMATS[options.format](answers(), classifier.names):
         print(text, end="", flush=True)
     if options.figure and shown:
-        pictures.gallery(shown, count).savefig(options.figure, dpi=pictures.DPI)
+        gallery.gallery(shown, count).savefig(options.figure, dpi=gallery.DPI)
     return int(refused > 0)
 
 

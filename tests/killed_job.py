@@ -7,9 +7,12 @@ import sys
 
 import torch
 
-from cifar_transfer import TransferClassifier, cache, cli, files, runs
+from cifar_transfer import TransferClassifier, files
+from cifar_transfer.data import cache
 from cifar_transfer.fit import fit
-from cifar_transfer.freeze import BackboneFreeze
+from cifar_transfer.training import cli
+from cifar_transfer.training import run as runs
+from cifar_transfer.training.freeze import BackboneFreeze
 
 
 def at(owner, name, left, when=lambda *args: True):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from cifar_transfer.augment import BRIGHTNESS, CONTRAST, HUE, SATURATION, Augment, Parameters, augment
+from cifar_transfer.data.augment import BRIGHTNESS, CONTRAST, HUE, SATURATION, Augment, Parameters, augment
 from cifar_transfer.errors import UserError
 
 MODES = ["constant", "reflect"]

@@ -15,12 +15,14 @@ import pytest
 from conftest import run_fit, write_images
 from PIL import Image
 
-from cifar_transfer import Classifier, ImageFolderDataModule, ShapesDataModule, TransferClassifier, twins
-from cifar_transfer.errors import UserError, printable
+from cifar_transfer import Classifier, ImageFolderDataModule, ShapesDataModule, TransferClassifier
+from cifar_transfer.console import printable
+from cifar_transfer.data import duplicates
+from cifar_transfer.data.folder import images_below
+from cifar_transfer.data.images import MAX_MEGAPIXELS, read_image
+from cifar_transfer.errors import UserError
 from cifar_transfer.fit import fit
-from cifar_transfer.images import MAX_MEGAPIXELS, read_image
 from cifar_transfer.predict import main
-from cifar_transfer.sources import images_below
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 PHOTO = Image.fromarray(np.kron(PIXELS[:3, :5], np.ones((8, 8, 1), np.uint8)))  # blocks, which JPEG keeps well
@@ -234,7 +236,7 @@ def test_a_class_without_images_is_named(tmp_path):
 
 @pytest.mark.parametrize("where", ["cached", "on the fly"])
 def test_images_in_training_and_test_alike_are_counted(tmp_path, monkeypatch, where):
-    monkeypatch.setattr(twins, "BEGINNING", 64)  # of files as small as these
+    monkeypatch.setattr(duplicates, "BEGINNING", 64)  # of files as small as these
     write_images(tmp_path / "train", 8)
     write_images(tmp_path / "test", 8, seed=1)
     for number in (2, 5, 6):

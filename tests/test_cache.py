@@ -12,13 +12,14 @@ import pytest
 from conftest import write_images
 
 from cifar_transfer import ImageFolderDataModule
-from cifar_transfer.cache import CACHE_FOLDER, cached
-from cifar_transfer.images import ArrayImages
+from cifar_transfer.data.cache import CACHE_FOLDER, cached
+from cifar_transfer.data.images import ArrayImages
 
 # Sets up a data module on the folder `photos`, and prints whether images are decoded anew each time, and their sum.
 SETUP = """
 import sys, warnings
-from cifar_transfer import ImageFolderDataModule, cache
+from cifar_transfer import ImageFolderDataModule
+from cifar_transfer.data import cache
 {before}
 data = ImageFolderDataModule("photos", num_workers=0)
 data.prepare_data()

@@ -6,8 +6,8 @@ from lightning import Trainer, seed_everything
 from torch import nn
 
 from cifar_transfer import ShapesDataModule, TransferClassifier
+from cifar_transfer.data.geometry import STATISTICS
 from cifar_transfer.errors import UserError
-from cifar_transfer.normalize import STATISTICS
 
 TINY = "shufflenet_v2_x0_5"
 

@@ -7,11 +7,11 @@ import yaml
 from conftest import TINY, run_fit, write_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cifar_transfer.cli import FitCLI
 from cifar_transfer.errors import UserError, one_sentence
 from cifar_transfer.evaluate import evaluate
 from cifar_transfer.figures import figures
 from cifar_transfer.fit import fit
+from cifar_transfer.training.cli import FitCLI
 
 RUN = "lightning_logs/version_0"
 

@@ -13,8 +13,9 @@ import pytest
 from conftest import TINY, run_fit
 from PIL import Image
 
-from cifar_transfer import backbones, catalog, compare, networks
+from cifar_transfer import backbones, compare
 from cifar_transfer.errors import UserError
+from cifar_transfer.network import build, catalog
 
 OPTIONS = [*TINY[2:], "--trainer.max_epochs=2"]
 BOTH = ["lenet5=none", "shufflenet_v2_x0_5=none"]
@@ -168,7 +169,7 @@ def test_details(table):
 
 
 def test_memory_grows_with_the_image():
-    network = networks.stock("resnet18")
+    network = build.stock("resnet18")
     ratio = backbones._activations(network, 128) / backbones._activations(network, 64)
     assert ratio == pytest.approx(4, rel=0.1)
 

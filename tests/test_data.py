@@ -17,18 +17,12 @@ from lightning import Trainer
 from lightning.pytorch import Callback
 from PIL import Image
 
-from cifar_transfer import (
-    Augment,
-    CIFAR10DataModule,
-    ImageFolderDataModule,
-    ShapesDataModule,
-    TransferClassifier,
-    cifar10,
-)
-from cifar_transfer.cache import CACHE_FOLDER
-from cifar_transfer.data import step_seed
+from cifar_transfer import Augment, CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule, TransferClassifier
+from cifar_transfer.data import cifar
+from cifar_transfer.data.cache import CACHE_FOLDER
+from cifar_transfer.data.images import read_image, stratified
+from cifar_transfer.data.module import step_seed
 from cifar_transfer.errors import UserError
-from cifar_transfer.images import read_image, stratified
 
 PER_BATCH = 30
 
@@ -39,26 +33,26 @@ def batches(monkeypatch):
     rng = np.random.default_rng(0)
     files = {}
     for split in ("train", "test"):
-        for name in cifar10.MD5S[split]:
+        for name in cifar.MD5S[split]:
             data = rng.integers(0, 256, (PER_BATCH, 3072), dtype=np.uint8)
             labels = [i % 10 for i in range(PER_BATCH)]
             files[name] = pickle.dumps({"data": data, "labels": labels}, protocol=2)
-    md5s = {s: {n: hashlib.md5(files[n]).hexdigest() for n in names} for s, names in cifar10.MD5S.items()}
-    monkeypatch.setattr(cifar10, "MD5S", md5s)
+    md5s = {s: {n: hashlib.md5(files[n]).hexdigest() for n in names} for s, names in cifar.MD5S.items()}
+    monkeypatch.setattr(cifar, "MD5S", md5s)
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for name, content in files.items():
-            info = tarfile.TarInfo(f"{cifar10.BATCHES}/{name}")
+            info = tarfile.TarInfo(f"{cifar.BATCHES}/{name}")
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", hashlib.md5(packed.getvalue()).hexdigest())
+    monkeypatch.setattr(cifar, "ARCHIVE_MD5", hashlib.md5(packed.getvalue()).hexdigest())
     return files, packed.getvalue()
 
 
 def put_batches(root, files):
-    (root / cifar10.BATCHES).mkdir(parents=True)
+    (root / cifar.BATCHES).mkdir(parents=True)
     for name, content in files.items():
-        (root / cifar10.BATCHES / name).write_bytes(content)
+        (root / cifar.BATCHES / name).write_bytes(content)
 
 
 def ready(data):
@@ -77,7 +71,7 @@ def test_batches_are_read_whole_and_in_order(tmp_path, batches):
     data.prepare_data()
     train = data.load("train")
     assert len(train) == 5 * PER_BATCH
-    for part, name in enumerate(cifar10.MD5S["train"]):
+    for part, name in enumerate(cifar.MD5S["train"]):
         images, labels = train.__getitems__(list(range(part * PER_BATCH, (part + 1) * PER_BATCH)))
         assert np.array_equal(images.numpy(), first_pixels(batches[0], name))
         assert labels.tolist() == [i % 10 for i in range(PER_BATCH)]
@@ -85,15 +79,15 @@ def test_batches_are_read_whole_and_in_order(tmp_path, batches):
 
 def test_the_sources_are_taken_in_their_order(tmp_path, batches):
     files, packed = batches
-    classes = cifar10.CLASSES
+    classes = cifar.CLASSES
     for split in ("train", "test"):
         write_images(tmp_path / split, 5, classes=classes)
     assert len(ready(CIFAR10DataModule(str(tmp_path))).images["test"]) == 50, "the image folder, if there is no other"
-    (tmp_path / cifar10.ARCHIVE).write_bytes(packed)
+    (tmp_path / cifar.ARCHIVE).write_bytes(packed)
     data = ready(CIFAR10DataModule(str(tmp_path)))
     assert np.array_equal(data.images["test"][0][0].numpy(), first_pixels(files, "test_batch")[0]), "then the archive"
     put_batches(tmp_path, files)
-    (tmp_path / cifar10.ARCHIVE).write_bytes(b"not looked at")
+    (tmp_path / cifar.ARCHIVE).write_bytes(b"not looked at")
     assert len(ready(CIFAR10DataModule(str(tmp_path))).images["test"]) == PER_BATCH, "the batches before all"
 
 
@@ -109,7 +103,7 @@ def test_a_pickle_that_is_not_the_official_one_is_never_opened(tmp_path, batches
     if where == "batch":
         put_batches(tmp_path, files | {"data_batch_3": pickle.dumps(Bomb())})
     else:
-        (tmp_path / cifar10.ARCHIVE).write_bytes(pickle.dumps(Bomb()))
+        (tmp_path / cifar.ARCHIVE).write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(UserError, match="not the official file"):
         CIFAR10DataModule(str(tmp_path)).prepare_data()
     assert not (tmp_path / "bomb-went-off").exists()
@@ -117,18 +111,18 @@ def test_a_pickle_that_is_not_the_official_one_is_never_opened(tmp_path, batches
 
 def test_a_missing_batch_is_named(tmp_path, batches):
     put_batches(tmp_path, batches[0])
-    (tmp_path / cifar10.BATCHES / "data_batch_4").unlink()
+    (tmp_path / cifar.BATCHES / "data_batch_4").unlink()
     with pytest.raises(UserError, match=r"data_batch_4 is missing"):
         CIFAR10DataModule(str(tmp_path)).prepare_data()
 
 
 def test_what_is_not_there_is_downloaded_once(tmp_path, batches, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with BrokenServer(files={f"/{cifar10.ARCHIVE}": batches[1]}) as server:
+    with BrokenServer(files={f"/{cifar.ARCHIVE}": batches[1]}) as server:
         for _ in range(2):
-            data = ready(CIFAR10DataModule(str(tmp_path), url=server.url(f"/{cifar10.ARCHIVE}")))
+            data = ready(CIFAR10DataModule(str(tmp_path), url=server.url(f"/{cifar.ARCHIVE}")))
     assert len(data.images["test"]) == PER_BATCH
-    assert (tmp_path / cifar10.ARCHIVE).read_bytes() == batches[1]
+    assert (tmp_path / cifar.ARCHIVE).read_bytes() == batches[1]
 
 
 def test_no_network_says_the_three_ways_out(tmp_path):

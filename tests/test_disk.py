@@ -12,7 +12,7 @@ import torch
 from conftest import TINY, assert_same_weights, run_fit
 
 from cifar_transfer.files import whole
-from cifar_transfer.runs import Board
+from cifar_transfer.training.run import Board
 
 RUN = "lightning_logs/version_0"
 LAST = f"{RUN}/checkpoints/last.ckpt"

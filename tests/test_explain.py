@@ -7,11 +7,11 @@ from matplotlib.text import Text
 from torch import nn
 
 from cifar_transfer import TransferClassifier
-from cifar_transfer.data import to_float
+from cifar_transfer.data.module import to_float
 from cifar_transfer.errors import UserError
-from cifar_transfer.explain import heat_map
-from cifar_transfer.inference import Answer
-from cifar_transfer.pictures import gallery, heated
+from cifar_transfer.inference.explain import heat_map
+from cifar_transfer.inference.predictor import Answer
+from cifar_transfer.results.gallery import gallery, heated
 
 LONG = (
     "a name that is much longer than those of CIFAR-10, " * 2

@@ -10,9 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ft2font import FT2Font
 from PIL import Image
 
-from cifar_transfer import ShapesDataModule, draw, figures
-from cifar_transfer.answers import Answers, CollectAnswers
-from cifar_transfer.lettering import BASE, lettering
+from cifar_transfer import ShapesDataModule, figures
+from cifar_transfer.results import plots
+from cifar_transfer.results.lettering import BASE, lettering
+from cifar_transfer.results.predictions import Answers, CollectAnswers
 
 NAMES = {
     "three": ["cat", "dog", "bird"],
@@ -54,25 +55,25 @@ def test_no_name_is_cut_off_or_boxed(names):
 
 def test_curves_are_whole():
     x = np.arange(40.0)
-    curve = {tag: draw.Curve(x, np.exp(-x / 9)) for tag in ("train/loss_epoch", "val/loss", "train/acc", "val/acc")}
-    assert_nothing_is_cut_off(draw.epochs(curve, 5, draw.Curve(x, np.where(x < 5, 1e-3, 1e-4))))
-    assert_nothing_is_cut_off(draw.loss_by_step(draw.Curve(x, x)))
+    curve = {tag: plots.Curve(x, np.exp(-x / 9)) for tag in ("train/loss_epoch", "val/loss", "train/acc", "val/acc")}
+    assert_nothing_is_cut_off(plots.epochs(curve, 5, plots.Curve(x, np.where(x < 5, 1e-3, 1e-4))))
+    assert_nothing_is_cut_off(plots.loss_by_step(plots.Curve(x, x)))
 
 
 def test_epochs_shade_the_frozen_ones_and_mark_the_rates_steps():
     x = np.arange(10.0)
-    curves = {"val/loss": draw.Curve(x, x)}
-    axes = draw.epochs(curves, 3, draw.Curve(x, np.repeat([1.0, 0.5, 0.25], [3, 4, 3]))).axes[0]
+    curves = {"val/loss": plots.Curve(x, x)}
+    axes = plots.epochs(curves, 3, plots.Curve(x, np.repeat([1.0, 0.5, 0.25], [3, 4, 3]))).axes[0]
     assert axes.patches[0].get_extents().transformed(axes.transData.inverted()).intervalx == pytest.approx([0.5, 3.5])
     assert [line.get_xdata()[0] for line in axes.lines[1:]] == [3.5, 7.5]
-    assert len(draw.epochs(curves, 0, draw.Curve(x, 1 - x / 10)).axes[0].lines) == 1, "a decay has no steps"
+    assert len(plots.epochs(curves, 0, plots.Curve(x, 1 - x / 10)).axes[0].lines) == 1, "a decay has no steps"
 
 
 def test_the_smoothed_loss_begins_with_the_loss():
-    smoothed = draw.smooth(np.array([4.0, 2.0, 2.0, 2.0]))
+    smoothed = plots.smooth(np.array([4.0, 2.0, 2.0, 2.0]))
     assert smoothed[0] == 4
     assert all(2 < value < 4 for value in smoothed[1:])
-    assert draw.smooth(np.full(50, 3.0)) == pytest.approx(3)
+    assert plots.smooth(np.full(50, 3.0)) == pytest.approx(3)
 
 
 def test_a_name_is_drawn_with_the_font_that_has_its_letters_or_in_latin_letters():

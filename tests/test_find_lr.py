@@ -7,10 +7,10 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-from cifar_transfer import find_lr
-from cifar_transfer.cli import FitCLI
 from cifar_transfer.errors import UserError
 from cifar_transfer.fit import fit
+from cifar_transfer.training import find_lr
+from cifar_transfer.training.cli import FitCLI
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from conftest import write_images
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cifar_transfer.cifar10 import CLASSES
-from cifar_transfer.classifier import TransferClassifier
-from cifar_transfer.cli import FitCLI
+from cifar_transfer.data.cifar import CLASSES
 from cifar_transfer.errors import one_sentence
-from cifar_transfer.freeze import BackboneFreeze
-from cifar_transfer.report import Report
+from cifar_transfer.results.report import Report
+from cifar_transfer.training.classifier import TransferClassifier
+from cifar_transfer.training.cli import FitCLI
+from cifar_transfer.training.freeze import BackboneFreeze
 
 BASE = ["--trainer.accelerator=cpu", "--report.figures=false", "--model.weights=none", "--trainer.logger=false"]
 BASE += ["--trainer.enable_checkpointing=false"]

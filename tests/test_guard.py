@@ -12,7 +12,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from cifar_transfer import ShapesDataModule, TransferClassifier
 from cifar_transfer.errors import UserError
 from cifar_transfer.fit import fit
-from cifar_transfer.guard import SCALED, Guard
+from cifar_transfer.training.finite_loss import SCALED, Guard
 
 LENET = [
     "--model.backbone=lenet5",

@@ -8,8 +8,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
 from torchvision.models.regnet import BlockParams
 
-from cifar_transfer import BackboneFreeze, TransferClassifier, catalog, networks
+from cifar_transfer import BackboneFreeze, TransferClassifier
 from cifar_transfer.errors import UserError
+from cifar_transfer.network import build, catalog
 
 SMALL = {"small_images": True}
 # Each at its smallest sensible size; VGG and ViT with smaller patches or classifier, as one would use them there.
@@ -102,8 +103,8 @@ def test_every_torchvision_network_has_a_head(name, monkeypatch):
 
     monkeypatch.setattr(BlockParams, "from_init_params", classmethod(on_cpu))
     with torch.device("meta"):
-        network = networks.stock(name, initialise=False)
-    (head,) = networks.head_names(network)
+        network = build.stock(name, initialise=False)
+    (head,) = build.head_names(network)
     last = [key for key, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
     assert head == last
     assert next(iter(catalog.weights(name).values())).native >= 224
@@ -148,7 +149,7 @@ def test_the_first_ten_convolutions_freeze_by_a_pattern(name, last):
     """The README's pattern."""
     pattern = r"network\.features\.(1?\d|2[01])\."
     with torch.device("meta"):
-        network = networks.stock(name)
+        network = build.stock(name)
     convolutions = [f"network.features.{i}.weight" for i, m in enumerate(network.features) if isinstance(m, nn.Conv2d)]
     model = nn.Module()
     model.network = network
@@ -240,5 +241,5 @@ def test_resuming_at_another_size_is_refused(tmp_path):
 
 def test_swin_whose_windows_timm_scales_itself():
     pytest.importorskip("timm", reason="timm is an optional extra")
-    network = networks.build("timm/swinv2_cr_tiny_224", "none", 3, image_size=64).network
+    network = build.build("timm/swinv2_cr_tiny_224", "none", 3, image_size=64).network
     assert network.eval()(torch.rand(2, 3, 64, 64)).shape == (2, 3)

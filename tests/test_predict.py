@@ -17,12 +17,12 @@ from lightning import Trainer
 from PIL import Image
 
 from cifar_transfer import Classifier, TransferClassifier
-from cifar_transfer.data import to_float
+from cifar_transfer.data.images import read_image
+from cifar_transfer.data.module import to_float
 from cifar_transfer.errors import UserError, one_sentence
-from cifar_transfer.images import read_image
-from cifar_transfer.pictures import DPI
+from cifar_transfer.inference.sources import find
 from cifar_transfer.predict import main
-from cifar_transfer.sources import find
+from cifar_transfer.results.gallery import DPI
 
 NAMES = ["cat", "飞机", "$5 or $6", "a longer name"]
 

@@ -7,7 +7,7 @@ from lightning import Trainer
 from PIL import Image
 
 import cifar_transfer
-from cifar_transfer.cli import FitCLI
+from cifar_transfer.training.cli import FitCLI
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

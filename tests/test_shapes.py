@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from cifar_transfer.data.shapes import TASKS, draw
 from cifar_transfer.errors import UserError
-from cifar_transfer.shapes import TASKS, draw
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -9,10 +9,10 @@ from torch import nn
 from torchvision import models
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
-from cifar_transfer import networks
-from cifar_transfer.layers import DenseConv2d, HalfMaxPool2d
-from cifar_transfer.normalize import STATISTICS
-from cifar_transfer.small_images import adapt, enlarged_kernel, enlarged_patch
+from cifar_transfer.data.geometry import STATISTICS
+from cifar_transfer.network import build
+from cifar_transfer.network.dense_conv import DenseConv2d, HalfMaxPool2d
+from cifar_transfer.network.small_images import adapt, enlarged_kernel, enlarged_patch
 
 
 def smooth_images(count=8, size=32):
@@ -42,8 +42,8 @@ def features(built, images):
 def difference(name, weights, factor, images):
     """Largest difference of a feature, as a share of the largest, and the mean cosine, both of what varies."""
     size = images.shape[-1]
-    adapted = networks.build(name, weights, 10, image_size=size, small=True)
-    stock = networks.build(name, weights, 10, image_size=size * factor)
+    adapted = build.build(name, weights, 10, image_size=size, small=True)
+    stock = build.build(name, weights, 10, image_size=size * factor)
     assert adapted.changes
     enlarged = F.interpolate(images, scale_factor=factor, mode="bilinear") if factor > 1 else images
     ours, theirs = features(adapted, images), features(stock, enlarged)
@@ -59,7 +59,7 @@ def difference(name, weights, factor, images):
 def random_weights(tmp_path):
     def write(name):
         torch.manual_seed(0)
-        torch.save(networks.stock(name).state_dict(), tmp_path / "weights.pth")
+        torch.save(build.stock(name).state_dict(), tmp_path / "weights.pth")
         return str(tmp_path / "weights.pth")
 
     return write
@@ -114,7 +114,7 @@ def test_a_stem_without_pool_is_the_same_function_inside(name):
     if name.startswith("timm/"):
         pytest.importorskip("timm", reason="timm is an optional extra")
     images = smooth_images()
-    network = networks.stock(name)
+    network = build.stock(name)
     expected = first_convolution(network)(F.interpolate(images, scale_factor=2, mode="bilinear"))
     adapt(network, 32, small=True)
     found = first_convolution(network)(images)
@@ -131,7 +131,7 @@ def test_a_stem_with_pool_stays_close_inside(name):
     if name.startswith("timm/"):
         pytest.importorskip("timm", reason="timm is an optional extra")
     torch.manual_seed(0)
-    network, images = networks.stock(name), smooth_images()
+    network, images = build.stock(name), smooth_images()
     response = first_convolution(network)(F.interpolate(images, scale_factor=4, mode="bilinear"))
     unpooled, expected = response[..., ::2, ::2], F.max_pool2d(response.relu(), 3, 2, 1)
     assert [m for m in network.modules() if isinstance(m, nn.MaxPool2d)]
@@ -179,10 +179,10 @@ def test_a_folded_classifier_is_the_same_function(name, size):
     if name == "alexnet" and size == 32:
         pytest.skip("AlexNet's stock stem leaves nothing of 32 pixels")
     torch.manual_seed(0)
-    network = networks.stock(name).eval()
+    network = build.stock(name).eval()
     images = torch.rand(2, 3, size, size)
     expected = network(images)
-    from cifar_transfer.small_images import _classifier
+    from cifar_transfer.network.small_images import _classifier
 
     changes = _classifier(network, size)
     assert bool(changes) == (size < 224)
@@ -192,7 +192,7 @@ def test_a_folded_classifier_is_the_same_function(name, size):
 
 def test_position_embeddings_and_patches_of_any_size(random_weights):
     torch.manual_seed(0)
-    stock = networks.stock("vit_b_32")
+    stock = build.stock("vit_b_32")
     weights = stock.state_dict()
     for size, patch in ((32, 4), (48, 8), (224, 32), (32, None)):
         network = models.vit_b_32()
@@ -207,7 +207,7 @@ def test_position_embeddings_and_patches_of_any_size(random_weights):
 @pytest.mark.parametrize("name", ["swin_t", "swin_v2_t"])
 def test_swin_windows_divide_the_grids_and_neighbours_keep_their_bias(name):
     torch.manual_seed(0)
-    network = networks.stock(name)
+    network = build.stock(name)
     block = next(m for m in network.modules() if isinstance(m, ShiftedWindowAttention))
     old, before = block.window_size[0], block.get_relative_position_bias().detach()[0]  # [heads, old², old²]
     changes = adapt(network, 32, small=True)
@@ -229,7 +229,7 @@ def test_swin_windows_divide_the_grids_and_neighbours_keep_their_bias(name):
 def test_swin_with_smaller_patches_is_the_stock_one_on_the_enlarged_image():
     """At a size where the windows are the stock ones: 56 patches along a side."""
     torch.manual_seed(0)
-    network = networks.stock("swin_t").eval()
+    network = build.stock("swin_t").eval()
     images = smooth_images(2, 112)
     with torch.no_grad():
         expected = network(F.interpolate(images, scale_factor=2, mode="bilinear"))
@@ -240,7 +240,7 @@ def test_swin_with_smaller_patches_is_the_stock_one_on_the_enlarged_image():
 
 def test_adapting_twice_changes_nothing():
     for name in ("resnet18", "mobilenet_v2", "vgg11", "vit_b_32", "swin_t", "alexnet"):
-        network = networks.stock(name)
+        network = build.stock(name)
         assert adapt(network, 32, small=True)
         state = {key: value.clone() for key, value in network.state_dict().items()}
         adapt(network, 32, small=True)
@@ -251,7 +251,7 @@ def test_adapting_twice_changes_nothing():
 def test_dense_convolutions_are_the_same_function(size):
     torch.manual_seed(0)
     plain = models.resnet18(num_classes=10)
-    ours = networks.build("resnet18", "none", 10).network
+    ours = build.build("resnet18", "none", 10).network
     ours.load_state_dict(plain.state_dict())
     assert sum(isinstance(m, DenseConv2d) for m in ours.modules()) == 17, "all but the three 1 x 1 shortcuts"
     images = torch.rand(4, 3, size, size)

@@ -13,7 +13,8 @@ from conftest import TINY, assert_same_weights, curves, run_fit
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from cifar_transfer import ShapesDataModule, TransferClassifier, interrupt
+from cifar_transfer import ShapesDataModule, TransferClassifier
+from cifar_transfer.training import interrupt
 
 RUN = "lightning_logs/version_0"
 LAST = "checkpoints/last.ckpt"

@@ -12,14 +12,14 @@ import torch
 from conftest import RUN, TINY, Program, run_fit, weights
 
 import cifar_transfer
-from cifar_transfer import checkpoints
-from cifar_transfer import weights as weights_module
 from cifar_transfer.errors import UserError
 from cifar_transfer.evaluate import evaluate
 from cifar_transfer.export import export
 from cifar_transfer.fit import fit
-from cifar_transfer.inference import Classifier
+from cifar_transfer.inference.predictor import Classifier
+from cifar_transfer.network import weights as weights_module
 from cifar_transfer.predict import main as predict
+from cifar_transfer.training.checkpoint import load_data, load_model, read_checkpoint
 
 
 def disguises(run, program):
@@ -39,7 +39,7 @@ def test_a_program_as_a_checkpoint_or_as_weights_is_refused(tmp_path, run, progr
     inside = disguises(run, program)[disguise]
     for name in ("w.ckpt", "w.pth"):
         path = program(tmp_path / name, call, inside)
-        for read in (checkpoints.read, checkpoints.load, Classifier.load, weights_module.read_file):
+        for read in (read_checkpoint, load_model, Classifier.load, weights_module.read_file):
             with pytest.raises(UserError, match="not opened"):
                 read(path)
 
@@ -62,7 +62,7 @@ def test_a_program_in_an_older_or_another_format_is_refused(tmp_path, write):
     marker = tmp_path / "it was run"
     for name in ("w.ckpt", "w.pth", "w.pt2", "w.pth.tar", "w.safetensors", "w.bin"):
         write(tmp_path / name, {"state_dict": Program(marker), "hyper_parameters": {"backbone": "resnet18"}})
-        for read in (checkpoints.load, weights_module.read_file):
+        for read in (load_model, weights_module.read_file):
             with pytest.raises(UserError, match=r"not opened|cannot be read"):
                 read(tmp_path / name)
     assert not marker.exists()
@@ -142,7 +142,7 @@ def packed(new, member, content):
 def test_a_checkpoint_whose_parts_have_other_sizes_is_refused_or_read(tmp_path, run, change, outcome):
     lying(run, tmp_path / "w.ckpt", change)
     with outcome:
-        checkpoints.load(tmp_path / "w.ckpt")
+        load_model(tmp_path / "w.ckpt")
 
 
 @pytest.mark.parametrize("absurd", ["tensor", "classes", "strided"])
@@ -157,7 +157,7 @@ def test_a_checkpoint_of_absurd_sizes_is_refused(tmp_path, run, absurd):
         checkpoint["state_dict"][name] = torch.zeros(1).as_strided((10**6, 10**6), (0, 0))
     torch.save(checkpoint, tmp_path / "w.ckpt")
     with pytest.raises(UserError):
-        checkpoints.load(tmp_path / "w.ckpt")
+        load_model(tmp_path / "w.ckpt")
 
 
 def test_the_version_is_in_each_checkpoint_and_told_where_it_matters(tmp_path, monkeypatch, run):
@@ -180,7 +180,7 @@ def test_a_checkpoint_of_a_later_version_says_what_is_unknown(tmp_path, run, whe
     checkpoint[key] = checkpoint[key] | {"of_tomorrow": 1}
     torch.save(checkpoint, tmp_path / "w.ckpt")
     with pytest.raises(UserError, match="of_tomorrow"):
-        checkpoints.load_data(checkpoints.read(tmp_path / "w.ckpt"))
+        load_data(read_checkpoint(tmp_path / "w.ckpt"))
 
 
 def test_weights_of_another_network_than_the_options_name_are_told(tmp_path, run):
@@ -188,7 +188,7 @@ def test_weights_of_another_network_than_the_options_name_are_told(tmp_path, run
     checkpoint["hyper_parameters"]["backbone"] = "resnet18"
     torch.save(checkpoint, tmp_path / "w.ckpt")
     with pytest.raises(UserError, match="does not hold the network that it says it does"):
-        checkpoints.load(tmp_path / "w.ckpt")
+        load_model(tmp_path / "w.ckpt")
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, 5000, -1])
@@ -196,4 +196,4 @@ def test_a_checkpoint_cut_short_is_told(tmp_path, run, length):
     whole = (run / RUN / "checkpoints/last.ckpt").read_bytes()
     (tmp_path / "w.ckpt").write_bytes(whole[:length])
     with pytest.raises(UserError, match="cannot be read"):
-        checkpoints.read(tmp_path / "w.ckpt")
+        read_checkpoint(tmp_path / "w.ckpt")

@@ -16,12 +16,12 @@ import torch
 from conftest import RUN, Program
 
 import cifar_transfer
-from cifar_transfer import cache, cifar10
-from cifar_transfer.answers import Answers
-from cifar_transfer.cli import FitCLI
+from cifar_transfer.data import cache, cifar
 from cifar_transfer.errors import UserError
 from cifar_transfer.figures import figures
 from cifar_transfer.fit import fit
+from cifar_transfer.results.predictions import Answers
+from cifar_transfer.training.cli import FitCLI
 
 
 def test_a_program_as_the_best_checkpoint_of_a_finished_run_is_refused(tmp_path, monkeypatch, run, program):
@@ -147,20 +147,20 @@ def test_an_archive_writes_nothing_outside_its_folder(tmp_path, monkeypatch):
     """It has the right sum, as far as the program knows, and members that point elsewhere."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w:gz") as archive:
-        for name in ("../../evil", "/tmp/evil-of-an-archive", f"{cifar10.BATCHES}/../../evil"):
+        for name in ("../../evil", "/tmp/evil-of-an-archive", f"{cifar.BATCHES}/../../evil"):
             member = tarfile.TarInfo(name)
             member.size = 4
             archive.addfile(member, io.BytesIO(b"evil"))
-        link = tarfile.TarInfo(f"{cifar10.BATCHES}/test_batch")
+        link = tarfile.TarInfo(f"{cifar.BATCHES}/test_batch")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
-    path = tmp_path / "deep" / "er" / cifar10.ARCHIVE
+    path = tmp_path / "deep" / "er" / cifar.ARCHIVE
     path.parent.mkdir(parents=True)
     path.write_bytes(content.getvalue())
-    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", hashlib.md5(content.getvalue()).hexdigest())
+    monkeypatch.setattr(cifar, "ARCHIVE_MD5", hashlib.md5(content.getvalue()).hexdigest())
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(KeyError, match="/etc/passwd"):  # which is no member
-        cifar10._read(path, "test")
+        cifar._read(path, "test")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -169,14 +169,14 @@ def test_a_program_in_an_archive_that_passes_for_the_official_one_is_not_run(tmp
     content = io.BytesIO()
     program = pickle.dumps(Program(tmp_path / "it was run"))
     with tarfile.open(fileobj=content, mode="w:gz") as archive:
-        member = tarfile.TarInfo(f"{cifar10.BATCHES}/test_batch")
+        member = tarfile.TarInfo(f"{cifar.BATCHES}/test_batch")
         member.size = len(program)
         archive.addfile(member, io.BytesIO(program))
-    path = tmp_path / cifar10.ARCHIVE
+    path = tmp_path / cifar.ARCHIVE
     path.write_bytes(content.getvalue())
-    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", hashlib.md5(content.getvalue()).hexdigest())
+    monkeypatch.setattr(cifar, "ARCHIVE_MD5", hashlib.md5(content.getvalue()).hexdigest())
     with pytest.raises(UserError, match=r"test_batch is not the official file"):
-        cifar10._read(path, "test")
+        cifar._read(path, "test")
     assert not (tmp_path / "it was run").exists()
 
 
@@ -205,7 +205,7 @@ FORBIDDEN = {
 def test_no_call_in_the_project_opens_what_could_be_a_program():
     """But `pickle.loads` of batches, after their sums were compared."""
     found = set()
-    for path in Path(cifar_transfer.__file__).parent.glob("*.py"):
+    for path in Path(cifar_transfer.__file__).parent.rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
             if not isinstance(call, ast.Call):
                 continue
@@ -219,4 +219,4 @@ def test_no_call_in_the_project_opens_what_could_be_a_program():
                 assert keywords.get(SAFE[name][0]) == str(SAFE[name][1]), f"{path}:{call.lineno}"
             if name == "pickle.loads":
                 found.add(path.name)
-    assert found == {"torch.load", "np.load", "cifar10.py"}
+    assert found == {"torch.load", "np.load", "cifar.py"}

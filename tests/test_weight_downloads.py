@@ -17,9 +17,11 @@ from broken_server import BEHAVIOURS, BrokenServer
 from safetensors.torch import save
 from torchvision import models
 
-from cifar_transfer import TransferClassifier, cifar10, download, networks, weights
+from cifar_transfer import TransferClassifier, download
+from cifar_transfer.data import cifar
 from cifar_transfer.download import fetch
 from cifar_transfer.errors import UserError
+from cifar_transfer.network import build, weights
 
 TINY = "shufflenet_v2_x0_5"
 VIT = "timm/test_vit"
@@ -84,7 +86,7 @@ def hub(tmp_path, monkeypatch):
     pytest.importorskip("timm", reason="timm is an optional extra")
     import huggingface_hub.constants as constants
 
-    Hub.content, Hub.served = save(networks.stock(VIT).state_dict()), []
+    Hub.content, Hub.served = save(build.stock(VIT).state_dict()), []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
@@ -144,8 +146,8 @@ def source(what, home, url):
     """Where the file of a kind belongs below a folder, and the call of the product that fetches it from a server."""
     digest = hashlib.sha256(CONTENT).hexdigest()
     if what == "data":
-        cifar10.ARCHIVE_MD5 = hashlib.md5(CONTENT).hexdigest()
-        return home / cifar10.ARCHIVE, partial(cifar10.download, home, url)
+        cifar.ARCHIVE_MD5 = hashlib.md5(CONTENT).hexdigest()
+        return home / cifar.ARCHIVE, partial(cifar.download, home, url)
     if what == "torchvision":
         torch.hub.set_dir(home)
         name = url.rpartition("/")[2]
@@ -171,7 +173,7 @@ def restored(monkeypatch):
     """What `source` changes is as before, afterwards."""
     import huggingface_hub.constants
 
-    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", cifar10.ARCHIVE_MD5)
+    monkeypatch.setattr(cifar, "ARCHIVE_MD5", cifar.ARCHIVE_MD5)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", huggingface_hub.constants.HF_HUB_CACHE)
     for name in ("get_hf_file_metadata", "hf_hub_download"):
         monkeypatch.setattr(huggingface_hub, name, getattr(huggingface_hub, name))
@@ -187,10 +189,10 @@ NAME = f"w-{hashlib.sha256(CONTENT).hexdigest()[:8]}.pth"
 @pytest.mark.parametrize("what", ["data", "torchvision", "hub"])
 def test_a_broken_server_leaves_no_file_and_a_way_out(tmp_path, monkeypatch, restored, what, behaviour):
     """Or, where the second attempt is good, the file."""
-    for module in (cifar10, weights):
+    for module in (cifar, weights):
         monkeypatch.setattr(module, "fetch", partial(fetch, stall_seconds=0.4))
     monkeypatch.setattr(download, "PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(cifar10, "ARCHIVE_BYTES", len(CONTENT))
+    monkeypatch.setattr(cifar, "ARCHIVE_BYTES", len(CONTENT))
     with BrokenServer({f"/{NAME}": CONTENT}) as server:
         path, get = source(what, tmp_path, server.url(f"/{behaviour}/{NAME}"))
         began = time.monotonic()

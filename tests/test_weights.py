@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torchvision import models
 
-from cifar_transfer import TransferClassifier, catalog, networks
+from cifar_transfer import TransferClassifier
 from cifar_transfer.errors import UserError
+from cifar_transfer.network import build, catalog
 
 TINY = "shufflenet_v2_x0_5"
 VIT = "timm/vit_tiny_patch16_224"
@@ -181,7 +182,7 @@ def test_moco_v3(tmp_path, name, head):
     if name.startswith("timm/"):
         pytest.importorskip("timm", reason="timm is an optional extra")
     torch.manual_seed(0)
-    network = networks.stock(name)
+    network = build.stock(name)
     torch.save(moco_v3(network, head, 16), tmp_path / "r-50-300ep.pth.tar")
     model = TransferClassifier(name, str(tmp_path / "r-50-300ep.pth.tar"), num_classes=3, image_size=224)
     assert_backbone_arrived(model, network.state_dict())
@@ -191,7 +192,7 @@ def test_moco_v3(tmp_path, name, head):
 def test_publishers_wrappings(tmp_path, publisher):
     pytest.importorskip("timm", reason="timm is an optional extra")
     torch.manual_seed(0)
-    network = networks.stock(VIT)
+    network = build.stock(VIT)
     state = network.state_dict()
     content = {
         "timm": state,
@@ -214,7 +215,7 @@ def test_microsofts_own_files_of_swin_and_beit(tmp_path):
     pytest.importorskip("timm", reason="timm is an optional extra")
     torch.manual_seed(0)
     name = "timm/swin_tiny_patch4_window7_224"
-    state = networks.stock(name).state_dict()
+    state = build.stock(name).state_dict()
     published = {}
     for key, value in state.items():
         key = key.replace("head.fc.", "head.")
@@ -228,7 +229,7 @@ def test_microsofts_own_files_of_swin_and_beit(tmp_path):
     assert_backbone_arrived(model, state)
 
     name = "timm/beit_base_patch16_224"
-    state = networks.stock(name).state_dict()
+    state = build.stock(name).state_dict()
     published = state | {"blocks.0.attn.relative_position_index": torch.zeros(197, 197, dtype=torch.long)}
     torch.save({"model": published}, tmp_path / "beit.pth")
     model = TransferClassifier(name, str(tmp_path / "beit.pth"), num_classes=3, image_size=224)

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from cifar_transfer.data import ImageDataModule, Split
+from cifar_transfer.data.images import ArrayImages, Images
+from cifar_transfer.data.module import ImageDataModule, Split
 from cifar_transfer.errors import UserError, check
-from cifar_transfer.images import ArrayImages, Images
 
 _SIDE = 32
 MOST = 1_000_000  # images, 3 GB  # pixels

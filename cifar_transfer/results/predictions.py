@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,14 +15,28 @@ from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 from torchmetrics.utilities import dim_zero_cat
 
-from cifar_transfer.data import Split
+from cifar_transfer.data.images import Images
+from cifar_transfer.data.module import Split
 from cifar_transfer.files import whole
-from cifar_transfer.images import Images
 
 SHOWN = 32  # mistakes, and as many correct answers, whose images are kept
 THUMBNAIL = 96  # pixels, the longest side of those
 PROJECTED = 1000  # images in TensorBoard's projector
 SPRITE = 32  # pixels, of those in TensorBoard's projector, which takes them in one picture of at most 8192
+
+
+class ImagePrediction(NamedTuple):
+    """What the network says of one image.
+
+    Attributes:
+        source: The image as it was given, a path or something in memory.
+        pixels: What the network was shown, uint8 [3, H, W], RGB.
+        classes: The likeliest with their probabilities in [0, 1], the likeliest first.
+    """
+
+    source: Any
+    pixels: np.ndarray
+    classes: list[tuple[str, float]]
 
 
 @dataclass(frozen=True)

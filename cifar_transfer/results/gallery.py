@@ -11,10 +11,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cifar_transfer.draw import SKY, note
-from cifar_transfer.errors import printable
-from cifar_transfer.inference import Answer
-from cifar_transfer.lettering import Lettering, lettering
+from cifar_transfer.console import printable
+from cifar_transfer.results.lettering import Lettering, lettering
+from cifar_transfer.results.plots import SKY, note
+from cifar_transfer.results.predictions import ImagePrediction
 
 SHOWN = 24  # images in a gallery
 BARS = 10  # classes of each in it
@@ -25,7 +25,7 @@ _LINE = 0.15  # inches
 _GAP = 0.4  # lines between two bars
 
 
-def gallery(answers: Sequence[Answer], count: int) -> Figure:
+def gallery(answers: Sequence[ImagePrediction], count: int) -> Figure:
     """Images, each with the names and probabilities of its likeliest classes.
 
     Args:
@@ -81,7 +81,7 @@ def _bars(
         top += height
 
 
-def heated(answer: Answer, heat: np.ndarray) -> Figure:
+def heated(answer: ImagePrediction, heat: np.ndarray) -> Figure:
     """An image, and beside it in grey under the heat map of its likeliest class.
 
     Args:
@@ -111,7 +111,7 @@ def _image(axes: Axes, pixels: np.ndarray) -> None:
     axes.imshow(pixels.transpose(1, 2, 0), interpolation="nearest")
 
 
-def _place(answer: Answer) -> str:
+def _place(answer: ImagePrediction) -> str:
     """A file by its name and its folder's."""
     return printable(str(Path(*Path(str(answer.source)).parts[-2:])))
 

@@ -15,12 +15,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.summary.writer.record_writer import RecordWriter
 
-from cifar_transfer import checkpoints
 from cifar_transfer.errors import UserError
 from cifar_transfer.files import whole
+from cifar_transfer.training.checkpoint import LOGS, read_checkpoint
+from cifar_transfer.training.classifier import EPOCH_FIGURES
 
 CONFIG = "config.yaml"
+EPOCH_TAGS = {*EPOCH_FIGURES, "lr", "trainable_parameters"}
 
 
 def import_nothing_else(args: Sequence[str]) -> None:
@@ -72,7 +76,7 @@ class WholeFiles(TorchCheckpointIO):
         Raises:
             UserError: It cannot be read.
         """
-        return checkpoints.read(path)
+        return read_checkpoint(path)
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -188,7 +192,7 @@ def job_folder(root: Path) -> Path | None:
     """
     if not SLURMEnvironment.detect() or (job := SLURMEnvironment.job_id()) is None:
         return None
-    return root / checkpoints.LOGS / f"slurm_{job}"
+    return root / LOGS / f"slurm_{job}"
 
 
 def newest_state(run: Path) -> Path | None:
@@ -202,3 +206,23 @@ def newest_state(run: Path) -> Path | None:
     """
     states = [path for path in (run / "checkpoints" / "last.ckpt", *run.glob("hpc_ckpt_*.ckpt")) if path.is_file()]
     return max(states, key=os.path.getmtime, default=None)
+
+
+def trim_events(run: Path, epoch: int, step: int) -> None:
+    """Remove from a run's event files what was logged after its last checkpoint, and will be logged again.
+
+    A killed run has logged more than it has saved; resumed, its curves would overlap.
+
+    Args:
+        run: Folder of the run.
+        epoch: First epoch that will be run again; figures of epochs have it as their step.
+        step: First optimizer step that will be run again.
+    """
+    for path in sorted(run.glob("events.out.tfevents.*")):
+        with whole(path) as file:
+            writer = RecordWriter(file)
+            for event in LegacyEventFileLoader(str(path)).Load():  # stops before a record that was cut short
+                tags = {value.tag for value in event.summary.value}
+                final = any(tag.startswith("best/") for tag in tags)
+                if not tags or (not final and event.step < (epoch if tags & EPOCH_TAGS else step)):
+                    writer.write(event.SerializeToString())

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from cifar_transfer.answers import Answers
-from cifar_transfer.lettering import Lettering, lettering
+from cifar_transfer.results.lettering import Lettering, lettering
+from cifar_transfer.results.predictions import Answers
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # all but yellow and black
 BLUE, ORANGE, SKY, GREY = COLOURS[0], COLOURS[1], COLOURS[5], "#999999"

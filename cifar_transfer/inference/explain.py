@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import Encoder
 
-from cifar_transfer import pictures
-from cifar_transfer.classifier import TransferClassifier
-from cifar_transfer.data import to_float
+from cifar_transfer.data.module import to_float
 from cifar_transfer.errors import UserError
-from cifar_transfer.inference import Answer
+from cifar_transfer.results import gallery
+from cifar_transfer.results.predictions import ImagePrediction
+from cifar_transfer.training.classifier import TransferClassifier
 
 SIDES = (4, 2)  # positions along a side that are wanted, or else at least
 
@@ -98,13 +98,13 @@ def _places(values: Tensor) -> Tensor | None:
     return None
 
 
-def explained(answers: Iterable[Answer], model: TransferClassifier, folder: Path) -> Iterator[Answer]:
+def explained(answers: Iterable[ImagePrediction], model: TransferClassifier, folder: Path) -> Iterator[ImagePrediction]:
     """Pass answers on, after a picture of each has been saved as `folder/NUMBER-NAME.png`.
 
     Raises:
         UserError: No heat map can be made.
     """
     for number, answer in enumerate(answers, 1):
-        figure = pictures.heated(answer, heat_map(model, answer.pixels))
-        figure.savefig(folder / f"{number:05d}-{Path(str(answer.source)).stem[:60]}.png", dpi=pictures.DPI)
+        figure = gallery.heated(answer, heat_map(model, answer.pixels))
+        figure.savefig(folder / f"{number:05d}-{Path(str(answer.source)).stem[:60]}.png", dpi=gallery.DPI)
         yield answer

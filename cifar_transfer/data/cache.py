@@ -22,7 +22,7 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm
 
-from cifar_transfer.images import ArrayImages, Images, MixedSizes, cores
+from cifar_transfer.data.images import ArrayImages, Images, MixedSizes, cores
 
 CACHE_FOLDER = ".cifar_transfer"
 BATCH = 64  # images that a thread decodes at once

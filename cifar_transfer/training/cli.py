@@ -19,15 +19,19 @@ from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from cifar_transfer import checkpoints, find_lr, quiet, runs
-from cifar_transfer.answers import PROJECTED, CollectAnswers
-from cifar_transfer.classifier import TransferClassifier
-from cifar_transfer.data import ImageDataModule
+from cifar_transfer import console
+from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.errors import UserError, check, taken
-from cifar_transfer.freeze import BackboneFreeze
-from cifar_transfer.guard import Guard
-from cifar_transfer.interrupt import Interrupt
-from cifar_transfer.report import Report, trim_events
+from cifar_transfer.results.predictions import PROJECTED, CollectAnswers
+from cifar_transfer.results.report import Report
+from cifar_transfer.training import find_lr
+from cifar_transfer.training import run as runs
+from cifar_transfer.training.checkpoint import LOGS, read_checkpoint
+from cifar_transfer.training.classifier import TransferClassifier
+from cifar_transfer.training.finite_loss import Guard
+from cifar_transfer.training.freeze import BackboneFreeze
+from cifar_transfer.training.interrupt import Interrupt
+from cifar_transfer.training.run import trim_events
 
 HELP = """\
 usage: python -m cifar_transfer.fit [--config FILE] [--option=VALUE ...]
@@ -91,7 +95,7 @@ class FitCLI(LightningCLI):
     """`LightningCLI` for `TransferClassifier` and the data modules, without subcommands."""
 
     def __init__(self, args: Sequence[str]) -> None:
-        quiet.hush()
+        console.hush()
         super().__init__(
             TransferClassifier,
             ImageDataModule,
@@ -132,7 +136,7 @@ class FitCLI(LightningCLI):
             config = Path(run, runs.CONFIG)
             if not config.is_file():
                 raise UserError(
-                    f"--resume {run}: there is no {config}; name the folder of a run, say {checkpoints.LOGS}/version_0."
+                    f"--resume {run}: there is no {config}; name the folder of a run, say {LOGS}/version_0."
                 )
             runs.import_nothing_else(args)
             args = ["--config", str(config), *args]
@@ -152,7 +156,7 @@ class FitCLI(LightningCLI):
                 raise UserError("--find_lr looks at a run that begins: leave out --resume and --ckpt_path.")
             self.config.model.train_sizes = None  # at the last size, for another in the middle would bend the curve
         if path := self.config.ckpt_path:
-            saved = checkpoints.read(path)["hyper_parameters"]
+            saved = read_checkpoint(path)["hyper_parameters"]
             instead: dict[str, Any] = {"weights": "none"}
             for name, word in (("image_size", "native"), ("normalize", "weights")):
                 if self.config.model[name] == word:
@@ -227,10 +231,10 @@ class FitCLI(LightningCLI):
 
     def _logger(self, root: str) -> runs.Board:
         if not (run := self.config.resume):
-            logs = Path(root, checkpoints.LOGS)
+            logs = Path(root, LOGS)
             _require_writable(logs)
             # Absolute, as when the run is resumed: a ModelCheckpoint that finds another path forgets its best score.
-            return runs.Board(str(Path(root).resolve()), checkpoints.LOGS, self.job.name if self.job else None)
+            return runs.Board(str(Path(root).resolve()), LOGS, self.job.name if self.job else None)
         folder = Path(run).resolve()
         _require_writable(folder)
         self._trim(folder)

@@ -9,13 +9,13 @@ import torch
 from lightning import LightningDataModule
 
 from cifar_transfer import __version__
-from cifar_transfer.augment import Augment
-from cifar_transfer.cifar10 import CIFAR10DataModule
-from cifar_transfer.classifier import VERSION_KEY, TransferClassifier
-from cifar_transfer.data import ImageDataModule
+from cifar_transfer.data.augment import Augment
+from cifar_transfer.data.cifar import CIFAR10DataModule
+from cifar_transfer.data.folder import ImageFolderDataModule
+from cifar_transfer.data.module import ImageDataModule
+from cifar_transfer.data.shapes import ShapesDataModule
 from cifar_transfer.errors import UserError, first_line
-from cifar_transfer.folder import ImageFolderDataModule
-from cifar_transfer.shapes import ShapesDataModule
+from cifar_transfer.training.classifier import VERSION_KEY, TransferClassifier
 
 LOGS = "lightning_logs"  # where runs are, in the current folder
 DATA_MODULES: dict[str, type[ImageDataModule]] = {
@@ -23,7 +23,7 @@ DATA_MODULES: dict[str, type[ImageDataModule]] = {
 }
 
 
-def newest(logs: str | Path = LOGS) -> Path:
+def newest_checkpoint(logs: str | Path = LOGS) -> Path:
     """The best checkpoint of the newest run.
 
     Args:
@@ -41,7 +41,7 @@ def newest(logs: str | Path = LOGS) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint of ours as a dictionary; nothing but tensors and primitives is unpickled.
 
     Raises:
@@ -69,13 +69,13 @@ def read(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load(path: str | Path) -> TransferClassifier:
+def load_model(path: str | Path) -> TransferClassifier:
     """The trained network of a checkpoint, in eval mode, on the CPU.
 
     Raises:
-        UserError: As `read`; or its weights are not those of the network that its options name.
+        UserError: As `read_checkpoint`; or its weights are not those of the network that its options name.
     """
-    read(path)
+    read_checkpoint(path)
     try:
         return TransferClassifier.load_from_checkpoint(path, map_location="cpu").eval()
     except UserError:

@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from cifar_transfer.report import say
+from cifar_transfer.console import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TOGETHER = 10  # steps after which several processes ask each other whether one is to stop

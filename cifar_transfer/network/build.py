@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from torch import nn
 from torchvision import models
 
-from cifar_transfer import catalog, weights
-from cifar_transfer.catalog import LENET, TIMM
 from cifar_transfer.errors import UserError
-from cifar_transfer.layers import DenseConv2d
-from cifar_transfer.small_images import ASSUMED, adapt
+from cifar_transfer.network import catalog, weights
+from cifar_transfer.network.catalog import LENET, TIMM
+from cifar_transfer.network.dense_conv import DenseConv2d
+from cifar_transfer.network.small_images import ASSUMED, adapt
 
 # As many outputs have the heads of a network for ImageNet, and no other of its layers: heads are found by it.
 _IMAGENET_CLASSES = 1000

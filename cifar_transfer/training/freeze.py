@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cifar_transfer.errors import UserError, check
-from cifar_transfer.optim import HEAD, LARGEST_RATE
+from cifar_transfer.training.optimizer import HEAD, LARGEST_RATE
 
 
 class BackboneFreeze(Callback):

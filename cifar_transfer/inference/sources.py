@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from cifar_transfer.data.folder import images_below
 from cifar_transfer.errors import UserError
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -49,33 +50,3 @@ def _folder(folder: str, refuse: Callable[[UserError], None]) -> Iterator[str]:
         yield path
     if not found:
         refuse(UserError(f"{folder} has no images, not below it either ({' '.join(IMG_EXTENSIONS)})."))
-
-
-def images_below(folder: str, refuse: Callable[[UserError], None]) -> Iterator[str]:
-    """Files named as images, anywhere below a folder and sorted; links are followed, but not in circles.
-
-    What is hidden, as the notes that systems leave beside images (`._cat.jpg`), is left out, and so are pipes and
-    devices. A link to nothing is a file that cannot be read.
-
-    Args:
-        folder: Where to look.
-        refuse: Called with the reason where a folder cannot be read.
-    """
-    return _below(folder, frozenset([os.path.realpath(folder)]), refuse)
-
-
-def _below(folder: str, above: frozenset[str], refuse: Callable[[UserError], None]) -> Iterator[str]:
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        refuse(UserError(f"{folder} cannot be read ({error.strerror})."))
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        link = entry.is_symlink()
-        if os.path.isdir(entry.path) if link else entry.is_dir():  # which fails for a link to itself
-            if (real := os.path.realpath(entry.path)) not in above:
-                yield from _below(entry.path, above | {real}, refuse)
-        elif entry.name.lower().endswith(IMG_EXTENSIONS) and (link or entry.is_file()):
-            yield entry.path

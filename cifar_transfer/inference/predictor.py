@@ -4,35 +4,22 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, overload
+from typing import Any, NoReturn, overload
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from cifar_transfer import checkpoints
-from cifar_transfer.classifier import TransferClassifier
-from cifar_transfer.data import to_float
+from cifar_transfer.data.images import MAX_MEGAPIXELS, cores, read_image, to_pixels
+from cifar_transfer.data.module import to_float
 from cifar_transfer.errors import UserError, check
-from cifar_transfer.images import MAX_MEGAPIXELS, cores, read_image, to_pixels
+from cifar_transfer.results.predictions import ImagePrediction
+from cifar_transfer.training.checkpoint import load_model
+from cifar_transfer.training.classifier import TransferClassifier
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 Prediction = tuple[str, float]
-
-
-class Answer(NamedTuple):
-    """What the network says of an image.
-
-    Attributes:
-        source: The image as it was given.
-        pixels: What the network was shown, uint8 [3, S, S], RGB.
-        classes: The likeliest with their probabilities in [0, 1], the likeliest first.
-    """
-
-    source: Picture
-    pixels: np.ndarray
-    classes: list[Prediction]
 
 
 def _raise(error: UserError) -> NoReturn:
@@ -43,7 +30,7 @@ class Classifier:
     """A trained network with its classes' names.
 
     Args:
-        model: The network, as `checkpoints.load` gives it.
+        model: The network, as `load_model` gives it.
         accelerator: "auto" for a GPU where there is one, "gpu" (or its kind, "cuda", "mps"), or "cpu".
         max_megapixels: A file of more million pixels is refused, before it is decoded.
 
@@ -77,7 +64,7 @@ class Classifier:
         Raises:
             UserError: It is missing, damaged or no such checkpoint; or as for the class.
         """
-        return cls(checkpoints.load(ckpt), accelerator, max_megapixels)
+        return cls(load_model(ckpt), accelerator, max_megapixels)
 
     @overload
     def predict(self, images: Picture, top_k: int = 5) -> list[Prediction]: ...
@@ -109,7 +96,7 @@ class Classifier:
         top_k: int = 5,
         batch_size: int = 64,
         refuse: Callable[[UserError], object] = _raise,
-    ) -> Iterator[Answer]:
+    ) -> Iterator[ImagePrediction]:
         """Answers in the order of the images, however many these are: two batches are in memory.
 
         Threads decode a batch while the network looks at the one before.
@@ -138,7 +125,7 @@ class Classifier:
                     except UserError as error:
                         refuse(error)
                 if shown:
-                    yield from map(Answer, sources, shown, self._classes(np.stack(shown), top_k))
+                    yield from map(ImagePrediction, sources, shown, self._classes(np.stack(shown), top_k))
 
     @torch.inference_mode()
     def _classes(self, pixels: np.ndarray, top_k: int) -> list[list[Prediction]]:

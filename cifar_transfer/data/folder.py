@@ -1,7 +1,7 @@
 """Folders of images, one folder a class: CIFAR-10 as fast.ai mirrors it, or anybody's own."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,12 +10,12 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from cifar_transfer import twins
-from cifar_transfer.cache import cached
-from cifar_transfer.data import ImageDataModule, Split
-from cifar_transfer.errors import UserError, check, printable
-from cifar_transfer.images import LARGEST_SIDE, MAX_MEGAPIXELS, FileImages, Images, MixedSizes, read_image
-from cifar_transfer.sources import images_below
+from cifar_transfer.console import printable
+from cifar_transfer.data import duplicates
+from cifar_transfer.data.cache import cached
+from cifar_transfer.data.images import LARGEST_SIDE, MAX_MEGAPIXELS, FileImages, Images, MixedSizes, read_image
+from cifar_transfer.data.module import ImageDataModule, Split
+from cifar_transfer.errors import UserError, check
 
 MIXED_SIZE = 224  # pixels: what images of unequal or large sizes are brought to unless `decode_size` says otherwise
 LARGEST_KEPT = 256  # pixels: up to this, images that all have one size keep it
@@ -79,7 +79,7 @@ class ImageFolderDataModule(ImageDataModule):
         for split, images in self._loaded.items():
             train = self._loaded["train"]
             if first and train and images and images is not train:
-                self._warn_of_twins(split, twins.find(train, self._paths["train"], images, self._paths[split]))
+                self._warn_of_twins(split, duplicates.find(train, self._paths["train"], images, self._paths[split]))
 
     def _warn_of_twins(self, split: Split, pairs: Sequence[tuple[str, str]]) -> None:
         if pairs:
@@ -171,3 +171,33 @@ def folder_images(
         except MixedSizes:
             rank_zero_info("%s: images of different sizes; each becomes %d x %d pixels", name, MIXED_SIZE, MIXED_SIZE)
             size = MIXED_SIZE
+
+
+def images_below(folder: str, refuse: Callable[[UserError], None]) -> Iterator[str]:
+    """Files named as images, anywhere below a folder and sorted; links are followed, but not in circles.
+
+    What is hidden, as the notes that systems leave beside images (`._cat.jpg`), is left out, and so are pipes and
+    devices. A link to nothing is a file that cannot be read.
+
+    Args:
+        folder: Where to look.
+        refuse: Called with the reason where a folder cannot be read.
+    """
+    return _below(folder, frozenset([os.path.realpath(folder)]), refuse)
+
+
+def _below(folder: str, above: frozenset[str], refuse: Callable[[UserError], None]) -> Iterator[str]:
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        refuse(UserError(f"{folder} cannot be read ({error.strerror})."))
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        link = entry.is_symlink()
+        if os.path.isdir(entry.path) if link else entry.is_dir():  # which fails for a link to itself
+            if (real := os.path.realpath(entry.path)) not in above:
+                yield from _below(entry.path, above | {real}, refuse)
+        elif entry.name.lower().endswith(IMG_EXTENSIONS) and (link or entry.is_file()):
+            yield entry.path

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from cifar_transfer.errors import UserError
-from cifar_transfer.freeze import BackboneFreeze
+from cifar_transfer.training.freeze import BackboneFreeze
 
 ENOUGH = 100  # steps after which a head should have learned something
 EVERY = 10  # steps between two looks, for each waits for the device

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 
-from cifar_transfer import catalog
 from cifar_transfer.download import fetch, within
 from cifar_transfer.errors import UserError, first_line
+from cifar_transfer.network import catalog
 
 State = dict[str, Tensor]
 OWN_PREFIX = "network."  # of the keys in our own checkpoints

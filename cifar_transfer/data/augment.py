@@ -23,8 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cifar_transfer.data.images import LARGEST_SIDE
 from cifar_transfer.errors import UserError, check
-from cifar_transfer.images import LARGEST_SIDE
 
 GREY = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in a grey value, as in torchvision's `rgb_to_grayscale` (ITU-R BT.601, rounded)."""

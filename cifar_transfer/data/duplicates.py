@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_transfer.images import ArrayImages, Images
+from cifar_transfer.data.images import ArrayImages, Images
 
 BEGINNING = 4096  # bytes, which tell almost all files of one size apart
 

@@ -2,30 +2,23 @@
 
 import json
 import os
-import re
-import sys
 import time
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-from tensorboard.summary.writer.record_writer import RecordWriter
-from tqdm import tqdm
 
-from cifar_transfer import figures
-from cifar_transfer.answers import CollectAnswers
-from cifar_transfer.classifier import EPOCH_FIGURES
+from cifar_transfer.console import duration, say
 from cifar_transfer.errors import first_line
 from cifar_transfer.files import whole
+from cifar_transfer.results import publish
+from cifar_transfer.results.predictions import CollectAnswers
 
 RESULT = "result.json"  # in a finished run's folder
 SLOW_GRAPH = 300  # modules, whose graph takes seconds to draw
-EPOCH_TAGS = {*EPOCH_FIGURES, "lr", "trainable_parameters"}
 # TensorBoard's tab of custom scalars.
 LAYOUT = {
     "Training and validation": {
@@ -68,12 +61,12 @@ class Report(Callback):
         data = getattr(trainer, "datamodule", None)
         if self.figures and data is not None:
             sizes = pl_module.hparams.get("train_sizes") or [pl_module.hparams.get("image_size")]
-            paths = figures.save({"augmented": figures.augmented(data, sizes[-1])}, Path(folder, figures.FOLDER))
+            paths = publish.save({"augmented": publish.augmented(data, sizes[-1])}, Path(folder, publish.FOLDER))
             say(trainer, f"The augmented images: {os.path.relpath(paths[0])}")
         if isinstance(trainer.logger, TensorBoardLogger):
             board = trainer.logger.experiment
             board.add_custom_scalars(LAYOUT)
-            figures.show(paths, board, 0)
+            publish.show(paths, board, 0)
             self._graph(trainer, pl_module)
 
     def _graph(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,21 +127,6 @@ class Report(Callback):
         self.seconds, self.images_per_second = state_dict["seconds"], state_dict["images_per_second"]
 
 
-def duration(seconds: float) -> str:
-    """In the two largest units that people use: 1 h 05 min, 12 min, 40 s."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
-
-
-def say(trainer: Trainer, line: str) -> None:
-    """Print a line on the first rank, above the progress bar if there is one."""
-    if trainer.is_global_zero:
-        tqdm.write(line, file=sys.stdout)  # any bar steps aside
-        sys.stdout.flush()
-
-
 def draw_final(trainer: Trainer, split: str, collected: CollectAnswers) -> None:
     """Draw a finished run, in its folder and in TensorBoard.
 
@@ -161,10 +139,10 @@ def draw_final(trainer: Trainer, split: str, collected: CollectAnswers) -> None:
     if folder is None or trainer.logger is None or not trainer.is_global_zero:
         return
     board = trainer.logger.experiment if isinstance(trainer.logger, TensorBoardLogger) else None
-    paths = figures.save(figures.curves(Path(folder)), Path(folder, figures.FOLDER))
+    paths = publish.save(publish.curves(Path(folder)), Path(folder, publish.FOLDER))
     if board is not None:
-        figures.show(paths, board, trainer.global_step)
-    figures.publish(Path(folder), split, collected, board, trainer.global_step)
+        publish.show(paths, board, trainer.global_step)
+    publish.publish(Path(folder), split, collected, board, trainer.global_step)
 
 
 def log_final(trainer: Trainer, hparams: dict[str, Any], figures: dict[str, float]) -> None:
@@ -205,36 +183,3 @@ def write_result(trainer: Trainer, pl_module: LightningModule, figures: dict[str
     }
     with whole(Path(folder, RESULT)) as file:
         file.write(f"{json.dumps(result, indent=1)}\n".encode())
-
-
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    """A table whose columns line up: numbers to the right, words to the left; its first row is the heading."""
-    columns = list(zip(*table, strict=True))
-    widths = [max(3, *map(len, column)) for column in columns]
-    right = [all(re.fullmatch(r"[\d.]*", cell) for cell in column[1:]) for column in columns]
-    lines = [
-        "| " + " | ".join(f"{c:>{w}}" if r else f"{c:<{w}}" for c, w, r in zip(row, widths, right, strict=True)) + " |"
-        for row in table
-    ]
-    rule = "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
-
-
-def trim_events(run: Path, epoch: int, step: int) -> None:
-    """Remove from a run's event files what was logged after its last checkpoint, and will be logged again.
-
-    A killed run has logged more than it has saved; resumed, its curves would overlap.
-
-    Args:
-        run: Folder of the run.
-        epoch: First epoch that will be run again; figures of epochs have it as their step.
-        step: First optimizer step that will be run again.
-    """
-    for path in sorted(run.glob("events.out.tfevents.*")):
-        with whole(path) as file:
-            writer = RecordWriter(file)
-            for event in LegacyEventFileLoader(str(path)).Load():  # stops before a record that was cut short
-                tags = {value.tag for value in event.summary.value}
-                final = any(tag.startswith("best/") for tag in tags)
-                if not tags or (not final and event.step < (epoch if tags & EPOCH_TAGS else step)):
-                    writer.write(event.SerializeToString())

@@ -25,11 +25,11 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.tuner import Tuner
 from matplotlib.figure import Figure
 
-from cifar_transfer.classifier import TransferClassifier
-from cifar_transfer.draw import BLUE, GREY, ORANGE
-from cifar_transfer.freeze import BackboneFreeze
-from cifar_transfer.images import Batch
-from cifar_transfer.report import say
+from cifar_transfer.console import say
+from cifar_transfer.data.images import Batch
+from cifar_transfer.results.plots import BLUE, GREY, ORANGE
+from cifar_transfer.training.classifier import TransferClassifier
+from cifar_transfer.training.freeze import BackboneFreeze
 
 STEPS = 100
 LOWEST, HIGHEST = 1e-6, 1.0

@@ -15,11 +15,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from cifar_transfer import __version__, networks, optim
+from cifar_transfer import __version__
+from cifar_transfer.data.geometry import statistics
+from cifar_transfer.data.images import LARGEST_SIDE, Batch
 from cifar_transfer.errors import UserError, check
-from cifar_transfer.images import LARGEST_SIDE, Batch
-from cifar_transfer.normalize import statistics
-from cifar_transfer.optim import LARGEST_RATE
+from cifar_transfer.network import build
+from cifar_transfer.training import optimizer
+from cifar_transfer.training.optimizer import LARGEST_RATE
 
 VERSION_KEY = "cifar_transfer_version"  # in checkpoints
 EPOCH_FIGURES: tuple[str, ...] = ("train/acc", "train/loss_epoch", "val/acc", "val/loss")
@@ -92,12 +94,12 @@ class TransferClassifier(LightningModule):
         patch_size: int | None = None,
         aux_weight: float = 0.0,
         label_smoothing: float = 0.0,
-        optimizer: optim.Kind = "adam",
+        optimizer: optimizer.Kind = "adam",
         lr: float = 1e-3,
         head_lr: float | None = None,
         weight_decay: float = 1e-4,
         momentum: float = 0.9,
-        schedule: optim.Schedule = "plateau",
+        schedule: optimizer.Schedule = "plateau",
         warmup_epochs: float = 0.0,
         lr_factor: float = 0.5,
         lr_patience: int = 2,
@@ -115,7 +117,7 @@ class TransferClassifier(LightningModule):
         self.save_hyperparameters()
         self.hparams["num_classes"] = num_classes
         self._check()
-        built = networks.build(
+        built = build.build(
             backbone,
             weights,
             num_classes,
@@ -218,7 +220,7 @@ class TransferClassifier(LightningModule):
         except (RuntimeError, AssertionError) as error:
             side = size or "x".join(map(str, self.input_size))
             name, why = self.hparams["backbone"], str(error).splitlines()[0]
-            raise UserError(f"{name} cannot take images of {side} pixels ({why}): {networks.size_hint(name)}") from None
+            raise UserError(f"{name} cannot take images of {side} pixels ({why}): {build.size_hint(name)}") from None
         self.train(training)
 
     def on_train_start(self) -> None:
@@ -283,7 +285,7 @@ class TransferClassifier(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over all parameters, frozen or not: groups added later would break resuming."""
         heads = [parameter for head in self.heads for parameter in self.network.get_submodule(head).parameters()]
-        return optim.configure(self.trainer, list(self.parameters()), heads, self.hparams)
+        return optimizer.configure(self.trainer, list(self.parameters()), heads, self.hparams)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Step a schedule of steps; not the plateau.

@@ -1,9 +1,15 @@
-"""What libraries say that nobody running a command can act on, and that is therefore not printed."""
+"""How a line is printed, and what libraries say that nobody running a command can act on, which is not printed."""
 
 import logging
 import re
+import sys
 import threading
+import unicodedata
 import warnings
+from collections.abc import Sequence
+
+from lightning.pytorch import Trainer
+from tqdm import tqdm
 
 WARNINGS = (
     ".*torch.jit.trace.*is deprecated",  # TensorBoard's graph is drawn with it
@@ -42,3 +48,40 @@ def hush() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_worth_printing)
     threading.excepthook = _unless_told_again
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units that people use: 1 h 05 min, 12 min, 40 s."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
+
+
+def say(trainer: Trainer, line: str) -> None:
+    """Print a line on the first rank, above the progress bar if there is one."""
+    if trainer.is_global_zero:
+        tqdm.write(line, file=sys.stdout)  # any bar steps aside
+        sys.stdout.flush()
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """A table whose columns line up: numbers to the right, words to the left; its first row is the heading."""
+    columns = list(zip(*table, strict=True))
+    widths = [max(3, *map(len, column)) for column in columns]
+    right = [all(re.fullmatch(r"[\d.]*", cell) for cell in column[1:]) for column in columns]
+    lines = [
+        "| " + " | ".join(f"{c:>{w}}" if r else f"{c:<{w}}" for c, w, r in zip(row, widths, right, strict=True)) + " |"
+        for row in table
+    ]
+    rule = "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def printable(text: str) -> str:
+    """A text that any file, terminal or figure takes, in one line: a file's name need neither be text nor one line.
+
+    Returns:
+        The same with each control character, and each byte that is no UTF-8, as its escape (`\\n`, `\\udce9`).
+    """
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)

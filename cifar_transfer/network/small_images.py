@@ -22,7 +22,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from cifar_transfer.errors import UserError
-from cifar_transfer.layers import DenseConv2d, HalfMaxPool2d
+from cifar_transfer.network.dense_conv import DenseConv2d, HalfMaxPool2d
 
 ASSUMED = 32  # pixels, where a network must know the size of its images and nobody says it
 TOKENS = 8  # patches along a side that a ViT is given at least with `small_images`, 16 for a Swin, which halves them

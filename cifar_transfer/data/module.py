@@ -18,9 +18,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from cifar_transfer.augment import Augment
+from cifar_transfer.data.augment import Augment
+from cifar_transfer.data.images import Batch, Images, as_is, cores, stratified
 from cifar_transfer.errors import UserError, check
-from cifar_transfer.images import Batch, Images, as_is, cores, stratified
 
 Split = Literal["train", "val", "test"]
 LARGEST_BATCH = 65536  # images; more is a slip of the finger

@@ -1,0 +1,1 @@
+"""Data: from image files to batches on their way to the network."""

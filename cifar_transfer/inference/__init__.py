@@ -1,0 +1,1 @@
+"""Inference: a trained checkpoint used on images."""

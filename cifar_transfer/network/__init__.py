@@ -1,0 +1,1 @@
+"""Networks: found by name, with their weights, fitted to small images."""
