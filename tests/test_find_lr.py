@@ -7,6 +7,7 @@ import torch
 from conftest import TINY
 from PIL import Image
 
+from cifar_transfer import TransferClassifier
 from cifar_transfer.errors import UserError
 from cifar_transfer.fit import fit
 from cifar_transfer.training import find_lr
@@ -44,9 +45,8 @@ def test_the_command_tells_two_options_and_leaves_only_the_picture(here, capfd):
 
 def test_weights_stay_and_the_backbone_rests_while_it_is_frozen(here, monkeypatch):
     monkeypatch.setattr(find_lr, "STEPS", 20)
-    probes = []
-    of = find_lr.Probe.of
-    monkeypatch.setattr(find_lr.Probe, "of", lambda *given: probes.append(of(*given)) or probes[-1])
+    copies, deepcopy = [], find_lr.deepcopy
+    monkeypatch.setattr(find_lr, "deepcopy", lambda given: copies.append(deepcopy(given)) or copies[-1])
     options = ["--model.optimizer=adamw", "--model.schedule=linear", "--model.head_lr=0.1", "--model.compile=true"]
     cli = FitCLI([*TINY, *options, "--find_lr=true", f"--trainer.default_root_dir={here / 'there'}"])
     before = {name: tensor.clone() for name, tensor in cli.model.state_dict().items()}
@@ -59,9 +59,10 @@ def test_weights_stay_and_the_backbone_rests_while_it_is_frozen(here, monkeypatc
     assert frozen.losses[0] != whole.losses[0], "batch-norm follows the batch only where it is not frozen"
     assert [file.name for file in (here / "there").iterdir()] == ["find_lr.png"]
     assert not (here / "lightning_logs").exists()
-    trained = [[name for name, p in probe.named_parameters() if p.requires_grad] for probe in probes]
+    copies = [copy for copy in copies if isinstance(copy, TransferClassifier)]
+    trained = [[name for name, p in copy.named_parameters() if p.requires_grad] for copy in copies]
     assert trained == [ONLY_THE_HEAD, [name for name, _ in cli.model.named_parameters()]]
-    assert [probe.network.conv1[1].training for probe in probes] == [False, True]
+    assert [copy.network.conv1[1].training for copy in copies] == [False, True]
 
 
 def test_the_suggestion_is_a_tenth_of_where_the_loss_is_lowest():

@@ -1,28 +1,23 @@
 """Learning rates to begin with: `python -m cifar_transfer.fit --find_lr [options]`.
 
-Lightning's range test (https://arxiv.org/abs/1506.01186): a hundred steps, the rate of each higher than the one before.
-It is done for the head while the backbone is frozen, and for the whole network, each time on a copy, so that nothing is
-learned, and nothing is written but a picture.
+A range test (https://arxiv.org/abs/1506.01186): a hundred steps, the rate of each higher than the one before. It is
+done for the head while the backbone is frozen, and for the whole network, each time on a copy, so that nothing is
+learned, and nothing is written but a plot. The suggestion is a tenth of the rate at which the loss is lowest, as in
+fastai.
 
-What is suggested is a tenth of the rate at which the loss is lowest, as fastai does, and not what Lightning suggests.
-That is the steepest fall of a running mean, which lags so far behind that it lies just before the explosion, and a fall
-by the rate itself instead of its logarithm (pytorch-lightning #21141).
+Why not Lightning's `Tuner`: it removes all callbacks, so that nothing would be frozen, it writes a checkpoint, and its
+suggestion comes from a running mean that lags, so that it lies just before the explosion (pytorch-lightning #21141).
 """
 
-import copy
-import io
-import logging
 import os
-import re
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from lightning import LightningDataModule, Trainer
-from lightning.pytorch.tuner import Tuner
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback
 from matplotlib.figure import Figure
 
 from cifar_transfer.console import say
@@ -34,10 +29,7 @@ from cifar_transfer.training.freeze import BackboneFreeze
 STEPS = 100
 LOWEST, HIGHEST = 1e-6, 1.0
 BELOW = 10  # how far below the rate of the lowest loss the suggestion lies
-PICTURE = "find_lr.png"
-# Lightning's words on a run, which this is not, and where they come from.
-SOURCES = ("utilities.rank_zero", "tuner.lr_finder", "trainer.connectors.checkpoint_connector")
-NOISE = re.compile(r"LR finder stopped|`Trainer.fit` stopped|Restor(ing|ed all) states|`weights_only` was not set")
+PLOT = "find_lr.png"
 
 
 class Curve(NamedTuple):
@@ -64,50 +56,51 @@ class Curve(NamedTuple):
         return f"{self.option}={self.suggestion:.2g}" if self.suggestion else "falls at no rate"
 
 
-class Probe(TransferClassifier):
-    """A copy of a network that is frozen and noted from its own hooks: the range test sets all callbacks aside."""
+class RangeTest(Callback):
+    """Freezes as another callback does when training starts, raises the rate from step to step, notes the losses."""
 
-    freezing: BackboneFreeze
-    rates: list[float]
-    losses: list[float]
+    def __init__(self, freeze: BackboneFreeze) -> None:
+        self.freeze = freeze
+        self.rates: list[float] = []
+        self.losses: list[float] = []
 
-    @classmethod
-    def of(cls, model: TransferClassifier, freeze: BackboneFreeze) -> "Probe":
-        """The copy, as `freeze` will have it."""
-        probe = copy.deepcopy(model)
-        probe.__class__ = cls
-        assert isinstance(probe, cls)
-        probe.freezing, probe.rates, probe.losses = freeze, [], []
-        return probe
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Freeze before DDP wraps the module."""
+        self.freeze.setup(trainer, pl_module, stage)
 
-    def on_train_start(self) -> None:
-        """Freeze; and do not compile, which would take longer than all else."""
-        self.freezing.on_train_start(self.trainer, self)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Freeze; nothing unfreezes later, whatever the epoch."""
+        self.freeze.on_train_start(trainer, pl_module)
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Note the rate."""
-        self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Set the rate of all parameters, whatever a schedule has set."""
+        self.rates.append(LOWEST * (HIGHEST / LOWEST) ** (len(self.rates) / (STEPS - 1)))
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = self.rates[-1]
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Note the loss."""
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Note the loss, and stop after the highest rate."""
         self.losses.append(float(outputs["loss"]))
+        trainer.should_stop = len(self.losses) == STEPS
 
 
 def settings() -> dict[str, Any]:
-    """Options of a Trainer that keeps nothing, and goes on for as many steps as it takes."""
+    """Options of a Trainer that keeps nothing, and goes on until `RangeTest` stops it."""
     return {
         "callbacks": [],
         "logger": False,
         "enable_checkpointing": False,
-        "enable_progress_bar": False,  # the range test has its own
         "fast_dev_run": False,
         "max_epochs": STEPS,
-        "check_val_every_n_epoch": STEPS + 1,
-    }
+        "max_steps": -1,
+        "limit_val_batches": 0,
+    } | dict.fromkeys(("max_time", "min_epochs", "min_steps"))
 
 
 def find_lr(trainer: Trainer, model: TransferClassifier, data: LightningDataModule) -> list[Curve]:
-    """Find the learning rates of a run, print them as options and draw what they were found from.
+    """Find the learning rates of a run, print them as options and plot what they were found from.
 
     Args:
         trainer: With `settings` and the run's `BackboneFreeze`.
@@ -118,18 +111,17 @@ def find_lr(trainer: Trainer, model: TransferClassifier, data: LightningDataModu
         The curve of the frozen phase, if the run has one, and that of the whole network.
     """
     freeze = next(callback for callback in trainer.callbacks if isinstance(callback, BackboneFreeze))  # type: ignore[attr-defined]
-    everything = BackboneFreeze(unfreeze_epoch=0)
-    if freeze.unfrozen:
-        curves = [_curve(trainer, model, data, everything, "everything", "--model.lr")]
-    else:
-        head = "--model.lr" if model.hparams["head_lr"] is None else "--model.head_lr"
-        curves = [
-            _curve(trainer, model, data, freeze, "while frozen", head),
-            _curve(trainer, model, data, everything, "everything", "--freeze.unfrozen_lr"),
-        ]
-    path = Path(trainer.default_root_dir, PICTURE)
+    everything, lr = BackboneFreeze(unfreeze_epoch=0), "--model.lr"
+    head_lr = lr if model.hparams["head_lr"] is None else "--model.head_lr"
+    phases = [("while frozen", head_lr, freeze), ("everything", "--freeze.unfrozen_lr", everything)]
+    curves = []
+    for title, option, frozen in [("everything", lr, everything)] if freeze.unfrozen else phases:
+        test = RangeTest(frozen)
+        _run(trainer, model, data, test)
+        curves.append(Curve(title, option, test.rates, test.losses, *suggest(test.rates, test.losses)))
+    path = Path(trainer.default_root_dir, PLOT)
     if trainer.is_global_zero:
-        figure(curves).savefig(path, dpi=110)
+        plot(curves).savefig(path, dpi=110)
     if found := [str(curve) for curve in curves if curve.suggestion]:
         say(trainer, f"options     {' '.join(found)}")
     for curve in curves:
@@ -139,22 +131,14 @@ def find_lr(trainer: Trainer, model: TransferClassifier, data: LightningDataModu
     return curves
 
 
-def _curve(
-    trainer: Trainer,
-    model: TransferClassifier,
-    data: LightningDataModule,
-    freeze: BackboneFreeze,
-    title: str,
-    option: str,
-) -> Curve:
-    probe = Probe.of(model, freeze)
-    trainer.callbacks = [freeze]  # type: ignore[attr-defined]
-    with _quietly():
-        Tuner(trainer).lr_find(
-            probe, datamodule=data, min_lr=LOWEST, max_lr=HIGHEST, num_training=STEPS, update_attr=False
-        )
-    smooth, suggestion = suggest(probe.rates, probe.losses)
-    return Curve(title, option, probe.rates, probe.losses, smooth, suggestion)
+def _run(trainer: Trainer, model: TransferClassifier, data: LightningDataModule, test: RangeTest) -> None:
+    copy, bar = deepcopy(model), trainer.progress_bar_callback
+    copy.hparams["compile"] = False  # which would take longer than all else
+    trainer.callbacks = [test, *([bar] if bar else [])]  # type: ignore[attr-defined]
+    beginning = deepcopy(trainer.fit_loop.state_dict())
+    trainer.fit(copy, data)
+    trainer.fit_loop.load_state_dict(beginning)  # so that the next test sees the same batches
+    trainer.fit_loop.restarting = False
 
 
 def suggest(rates: Sequence[float], losses: Sequence[float]) -> tuple[list[float], float | None]:
@@ -162,7 +146,7 @@ def suggest(rates: Sequence[float], losses: Sequence[float]) -> tuple[list[float
 
     Args:
         rates: Rising from `LOWEST`.
-        losses: As many; not all need be numbers.
+        losses: As many; some may be NaN or infinite.
 
     Returns:
         Means under a bell that falls to a half within 0.3 decades, and the suggestion, or None if they fall by no more
@@ -175,30 +159,10 @@ def suggest(rates: Sequence[float], losses: Sequence[float]) -> tuple[list[float
     return smooth.tolist(), rates[int(smooth.argmin())] / BELOW if falls else None
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without `NOISE`, and without the range test's bar where that would fill a log."""
-    loggers, held = [logging.getLogger(f"lightning.pytorch.{name}") for name in SOURCES], io.StringIO()
-
-    def told(record: logging.LogRecord) -> bool:
-        return not NOISE.match(record.getMessage())
-
-    for logger in loggers:
-        logger.addFilter(told)
-    try:
-        with nullcontext() if sys.stderr.isatty() else redirect_stderr(held):
-            yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(told)
-        lines = held.getvalue().splitlines(keepends=True)  # also at the bar's carriage returns
-        sys.stderr.writelines(line for line in lines if line.strip() and not line.startswith("Finding best initial lr"))
-
-
-def figure(curves: Sequence[Curve]) -> Figure:
+def plot(curves: Sequence[Curve]) -> Figure:
     """The loss against the rate, a panel for each curve, and what it suggests."""
-    drawn = Figure(figsize=(5.5 * len(curves), 4.2), layout="constrained")
-    for axis, curve in zip(drawn.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
+    figure = Figure(figsize=(5.5 * len(curves), 4.2), layout="constrained")
+    for axis, curve in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
         axis.plot(curve.rates, curve.losses, ".", color=GREY, label="a batch")
         axis.plot(curve.rates, curve.smooth, color=BLUE, linewidth=2, label="mean")
         axis.set(title=f"{curve.title}: {curve}", xlabel="learning rate", xscale="log")
@@ -207,6 +171,6 @@ def figure(curves: Sequence[Curve]) -> Figure:
             low, high = min(curve.smooth), curve.smooth[0]
             axis.set_ylim(1.5 * low - 0.5 * high, 2 * high - low)  # where it explodes is out of sight
         axis.grid(alpha=0.3)
-    drawn.axes[0].set_ylabel("training loss")
-    drawn.axes[0].legend(loc="lower left")
-    return drawn
+    figure.axes[0].set_ylabel("training loss")
+    figure.axes[0].legend(loc="lower left")
+    return figure
