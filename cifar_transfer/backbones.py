@@ -2,25 +2,19 @@
 
 import argparse
 import json
-import sys
-import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
+from torch import nn
 
 from cifar_transfer.console import markdown
-from cifar_transfer.errors import UserError, one_sentence
+from cifar_transfer.errors import UserError, first_line, one_sentence
 from cifar_transfer.network import build, catalog
 from cifar_transfer.network.catalog import LENET, TIMM
 from cifar_transfer.network.small_images import ASSUMED
 
-COUNTED_AT_MOST = 60  # of timm's networks, which say neither parameters nor operations: each has to be built
 COLUMNS = {
     "name": "name",
-    "year": "year",
     "parameters": "params (M)",
     "gflops": "GFLOPs",
     "top1_error": "top-1 err",
@@ -31,12 +25,11 @@ COLUMNS = {
 }
 
 
-def describe(name: str, count: bool = True) -> dict[str, Any]:
-    """What the libraries say of a network.
+def describe(name: str) -> dict[str, Any]:
+    """What its library says of a network; timm says neither parameters nor operations nor errors.
 
     Args:
         name: Of the network.
-        count: Build it on no device to count parameters and multiply-adds, where its library does not say them.
 
     Returns:
         By the keys of `COLUMNS`: parameters as a number, GFLOPs in billions of multiply-adds at the native size, errors
@@ -44,35 +37,16 @@ def describe(name: str, count: bool = True) -> dict[str, Any]:
     """
     published = list(catalog.weights(name).values())
     default = published[0] if published else None
-    native = default.native if default else ASSUMED if name == LENET else None
-    parameters, gflops = (default.parameters, default.gflops) if default else (None, None)
-    if parameters is None and count:
-        parameters, gflops = _count(name, native)
     return {
         "name": name,
-        "year": catalog.year(name),
-        "parameters": parameters,
-        "gflops": gflops,
+        "parameters": default.parameters if default else None,
+        "gflops": default.gflops if default else None,
         "top1_error": default.top1 if default else None,
         "top5_error": default.top5 if default else None,
-        "native": native,
+        "native": default.native if default else ASSUMED if name == LENET else None,
         "weights": [entry.name for entry in published],
         "licence_or_source": (default.licence or default.source) if default else None,
     }
-
-
-def _count(name: str, native: int | None) -> tuple[int, float | None]:
-    with torch.device("meta"):
-        network = build.stock(name).eval()
-        parameters = sum(parameter.numel() for parameter in network.parameters())
-        if native is None:
-            return parameters, None
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            try:
-                network(torch.empty(1, 3, native, native))
-            except (RuntimeError, NotImplementedError):  # something that cannot run without data
-                return parameters, None
-    return parameters, round(counter.get_total_flops() / 2e9, 4)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -91,7 +65,7 @@ def _layer(network: nn.Module, name: str) -> str:
 
 
 def detail(name: str, size: int | None) -> str:
-    """Stem, head, what is frozen, what `small_images` changes, and memory.
+    """Stem, head, what is frozen, and what `small_images` changes.
 
     Args:
         name: Of the network.
@@ -101,73 +75,43 @@ def detail(name: str, size: int | None) -> str:
         UserError: No such network, or it cannot take the size.
     """
     catalog.check(name)
-    lines = [name]
-    for small in (False, True):
-        built, side, needed = _at_first_fitting_size(name, size, small)
-        network = built.network
-        if not small:
-            stem = next(n for n, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear))
-            total = sum(p.numel() for p in network.parameters())
-            free = sum(p.numel() for head in built.heads for p in network.get_submodule(head).parameters())
-            lines.append(f"  stem    {_layer(network, stem)}")
-            lines += [f"  head    {_layer(network, head)}" for head in built.heads]
-            lines.append(f"  frozen  {total - free:,} of {total:,} parameters while only the head trains")
-            for entry in catalog.weights(name).values():
-                lines.append(f"  weights {entry.name} ({entry.native} pixels; {entry.licence or entry.source})")
-        else:
-            lines += ["  small_images=true", *(f"    {change}" for change in built.changes or ["changes nothing"])]
-        lines.append(f"    memory at {side} pixels: {needed}" if small else f"  memory  at {side} pixels: {needed}")
-    return "\n".join(lines)
+    stock, adapted = _built(name, size, small=False), _built(name, size, small=True)
+    network = stock.network
+    stem = next(n for n, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear))
+    total = sum(p.numel() for p in network.parameters())
+    free = sum(p.numel() for head in stock.heads for p in network.get_submodule(head).parameters())
+    return "\n".join(
+        [
+            f"{name} at {stock.image_size} pixels",
+            f"  stem    {stem}: {network.get_submodule(stem)}",
+            *(f"  head    {head}: {network.get_submodule(head)}" for head in stock.heads),
+            f"  frozen  {total - free:,} of {total:,} parameters while only the head trains",
+            *(
+                f"  weights {entry.name} ({entry.native} pixels; {entry.licence or entry.source})"
+                for entry in catalog.weights(name).values()
+            ),
+            f"  small_images=true, at {adapted.image_size} pixels",
+            *(f"    {change}" for change in adapted.changes or ["changes nothing"]),
+        ]
+    )
 
 
-def _at_first_fitting_size(name: str, size: int | None, small: bool) -> tuple[build.Backbone, int, str]:
+def _built(name: str, size: int | None, small: bool) -> build.Backbone:
+    """At the size, or the first that the network takes."""
     least = max([entry.least for entry in catalog.weights(name).values() if entry.least < entry.native] or [1])
     sides = [size] if size else sorted({ASSUMED, max(ASSUMED, least)})
     for side in sides:
         try:
             built = build.build(name, "none", 10, image_size=side, small=small)
-            return built, side, memory(built.network, built.heads, side)
+            built.network.eval()(torch.zeros(1, 3, side, side))
+            return built
         except (UserError, RuntimeError) as error:
             problem = error
-    raise UserError(f"{name} cannot take images of {sides[-1]} pixels ({str(problem).splitlines()[0]}).")
-
-
-def memory(network: nn.Module, heads: tuple[str, ...], size: int) -> str:
-    """A sentence on what training needs: the parameters with gradients and Adam's moments, and activations an image.
-
-    Args:
-        network: On the CPU.
-        heads: Names of what trains while the rest is frozen.
-        size: Side of the images in pixels.
-    """
-    everything = _activations(network, size)
-    fixed = 4 * 4 * sum(p.numel() for p in network.parameters())
-    for parameter in network.parameters():
-        parameter.requires_grad_(False)
-    for head in heads:
-        network.get_submodule(head).requires_grad_(True)
-    frozen = _activations(network, size)
-    return (
-        f"{fixed / 2**20:,.0f} MiB of weights, gradients and Adam's moments (float32); an image at batch 1 adds "
-        f"{everything / 2**20:.1f} MiB of activations, {frozen / 2**20:.2g} MiB while frozen"
+    raise (
+        problem
+        if isinstance(problem, UserError)
+        else UserError(f"{name} cannot take images of {sides[-1]} pixels ({first_line(problem)}).")
     )
-
-
-def _activations(network: nn.Module, size: int) -> int:
-    """Bytes kept for the backward pass of one image."""
-    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage().data_ptr()
-        if storage not in parameters:
-            kept[storage] = tensor  # alive, so that no other takes its place in memory
-        return tensor
-
-    # In eval mode, as batch-norm cannot train on one image; it keeps as much.
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        network.eval()(torch.zeros(1, 3, size, size))
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def main() -> None:
@@ -185,7 +129,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     parser.add_argument(
-        "--detail", metavar="NAME", help="Of one network: stem, head, what small_images changes, memory."
+        "--detail", metavar="NAME", help="Of one network: stem, head, what is frozen, what small_images changes."
     )
     parser.add_argument("--image_size", type=int, help="For --detail: side of the images in pixels (32).")
     options = parser.parse_args()
@@ -195,19 +139,11 @@ def main() -> None:
     names = catalog.names(options.pattern)
     if not names:
         raise UserError(f"No backbone is named like {options.pattern!r}; timm's are listed with 'timm/*'.")
-    count = len([name for name in names if name.startswith(TIMM)]) <= COUNTED_AT_MOST
-    bar = tqdm(names, leave=False, disable=not sys.stderr.isatty(), delay=2, unit="network")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of libraries about networks that are only counted
-        rows = [describe(name, count) for name in bar]
+    rows = [describe(name) for name in names]
     if options.json:
         print(json.dumps(rows, indent=1))
         return
     print(markdown([list(COLUMNS.values()), *map(_cells, rows)]), end="")
-    if not count:
-        print(
-            f"\nParameters and GFLOPs of timm's networks are counted for {COUNTED_AT_MOST} at once: narrow the pattern."
-        )
     if not options.pattern.startswith(TIMM):
         print("\ntimm's networks: python -m cifar_transfer.backbones 'timm/*' (needs timm)")
 

@@ -3,10 +3,7 @@
 import difflib
 import fnmatch
 import importlib
-import inspect
 import math
-import re
-import sys
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -18,7 +15,6 @@ LENET = "lenet5"
 TIMM = "timm/"
 TORCHVISION: list[str] = models.list_models(module=models)
 Triple = tuple[float, float, float]
-_ARXIV = re.compile(r"arxiv\.org/(?:abs|pdf)/(\d{4}\.\d{4,5})")
 
 
 @dataclass(frozen=True)
@@ -171,20 +167,3 @@ def _from_timm(cfg: object) -> Weights:
         licence=str(get("license", "")),
         source=str(get("origin_url", f"https://huggingface.co/{hub}" if hub else get("url", ""))),
     )
-
-
-def year(name: str) -> int | None:
-    """Of the paper that the library gives for a network, from its arXiv number; None if it gives none or several."""
-    if name == LENET:
-        return 1998
-    if name.startswith(TIMM):
-        architecture, _ = split(name)
-        builder = timm().models.model_entrypoint(architecture)
-        paper = getattr(timm().get_pretrained_cfg(architecture), "paper_ids", None)
-        texts = [f"arxiv.org/abs/{str(paper).removeprefix('arXiv:')}", inspect.getdoc(builder) or ""]
-        papers = set(_ARXIV.findall(text := sys.modules[builder.__module__].__doc__ or ""))
-        texts += [text] if len(papers) == 1 else []  # a file of several networks does not say which is whose
-    else:
-        texts = [inspect.getdoc(models.get_model_builder(name)) or ""]
-    found = [match for text in texts if (match := _ARXIV.search(text))]
-    return 2000 + int(found[0][1][:2]) if found else None
