@@ -7,6 +7,7 @@ logits of the checkpoint before it gets its name.
 
 import json
 import os
+import secrets
 import sys
 import warnings
 from collections.abc import Callable
@@ -71,7 +72,7 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
     inside = preprocess and to in GRAPHS
     trials = [_images(model, batch, inside) for batch in BATCHES]
     notes = _notes(model, trials[0][1], inside)
-    partial = path.with_name(f"partial.{path.name}")
+    partial = path.with_name(f"partial-{secrets.token_hex(8)}.{path.name}")
     print(f"Writing {path}, and trying it ...", file=sys.stderr)
     try:
         partial.touch()

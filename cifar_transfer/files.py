@@ -1,18 +1,24 @@
-"""Files that are whole or not there, whatever happens while they are written."""
+"""Files that are complete or not there, whatever happens while they are written."""
 
 import os
+import re
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+ABANDONED = 3600  # seconds without a byte, after which a temporary file has lost its writer
+TEMPORARY = r"\.{name}\.[0-9a-f]{{16}}\.partial"
+
 
 @contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` in one move when it is complete and on the disk.
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which replaces `path` in one move when it is complete and on the disk.
 
-    Until then, and after any error, what was at `path` stays as it was. A killed process leaves a hidden file, which
-    the next one to write `path` overwrites.
+    Until then, and after any error, what was at `path` stays as it was. Each writer has a hidden temporary file of its
+    own; what a killed writer has left of it is removed by a later one.
 
     Args:
         path: The file; its folder exists.
@@ -20,10 +26,11 @@ def whole(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: It cannot be written.
     """
-    # TensorBoard reads whatever has "tfevents" in its name.
-    partial = path.with_name(f".{path.name.replace('tfevents', 'events')}.partial")
+    name = path.name.replace("tfevents", "events")  # TensorBoard reads every file with "tfevents" in its name
+    partial = path.with_name(f".{name}.{secrets.token_hex(8)}.partial")
+    remove_partial(path.parent, name, ABANDONED)
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -38,3 +45,18 @@ def whole(path: Path) -> Iterator[BinaryIO]:
             os.fsync(folder)  # so that the move outlives a power failure
         finally:
             os.close(folder)
+
+
+def remove_partial(folder: Path, name: str | None = None, age: float = 0) -> None:
+    """Remove temporary files that killed writers have left; none of any other name.
+
+    Args:
+        folder: Where; not below.
+        name: Of the file that was written; None for any.
+        age: Seconds since they were last written to. Where no other process can be writing, 0 is safe.
+    """
+    pattern = re.compile(TEMPORARY.format(name=".+" if name is None else re.escape(name)))
+    for path in folder.glob(".*.partial"):
+        with suppress(OSError):
+            if pattern.fullmatch(path.name) and time.time() - path.stat().st_mtime >= age:
+                path.unlink()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY, assert_same_weights, run_fit
 
-from cifar_transfer.files import whole
+from cifar_transfer.files import atomic_write, remove_partial
 from cifar_transfer.training.run import Board
 
 RUN = "lightning_logs/version_0"
@@ -103,11 +103,38 @@ def test_a_folder_that_another_run_has_just_taken_is_left_to_it(tmp_path, monkey
 def test_a_file_is_whole_or_as_before(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("before")
-    with pytest.raises(ValueError, match="int"), whole(path) as file:
+    with pytest.raises(ValueError, match="int"), atomic_write(path) as file:
         file.write(b"half" * int("no number"))
     assert path.read_text() == "before"
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write(b"after")
         assert path.read_text() == "before"
     assert path.read_text() == "after"
     assert list(Path(tmp_path).iterdir()) == [path]
+
+
+def test_two_writers_of_one_file_do_not_share_a_temporary_file(tmp_path):
+    path = tmp_path / "a.txt"
+    with atomic_write(path) as first:
+        first.write(b"first")
+        with atomic_write(path) as second:
+            second.write(b"the second one")
+        assert path.read_text() == "the second one"
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_has_left_is_removed_and_nothing_else(tmp_path):
+    path, left, other = tmp_path / "a.txt", ".a.txt.0123456789abcdef.partial", ".b.txt.0123456789abcdef.partial"
+    kept = [other, ".a.txt.partial", ".a.txt.mine.partial", ".a.txt.0123456789abcdef.partial.txt"]
+    for name in (left, *kept):
+        (tmp_path / name).touch()
+    with atomic_write(path):
+        assert (tmp_path / left).exists(), "its writer may be alive"
+    for name in (left, *kept):
+        os.utime(tmp_path / name, (0, 0))
+    with atomic_write(path):
+        pass
+    assert sorted(found.name for found in tmp_path.iterdir()) == sorted(["a.txt", *kept])
+    remove_partial(tmp_path)
+    assert sorted(found.name for found in tmp_path.iterdir()) == sorted(["a.txt", *kept[1:]])

@@ -17,7 +17,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from cifar_transfer.data.images import Images
 from cifar_transfer.data.module import Split
-from cifar_transfer.files import whole
+from cifar_transfer.files import atomic_write
 
 SHOWN = 32  # mistakes, and as many correct answers, whose images are kept
 THUMBNAIL = 96  # pixels, the longest side of those
@@ -83,7 +83,7 @@ class Answers:
     def save(self, path: Path) -> None:
         """Write to a `.npz` of plain arrays, probabilities in half precision."""
         arrays = {name: getattr(self, name).numpy() for name in ("labels", "rows", "images")}
-        with whole(path) as file:
+        with atomic_write(path) as file:
             half = self.probabilities.half().numpy()
             np.savez_compressed(file, names=np.array(self.names), probabilities=half, **arrays)
 

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer.data.module import ImageDataModule, step_seed
-from cifar_transfer.files import whole
+from cifar_transfer.files import atomic_write
 from cifar_transfer.results import plots
 from cifar_transfer.results.predictions import Answers, CollectAnswers
 
@@ -93,7 +93,7 @@ def save(figures: dict[str, Figure], folder: Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
-        with whole(paths[-1]) as file:
+        with atomic_write(paths[-1]) as file:
             figure.savefig(file, dpi=DPI, format="png")
     return paths
 

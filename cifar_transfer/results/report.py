@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from cifar_transfer.console import duration, say
 from cifar_transfer.errors import first_line
-from cifar_transfer.files import whole
+from cifar_transfer.files import atomic_write
 from cifar_transfer.results import publish
 from cifar_transfer.results.predictions import CollectAnswers
 
@@ -181,5 +181,5 @@ def write_result(trainer: Trainer, pl_module: LightningModule, figures: dict[str
         "seconds": round(report.seconds, 1),
         "images_per_second": round(report.images_per_second, 1),
     }
-    with whole(Path(folder, RESULT)) as file:
+    with atomic_write(Path(folder, RESULT)) as file:
         file.write(f"{json.dumps(result, indent=1)}\n".encode())

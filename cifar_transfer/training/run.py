@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from cifar_transfer.errors import UserError
-from cifar_transfer.files import whole
+from cifar_transfer.files import atomic_write
 from cifar_transfer.training.checkpoint import LOGS, read_checkpoint
 from cifar_transfer.training.classifier import EPOCH_FIGURES
 
@@ -58,7 +58,7 @@ class WholeFiles(TorchCheckpointIO):
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with whole(path) as file:
+            with atomic_write(path) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
             # torch says "write failed" or "unexpected pos" when its zip file cannot grow.
@@ -136,7 +136,7 @@ class SaveConfig(SaveConfigCallback):
         if self._folder is not None:
             folder = Path(self._folder)
             folder.mkdir(parents=True, exist_ok=True)
-            with whole(folder / CONFIG) as file:
+            with atomic_write(folder / CONFIG) as file:
                 file.write(text.encode())
         if isinstance(trainer.logger, TensorBoardLogger):
             trainer.logger.experiment.add_text(CONFIG, "\n".join(f"    {line}" for line in text.splitlines()))
@@ -219,7 +219,7 @@ def trim_events(run: Path, epoch: int, step: int) -> None:
         step: First optimizer step that will be run again.
     """
     for path in sorted(run.glob("events.out.tfevents.*")):
-        with whole(path) as file:
+        with atomic_write(path) as file:
             writer = RecordWriter(file)
             for event in LegacyEventFileLoader(str(path)).Load():  # stops before a record that was cut short
                 tags = {value.tag for value in event.summary.value}
