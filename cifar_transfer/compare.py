@@ -90,7 +90,7 @@ def compare(contestants: Sequence[Contestant], options: Sequence[str], out: Path
         out: Folder for the runs, `comparison.md`, `comparison.csv` and `comparison.png`.
 
     Returns:
-        A row for each contestant: its figures, or what went wrong in "failed".
+        A row for each contestant: its scores, or what went wrong in "failed".
 
     Raises:
         UserError: Two contestants are the same, or `out` holds a comparison under another recipe.

@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer import console
 from cifar_transfer.errors import one_sentence
-from cifar_transfer.results.predictions import PROJECTED, CollectAnswers
+from cifar_transfer.results.predictions import PROJECTED, CollectPredictions
 from cifar_transfer.results.publish import publish
 from cifar_transfer.training.checkpoint import load_data, load_model, read_checkpoint
 
@@ -49,7 +49,7 @@ def evaluate(
     data = load_data(checkpoint, **({"root": root} if root else {}))
     model = load_model(ckpt)
     model.mirrored = mirrored
-    collected = CollectAnswers(PROJECTED if projector else 0)
+    collected = CollectPredictions(PROJECTED if projector else 0)
     trainer = Trainer(
         accelerator=accelerator,
         devices=devices,
@@ -70,7 +70,7 @@ def evaluate(
     return results
 
 
-def _publish(ckpt: Path, step: int, split: str, collected: CollectAnswers) -> None:
+def _publish(ckpt: Path, step: int, split: str, collected: CollectPredictions) -> None:
     run = ckpt.parent.parent
     if not (run / "config.yaml").is_file():
         publish(ckpt.parent, split, collected, None, step)

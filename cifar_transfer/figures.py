@@ -8,12 +8,12 @@ import yaml
 from jsonargparse import auto_cli
 
 from cifar_transfer.errors import UserError, first_line, one_sentence
-from cifar_transfer.results.predictions import Answers
-from cifar_transfer.results.publish import FOLDER, KEPT, answers, curves, save
+from cifar_transfer.results.predictions import Predictions
+from cifar_transfer.results.publish import FOLDER, curves, prediction_plots, save
 
 
 def figures(run: str) -> list[Path]:
-    """Draw a run's figures again from what it has written: curves so far, and answers to the images it was tested on.
+    """Draw a run's figures again from its files: the curves so far, and the predictions of the test images.
 
     Args:
         run: Folder of the run.
@@ -29,10 +29,11 @@ def figures(run: str) -> list[Path]:
         raise UserError(f"There is no {folder / 'config.yaml'}: name a run's folder, say lightning_logs/version_0.")
     try:
         paths = save(curves(folder), folder / FOLDER)
-        for kept in sorted((folder / FOLDER).glob(f"{KEPT}*.npz")):
-            paths += save(answers(Answers.load(kept), kept.stem.removeprefix(KEPT)), folder / FOLDER)
+        for kept in sorted((folder / FOLDER).glob("*-*.npz")):  # older runs call them answers-SPLIT.npz
+            split = kept.stem.rpartition("-")[2]
+            paths += save(prediction_plots(Predictions.load(kept), split), folder / FOLDER)
     except (OSError, ValueError, KeyError, TypeError, BadZipFile, yaml.YAMLError) as error:
-        raise UserError(f"{folder} cannot be drawn, for a file of it is damaged ({first_line(error)}).") from None
+        raise UserError(f"{folder} cannot be drawn because a file of it is damaged ({first_line(error)}).") from None
     print("\n".join(map(str, paths)))
     return paths
 

@@ -26,11 +26,11 @@ class Outcome(NamedTuple):
     """What a run came to.
 
     Attributes:
-        figures: `best/val_acc` and, where there are test images, `best/test_acc`, as shares of 1.
+        scores: `best/val_acc` and, where there are test images, `best/test_acc`, as shares of 1.
         best: The checkpoint with the best validation accuracy.
     """
 
-    figures: dict[str, float]
+    scores: dict[str, float]
     best: Path
 
 
@@ -76,23 +76,23 @@ def _job(cli: FitCLI) -> Outcome | None:
     best, score = cli.best.best_model_path, cli.best.best_model_score
     if score is None:
         return None
-    figures = {"best/val_acc": float(score)}
+    scores = {"best/val_acc": float(score)}
     split = "test" if "test" in data.images else "val"
     if split == "test":
-        figures["best/test_acc"] = trainer.test(model, data, ckpt_path=best, verbose=False)[0]["test/acc"]
-    elif cli.answers:
+        scores["best/test_acc"] = trainer.test(model, data, ckpt_path=best, verbose=False)[0]["test/acc"]
+    elif cli.predictions:
         trainer.validate(model, data, ckpt_path=best, verbose=False)
-    log_final(trainer, {**data.hparams, **model.hparams}, figures)
-    write_result(trainer, model, figures)
-    if cli.answers:
-        draw_final(trainer, split, cli.answers)
+    log_final(trainer, {**data.hparams, **model.hparams}, scores)
+    write_result(trainer, model, scores)
+    if cli.predictions:
+        draw_final(trainer, split, cli.predictions)
     run, checkpoint = _here(trainer.log_dir), _here(best)
-    for name, value in figures.items():
+    for name, value in scores.items():
         say(trainer, f"{name.removeprefix('best/').replace('_acc', ' accuracy')} {value:.2%} with the best checkpoint")
     say(trainer, f"run         {run}")
     say(trainer, f"look at it  tensorboard --logdir {run.parent}")
     say(trainer, f"predict     python -m cifar_transfer.predict IMAGE --ckpt {checkpoint}")
-    return Outcome(figures, checkpoint)
+    return Outcome(scores, checkpoint)
 
 
 def _train(cli: FitCLI) -> None:

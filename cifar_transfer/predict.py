@@ -30,12 +30,12 @@ from cifar_transfer.training.checkpoint import newest_checkpoint
 Format = Callable[[Iterable[ImagePrediction], Sequence[str]], Iterator[str]]
 
 
-def table(answers: Iterable[ImagePrediction], names: Sequence[str]) -> Iterator[str]:
+def table(predictions: Iterable[ImagePrediction], names: Sequence[str]) -> Iterator[str]:
     """Classes and probabilities in columns, as wide as the longest of all `names`; the file, of any length, is last."""
     wide = max(map(_cells, names))
-    for answer in answers:
-        columns = (f"{' ' * (wide - _cells(name))}{name} {share:6.1%}" for name, share in answer.classes)
-        yield "  ".join([*columns, f"{printable(str(answer.source))}\n"])
+    for prediction in predictions:
+        columns = (f"{' ' * (wide - _cells(name))}{name} {share:6.1%}" for name, share in prediction.classes)
+        yield "  ".join([*columns, f"{printable(str(prediction.source))}\n"])
 
 
 def _cells(text: str) -> int:
@@ -43,24 +43,24 @@ def _cells(text: str) -> int:
     return sum((1 + (unicodedata.east_asian_width(c) in "WF")) * (not unicodedata.combining(c)) for c in text)
 
 
-def as_json(answers: Iterable[ImagePrediction], names: Sequence[str]) -> Iterator[str]:
+def as_json(predictions: Iterable[ImagePrediction], names: Sequence[str]) -> Iterator[str]:
     """One array, a line for each image: `{"image": FILE, "classes": [[NAME, PROBABILITY], ...]}`."""
     separator = "["
-    for answer in answers:
-        classes = [(name, round(share, 6)) for name, share in answer.classes]
-        yield f"{separator}\n" + json.dumps({"image": answer.source, "classes": classes}, ensure_ascii=False)
+    for prediction in predictions:
+        classes = [(name, round(share, 6)) for name, share in prediction.classes]
+        yield f"{separator}\n" + json.dumps({"image": prediction.source, "classes": classes}, ensure_ascii=False)
         separator = ","
     yield "[]\n" if separator == "[" else "\n]\n"
 
 
-def as_csv(answers: Iterable[ImagePrediction], names: Sequence[str]) -> Iterator[str]:
+def as_csv(predictions: Iterable[ImagePrediction], names: Sequence[str]) -> Iterator[str]:
     """A row for each class of each image, under a heading."""
     line = io.StringIO()
     writer = csv.writer(line, lineterminator="\n")
     writer.writerow(["image", "rank", "class", "probability"])
-    for answer in answers:
-        for rank, (name, share) in enumerate(answer.classes, 1):
-            writer.writerow([answer.source, rank, name, f"{share:.6f}"])
+    for prediction in predictions:
+        for rank, (name, share) in enumerate(prediction.classes, 1):
+            writer.writerow([prediction.source, rank, name, f"{share:.6f}"])
         yield line.getvalue()
         line.seek(0)
         line.truncate()
@@ -96,7 +96,7 @@ def main(args: Sequence[str] | None = None) -> int:
         refused += 1
         tqdm.write(f"error: {error}", file=sys.stderr)
 
-    def answers() -> Iterator[ImagePrediction]:
+    def predictions() -> Iterator[ImagePrediction]:
         nonlocal count
         stream = classifier.stream(find(options.images, refuse), options.top_k, options.batch_size, refuse)
         if options.explain:
@@ -104,12 +104,12 @@ def main(args: Sequence[str] | None = None) -> int:
         # Lines that scroll by on a terminal are progress enough.
         hidden = not sys.stderr.isatty() or sys.stdout.isatty()
         total = None if hidden or "-" in options.images else sum(1 for _ in find(options.images, lambda error: None))
-        for count, answer in enumerate(tqdm(stream, total=total, unit=" images", delay=2, disable=hidden), 1):
+        for count, prediction in enumerate(tqdm(stream, total=total, unit=" images", delay=2, disable=hidden), 1):
             if count <= gallery.SHOWN:
-                shown.append(answer)
-            yield answer
+                shown.append(prediction)
+            yield prediction
 
-    for text in FORMATS[options.format](answers(), classifier.names):
+    for text in FORMATS[options.format](predictions(), classifier.names):
         print(text, end="", flush=True)
     if options.figure and shown:
         gallery.gallery(shown, count).savefig(options.figure, dpi=gallery.DPI)

@@ -294,7 +294,7 @@ def test_names_that_are_no_text_do_not_stop_a_run_or_a_prediction(tmp_path, monk
     assert fit([*options, *more]).best.is_file()
     listed = json.loads(predicted("--format=json", "--top_k=99"))
     assert len(listed) == 4 * len(STRANGE)
-    assert all(os.path.isfile(answer["image"]) for answer in listed), "names come out as they are"
+    assert all(os.path.isfile(prediction["image"]) for prediction in listed), "names come out as they are"
     assert {name for name, _ in listed[0]["classes"]} == {printable(name) for name in STRANGE}
     table = predicted("--figure=f.png", "--explain=maps")
     assert len(table.splitlines()) == 4 * len(STRANGE), "a line for each image"

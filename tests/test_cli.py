@@ -56,8 +56,8 @@ def test_tensorboard_has_curves_against_the_epoch_the_graph_and_the_hyperparamet
     assert any("_hparams_/session_start_info" in tag for tag in hparams)
 
 
-OF_ANSWERS = ("confusion", "classes", "reliability", "mistakes", "correct")
-FIGURES = {"augmented", "loss", "epochs", *(f"test-{name}" for name in OF_ANSWERS)}
+OF_PREDICTIONS = ("confusion", "classes", "reliability", "mistakes", "correct")
+FIGURES = {"augmented", "loss", "epochs", *(f"test-{name}" for name in OF_PREDICTIONS)}
 
 
 def test_a_run_leaves_its_figures_and_draws_them_again(job):
@@ -69,6 +69,11 @@ def test_a_run_leaves_its_figures_and_draws_them_again(job):
         (pictures / f"{name}.png").unlink()
     out = run_fit(folder, RUN, module="cifar_transfer.figures").stdout
     assert f"{RUN}/figures/test-mistakes.png" in out.splitlines()
+    assert {name: (pictures / f"{name}.png").read_bytes() for name in FIGURES} == before
+    (pictures / "predictions-test.npz").rename(pictures / "answers-test.npz")  # as runs before called it
+    (pictures / "test-mistakes.png").unlink()
+    figures(str(folder / RUN))
+    (pictures / "answers-test.npz").rename(pictures / "predictions-test.npz")
     assert {name: (pictures / f"{name}.png").read_bytes() for name in FIGURES} == before
     with pytest.raises(UserError, match="name a run's folder"):
         figures("nowhere")
@@ -102,7 +107,7 @@ def test_evaluate_gives_the_figures_of_the_run(job, monkeypatch, capsys):
         evaluate(f"{RUN}/checkpoints/best.ckpt", split)
         expected = re.search(rf"{split} accuracy ([\d.]+%)", done.stdout)[1]
         assert f"{split}/acc  {expected}" in capsys.readouterr().out
-        assert all((folder / RUN / "figures" / f"{split}-{name}.png").is_file() for name in OF_ANSWERS)
+        assert all((folder / RUN / "figures" / f"{split}-{name}.png").is_file() for name in OF_PREDICTIONS)
 
 
 def test_no_weights_are_fetched_to_use_or_continue_a_checkpoint(job, tmp_path):

@@ -10,8 +10,8 @@ from cifar_transfer import TransferClassifier
 from cifar_transfer.data.module import to_float
 from cifar_transfer.errors import UserError
 from cifar_transfer.inference.explain import heat_map
-from cifar_transfer.inference.predictor import Answer
 from cifar_transfer.results.gallery import gallery, heated
+from cifar_transfer.results.predictions import ImagePrediction
 
 LONG = (
     "a name that is much longer than those of CIFAR-10, " * 2
@@ -21,7 +21,7 @@ NAMES = ["cat", "飞机飞机飞机飞机飞机飞机飞机飞机飞机飞机飞
 
 
 def answers_to(images, classes):
-    return [Answer(f"some/folder/{i}.png", pixels, classes) for i, pixels in enumerate(images)]
+    return [ImagePrediction(f"some/folder/{i}.png", pixels, classes) for i, pixels in enumerate(images)]
 
 
 def assert_nothing_is_cut(figure):
@@ -56,7 +56,7 @@ def test_long_and_chinese_names_fit_into_the_figures():
 
 def test_bars_are_as_long_as_probabilities():
     pixels = np.zeros((3, 32, 32), np.uint8)
-    figure = gallery([Answer("x.png", pixels, [("cat", 0.75), ("dog", 0.25)])], 1)
+    figure = gallery([ImagePrediction("x.png", pixels, [("cat", 0.75), ("dog", 0.25)])], 1)
     widths = [patch.get_width() for axes in figure.axes for patch in axes.patches]
     assert widths == [1, 0.75, 1, 0.25]
 

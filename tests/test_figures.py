@@ -10,10 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ft2font import FT2Font
 from PIL import Image
 
-from cifar_transfer import ShapesDataModule, figures
-from cifar_transfer.results import plots
+from cifar_transfer import ShapesDataModule
+from cifar_transfer.results import plots, publish
 from cifar_transfer.results.lettering import BASE, lettering
-from cifar_transfer.results.predictions import Answers, CollectAnswers
+from cifar_transfer.results.predictions import CollectPredictions, Predictions
 
 NAMES = {
     "three": ["cat", "dog", "bird"],
@@ -24,14 +24,14 @@ NAMES = {
 }
 
 
-def some_answers(names, count=300, seed=0):
+def some_predictions(names, count=300, seed=0):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(len(names), (count,), generator=generator)
     logits = torch.randn(count, len(names), generator=generator)
     logits[torch.arange(count), labels] += 2
     rows = torch.arange(12)
     images = torch.randint(0, 256, (12, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return Answers(names, labels, logits.softmax(1), rows, images)
+    return Predictions(names, labels, logits.softmax(1), rows, images)
 
 
 def assert_nothing_is_cut_off(figure):
@@ -49,7 +49,7 @@ def assert_nothing_is_cut_off(figure):
 
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
 def test_no_name_is_cut_off_or_boxed(names):
-    for figure in figures.answers(some_answers(names), "test").values():
+    for figure in publish.prediction_plots(some_predictions(names), "test").values():
         assert_nothing_is_cut_off(figure)
 
 
@@ -93,21 +93,21 @@ def test_a_name_is_drawn_with_the_font_that_has_its_letters_or_in_latin_letters(
 
 def test_confusion_counts_and_calibration():
     sure = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
-    answers = Answers(["a", "b"], torch.tensor([0, 1, 1, 1]), sure, torch.arange(0), torch.empty(0, 3, 1, 1))
-    assert answers.confusion().tolist() == [[1, 0], [2, 1]]
-    # Four answers, each alone in its bin: |1 - 0.9|, |0 - 0.8|, |1 - 0.7|, |0 - 0.6|.
-    assert answers.calibration_error(15) == pytest.approx((0.1 + 0.8 + 0.3 + 0.6) / 4)
+    predictions = Predictions(["a", "b"], torch.tensor([0, 1, 1, 1]), sure, torch.arange(0), torch.empty(0, 3, 1, 1))
+    assert predictions.confusion().tolist() == [[1, 0], [2, 1]]
+    # Four predictions, each alone in its bin: |1 - 0.9|, |0 - 0.8|, |1 - 0.7|, |0 - 0.6|.
+    assert predictions.calibration_error(15) == pytest.approx((0.1 + 0.8 + 0.3 + 0.6) / 4)
 
 
-def test_answers_survive_saving(tmp_path):
-    answers = some_answers(["猫", "dog", "a"])
-    answers.save(tmp_path / "answers-test.npz")
-    loaded = Answers.load(tmp_path / "answers-test.npz")
-    assert loaded.names == answers.names
-    assert torch.equal(loaded.labels, answers.labels)
-    assert torch.equal(loaded.images, answers.images)
-    torch.testing.assert_close(loaded.probabilities, answers.probabilities, atol=1e-3, rtol=0)
-    assert [path.name for path in tmp_path.iterdir()] == ["answers-test.npz"]
+def test_predictions_survive_saving(tmp_path):
+    predictions = some_predictions(["猫", "dog", "a"])
+    predictions.save(tmp_path / "predictions-test.npz")
+    loaded = Predictions.load(tmp_path / "predictions-test.npz")
+    assert loaded.names == predictions.names
+    assert torch.equal(loaded.labels, predictions.labels)
+    assert torch.equal(loaded.images, predictions.images)
+    torch.testing.assert_close(loaded.probabilities, predictions.probabilities, atol=1e-3, rtol=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions-test.npz"]
 
 
 def test_augmented_images_are_shown_at_the_networks_size_and_disturb_no_draw(tmp_path, monkeypatch):
@@ -115,11 +115,11 @@ def test_augmented_images_are_shown_at_the_networks_size_and_disturb_no_draw(tmp
     data = ShapesDataModule(train_images=60, test_images=20)
     data.setup()
     before = torch.get_rng_state()
-    figure = figures.augmented(data, 48)
+    figure = publish.augmented(data, 48)
     assert torch.equal(torch.get_rng_state(), before)
     assert "48 x 48" in figure.get_suptitle()
     assert figure.axes[0].images[0].get_array().shape == (48, 48, 3)
-    (path,) = figures.save({"augmented": figure}, tmp_path / "figures")
+    (path,) = publish.save({"augmented": figure}, tmp_path / "figures")
     with Image.open(path) as picture:
         assert picture.width > 600
 
@@ -133,19 +133,19 @@ def test_features_from_all_over_the_split_are_kept_on_request_with_their_images(
     data = ShapesDataModule(train_images=60, test_images=50)
     model = TransferClassifier("shufflenet_v2_x0_5", "none", class_names=data.class_names)
     model.mirrored = True  # whose features are not those
-    collected = CollectAnswers(features=30)
+    collected = CollectPredictions(features=30)
     trainer = Trainer(logger=False, accelerator="cpu", callbacks=[collected], enable_progress_bar=False)
     trainer.test(model, data, verbose=False)
     images, labels = data.images["test"].__getitems__(range(50))
-    assert torch.equal(collected.answers.labels, labels)
+    assert torch.equal(collected.predictions.labels, labels)
     with torch.no_grad():
         logits = model.eval()(images / 255)
         expected = model.network.fc(collected.features)
-    torch.testing.assert_close(logits.softmax(1), collected.answers.probabilities, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits.softmax(1), collected.predictions.probabilities, atol=1e-4, rtol=0)
     torch.testing.assert_close(logits[::2], expected, atol=1e-4, rtol=0)  # at most 30 of 50
     assert torch.equal(collected.thumbnails, images[::2])
     assert torch.equal(collected.classes, labels[::2])
-    kept = collected.answers
+    kept = collected.predictions
     worst = kept.rows[~kept.correct[kept.rows]]
     assert kept.confidences[worst].diff().le(0).all(), "the most confident mistakes first"
     assert torch.equal(kept.images, images[kept.rows])

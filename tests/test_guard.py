@@ -44,7 +44,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_step_and_the_checkpoints
         assert torch.load(f"{CHECKPOINTS}/{name}.ckpt", weights_only=True)["epoch"] <= 1
         assert all(tensor.isfinite().all() for tensor in weights(f"{CHECKPOINTS}/{name}.ckpt").values())
     monkeypatch.setattr(TransferClassifier, "training_step", real)
-    assert fit(["--resume=lightning_logs/version_0"]).figures["best/test_acc"] > 0, "and the run continues"
+    assert fit(["--resume=lightning_logs/version_0"]).scores["best/test_acc"] > 0, "and the run continues"
 
 
 def test_a_validation_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):

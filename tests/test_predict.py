@@ -37,7 +37,7 @@ def save(model, path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A folder with a run of a LeNet-5 whose answers differ much from image to image, and images."""
+    """A folder with a run of a LeNet-5 whose predictions differ much from image to image, and images."""
     folder = tmp_path_factory.mktemp("predict")
     torch.manual_seed(0)
     model = TransferClassifier("lenet5", "none", class_names=NAMES)
@@ -111,17 +111,19 @@ def test_json_agrees_with_the_network_for_images_of_every_mode(here, classifier,
     images = ["photos/a/000.png", "palette.gif", "alpha.png", "grey.webp", "sixteen.png", "cmyk.jpg", "photos"]
     assert main([*images, "--format=json", "--top_k=9", "--batch_size=3", "--accelerator=cpu"]) == 0
     printed = capsys.readouterr()
-    answers = json.loads(printed.out)
+    predictions = json.loads(printed.out)
     assert "lightning_logs/version_0/checkpoints/best.ckpt" in printed.err
     paths = [*images[:-1], *(f"photos/{c}/{i:03d}.png" for c in "ab" for i in range(4))]
-    assert [answer["image"] for answer in answers] == paths
+    assert [prediction["image"] for prediction in predictions] == paths
     batch = torch.stack([torch.from_numpy(read_image(path, 32)) for path in paths])
     with torch.no_grad():
         expected = classifier.model(to_float(batch)).softmax(1)
     assert expected.argmax(1).unique().numel() > 1, "a test that can tell images apart"
-    for answer, row in zip(answers, expected, strict=True):
-        assert [p for _, p in answer["classes"]] == pytest.approx(row.sort(descending=True).values.tolist(), abs=1e-5)
-        assert answer["classes"][0][0] == NAMES[int(row.argmax())]
+    for prediction, row in zip(predictions, expected, strict=True):
+        assert [p for _, p in prediction["classes"]] == pytest.approx(
+            row.sort(descending=True).values.tolist(), abs=1e-5
+        )
+        assert prediction["classes"][0][0] == NAMES[int(row.argmax())]
 
 
 def test_table_and_csv_say_what_json_says(here, capsys):
@@ -129,17 +131,19 @@ def test_table_and_csv_say_what_json_says(here, capsys):
     for kind in ("json", "table", "csv"):
         assert main(["photos", "--top_k=2", f"--format={kind}"]) == 0
         printed[kind] = capsys.readouterr().out
-    answers = json.loads(printed["json"])
+    predictions = json.loads(printed["json"])
     rows = list(csv.DictReader(io.StringIO(printed["csv"])))
     assert [(row["image"], int(row["rank"]), row["class"], float(row["probability"])) for row in rows] == [
-        (answer["image"], rank, name, share)
-        for answer in answers
-        for rank, (name, share) in enumerate(answer["classes"], 1)
+        (prediction["image"], rank, name, share)
+        for prediction in predictions
+        for rank, (name, share) in enumerate(prediction["classes"], 1)
     ]
     lines = printed["table"].splitlines()
-    for line, answer in zip(lines, answers, strict=True):
-        assert line.split("%")[-1] == f"  {answer['image']}"
-        assert [part.split()[-1] for part in line.split("%")[:-1]] == [f"{100 * p:.1f}" for _, p in answer["classes"]]
+    for line, prediction in zip(lines, predictions, strict=True):
+        assert line.split("%")[-1] == f"  {prediction['image']}"
+        assert [part.split()[-1] for part in line.split("%")[:-1]] == [
+            f"{100 * p:.1f}" for _, p in prediction["classes"]
+        ]
     wide = [sum(2 if "一" <= c <= "龥" else 1 for c in line.rpartition("%")[0]) for line in lines]
     assert len(set(wide)) == 1, "columns line up, and a Chinese letter takes two"
 
@@ -148,7 +152,7 @@ def test_what_cannot_be_read_is_named_and_skipped(here, capsys):
     images = ["broken.png", "photos/a/000.png", "gone.png", "https://example.org/a.png", "photos/a/001.png"]
     assert main([*images, "--format=json", "--batch_size=2"]) == 1
     printed = capsys.readouterr()
-    assert [answer["image"] for answer in json.loads(printed.out)] == ["photos/a/000.png", "photos/a/001.png"]
+    assert [prediction["image"] for prediction in json.loads(printed.out)] == ["photos/a/000.png", "photos/a/001.png"]
     errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3
     for part in ("broken.png cannot be decoded", "gone.png does not exist", "example.org/a.png is a URL"):
@@ -160,9 +164,9 @@ def test_what_cannot_be_read_is_named_and_skipped(here, capsys):
 def test_a_list_of_any_length_is_read_only_two_batches_ahead(run, classifier):
     taken = count()
     endless = (str(run / "alpha.png") for _ in taken)
-    answers = classifier.stream(endless, batch_size=5)
+    predictions = classifier.stream(endless, batch_size=5)
     for _ in range(11):
-        next(answers)
+        next(predictions)
     assert next(taken) <= 20
 
 

@@ -20,7 +20,7 @@ from cifar_transfer.data import cache, cifar
 from cifar_transfer.errors import UserError
 from cifar_transfer.figures import figures
 from cifar_transfer.fit import fit
-from cifar_transfer.results.predictions import Answers
+from cifar_transfer.results.predictions import Predictions
 from cifar_transfer.training.cli import FitCLI
 
 
@@ -40,24 +40,24 @@ def test_a_program_as_cached_or_kept_arrays_is_not_run(tmp_path, program):
     path = tmp_path / "array.npy"
     np.save(path, np.array([Program(marker)], dtype=object), allow_pickle=True)
     assert cache._open(path, path) is None, "as if there were no cache"
-    np.savez(tmp_path / "answers.npz", labels=np.array([Program(marker)], dtype=object))
+    np.savez(tmp_path / "predictions.npz", labels=np.array([Program(marker)], dtype=object))
     with pytest.raises(ValueError, match="allow_pickle"):
-        Answers.load(tmp_path / "answers.npz")
+        Predictions.load(tmp_path / "predictions.npz")
     program(tmp_path / "unused.pth")
 
 
-@pytest.mark.parametrize("damage", ["config.yaml", "answers", "not a number"])
+@pytest.mark.parametrize("damage", ["config.yaml", "predictions", "not a number"])
 def test_a_run_of_somebody_else_is_drawn_without_running_it(tmp_path, run, program, damage):
     shutil.copytree(run / RUN, tmp_path / "run")
     program(tmp_path / "unused.pth")
-    config, answers = tmp_path / "run/config.yaml", tmp_path / "run/figures/answers-test.npz"
+    config, predictions = tmp_path / "run/config.yaml", tmp_path / "run/figures/predictions-test.npz"
     if damage == "config.yaml":
         config.write_text(f"freeze: !!python/object/apply:os.system ['touch \"{tmp_path}/it was run\"']\n")
-    elif damage == "answers":
-        answers.write_bytes(answers.read_bytes()[:3000])
+    elif damage == "predictions":
+        predictions.write_bytes(predictions.read_bytes()[:3000])
     else:
         config.write_text("freeze: {unfreeze_epoch: never}\n")
-    with pytest.raises(UserError, match="cannot be drawn, for a file of it is damaged"):
+    with pytest.raises(UserError, match="cannot be drawn because a file of it is damaged"):
         figures(str(tmp_path / "run"))
 
 

@@ -98,13 +98,15 @@ def _places(values: Tensor) -> Tensor | None:
     return None
 
 
-def explained(answers: Iterable[ImagePrediction], model: TransferClassifier, folder: Path) -> Iterator[ImagePrediction]:
-    """Pass answers on, after a picture of each has been saved as `folder/NUMBER-NAME.png`.
+def explained(
+    predictions: Iterable[ImagePrediction], model: TransferClassifier, folder: Path
+) -> Iterator[ImagePrediction]:
+    """Pass predictions on, after a picture of each has been saved as `folder/NUMBER-NAME.png`.
 
     Raises:
         UserError: No heat map can be made.
     """
-    for number, answer in enumerate(answers, 1):
-        figure = gallery.heated(answer, heat_map(model, answer.pixels))
-        figure.savefig(folder / f"{number:05d}-{Path(str(answer.source)).stem[:60]}.png", dpi=gallery.DPI)
-        yield answer
+    for number, prediction in enumerate(predictions, 1):
+        figure = gallery.heated(prediction, heat_map(model, prediction.pixels))
+        figure.savefig(folder / f"{number:05d}-{Path(str(prediction.source)).stem[:60]}.png", dpi=gallery.DPI)
+        yield prediction

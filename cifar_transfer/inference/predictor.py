@@ -87,7 +87,7 @@ class Classifier:
             UserError: Anything else, or a file that is no image.
         """
         if isinstance(images, list | tuple):
-            return [answer.classes for answer in self.stream(images, top_k)]
+            return [prediction.classes for prediction in self.stream(images, top_k)]
         return next(self.stream([images], top_k)).classes
 
     def stream(
@@ -97,7 +97,7 @@ class Classifier:
         batch_size: int = 64,
         refuse: Callable[[UserError], object] = _raise,
     ) -> Iterator[ImagePrediction]:
-        """Answers in the order of the images, however many these are: two batches are in memory.
+        """Predictions in the order of the images, however many these are: two batches are in memory.
 
         Threads decode a batch while the network looks at the one before.
 

@@ -25,36 +25,36 @@ _LINE = 0.15  # inches
 _GAP = 0.4  # lines between two bars
 
 
-def gallery(answers: Sequence[ImagePrediction], count: int) -> Figure:
+def gallery(predictions: Sequence[ImagePrediction], count: int) -> Figure:
     """Images, each with the names and probabilities of its likeliest classes.
 
     Args:
-        answers: At least one; the first 24 are drawn, with their first ten classes.
+        predictions: At least one; the first 24 are drawn, with their first ten classes.
         count: Of all images, said above if there are more than are drawn.
     """
-    answers = answers[:SHOWN]
-    sources = [_place(answer) for answer in answers]
-    names = [name for answer in answers for name, _ in answer.classes[:BARS]]
+    predictions = predictions[:SHOWN]
+    sources = [_place(prediction) for prediction in predictions]
+    names = [name for prediction in predictions for name, _ in prediction.classes[:BARS]]
     letters = lettering([*sources, *names])
     drawn = dict(zip([*sources, *names], letters.names, strict=True))
     cells = [
-        [_wrap(drawn[source], 38), *(_wrap(drawn[name], 32) for name, _ in answer.classes[:BARS])]
-        for source, answer in zip(sources, answers, strict=True)
+        [_wrap(drawn[source], 38), *(_wrap(drawn[name], 32) for name, _ in prediction.classes[:BARS])]
+        for source, prediction in zip(sources, predictions, strict=True)
     ]
     lines = max(sum(len(text) + _GAP for text in cell) for cell in cells)
-    columns = min(_COLUMNS, len(answers))
-    rows = -(-len(answers) // columns)
+    columns = min(_COLUMNS, len(predictions))
+    rows = -(-len(predictions) // columns)
     height = max(1.2, _LINE * lines)
     figure = Figure(figsize=(4.5 * columns, rows * (height + 0.15) + 0.4), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05, wspace=0, hspace=0)  # type: ignore[union-attr, call-arg]
-    if count > len(answers):
-        figure.suptitle(f"The first {len(answers)} of {count:,} images", fontsize=10)
+    if count > len(predictions):
+        figure.suptitle(f"The first {len(predictions)} of {count:,} images", fontsize=10)
     axes = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1.2, 3] * columns).reshape(-1, 2)
-    for pair, answer, cell in zip(axes, answers, cells, strict=False):
-        _image(pair[0], answer.pixels)
+    for pair, prediction, cell in zip(axes, predictions, cells, strict=False):
+        _image(pair[0], prediction.pixels)
         pair[0].set_anchor("NE")
-        _bars(pair[1], cell, [share for _, share in answer.classes], height / _LINE, letters)
-    for pair in axes[len(answers) :]:
+        _bars(pair[1], cell, [share for _, share in prediction.classes], height / _LINE, letters)
+    for pair in axes[len(predictions) :]:
         pair[0].axis("off")
         pair[1].axis("off")
     note(figure, letters)
@@ -81,23 +81,23 @@ def _bars(
         top += height
 
 
-def heated(answer: ImagePrediction, heat: np.ndarray) -> Figure:
+def heated(prediction: ImagePrediction, heat: np.ndarray) -> Figure:
     """An image, and beside it in grey under the heat map of its likeliest class.
 
     Args:
-        answer: With at least one class.
+        prediction: With at least one class.
         heat: float [S, S] in [0, 1].
     """
-    name, share = answer.classes[0]
-    letters = lettering([name, _place(answer)])
+    name, share = prediction.classes[0]
+    letters = lettering([name, _place(prediction)])
     title = _wrap(f"{letters.names[0]}   {share:.1%}", 56)
     figure = Figure(figsize=(6.4, 3.1 + 0.2 * len(title)), layout="constrained")
     figure.suptitle("\n".join(title), fontsize=11, family=letters.families)
     left, right = figure.subplots(1, 2)
-    _image(left, answer.pixels)
+    _image(left, prediction.pixels)
     left.set_title("\n".join(_wrap(letters.names[1], 28)), fontsize=8, family=letters.families, color=WORDS)
     right.axis("off")
-    right.imshow(answer.pixels.mean(0), cmap="gray", vmin=0, vmax=255)
+    right.imshow(prediction.pixels.mean(0), cmap="gray", vmin=0, vmax=255)
     shade = right.imshow(heat, cmap="plasma", vmin=0, vmax=1, alpha=0.6, interpolation="bilinear")
     right.set_title("what speaks for it" if heat.any() else "nothing speaks for it here", fontsize=8, color=WORDS)
     scale = figure.colorbar(shade, ax=right, ticks=[0, 1], shrink=0.8)
@@ -111,9 +111,9 @@ def _image(axes: Axes, pixels: np.ndarray) -> None:
     axes.imshow(pixels.transpose(1, 2, 0), interpolation="nearest")
 
 
-def _place(answer: ImagePrediction) -> str:
+def _place(prediction: ImagePrediction) -> str:
     """A file by its name and its folder's."""
-    return printable(str(Path(*Path(str(answer.source)).parts[-2:])))
+    return printable(str(Path(*Path(str(prediction.source)).parts[-2:])))
 
 
 def _wrap(text: str, width: int) -> list[str]:

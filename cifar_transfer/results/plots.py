@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from cifar_transfer.results.lettering import Lettering, lettering
-from cifar_transfer.results.predictions import Answers
+from cifar_transfer.results.predictions import Predictions
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # all but yellow and black
 BLUE, ORANGE, SKY, GREY = COLOURS[0], COLOURS[1], COLOURS[5], "#999999"
@@ -81,9 +81,9 @@ def epochs(curves: dict[str, Curve], frozen: int, lr: Curve) -> Figure:
     return figure
 
 
-def confusion(answers: Answers) -> Figure:
+def confusion(predictions: Predictions) -> Figure:
     """Counts, and shares of each class's images; numbers in the cells of up to 20 classes."""
-    counts, letters = answers.confusion(), lettering(answers.names)
+    counts, letters = predictions.confusion(), lettering(predictions.names)
     classes = len(counts)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(16.0, max(4.0, 1.6 + (0.42 if classes <= NUMBERED else 0.13) * classes))
@@ -106,9 +106,9 @@ def confusion(answers: Answers) -> Figure:
     return figure
 
 
-def per_class(answers: Answers) -> Figure:
+def per_class(predictions: Predictions) -> Figure:
     """A table of precision, recall, F1 and the number of images; the worst F1 first."""
-    counts, letters = answers.confusion(), lettering(answers.names)
+    counts, letters = predictions.confusion(), lettering(predictions.names)
     hits = counts.diagonal()
     truth, said = counts.sum(1), counts.sum(0)
     precision, recall = hits / np.maximum(said, 1), hits / np.maximum(truth, 1)
@@ -135,12 +135,12 @@ def per_class(answers: Answers) -> Figure:
     return figure
 
 
-def reliability(answers: Answers, bins: int = 15) -> Figure:
+def reliability(predictions: Predictions, bins: int = 15) -> Figure:
     """Accuracy by confidence, with the expected calibration error, and how many images there are to each."""
-    confidences = answers.confidences.numpy()
+    confidences = predictions.confidences.numpy()
     place = np.minimum((confidences * bins).astype(int), bins - 1)
     count = np.bincount(place, minlength=bins)
-    accuracy = np.bincount(place, answers.correct.numpy(), bins) / np.maximum(count, 1)
+    accuracy = np.bincount(place, predictions.correct.numpy(), bins) / np.maximum(count, 1)
     confidence = np.bincount(place, confidences, bins) / np.maximum(count, 1)
     figure = Figure(figsize=(5, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -149,7 +149,7 @@ def reliability(answers: Answers, bins: int = 15) -> Figure:
     upper.bar(edges[full], accuracy[full], 1 / bins, align="edge", color=BLUE, alpha=0.6, edgecolor="w")
     upper.plot(confidence[full], accuracy[full], "o", color=BLUE, ms=4)
     upper.plot([0, 1], [0, 1], "--", color=GREY, lw=1)
-    upper.set_title(f"expected calibration error {answers.calibration_error(bins):.1%}")
+    upper.set_title(f"expected calibration error {predictions.calibration_error(bins):.1%}")
     _finish(upper, "", "accuracy")
     lower.bar(edges, count, 1 / bins, align="edge", color=GREY, edgecolor="w")
     lower.set_xlim(0, 1)

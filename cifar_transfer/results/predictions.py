@@ -1,4 +1,4 @@
-"""What a network said to each image of a split: collected while it is evaluated, kept with the run."""
+"""What a network predicts for each image of a split: collected while it is evaluated, kept with the run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from cifar_transfer.data.images import Images
 from cifar_transfer.data.module import Split
 from cifar_transfer.files import atomic_write
 
-SHOWN = 32  # mistakes, and as many correct answers, whose images are kept
+SHOWN = 32  # mistakes, and as many correct predictions, whose images are kept
 THUMBNAIL = 96  # pixels, the longest side of those
 PROJECTED = 1000  # images in TensorBoard's projector
 SPRITE = 32  # pixels, of those in TensorBoard's projector, which takes them in one picture of at most 8192
@@ -40,14 +40,14 @@ class ImagePrediction(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictions:
     """The network's probabilities for N images of C classes, and some of the images.
 
     Args:
         names: The classes.
         labels: int64 [N].
         probabilities: float32 [N, C], rows of sum 1.
-        rows: int64 [K], the images that are kept: the most confident mistakes and some correct answers.
+        rows: int64 [K], the images that are kept: the most confident mistakes and some correct predictions.
         images: uint8 [K, 3, H, W], RGB.
     """
 
@@ -58,7 +58,7 @@ class Answers:
     images: Tensor
 
     @property
-    def predictions(self) -> Tensor:
+    def predicted(self) -> Tensor:
         """int64 [N]."""
         return self.probabilities.argmax(1)
 
@@ -70,7 +70,7 @@ class Answers:
     @property
     def correct(self) -> Tensor:
         """bool [N]."""
-        return self.predictions == self.labels
+        return self.predicted == self.labels
 
     def confusion(self) -> np.ndarray:
         """int64 [C, C]: how many images of a class (row) were taken for which (column)."""
@@ -88,7 +88,7 @@ class Answers:
             np.savez_compressed(file, names=np.array(self.names), probabilities=half, **arrays)
 
     @classmethod
-    def load(cls, path: Path) -> "Answers":
+    def load(cls, path: Path) -> "Predictions":
         """Read what `save` has written."""
         with np.load(path, allow_pickle=False) as arrays:
             read = {name: torch.from_numpy(arrays[name]) for name in ("labels", "rows", "images", "probabilities")}
@@ -114,21 +114,21 @@ class _Gathered(Metric):
         return {name: dim_zero_cat(getattr(self, name)) for name in self.names}
 
 
-class CollectAnswers(Callback):
-    """Gathers what the network says to the images of a data module while they are tested, or validated by themselves.
+class CollectPredictions(Callback):
+    """Gathers the network's predictions for a data module's images in a test, or in a validation outside of training.
 
     Args:
         features: Also gather what comes into the head, for at most so many images from all over the split.
 
     Attributes:
-        answers: To the whole split, on the first rank, once it is evaluated.
+        predictions: Of the whole split, on the first rank, once it is evaluated.
         features: float32 [M, D] of these images, likewise.
         thumbnails: uint8 [M, 3, H, W], the images.
         classes: int64 [M], their labels.
     """
 
     def __init__(self, features: int = 0) -> None:
-        self.answers: Answers | None = None
+        self.predictions: Predictions | None = None
         self.features: Tensor | None = None
         self.thumbnails: Tensor | None = None
         self.classes: Tensor | None = None
@@ -177,7 +177,7 @@ class CollectAnswers(Callback):
         found = {name: tensor[order].cpu() for name, tensor in found.items()}
         shown = _worth_seeing(found["labels"], found["probabilities"])
         images = _thumbnails(data.images[split], found["rows"][shown], THUMBNAIL)
-        self.answers = Answers(data.class_names, found["labels"], found["probabilities"], shown, images)
+        self.predictions = Predictions(data.class_names, found["labels"], found["probabilities"], shown, images)
         if seen is not None:
             self.features = seen["features"].cpu()
             self.classes = torch.from_numpy(data.images[split].labels)[seen["rows"].cpu()]
@@ -216,9 +216,9 @@ class CollectAnswers(Callback):
 
 
 def _worth_seeing(labels: Tensor, probabilities: Tensor) -> Tensor:
-    """The most confident mistakes, the worst first, then correct answers from all over the split."""
-    confidences, predictions = probabilities.max(1)
-    wrong, right = (predictions != labels).nonzero()[:, 0], (predictions == labels).nonzero()[:, 0]
+    """The most confident mistakes, the worst first, then correct predictions from all over the split."""
+    confidences, predicted = probabilities.max(1)
+    wrong, right = (predicted != labels).nonzero()[:, 0], (predicted == labels).nonzero()[:, 0]
     worst = wrong[confidences[wrong].argsort(descending=True, stable=True)][:SHOWN]
     spread = torch.linspace(0, len(right) - 1, min(SHOWN, len(right))).long()
     return torch.cat((worst, right[spread]))

@@ -1,6 +1,6 @@
 """Figures of a run: drawn from its files, kept in its folder and in TensorBoard.
 
-events.out.tfevents.* -> curves        figures/answers-test.npz -> confusion, reliability, mistakes, ...
+events.out.tfevents.* -> curves        figures/predictions-test.npz -> confusion, reliability, mistakes, ...
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,9 @@ from torch.utils.tensorboard import SummaryWriter
 from cifar_transfer.data.module import ImageDataModule, step_seed
 from cifar_transfer.files import atomic_write
 from cifar_transfer.results import plots
-from cifar_transfer.results.predictions import Answers, CollectAnswers
+from cifar_transfer.results.predictions import CollectPredictions, Predictions
 
 FOLDER = "figures"  # in that of the run
-KEPT = "answers-"  # files of answers begin with it, and end with the split
 AUGMENTED = 32  # images shown of the training's
 DPI = 100
 
@@ -34,36 +33,37 @@ def curves(run: Path) -> dict[str, Figure]:
     for tag in events.Tags()["scalars"]:
         points = [(event.step, event.value) for event in events.Scalars(tag)]
         found[tag] = plots.Curve(*np.array(points, np.float64).T)
-    figures = {}
+    drawn = {}
     if "train/loss" in found:
-        figures["loss"] = plots.loss_by_step(found["train/loss"])
+        drawn["loss"] = plots.loss_by_step(found["train/loss"])
     if "lr" in found:
         freeze = yaml.safe_load((run / "config.yaml").read_text())["freeze"]
         frozen = min(freeze["unfreeze_epoch"], len(found["lr"].x))
-        figures["epochs"] = plots.epochs(found, frozen, found["lr"])
-    return figures
+        drawn["epochs"] = plots.epochs(found, frozen, found["lr"])
+    return drawn
 
 
-def answers(given: Answers, split: str) -> dict[str, Figure]:
-    """What the answers to a split look like."""
-    images = given.images.numpy()
-    names, labels, said = given.names, given.labels[given.rows], given.predictions[given.rows]
-    sure = given.confidences[given.rows]
-    right = given.correct[given.rows].numpy()
+def prediction_plots(predictions: Predictions, split: str) -> dict[str, Figure]:
+    """Plots of the predictions of a split, by name."""
+    rows = predictions.rows
+    images = predictions.images.numpy()
+    names, labels, predicted = predictions.names, predictions.labels[rows], predictions.predicted[rows]
+    sure = predictions.confidences[rows]
+    right = predictions.correct[rows].numpy()
     titles = [
-        (names[truth],) if truth == answer else (f"is {names[truth]}", f"said {names[answer]}", f"{share:.1%} sure")
-        for truth, answer, share in zip(labels.tolist(), said.tolist(), sure.tolist(), strict=True)
+        (names[truth],) if truth == guess else (f"is {names[truth]}", f"said {names[guess]}", f"{share:.1%} sure")
+        for truth, guess, share in zip(labels.tolist(), predicted.tolist(), sure.tolist(), strict=True)
     ]
-    figures = {
-        "confusion": plots.confusion(given),
-        "classes": plots.per_class(given),
-        "reliability": plots.reliability(given),
+    drawn = {
+        "confusion": plots.confusion(predictions),
+        "classes": plots.per_class(predictions),
+        "reliability": plots.reliability(predictions),
     }
     for name, heading, chosen in (("mistakes", "The most confident mistakes", ~right), ("correct", "Correct", right)):
         if chosen.any():
-            rows = np.flatnonzero(chosen)
-            figures[name] = plots.grid(images[rows], [titles[row] for row in rows], heading)
-    return {f"{split}-{name}": figure for name, figure in figures.items()}
+            places = np.flatnonzero(chosen)
+            drawn[name] = plots.grid(images[places], [titles[place] for place in places], heading)
+    return {f"{split}-{name}": figure for name, figure in drawn.items()}
 
 
 def augmented(data: ImageDataModule, size: int | None) -> Figure:
@@ -87,39 +87,39 @@ def augmented(data: ImageDataModule, size: int | None) -> Figure:
     return plots.grid(shown, titles, f"Training images as the network sees them, {width} x {height} pixels")
 
 
-def save(figures: dict[str, Figure], folder: Path) -> list[Path]:
+def save(drawn: dict[str, Figure], folder: Path) -> list[Path]:
     """Write each as a PNG of its name, each in one move."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, figure in figures.items():
+    for name, figure in drawn.items():
         paths.append(folder / f"{name}.png")
         with atomic_write(paths[-1]) as file:
             figure.savefig(file, dpi=DPI, format="png")
     return paths
 
 
-def publish(run: Path, split: str, collected: CollectAnswers, board: SummaryWriter | None, step: int) -> None:
-    """Keep the answers to a split in the run's folder and draw them, there and in TensorBoard.
+def publish(run: Path, split: str, collected: CollectPredictions, board: SummaryWriter | None, step: int) -> None:
+    """Keep the predictions of a split in the run's folder and draw them, there and in TensorBoard.
 
     Args:
         run: Folder of the run.
         split: Of the images that were evaluated.
-        collected: The answers, and perhaps features for the projector.
+        collected: The predictions, and perhaps features for the projector.
         board: Writer into the run's folder, or None.
         step: To which they belong.
     """
-    given = collected.answers
-    if given is None:  # another rank's business
+    if collected.predictions is None:  # another rank's business
         return
     (run / FOLDER).mkdir(parents=True, exist_ok=True)
-    kept = run / FOLDER / f"{KEPT}{split}.npz"
-    given.save(kept)
-    paths = save(answers(Answers.load(kept), split), run / FOLDER)  # to the last pixel what is drawn again later
+    kept = run / FOLDER / f"predictions-{split}.npz"
+    collected.predictions.save(kept)
+    # Drawn from the file, so that drawing it again later gives the same pixels.
+    paths = save(prediction_plots(Predictions.load(kept), split), run / FOLDER)
     if board is None:
         return
     show(paths, board, step)
     if collected.features is not None and collected.classes is not None and collected.thumbnails is not None:
-        names = [given.names[label] for label in collected.classes.tolist()]
+        names = [collected.predictions.names[label] for label in collected.classes.tolist()]
         board.add_embedding(collected.features, names, collected.thumbnails / 255, step, tag=f"{split} features")
 
 

@@ -15,7 +15,7 @@ from cifar_transfer.console import duration, say
 from cifar_transfer.errors import first_line
 from cifar_transfer.files import atomic_write
 from cifar_transfer.results import publish
-from cifar_transfer.results.predictions import CollectAnswers
+from cifar_transfer.results.predictions import CollectPredictions
 
 RESULT = "result.json"  # in a finished run's folder
 SLOW_GRAPH = 300  # modules, whose graph takes seconds to draw
@@ -102,7 +102,7 @@ class Report(Callback):
         self._training = time.monotonic() - self._began
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the epoch's figures."""
+        """Print the epoch's scores."""
         metrics = trainer.callback_metrics  # computed together by all ranks
         parts = [f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"]
         for split, loss in (("train", "train/loss_epoch"), ("val", "val/loss")):
@@ -127,13 +127,13 @@ class Report(Callback):
         self.seconds, self.images_per_second = state_dict["seconds"], state_dict["images_per_second"]
 
 
-def draw_final(trainer: Trainer, split: str, collected: CollectAnswers) -> None:
+def draw_final(trainer: Trainer, split: str, collected: CollectPredictions) -> None:
     """Draw a finished run, in its folder and in TensorBoard.
 
     Args:
         trainer: Of the finished run.
         split: Of the images that the best checkpoint was evaluated on.
-        collected: Its answers to them.
+        collected: Its predictions for them.
     """
     folder = trainer.log_dir  # asked for by all ranks together
     if folder is None or trainer.logger is None or not trainer.is_global_zero:
@@ -145,37 +145,37 @@ def draw_final(trainer: Trainer, split: str, collected: CollectAnswers) -> None:
     publish.publish(Path(folder), split, collected, board, trainer.global_step)
 
 
-def log_final(trainer: Trainer, hparams: dict[str, Any], figures: dict[str, float]) -> None:
-    """Write the hyper-parameters with the run's final figures, so that TensorBoard compares runs by them.
+def log_final(trainer: Trainer, hparams: dict[str, Any], scores: dict[str, float]) -> None:
+    """Write the hyper-parameters with the run's final scores, so that TensorBoard compares runs by them.
 
     Args:
         trainer: Of the finished run.
         hparams: Options; whatever is not a number, a string or a flag is written as its text, in one column.
-        figures: Say `{"best/val_acc": 0.9, "best/test_acc": 0.89}`.
+        scores: Say `{"best/val_acc": 0.9, "best/test_acc": 0.89}`.
     """
     if isinstance(trainer.logger, TensorBoardLogger):
         texts = {
             name: " ".join(f"{key}={part}" for key, part in value.items()) if isinstance(value, dict) else value
             for name, value in hparams.items()
         }
-        trainer.logger.log_hyperparams(texts, figures)
+        trainer.logger.log_hyperparams(texts, scores)
         trainer.logger.save()
 
 
-def write_result(trainer: Trainer, pl_module: LightningModule, figures: dict[str, float]) -> None:
+def write_result(trainer: Trainer, pl_module: LightningModule, scores: dict[str, float]) -> None:
     """Write what a finished run came to into its folder, as `result.json`.
 
     Args:
         trainer: Of the finished run.
         pl_module: What it trained.
-        figures: Its accuracies, as for `log_final`; beside them are written the number of parameters, the seconds of
+        scores: Its accuracies, as for `log_final`; beside them are written the number of parameters, the seconds of
             training and the images trained with in a second.
     """
     folder = trainer.log_dir  # asked for by all ranks together
     if folder is None or not trainer.is_global_zero:
         return
     report = next(callback for callback in trainer.callbacks if isinstance(callback, Report))  # type: ignore[attr-defined]
-    result = figures | {
+    result = scores | {
         "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
         "epochs": trainer.current_epoch,
         "seconds": round(report.seconds, 1),

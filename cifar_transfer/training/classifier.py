@@ -24,7 +24,7 @@ from cifar_transfer.training import optimizer
 from cifar_transfer.training.optimizer import LARGEST_RATE
 
 VERSION_KEY = "cifar_transfer_version"  # in checkpoints
-EPOCH_FIGURES: tuple[str, ...] = ("train/acc", "train/loss_epoch", "val/acc", "val/loss")
+EPOCH_SCORES: tuple[str, ...] = ("train/acc", "train/loss_epoch", "val/acc", "val/loss")
 # What a checkpoint decides when a run continues from it: the network's form, the optimizer and the schedule.
 RESUMED_AS_SAVED = (
     *("backbone", "num_classes", "small_images", "patch_size", "aux_weight"),
@@ -301,13 +301,13 @@ class TransferClassifier(LightningModule):
         self._validated = not self.trainer.sanity_checking
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's figures against the epoch, and let the schedule see the validation loss."""
+        """Log the epoch's scores against the epoch, and let the schedule see the validation loss."""
         metrics = self.trainer.callback_metrics
-        figures = {name: float(metrics[name]) for name in EPOCH_FIGURES if name in metrics}
-        figures["lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        figures["trainable_parameters"] = float(sum(p.numel() for p in self.parameters() if p.requires_grad))
+        scores = {name: float(metrics[name]) for name in EPOCH_SCORES if name in metrics}
+        scores["lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        scores["trainable_parameters"] = float(sum(p.numel() for p in self.parameters() if p.requires_grad))
         for logger in self.loggers:
-            logger.log_metrics(figures, step=self.current_epoch)
+            logger.log_metrics(scores, step=self.current_epoch)
             logger.save()
         scheduler = self.lr_schedulers()
         if self._validated and isinstance(scheduler, ReduceLROnPlateau):

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from cifar_transfer import console
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.errors import UserError, check, taken
-from cifar_transfer.results.predictions import PROJECTED, CollectAnswers
+from cifar_transfer.results.predictions import PROJECTED, CollectPredictions
 from cifar_transfer.results.report import Report
 from cifar_transfer.training import find_lr
 from cifar_transfer.training import run as runs
@@ -193,10 +193,10 @@ class FitCLI(LightningCLI):
         if options.default_root_dir:
             _require_writable(Path(options.default_root_dir))
         callbacks: list[Any] = [Guard()]
-        self.answers: CollectAnswers | None = None
+        self.predictions: CollectPredictions | None = None
         if self.config_init.report.figures and not options.fast_dev_run:
-            self.answers = CollectAnswers(PROJECTED if self.config_init.report.projector else 0)
-            callbacks.append(self.answers)
+            self.predictions = CollectPredictions(PROJECTED if self.config_init.report.projector else 0)
+            callbacks.append(self.predictions)
         self.best = runs.RunCheckpoint("best", "val/acc", in_place=bool(self.config.resume))
         last = None
         if options.enable_checkpointing is not False and not options.fast_dev_run:
@@ -245,7 +245,7 @@ class FitCLI(LightningCLI):
         epoch = step = 0
         if self.config.ckpt_path:
             checkpoint = torch.load(self.config.ckpt_path, "cpu", weights_only=True, mmap=True)
-            # Of one that was written within an epoch, this epoch's figures are still to come.
+            # Of one that was written within an epoch, this epoch's scores are still to come.
             over = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
             epoch, step = checkpoint["epoch"] + over, checkpoint["global_step"]
         trim_events(folder, epoch, step)

@@ -21,10 +21,10 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from cifar_transfer.errors import UserError
 from cifar_transfer.files import atomic_write
 from cifar_transfer.training.checkpoint import LOGS, read_checkpoint
-from cifar_transfer.training.classifier import EPOCH_FIGURES
+from cifar_transfer.training.classifier import EPOCH_SCORES
 
 CONFIG = "config.yaml"
-EPOCH_TAGS = {*EPOCH_FIGURES, "lr", "trainable_parameters"}
+EPOCH_TAGS = {*EPOCH_SCORES, "lr", "trainable_parameters"}
 
 
 def import_nothing_else(args: Sequence[str]) -> None:
@@ -215,7 +215,7 @@ def trim_events(run: Path, epoch: int, step: int) -> None:
 
     Args:
         run: Folder of the run.
-        epoch: First epoch that will be run again; figures of epochs have it as their step.
+        epoch: First epoch that will be run again; scores of epochs have it as their step.
         step: First optimizer step that will be run again.
     """
     for path in sorted(run.glob("events.out.tfevents.*")):
