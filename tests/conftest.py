@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import jsonargparse._common
@@ -16,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from lightning import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
@@ -62,6 +64,21 @@ def curves(run):
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+@contextmanager
+def untouched(*folders):
+    """What is refused leaves every file and folder as it was, to the byte."""
+
+    def content():
+        paths = [path for folder in folders for path in sorted(Path(folder).rglob("*"))]
+        return {path: path.read_bytes() if path.is_file() else None for path in paths}
+
+    before = content()
+    yield
+    after = content()
+    assert sorted(before) == sorted(after)
+    assert [path for path in before if before[path] != after[path]] == []
+
+
 def write_images(folder, per_class, size=(32, 32), classes=("cat", "dog"), seed=0):
     """An image folder `<class>/NNN.png` of noise."""
     rng = np.random.default_rng(seed)
@@ -76,6 +93,17 @@ def write_images(folder, per_class, size=(32, 32), classes=("cat", "dog"), seed=
 def _imports_as_before(monkeypatch):
     """What a resumed run forbids its process to import is allowed again for the next test."""
     monkeypatch.setattr(jsonargparse._common, "parsing_settings", copy.copy(jsonargparse._common.parsing_settings))
+
+
+@pytest.fixture(scope="session")
+def quiet():
+    """Makes a Trainer on the CPU that prints and keeps nothing but what it is asked for."""
+
+    def make(**options):
+        silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        return Trainer(**{"accelerator": "cpu"} | dict.fromkeys(silent, False) | options)
+
+    return make
 
 
 @pytest.fixture

@@ -193,11 +193,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def as_is(batch: Batch) -> Batch:
-    """Collate function of a dataset whose `__getitems__` returns whole batches."""
-    return batch
-
-
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split rows into two, keeping the share of every class.
 

@@ -6,9 +6,8 @@ What the network's input must look like beyond [0, 1] (statistics, resolution) b
 so that a checkpoint can be used without the data module that trained it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -16,68 +15,18 @@ import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from cifar_transfer.data.augment import Augment
-from cifar_transfer.data.images import Batch, Images, as_is, cores, stratified
+from cifar_transfer.data.images import Batch, Images, cores, stratified
+from cifar_transfer.data.loading import check_processes, evaluation_loader, training_loader
 from cifar_transfer.errors import UserError, check
 
 Split = Literal["train", "val", "test"]
 LARGEST_BATCH = 65536  # images; more is a slip of the finger
 MOST_WORKERS = 512
+SHOWN_CLASSES = 10  # names in a message
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-
-
-class WholeShard(DistributedSampler):
-    """Every image exactly once over all ranks: `DistributedSampler` without the repeats that make the ranks even.
-
-    Repeats would count some images twice in the metrics. Nothing is exchanged per batch in evaluation, so the ranks
-    need not have the same number of batches.
-    """
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
-
-
-class ResumableLoader(DataLoader[Batch]):
-    """Training batches that a checkpoint written within an epoch continues: it skips those given before.
-
-    Lightning keeps the state of every loader that has one.
-
-    Attributes:
-        given: How many batches of the epoch have been given.
-        epoch: How many there are in an epoch, which the Trainer may limit.
-    """
-
-    given = 0
-    epoch: Callable[[], float]
-
-    def state_dict(self) -> dict[str, int]:
-        """How many are to be skipped: none when the epoch is over."""
-        return {"given": 0 if self.given >= self.epoch() else self.given}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next epoch after these."""
-        self._skipped = state["given"]
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # as loop and profilers use it
-        self.given, self._skipped = getattr(self, "_skipped", 0), 0
-        self.sampler.first = self.given * (self.batch_size or 1)  # type: ignore[attr-defined]
-        for batch in super().__iter__():
-            self.given += 1
-            yield batch
-
-
-class Shuffled(DistributedSampler):
-    """`DistributedSampler` that can begin later."""
-
-    first = 0
-
-    def __iter__(self) -> Iterator[int]:
-        return islice(super().__iter__(), self.first, None)
 
 
 class ImageDataModule(LightningDataModule):
@@ -167,10 +116,15 @@ class ImageDataModule(LightningDataModule):
         """Open the images of every split and hold out those of validation.
 
         Raises:
-            UserError: There is nothing to validate on, or a label that is no class's.
+            UserError: There is nothing to validate on, a label that is no class's, or too few images for the processes.
         """
-        if self.images:
-            return
+        if not self.images:
+            self._split()
+        if self.trainer:
+            used = {"validate": ["val"], "test": ["test"]}.get(stage or "", SPLITS)  # a fit ends with the test
+            check_processes({s: found for s, found in self.images.items() if s in used}, self.trainer.world_size)
+
+    def _split(self) -> None:
         train, val, test = (self._load_once(split) for split in SPLITS)
         if train is None or not len(train):
             raise UserError("There are no training images.")
@@ -199,48 +153,33 @@ class ImageDataModule(LightningDataModule):
             self.images["test"] = test
         rank_zero_info("Images: %s", ", ".join(f"{len(images):,} {split}" for split, images in self.images.items()))
 
-    def _loader(self, split: Split) -> DataLoader[Batch]:
+    def _images(self, split: Split) -> tuple[Images, int, int, int]:
+        """The images of a split, the processes that read them, this process and how many there are."""
         if split not in self.images:
             raise UserError(f"There are no {split} images: add a folder {split}/ with the same classes.")
         images = self.images[split]
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        train = split == "train"
-        sampler: DistributedSampler = (
-            Shuffled(images, num_replicas=world, rank=rank, shuffle=True, seed=self.seed)
-            if train
-            else WholeShard(images, num_replicas=world, rank=rank, shuffle=False)
-        )
-        batch_size = self.batch_size if train else self.eval_batch_size
         workers = 0
         if images.on_the_fly:
             workers = self.num_workers if self.num_workers is not None else cores()
-        kind = ResumableLoader if train else DataLoader
-        loader = kind(
-            images,
-            batch_size=batch_size,
-            sampler=sampler,
-            collate_fn=as_is,  # type: ignore[arg-type] # `__getitems__` gives a batch, not a list
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            # Batch-norm cannot train on one value a channel, and a network may end in 1 x 1 pixels.
-            drop_last=train and len(sampler) % batch_size == 1,
-        )
-        if isinstance(loader, ResumableLoader):
-            loader.epoch = lambda: self.trainer.num_training_batches if self.trainer else len(loader)
-        return loader
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return images, workers, rank, world
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled training batches, a shard a rank."""
-        return self._loader("train")
+        images, workers, rank, world = self._images("train")
+        loader = training_loader(images, self.batch_size, workers, rank, world, self.seed)
+        loader.epoch = lambda: self.trainer.num_training_batches if self.trainer else len(loader)
+        return loader
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches in order, each image once over all ranks."""
-        return self._loader("val")
+        images, *place = self._images("val")
+        return evaluation_loader(images, self.eval_batch_size, *place)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Test batches in order, each image once over all ranks."""
-        return self._loader("test")
+        images, *place = self._images("test")
+        return evaluation_loader(images, self.eval_batch_size, *place)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Bytes to float32 in [0, 1], and the augmentation while training, on the device the batch has come to."""
@@ -264,3 +203,32 @@ def to_float(images: Tensor) -> Tensor:
 def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
     """A seed of 63 bits that differs for every seed, epoch, step of the epoch and rank."""
     return int(np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def check_classes(trained: Sequence[str], found: Sequence[str]) -> None:
+    """Refuse data whose labels mean other classes than those that a network was trained for.
+
+    Args:
+        trained: The names of the network's classes, in the order of its outputs.
+        found: Those of the data, in the order of the labels.
+
+    Raises:
+        UserError: The names or their order differ; the message has both lists, of long ones what differs.
+    """
+    if list(trained) == list(found):
+        return
+    lists = [list(trained), list(found)]
+    reordered = sorted(trained) == sorted(found)
+    if max(map(len, lists)) > SHOWN_CLASSES:  # only what differs
+        if reordered:
+            lists = [[name for name, other in zip(a, b, strict=True) if name != other] for a, b in (lists, lists[::-1])]
+        else:
+            lists = [[name for name in a if name not in b] for a, b in (lists, lists[::-1])]
+    ours, theirs = (
+        ", ".join(names[:SHOWN_CLASSES]) + (", ..." if len(names) > SHOWN_CLASSES else "") or "none besides"
+        for names in lists
+    )
+    raise UserError(
+        f"The data have {'their classes in another order' if reordered else 'other classes'} than the network was "
+        f"trained for: the network {ours}; the data {theirs}. Name the classes as they were, or begin a new run."
+    )

@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from cifar_transfer import __version__
 from cifar_transfer.data.geometry import statistics
 from cifar_transfer.data.images import LARGEST_SIDE, Batch
+from cifar_transfer.data.module import check_classes
 from cifar_transfer.errors import UserError, check
 from cifar_transfer.network import build
 from cifar_transfer.training import optimizer
@@ -203,6 +204,8 @@ class TransferClassifier(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is None or not hasattr(data, "num_classes"):  # or it is of somebody else
             return
+        if (names := self.hparams["class_names"]) and hasattr(data, "class_names"):
+            check_classes(names, data.class_names)
         if data.num_classes != self.hparams["num_classes"]:
             raise UserError(
                 f"The network has {self.hparams['num_classes']} outputs, but the data have {data.num_classes} classes: "
@@ -322,9 +325,14 @@ class TransferClassifier(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse settings that the checkpoint's optimizer and schedule would silently undo."""
         self.input_size = checkpoint.get("input_size")
-        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+        if self._trainer is None:
             return
         saved = checkpoint.get("hyper_parameters", {})
+        own = self.hparams["class_names"] or getattr(self.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
+        if saved.get("class_names") and own:
+            check_classes(saved["class_names"], own)
+        if self._trainer.state.fn != TrainerFn.FITTING:
+            return
         for name in RESUMED_AS_SAVED:
             if name in saved and saved[name] != self.hparams[name]:
                 raise UserError(

@@ -1,0 +1,70 @@
+"""Batches of several processes and of resumed epochs: who reads which image, and when there are too few."""
+
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, run_fit
+
+from cifar_transfer import ShapesDataModule
+from cifar_transfer.data.images import ArrayImages
+from cifar_transfer.data.loading import check_processes, evaluation_loader, training_loader
+from cifar_transfer.errors import UserError
+
+DDP = [*TINY, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1", "--freeze.unfreeze_epoch=0"]
+
+
+def numbered(count):
+    """Images of 2 x 3 pixels whose labels are their numbers."""
+    return ArrayImages(np.zeros((count, 3, 2, 3), np.uint8), np.arange(count))
+
+
+def labels(loader):
+    return torch.cat([labels for _, labels in loader]).tolist()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_each_image_is_evaluated_by_one_process(world):
+    shards = [labels(evaluation_loader(numbered(7), 2, 0, rank, world)) for rank in range(world)]
+    assert sorted(chain(*shards)) == list(range(7))
+    assert shards == [list(range(rank, 7, world)) for rank in range(world)]
+
+
+@pytest.mark.parametrize("given", [0, 1, 3])
+def test_an_epoch_continues_after_the_batches_that_were_given(given):
+    whole, resumed = (training_loader(numbered(19), 4, 0, 0, 2, seed=5) for _ in range(2))
+    for loader in (whole, resumed):
+        loader.epoch = lambda: 3
+        loader.sampler.set_epoch(2)
+    expected = labels(whole)
+    begun = iter(whole)
+    for _ in range(given):
+        next(begun)
+    resumed.load_state_dict(whole.state_dict())
+    assert labels(resumed) == (expected if given == 3 else expected[4 * given :]), "after the last the next begins"
+
+
+def test_two_processes_with_too_few_images_are_refused_before_training(tmp_path):
+    done = run_fit(tmp_path, *DDP, "--data.test_images=1", expect=2, timeout=120)
+    assert "1 test images are too few for 2 processes, of which each needs 1: take fewer devices" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "epoch" not in done.stdout
+
+
+def test_a_process_needs_an_image_to_evaluate_and_two_to_train():
+    images = {"train": numbered(8), "val": numbered(4), "test": numbered(3)}
+    check_processes(images, 3)
+    check_processes({"val": numbered(1), "test": numbered(1)}, 1)
+    for world, said in ((4, "3 test images .* 4 processes, of which each needs 1"), (5, "8 train .* each needs 2")):
+        with pytest.raises(UserError, match=said):
+            check_processes(images, world)
+    with pytest.raises(UserError, match="1 train images are too few for 1 process"):
+        check_processes({"train": numbered(1)}, 1)
+
+
+def test_one_process_takes_one_image():
+    data = ShapesDataModule(train_images=50, test_images=1)
+    data.prepare_data()
+    data.setup()
+    assert labels(data.test_dataloader()) == data.images["test"].labels.tolist()
