@@ -13,29 +13,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import requests
 from filelock import FileLock, Timeout
-from pooch import HTTPDownloader
 from tqdm import tqdm
 
 from cifar_transfer.errors import UserError
 
 Result = TypeVar("Result")
 
-CHUNK_BYTES = 16 * 1024
-"""Arriving bytes are counted in whole chunks; fewer than one within `stall_seconds` is silence."""
-
-TICKS = 40
-"""How many times the watch looks within `stall_seconds`."""
-
-PAUSE_SECONDS = 0.5
-"""Rest before a source is asked again."""
+CHUNK_BYTES = 16 * 1024  # arriving bytes are counted in whole chunks; fewer than one within `stall_seconds` is silence
+TICKS = 40  # how many times the watch looks within `stall_seconds`
+PAUSE_SECONDS = 0.5  # before a source is asked again
 
 
 def fetch(
@@ -50,21 +43,21 @@ def fetch(
 ) -> Path:
     """Download the first of `urls` that delivers into `path`, unless `path` exists already.
 
-    Of several processes that want the same `path`, one downloads and the others wait for it. A source that delivers,
-    but too slowly, is left for the others; when they have failed too it is taken up again and only silence ends it,
-    since a slow download is better than none. Progress is shown on stderr.
+    Of several processes that want the same `path`, one downloads and the others wait. A source that is too slow is left
+    for the others; when these have failed, it is asked again without a lower limit, because a slow download is better
+    than none. Progress is shown on stderr.
 
     Args:
         urls: where to download from, best first; http or https. Proxies are taken from the environment.
         path: the file to write; its folder is made if need be. An existing file is returned at once and unread.
-        digest: `md5:` or `sha256:` and at least 8 hexadecimal digits, the beginning of the file's digest. A prefix
-            will do because the names of torchvision's weights carry the first 8 digits of their SHA-256.
-        stall_seconds: a source from which nothing came for this long is left; also the time over which the rate is
-            measured, and four times the longest wait for a connection to one network address. Over 0.
+        digest: `md5:` or `sha256:` and at least 8 hexadecimal digits, the beginning of the file's digest: the names of
+            torchvision's weights carry the first 8 of their SHA-256.
+        stall_seconds: a source that sends nothing for this long is left; the rate is measured over the same time, and a
+            connection to one network address may take a quarter of it. Over 0.
         attempts: how often each source is tried before the next one, from 1.
-        min_bytes_per_second: a source with a lower mean rate is left while others remain. The default would take the
-            170 MB of CIFAR-10 half an hour.
-        max_bytes: a source that sends more is left, in bytes.
+        min_bytes_per_second: a source with a lower mean rate is left while others remain. The default would take half
+            an hour for the 170 MB of CIFAR-10.
+        max_bytes: a source that sends more is left.
 
     Returns:
         `path`, now existing.
@@ -73,7 +66,6 @@ def fetch(
         UserError: no source delivered, the folder cannot be written to, or an address is not http or https. The text
             is a sentence without its full stop, to which the caller can add the ways out.
         ValueError: `digest` is not of the form above.
-
     """
     algorithm, _, prefix = digest.lower().partition(":")
     if algorithm not in ("md5", "sha256") or len(prefix) < 8 or set(prefix) - set("0123456789abcdef"):
@@ -82,31 +74,46 @@ def fetch(
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise UserError(f"cannot download {path.name} from {url!r}: not an http or https address")
 
-    failures: dict[str, list[str]] = {}
     with _writing_to(path.parent):
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with _only_process(path):
-            if path.exists():
-                return path
-            pending = deque(dict.fromkeys(urls))
-            while pending:
-                url = pending.popleft()
-                # The last source left, and one taken up again, may be slow: nothing better is to be had.
-                slowest = min_bytes_per_second if pending and url not in failures else 0
-                for attempt in range(attempts):
-                    time.sleep(PAUSE_SECONDS if attempt else 0)
-                    try:
-                        return _download(url, path, algorithm, prefix, stall_seconds, slowest, max_bytes)
-                    except _SourceFailed as failure:
-                        _say(f"{_host(url)}: {failure}")
-                        failures.setdefault(url, []).append(str(failure))
-                        if isinstance(failure, _TooSlow):
-                            pending.append(url)
-                            break
+            if not path.exists():
+                wanted = _Wanted(path, algorithm, prefix, stall_seconds, max_bytes)
+                _from_any(urls, wanted, attempts, min_bytes_per_second)
+    return path
+
+
+class _Wanted(NamedTuple):
+    """What is downloaded, as `fetch` was told."""
+
+    path: Path
+    algorithm: str
+    prefix: str
+    stall_seconds: float
+    max_bytes: int
+
+
+def _from_any(urls: Sequence[str], wanted: _Wanted, attempts: int, min_bytes_per_second: float) -> None:
+    failures: dict[str, list[str]] = {}
+    pending = deque(dict.fromkeys(urls))
+    while pending:
+        url = pending.popleft()
+        # The last source left, and one taken up again, may be slow: nothing better is to be had.
+        slowest = min_bytes_per_second if pending and url not in failures else 0
+        for attempt in range(attempts):
+            time.sleep(PAUSE_SECONDS if attempt else 0)
+            try:
+                return _download(url, wanted, slowest)
+            except _SourceFailed as failure:
+                _say(f"{_host(url)}: {failure}")
+                failures.setdefault(url, []).append(str(failure))
+                if isinstance(failure, _TooSlow):
+                    pending.append(url)
+                    break
     tried = "; ".join(f"{_host(url)} ({', then '.join(dict.fromkeys(why))})" for url, why in failures.items())
-    raise UserError(f"could not download {path.name}: {tried or 'no source is known'}")
+    raise UserError(f"could not download {wanted.path.name}: {tried or 'no source is known'}")
 
 
 def within(seconds: float, call: Callable[[], Result]) -> Result:
@@ -118,7 +125,6 @@ def within(seconds: float, call: Callable[[], Result]) -> Result:
 
     Raises:
         TimeoutError: it has not ended by then. Its own errors are raised as they are.
-
     """
     done: Future[Result] = Future()
 
@@ -131,7 +137,7 @@ def within(seconds: float, call: Callable[[], Result]) -> Result:
     threading.Thread(target=run, daemon=True).start()
     try:
         return done.result(seconds)
-    except FutureTimeout:
+    except TimeoutError:
         if done.done():
             raise
         raise TimeoutError(f"no answer within {seconds:g} s") from None
@@ -142,22 +148,21 @@ class _SourceFailed(Exception):
 
 
 class _TooSlow(_SourceFailed):
-    """The source delivers, but below the wanted rate."""
+    pass
 
 
-def _download(
-    url: str, path: Path, algorithm: str, prefix: str, stall_seconds: float, slowest: float, max_bytes: int
-) -> Path:
-    """Make one attempt at `url`; the arguments are those of `fetch`, `slowest` in bytes per second."""
-    # A fixed name, so that what a killed process left behind is overwritten. Not the same on all hosts, because a
-    # lock may not reach across a network file system.
+def _download(url: str, wanted: _Wanted, slowest: float) -> None:
+    """Make one attempt at `url`, left if it gives fewer bytes per second than `slowest`."""
+    path = wanted.path
+    # A fixed name, so that the rest of a killed process is overwritten; one for each host, because a lock may not reach
+    # across a network file system.
     part = path.with_name(f".{path.name}.{platform.node()}.part")
     start = time.monotonic()
     try:
         with part.open("wb") as file:
-            arrival = _Arrival(url, file, path.parent, algorithm, stall_seconds, max_bytes)
-            _watch(arrival, path.name, stall_seconds, slowest)
-            if not arrival.hasher.hexdigest().startswith(prefix):
+            arrival = _Arrival(url, file, wanted)
+            _watch(arrival, slowest)
+            if not arrival.hasher.hexdigest().startswith(wanted.prefix):
                 raise _SourceFailed(f"{_size(arrival.received)} of wrong bytes")
             file.flush()
             os.fsync(file.fileno())
@@ -165,70 +170,52 @@ def _download(
     finally:
         part.unlink(missing_ok=True)
     _say(f"downloaded {path.name}: {_size(arrival.received)} in {time.monotonic() - start:.0f} s")
-    return path
 
 
 class _Arrival(threading.Thread):
-    """The download itself, which counts, hashes and bounds what arrives.
+    """The download itself: counts, hashes and limits what arrives.
 
-    A thread, because a byte now and then keeps every time-out of a socket from firing and pooch from reporting, and a
-    name look-up has none; whoever waits for a thread can leave it. A thread left behind ends at its next write, since
-    the file is closed by then, or by its own time-out. It never keeps the program from ending.
+    A thread, because no time-out ends a name look-up, or a socket that receives a byte now and then; a thread can be
+    left behind. It ends at its next write, because the file is closed by then.
     """
 
-    def __init__(
-        self, url: str, file: BinaryIO, folder: Path, algorithm: str, stall_seconds: float, max_bytes: int
-    ) -> None:
+    def __init__(self, url: str, file: BinaryIO, wanted: _Wanted) -> None:
         super().__init__(daemon=True)
-        self.url, self.file, self.folder, self.max_bytes = url, file, folder, max_bytes
-        self.hasher = hashlib.new(algorithm, usedforsecurity=False)
-        self.received = 0
-        self.total = 0  # as the source says, in bytes; 0 where it does not
+        self.url, self.file, self.wanted = url, file, wanted
+        self.hasher = hashlib.new(wanted.algorithm, usedforsecurity=False)
+        self.received = self.total = 0  # bytes; in all, as the source says, 0 where it does not
         self.error: Exception | None = None
-        self.response: requests.Response | None = None
-        self.downloader = HTTPDownloader(
-            chunk_size=CHUNK_BYTES,
-            # Short for the connection, so that an address that does not answer leaves time for the host's others;
-            # long for the rest, so that it is the watch that speaks first.
-            timeout=(stall_seconds / 4, stall_seconds * 2),
-            hooks={"response": self._answered},
-            headers={"Accept-Encoding": "identity"},  # an archive must not be unpacked on the way
-        )
 
     def run(self) -> None:
         """Download, and keep the error for the watch."""
+        # Short for the connection, so that an address that does not answer leaves time for the host's others; long for
+        # the rest, so that it is the watch that speaks first.
+        timeout = (self.wanted.stall_seconds / 4, self.wanted.stall_seconds * 2)
+        headers = {"Accept-Encoding": "identity"}  # an archive must not be unpacked on the way
         try:
-            self.downloader(self.url, self, None)
+            with requests.get(self.url, stream=True, timeout=timeout, headers=headers) as response:
+                response.raise_for_status()
+                self.total = int(response.headers.get("Content-Length", 0))
+                for chunk in response.iter_content(CHUNK_BYTES):
+                    self._take(chunk)
         except Exception as error:  # a broken source can raise anything, from a bad header to a bad certificate
             self.error = error
-        finally:
-            if self.response is not None:
-                self.response.close()  # pooch leaves the connection open
 
-    def _answered(self, response: requests.Response, **_: object) -> None:
-        self.response = response  # after redirects, the last one
-        self.total = int(response.headers.get("Content-Length", 0))
-
-    def write(self, data: bytes) -> None:
-        """Take the next bytes from pooch."""
-        if max(self.total, self.received + len(data)) > self.max_bytes:
-            raise _SourceFailed(f"more than {_size(self.max_bytes)}")
-        with _writing_to(self.folder):
-            self.file.write(data)
-        self.hasher.update(data)
-        self.received += len(data)
-
-    def flush(self) -> None:
-        """Leave the buffer to fill: pooch would flush it after every chunk."""
+    def _take(self, chunk: bytes) -> None:
+        if max(self.total, self.received + len(chunk)) > self.wanted.max_bytes:
+            raise _SourceFailed(f"more than {_size(self.wanted.max_bytes)}")
+        with _writing_to(self.wanted.path.parent):
+            self.file.write(chunk)
+        self.hasher.update(chunk)
+        self.received += len(chunk)
 
 
-def _watch(arrival: _Arrival, name: str, stall_seconds: float, slowest: float) -> None:
+def _watch(arrival: _Arrival, slowest: float) -> None:
     """Wait until all has arrived, and raise `_SourceFailed` when the source fails or comes to a stall."""
-    host = _host(arrival.url)
+    host, name, stall_seconds = _host(arrival.url), arrival.wanted.path.name, arrival.wanted.stall_seconds
     # Counted in ticks, not by the clock: a program that was suspended has not seen a stall.
     history = deque([0], maxlen=TICKS + 1)
-    # `disable=None`: no bar unless stderr is a terminal.
-    with tqdm(desc=f"{name} from {host}", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+    with tqdm(desc=f"{name} from {host}", unit="B", unit_scale=True, leave=False, disable=None) as bar:  # on a terminal
         arrival.start()
         alive = True
         while alive:
@@ -242,9 +229,9 @@ def _watch(arrival: _Arrival, name: str, stall_seconds: float, slowest: float) -
             history.append(arrival.received)
             bar.update(history[-1] - bar.n)
             recent = history[-1] - history[0]
+            if alive and len(history) > TICKS and recent == 0:
+                raise _SourceFailed(f"silent for {stall_seconds:g} s")
             if alive and len(history) > TICKS and recent <= slowest * stall_seconds:
-                if recent == 0:
-                    raise _SourceFailed(f"silent for {stall_seconds:g} s")
                 raise _TooSlow(f"only {_size(recent / stall_seconds)}/s")
     if isinstance(arrival.error, UserError):
         raise arrival.error
@@ -283,9 +270,7 @@ def _only_process(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Only now may the lock file go: whoever locks another one in its place finds `path` and downloads nothing.
-        # After a failure it stays, empty and unlocked.
-        if path.exists():
+        if path.exists():  # else another process might lock a new file while one still waits for this
             with suppress(OSError):
                 Path(lock.lock_file).unlink()
         lock.release()
@@ -302,12 +287,11 @@ def _writing_to(folder: Path) -> Iterator[None]:
 
 
 def _host(url: str) -> str:
-    """Return the host and port of `url` without user name and password."""
+    """Host and port, without user name and password."""
     return urlsplit(url).netloc.rpartition("@")[2]
 
 
 def _size(count: float) -> str:
-    """Put a number of bytes in words, as tqdm does."""
     return tqdm.format_sizeof(count, "B")
 
 

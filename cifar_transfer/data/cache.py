@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import platformdirs
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm
@@ -141,10 +142,8 @@ def _batches(images: Images) -> Iterator[np.ndarray]:
 
 
 def _writable(folder: Path) -> Path | None:
-    from pooch import os_cache
-
     own = hashlib.sha256(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]
-    for place in (folder / CACHE_FOLDER, os_cache("cifar_transfer") / own):
+    for place in (folder / CACHE_FOLDER, platformdirs.user_cache_path("cifar_transfer") / own):
         try:
             place.mkdir(parents=True, exist_ok=True)
             if os.access(place, os.W_OK):
