@@ -23,7 +23,7 @@ from cifar_transfer.errors import UserError, one_sentence
 from cifar_transfer.inference.explain import explained
 from cifar_transfer.inference.predictor import Classifier
 from cifar_transfer.inference.sources import find
-from cifar_transfer.results import gallery
+from cifar_transfer.results import gallery, plots
 from cifar_transfer.results.predictions import ImagePrediction
 from cifar_transfer.training.checkpoint import newest_checkpoint
 
@@ -112,7 +112,7 @@ def main(args: Sequence[str] | None = None) -> int:
     for text in FORMATS[options.format](predictions(), classifier.names):
         print(text, end="", flush=True)
     if options.figure and shown:
-        gallery.gallery(shown, count).savefig(options.figure, dpi=gallery.DPI)
+        gallery.gallery(shown, count).savefig(options.figure, dpi=plots.DPI)
     return int(refused > 0)
 
 

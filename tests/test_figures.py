@@ -12,7 +12,7 @@ from PIL import Image
 
 from cifar_transfer import ShapesDataModule
 from cifar_transfer.results import plots, publish
-from cifar_transfer.results.lettering import BASE, lettering
+from cifar_transfer.results.plots import BASE, lettering
 from cifar_transfer.results.predictions import CollectPredictions, Predictions
 
 NAMES = {
@@ -82,12 +82,12 @@ def test_a_name_is_drawn_with_the_font_that_has_its_letters_or_in_latin_letters(
     letters -= set(map(chr, FT2Font(font_manager.findfont(BASE)).get_charmap()))
     rare = "".join(sorted(letters)[:3])
     found = lettering(["cat", rare])
-    assert found.names == ["cat", rare]
+    assert found.names == {"cat": "cat", rare: rare}
     assert found.note == ""
     assert len(found.families) > 1
     nobodys = "\U000e0101\U000f0000"  # private use
     found = lettering(["cat", nobodys + "é"])
-    assert found.names == ["cat", "e"]
+    assert list(found.names.values()) == ["cat", "e"]
     assert "no font" in found.note
 
 

@@ -22,7 +22,7 @@ from cifar_transfer.data.module import to_float
 from cifar_transfer.errors import UserError, one_sentence
 from cifar_transfer.inference.sources import find
 from cifar_transfer.predict import main
-from cifar_transfer.results.gallery import DPI
+from cifar_transfer.results.plots import DPI
 
 NAMES = ["cat", "飞机", "$5 or $6", "a longer name"]
 

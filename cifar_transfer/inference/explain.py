@@ -17,7 +17,7 @@ from torchvision.models.vision_transformer import Encoder
 
 from cifar_transfer.data.module import to_float
 from cifar_transfer.errors import UserError
-from cifar_transfer.results import gallery
+from cifar_transfer.results import gallery, plots
 from cifar_transfer.results.predictions import ImagePrediction
 from cifar_transfer.training.classifier import TransferClassifier
 
@@ -108,5 +108,5 @@ def explained(
     """
     for number, prediction in enumerate(predictions, 1):
         figure = gallery.heated(prediction, heat_map(model, prediction.pixels))
-        figure.savefig(folder / f"{number:05d}-{Path(str(prediction.source)).stem[:60]}.png", dpi=gallery.DPI)
+        figure.savefig(folder / f"{number:05d}-{Path(str(prediction.source)).stem[:60]}.png", dpi=plots.DPI)
         yield prediction

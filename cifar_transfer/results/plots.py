@@ -1,24 +1,73 @@
-"""Figures of a run, drawn from plain arrays: curves, confusion, reliability, grids of images.
+"""Plots from plain arrays: curves, confusion, reliability, grids of images.
 
-Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which the colour-blind tell apart.
+Class names in any script are drawn in an installed font that has their letters, or in Latin letters with a note, never
+as boxes. Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which the colour-blind tell apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
+from anyascii import anyascii
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from cifar_transfer.results.lettering import Lettering, lettering
 from cifar_transfer.results.predictions import Predictions
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # all but yellow and black
 BLUE, ORANGE, SKY, GREY = COLOURS[0], COLOURS[1], COLOURS[5], "#999999"
+DPI = 100
 NUMBERED = 20  # classes up to which a confusion matrix has numbers in its cells
 SMOOTHED = 0.95  # weight of the past in the smoothed loss, as TensorBoard's slider has it
+BASE = "DejaVu Sans"  # comes with matplotlib
+# Broad fonts of the systems people have, tried before all others, whose choice would be arbitrary.
+BROAD = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "Noto Sans")
+
+
+class Lettering(NamedTuple):
+    """How names are drawn.
+
+    Attributes:
+        families: Fonts for matplotlib, which takes each letter from the first that has it.
+        names: What is drawn for each name.
+        note: What was done to the names and why, or nothing.
+    """
+
+    families: list[str]
+    names: dict[str, str]
+    note: str
+
+
+def lettering(names: Iterable[str]) -> Lettering:
+    """Find fonts for names in any script; without one for all its letters, a name is transliterated by anyascii."""
+    names = list(names)
+    # The font of last resort, which comes with matplotlib, draws boxes.
+    fonts = [
+        f for f in font_manager.fontManager.ttflist if f.weight in (400, "regular") and "Last Resort" not in f.name
+    ]
+    missing, families = set[str]().union(*names) - _letters(font_manager.findfont(BASE)), [BASE]
+    for font in sorted(fonts, key=lambda font: (font.name not in BROAD, font.name)):
+        if not missing:
+            break
+        if found := missing & _letters(font.fname):
+            families.append(font.name)
+            missing -= found
+    drawn = {name: anyascii(name).strip() if missing.intersection(name) else name for name in names}
+    latin = any(name != shown for name, shown in drawn.items())
+    note = "Names in Latin letters: no font here has theirs (Noto Sans CJK has many)." if latin else ""
+    # A dollar sign would begin a formula.
+    return Lettering(families, {name: shown.replace("$", r"\$") for name, shown in drawn.items()}, note)
+
+
+@lru_cache(maxsize=256)
+def _letters(path: str) -> frozenset[str]:
+    return frozenset(map(chr, FT2Font(path).get_charmap()))
 
 
 @dataclass(frozen=True)
@@ -42,11 +91,8 @@ def loss_by_step(loss: Curve) -> Figure:
 
 def smooth(values: np.ndarray, past: float = SMOOTHED) -> np.ndarray:
     """Exponential moving average without the pull of its beginning (Adam's correction, arXiv:1412.6980)."""
-    average, weight, result = 0.0, 0.0, []
-    for value in values:
-        average, weight = past * average + (1 - past) * value, past * weight + (1 - past)
-        result.append(average / weight)
-    return np.array(result)
+    kernel = past ** np.arange(min(len(values), 1000))
+    return np.convolve(values, kernel)[: len(values)] / np.convolve(np.ones(len(values)), kernel)[: len(values)]
 
 
 def epochs(curves: dict[str, Curve], frozen: int, lr: Curve) -> Figure:
@@ -94,7 +140,7 @@ def confusion(predictions: Predictions) -> Figure:
         axes.imshow(values, cmap="Blues", vmin=0, vmax=max(1, values.max()))
         size = 9 if classes <= NUMBERED else 5
         for axis, label in ((axes.xaxis, "predicted"), (axes.yaxis, "true")):
-            axis.set_ticks(range(classes), letters.names, fontsize=size, family=letters.families)
+            axis.set_ticks(range(classes), [*letters.names.values()], fontsize=size, family=letters.families)
             axis.set_label_text(label)
         axes.tick_params(axis="x", rotation=90 if classes > 3 else 0)
         axes.set_title(title)
@@ -117,7 +163,9 @@ def per_class(predictions: Predictions) -> Figure:
     figure = Figure(figsize=(7, 0.9 + 0.24 * len(order)), layout="constrained")
     axes = figure.add_subplot()
     axes.barh(range(len(order)), 100 * f1[order], color=BLUE, alpha=0.3, height=0.8)
-    axes.set_yticks(range(len(order)), [letters.names[row] for row in order], family=letters.families)
+    axes.set_yticks(
+        range(len(order)), [letters.names[predictions.names[row]] for row in order], family=letters.families
+    )
     columns = (("precision", 100 * precision), ("recall", 100 * recall), ("F1", 100 * f1), ("images", truth))
     for place, (title, values) in enumerate(columns):
         x = 106 + 20 * place
@@ -166,32 +214,32 @@ def grid(images: np.ndarray, titles: Sequence[Sequence[str]], heading: str, colu
         heading: Above all.
         columns: Images in a row.
     """
-    letters = lettering(sorted({line for lines in titles for line in lines}))
-    shown = dict(zip(sorted({line for lines in titles for line in lines}), letters.names, strict=True))
+    letters = lettering(line for lines in titles for line in lines)
     lines = max(map(len, titles), default=0)
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.35 * columns, 0.5 + rows * (1.3 + 0.17 * lines)), layout="constrained")
     figure.suptitle(heading, fontsize=11)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for ax in axes:
+    for ax in axes[len(images) :]:
         ax.axis("off")
-    for ax, image, words in zip(axes, images, titles, strict=False):
-        ax.imshow(image.transpose(1, 2, 0), interpolation="nearest")
-        text = "\n".join(_short(shown[line]) for line in words)
+    for ax, pixels, words in zip(axes, images, titles, strict=False):
+        image(ax, pixels)
+        shown = (letters.names[line] for line in words)
+        text = "\n".join(name if len(name) <= 16 else f"{name[:15]}…" for name in shown)
         ax.set_title(text, fontsize=8, family=letters.families, pad=3)
     note(figure, letters)
     return figure
 
 
-def _short(name: str, length: int = 16) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+def image(axes: Axes, pixels: np.ndarray) -> None:
+    """Show uint8 [3, H, W] without a frame."""
+    axes.axis("off")
+    axes.imshow(pixels.transpose(1, 2, 0), interpolation="nearest")
 
 
 def _finish(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set(xlabel=x, ylabel=y, axisbelow=True)
     axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -22,7 +22,6 @@ from cifar_transfer.results.predictions import CollectPredictions, Predictions
 
 FOLDER = "figures"  # in that of the run
 AUGMENTED = 32  # images shown of the training's
-DPI = 100
 
 
 def curves(run: Path) -> dict[str, Figure]:
@@ -94,7 +93,7 @@ def save(drawn: dict[str, Figure], folder: Path) -> list[Path]:
     for name, figure in drawn.items():
         paths.append(folder / f"{name}.png")
         with atomic_write(paths[-1]) as file:
-            figure.savefig(file, dpi=DPI, format="png")
+            figure.savefig(file, dpi=plots.DPI, format="png")
     return paths
 
 
