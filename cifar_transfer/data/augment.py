@@ -7,14 +7,13 @@ The result is distributed as that of torchvision's pipeline, which works on one 
 
 (https://docs.pytorch.org/vision/stable/transforms.html; nearest interpolation, black fill). It takes two steps:
 
-1. The colours change first, in the uncropped image. Crop and flip only move pixels, so colour commutes with them but
-   for two things. The mean that contrast needs is that of the cropped image: a weighted sum over the source's pixels.
+1. The colours change first, in the uncropped image. Crop and flip only move pixels, so colour commutes with them, with
+   two exceptions. The mean that contrast needs is that of the cropped image: a weighted sum over the source's pixels.
    The black that padding adds is no longer black after a change of contrast: one extra pixel stands for all of it.
-2. Crop, flip and rotation are then one look-up by index, so every output pixel is a copy of one source pixel. A second
+2. Crop, flip and rotation are then one look-up by index: every output pixel is a copy of one source pixel. A second
    extra pixel, black, stands for what the rotation brings in from outside the cropped image.
 
-The parameters live on the host, so no step has to wait for the device to know what to do next, and a seed draws the
-same parameters whatever the device.
+The parameters live on the host, so that no step waits for the device, and a seed draws the same ones on any device.
 """
 
 from dataclasses import dataclass, fields
@@ -26,15 +25,11 @@ from torch import Tensor
 from cifar_transfer.data.images import LARGEST_SIDE
 from cifar_transfer.errors import UserError, check
 
-GREY = (0.2989, 0.587, 0.114)
-"""Weights of red, green and blue in a grey value, as in torchvision's `rgb_to_grayscale` (ITU-R BT.601, rounded)."""
-
-STRONGEST = 1000.0  # factor of a colour
-
 PaddingMode = Literal["constant", "reflect"]
-
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-"""Numbers of the colour operations in `Parameters.order`, as in torchvision's `ColorJitter`."""
+# Weights of red, green and blue in a grey value, as in torchvision's `rgb_to_grayscale` (ITU-R BT.601, rounded).
+GREY = (0.2989, 0.587, 0.114)
+LARGEST_COLOUR_STRENGTH = 1000.0
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # in `Parameters.order`, as in torchvision's `ColorJitter`
 
 
 @dataclass(frozen=True)
@@ -93,11 +88,10 @@ class Augment:
     def __post_init__(self) -> None:
         if self.padding_mode not in ("constant", "reflect"):
             raise UserError(f"The augmentation's padding_mode is {self.padding_mode}; take constant or reflect.")
-        upper = {"padding": LARGEST_SIDE, "flip": 1.0, "hue": 0.5, "degrees": 360.0}
-        for name in ("padding", "flip", "brightness", "contrast", "saturation", "hue", "degrees"):
-            most = upper.get(name, STRONGEST)
-            value, wanted = getattr(self, name), f"0 (off) to {most:g}"
-            check(f"The augmentation's {name}", value, lambda x: 0 <= x <= most, wanted)  # noqa: B023 # called at once
+        colours = dict.fromkeys(("brightness", "contrast", "saturation"), LARGEST_COLOUR_STRENGTH)
+        for name, most in {"padding": LARGEST_SIDE, "flip": 1, **colours, "hue": 0.5, "degrees": 360}.items():
+            wanted = f"0 (off) to {most:g}"
+            check(f"The augmentation's {name}", getattr(self, name), lambda x: 0 <= x <= most, wanted)  # noqa: B023 # called at once
 
     def __call__(self, images: Tensor) -> Tensor:
         """Augment each image with parameters of its own.
@@ -138,8 +132,7 @@ def augment(images: Tensor, parameters: Parameters, padding_mode: PaddingMode = 
     """Crop, flip, jitter and rotate each image by given parameters.
 
     Equal to torchvision's functional `crop`, `hflip`, `adjust_*` and `rotate` one after the other on float tensors, up
-    to rounding in float32: colours to about 1e-6, and where a rotated pixel's centre falls within rounding of the
-    border between two source pixels, either may be taken.
+    to rounding: colours to about 1e-6, and either of two source pixels as near to a rotated pixel's centre.
 
     Args:
         images: uint8 in 0..255 or floating point in [0, 1], [B, 3, H, W], on any device; left as it is.
@@ -150,18 +143,16 @@ def augment(images: Tensor, parameters: Parameters, padding_mode: PaddingMode = 
         float32 [B, 3, H, W] in [0, 1], on the images' device.
 
     Raises:
-        ValueError: the images' shape is not [B, 3, H, W], or H * W is beyond the whole numbers of float32 (2**24).
+        ValueError: the shape is not [B, 3, H, W], or H * W is beyond the whole numbers of float32.
     """
     if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] * images.shape[3] >= 2**24:
         raise ValueError(f"expected images of shape [B, 3, H, W] with H * W < 2**24, got {list(images.shape)}")
     batch, _, height, width = images.shape
     size = height * width
-
     # Sorted by the place of hue in their order, images that share a step lie side by side: see `_jitter`.
     by_hue = parameters.order.argsort(1)[:, HUE].argsort(descending=True)
     parameters = parameters[by_hue]
     there, back = _upload(torch.stack((by_hue, by_hue.argsort())), images).unbind()
-
     # Colour by colour, so that what is done to one of them runs through memory in one piece.
     pixels = torch.zeros(3, batch, size + 2, device=images.device)
     scale = 1 if images.is_floating_point() else 255
@@ -175,28 +166,24 @@ def augment(images: Tensor, parameters: Parameters, padding_mode: PaddingMode = 
 
 
 def _upload(tensor: Tensor, images: Tensor) -> Tensor:
-    """Copy a tensor from the host to the images' device without waiting for the work queued there."""
+    """From the host to the images' device, without waiting for the work queued there."""
     return tensor.to(images.device, non_blocking=True)
 
 
 def _sources(images: Tensor, parameters: Parameters, padding_mode: PaddingMode) -> Tensor:
-    """Say where each output pixel comes from.
+    """Where each output pixel comes from: its index in the flattened source image, int64 [B, H, W].
 
-    Returns:
-        int64 [B, H, W]: the index of a pixel in the flattened source image, H * W for padding, H * W + 1 for pixels
-        that the rotation brings in from outside the cropped image.
+    H * W stands for padding, H * W + 1 for what the rotation brings in from outside the cropped image.
     """
     height, width = images.shape[-2:]
-    middle = torch.tensor([(height - 1) / 2, (width - 1) / 2])[:, None]
-    angle = parameters.angle.deg2rad()
-    mirror = 1 - 2 * parameters.flip.float()
+    angle, mirror = parameters.angle.deg2rad(), 1 - 2 * parameters.flip.float()
     shift = parameters.shift.t().float()
+    edge = torch.tensor([(height - 1) / 2, (width - 1) / 2])[:, None].expand_as(shift)  # also the image's middle
     # The inverse map, as in torchvision's `rotate`: where to read, given where to write, both from the image's middle.
     # Flip and shift are whole pixels about the same middle, so that to round after them is to round after the rotation.
     by_x = torch.stack((angle.sin(), mirror * angle.cos()))
     by_y = torch.stack((angle.cos(), -mirror * angle.sin()))
-    edge = middle.expand_as(shift)
-    maps = _upload(torch.stack((by_x, by_y, shift + middle, shift, edge)), images)[..., None, None]
+    maps = _upload(torch.stack((by_x, by_y, shift + edge, shift, edge)), images)[..., None, None]
     by_x, by_y, start, shift, edge = maps.unbind()  # each [2, B, 1, 1], for rows and for columns
     x = torch.arange(width, device=images.device) - (width - 1) / 2
     y = (torch.arange(height, device=images.device) - (height - 1) / 2)[:, None]
@@ -222,24 +209,17 @@ def _reflect(position: Tensor, edge: Tensor) -> Tensor:
 
 
 def _outside(position: Tensor, size: int) -> Tensor:
-    """Mark positions outside a row of pixels: 1 outside, 0 inside, in float32.
+    """1 for positions outside a row of `size` pixels, counted from its middle, 0 inside; float32.
 
-    It is arithmetic, not a comparison, because torch does not vectorise operations on booleans on a CPU.
-
-    Args:
-        position: float32, whole pixels counted from the middle of the row.
-        size: the number of pixels in the row.
+    Arithmetic, not a comparison, because torch does not vectorise operations on booleans on a CPU.
     """
     return position.abs().sub_((size - 1) / 2).clamp_(0, 1)
 
 
 def _crop_weights(images: Tensor, parameters: Parameters, padding_mode: PaddingMode) -> Tensor:
-    """Weigh the pixels of the source so that a weighted sum is the mean over the crop.
+    """Weights of the source's pixels, float32 [B, H * W], whose weighted sum is the mean over the crop.
 
-    Black padding counts in the mean but adds nothing to it: contrast comes only once, and until then it is black.
-
-    Returns:
-        float32 [B, H * W].
+    Black padding counts in the mean but adds nothing to it, because it is black until contrast, which comes only once.
     """
     height, width = images.shape[-2:]
     shifts = _upload(parameters.shift.t().contiguous(), images)[..., None]
@@ -260,8 +240,8 @@ def _jitter(pixels: Tensor, weights: Tensor, parameters: Parameters) -> None:
     """Change brightness, contrast, saturation and hue in place, in each image's own order.
 
     Brightness, contrast and saturation are all of the form clamp(a * x + b * grey(x) + c * mean(grey(x))), so that
-    their order is only a matter of coefficients in three steps. Hue comes before, between or after these. As the images
-    are sorted by that, each step before it is for the first few images only, and each step after it for the rest.
+    their order is only a matter of coefficients in three steps. Hue comes before, between or after these: the images
+    are sorted by that: a step before it changes the first few images only, a step after it the rest.
 
     Args:
         pixels: float32 [3, B, N + 2] in [0, 1], the last two of each image black.
@@ -276,7 +256,6 @@ def _jitter(pixels: Tensor, weights: Tensor, parameters: Parameters) -> None:
     c = (1 - a) * (steps == CONTRAST)
     coefficients = _upload(torch.stack((a, b, c)), pixels).unbind(2)
     before = [int((places > step).sum()) for step in range(3)]
-
     for count, values in zip(before, coefficients, strict=True):
         _mix(pixels[:, :count], weights[:count], values[:, :count, None])
     # To go round the circle of hues costs a last digit, which a switched-off operation must not.
@@ -298,10 +277,9 @@ def _mix(pixels: Tensor, weights: Tensor, coefficients: Tensor) -> None:
 def _turn_hue(pixels: Tensor, turns: Tensor) -> None:
     """Move the hue in place, at constant value and chroma, as torchvision's `adjust_hue` does by way of HSV.
 
-    On the hexagon of hues, in sixths of a turn from red, a channel falls from the largest of the three values to the
-    smallest between 1 and 2 from its own corner, and is constant elsewhere
-    (https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative). So only the hue's sixths are needed: from red
-    they are 1 + (green + blue - red - smallest) / chroma, towards green where green exceeds blue, else towards blue.
+    On the hexagon of hues (https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative), in sixths of a turn, a
+    channel falls from the largest of the three values to the smallest between 1 and 2 from its own corner. So only the
+    hue's sixths are needed: from red they are 1 + (green + blue - red - smallest) / chroma, towards green or blue.
 
     Args:
         pixels: float32 [3, B, N] in [0, 1].
@@ -313,9 +291,9 @@ def _turn_hue(pixels: Tensor, turns: Tensor) -> None:
     red, green, blue = pixels
     largest, smallest = pixels.amax(0), pixels.amin(0)
     chroma = largest - smallest
-    # The hue of a grey pixel is arbitrary, for it is multiplied by a chroma of 0, but it must be a number.
-    sixths = (green + blue).sub_(red).sub_(smallest).div_(chroma.clamp_min(torch.finfo(chroma.dtype).tiny)).add_(1)
-    sixths = sixths.copysign_(green - blue)
+    # The hue of a grey pixel is arbitrary, because it is multiplied by a chroma of 0, but it must not be NaN.
+    divisor = chroma.clamp_min(torch.finfo(chroma.dtype).tiny)
+    sixths = (green + blue).sub_(red).sub_(smallest).div_(divisor).add_(1).copysign_(green - blue)
     # 0 to 1 from the channel's corner (or 5 to 6, the other way round): 0; at 2 to 4: 1; in between: a ramp.
     fall = (sixths + offsets[..., None]).abs_().sub_(3).abs_().neg_().add_(2).clamp_(0, 1)
     torch.addcmul(largest, chroma, fall, value=-1, out=pixels)
