@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
@@ -95,15 +96,11 @@ def _imports_as_before(monkeypatch):
     monkeypatch.setattr(jsonargparse._common, "parsing_settings", copy.copy(jsonargparse._common.parsing_settings))
 
 
-@pytest.fixture(scope="session")
-def quiet():
-    """Makes a Trainer on the CPU that prints and keeps nothing but what it is asked for."""
-
-    def make(**options):
-        silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-        return Trainer(**{"accelerator": "cpu"} | dict.fromkeys(silent, False) | options)
-
-    return make
+def quiet_trainer(**options):
+    """A Trainer on the CPU that prints nothing, and keeps only what its callbacks keep."""
+    silent = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    keeps = any(isinstance(callback, ModelCheckpoint) for callback in options.get("callbacks", ()))
+    return Trainer(**{"accelerator": "cpu", "enable_checkpointing": keeps} | silent | options)
 
 
 @pytest.fixture

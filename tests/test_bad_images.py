@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import struct
 import zlib
 from contextlib import redirect_stdout
@@ -65,10 +66,9 @@ UNREADABLE = {
 def test_a_file_that_is_no_image_is_named_in_one_sentence(tmp_path, content):
     path = tmp_path / "cat.jpg"
     path.write_bytes(content)
-    with pytest.raises(UserError) as error:
+    said = rf"^{re.escape(str(path))} cannot be decoded as an image .*mend or remove it\.$"
+    with pytest.raises(UserError, match=said) as error:
         read_image(path)
-    assert str(error.value).startswith(f"{path} cannot be decoded as an image")
-    assert str(error.value).endswith("mend or remove it.")
     assert str(error.value).count(str(path)) == 1
 
 

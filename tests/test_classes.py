@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from conftest import untouched, write_images
+from conftest import quiet_trainer, untouched, write_images
 
 from cifar_transfer import ImageFolderDataModule, TransferClassifier
 from cifar_transfer.data.module import check_classes
@@ -56,26 +56,26 @@ def test_a_checkpoint_is_not_evaluated_on_other_classes(here):
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_python_is_told_the_same(here, quiet, named):
+def test_python_is_told_the_same(here, named):
     data = ImageFolderDataModule("photos", val_fraction=0.4)
     model = TransferClassifier("lenet5", "none", 2, data.class_names if named else None, image_size=32)
     with pytest.raises(UserError, match=BOTH):
-        quiet(max_epochs=2).fit(model, data, ckpt_path=BEST)
+        quiet_trainer(max_epochs=2).fit(model, data, ckpt_path=BEST)
     with pytest.raises(UserError, match=BOTH):
-        quiet().test(model, data, ckpt_path=BEST)
+        quiet_trainer().test(model, data, ckpt_path=BEST)
 
 
-def test_a_loaded_model_is_not_tested_on_other_classes(here, quiet):
+def test_a_loaded_model_is_not_tested_on_other_classes(here):
     model = TransferClassifier.load_from_checkpoint(BEST)
     with pytest.raises(UserError, match=BOTH):
-        quiet().test(model, ImageFolderDataModule("photos"))
+        quiet_trainer().test(model, ImageFolderDataModule("photos"))
 
 
-def test_names_given_in_another_order_are_refused_before_training(trained, quiet):
+def test_names_given_in_another_order_are_refused_before_training(trained):
     data = ImageFolderDataModule(str(trained / "photos"))
     model = TransferClassifier("lenet5", "none", class_names=["dog", "cat"], image_size=32)
     with pytest.raises(UserError, match=r"their classes in another order .*: the network dog, cat; the data cat, dog"):
-        quiet(max_epochs=1).fit(model, data)
+        quiet_trainer(max_epochs=1).fit(model, data)
 
 
 def test_of_long_lists_the_message_has_what_differs():

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from lightning import Trainer, seed_everything
+from conftest import quiet_trainer
+from lightning import seed_everything
 from torch import nn
 
 from cifar_transfer import ShapesDataModule, TransferClassifier
@@ -59,13 +60,8 @@ def fit(folder, epochs=1, **options):
     module = TransferClassifier(**{"backbone": TINY, "weights": "none"} | options, class_names=data.class_names)
     seen = []
     module.network.register_forward_pre_hook(lambda net, inputs: seen.append((net.training, inputs[0].shape[-1])))
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         num_sanity_val_steps=0,
         default_root_dir=folder,
     )
@@ -83,7 +79,7 @@ def test_sizes_that_the_network_cannot_take_are_refused_before_training(tmp_path
     data = ShapesDataModule(train_images=160, test_images=40)
     module = TransferClassifier("vit_b_16", "none", class_names=data.class_names, image_size=32, train_sizes=[16, 32])
     with pytest.raises(UserError, match="cannot take images of 16 pixels"):
-        Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, max_epochs=1).fit(module, data)
+        quiet_trainer(default_root_dir=tmp_path, max_epochs=1).fit(module, data)
 
 
 def test_compiled_networks_keep_their_names_and_their_results(tmp_path, monkeypatch):

@@ -32,10 +32,9 @@ def help_of(command, *arguments):
         mock.patch.object(sys, "argv", [command, *(arguments or ("--help",))]),
         mock.patch.dict(os.environ, COLUMNS="10000"),
         contextlib.redirect_stdout(printed),
-        pytest.raises(SystemExit) as status,
+        pytest.raises(SystemExit, match=r"^0$"),
     ):
         runpy.run_module(f"cifar_transfer.{command}", run_name="__main__")
-    assert status.value.code == 0
     printed.seek(0)
     return printed.read()
 

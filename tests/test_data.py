@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from broken_server import BrokenServer
-from conftest import write_images
-from lightning import Trainer
+from conftest import quiet_trainer, write_images
 from lightning.pytorch import Callback
 from PIL import Image
 
@@ -221,10 +220,9 @@ def test_a_broken_image_is_named(tmp_path, workers):
     broken = tmp_path / "train" / "dog" / "007.png"
     broken.write_bytes(broken.read_bytes()[:60])
     data = ImageFolderDataModule(str(tmp_path), cache_limit_gb=8.0 if workers == "cache" else 1e-9, num_workers=1)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f"^{re.escape(str(broken))} cannot be decoded") as error:
         for _ in ready(data).train_dataloader():
             pass
-    assert str(error.value).startswith(str(broken))
     assert "\n" not in str(error.value)
     assert not list((tmp_path / CACHE_FOLDER).glob("*.npy")) or workers == "on the fly"
 
@@ -275,14 +273,9 @@ def test_chance_follows_from_seed_epoch_step_and_rank():
     for seed in (0, 0, 1):
         states: list[bytes] = []
         data = ShapesDataModule(train_images=60, test_images=10, batch_size=18, seed=seed)
-        trainer = Trainer(
-            accelerator="cpu",
+        trainer = quiet_trainer(
             max_epochs=2,
             limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             callbacks=[Witness()],
         )
         trainer.fit(TransferClassifier("shufflenet_v2_x0_5", "none"), data)

@@ -6,8 +6,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import assert_same_weights
-from lightning import Trainer, seed_everything
+from conftest import assert_same_weights, quiet_trainer
+from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 
@@ -47,13 +47,8 @@ class Watch(Callback):
 def fit(tmp_path, freeze, epochs, *callbacks, ckpt_path=None, model=None, **trainer):
     watch = Watch()
     module, data = make(**(model or {}))
-    Trainer(
-        accelerator="cpu",
+    quiet_trainer(
         max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[*([freeze] if freeze else []), watch, *callbacks],
         default_root_dir=tmp_path,
         **trainer,
@@ -114,7 +109,7 @@ def test_a_module_without_a_named_head_is_not_frozen_as_a_whole(tmp_path):
     module, _ = make()
     del module.heads
     with pytest.raises(UserError, match="names no head"):
-        BackboneFreeze().setup(Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path), module, "fit")
+        BackboneFreeze().setup(quiet_trainer(default_root_dir=tmp_path), module, "fit")
 
 
 @pytest.mark.parametrize("bad", [{"unfreeze_epoch": -1}, {"unfrozen_lr": 0.0}])
@@ -142,13 +137,8 @@ def test_the_plateau_starts_afresh_at_the_unfreezing(tmp_path):
     # Listed before the freeze, it damages the history just before the transition, which must forget it.
     module, data = make()
     watch = Watch()
-    Trainer(
-        accelerator="cpu",
+    quiet_trainer(
         max_epochs=3,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[Worsen(), BackboneFreeze(unfreeze_epoch=1, unfrozen_lr=1e-4), watch],
         default_root_dir=tmp_path,
     ).fit(module, data)

@@ -9,8 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import TINY, assert_same_weights, curves, run_fit
-from lightning import Trainer
+from conftest import TINY, assert_same_weights, curves, quiet_trainer, run_fit
 from lightning.pytorch.callbacks import Callback
 
 from cifar_transfer import ShapesDataModule, TransferClassifier
@@ -135,13 +134,8 @@ def test_lightnings_requeueing_waits_for_the_end_of_the_step(tmp_path, monkeypat
     before = signal.signal(signal.SIGUSR1, lambda *_: seen.append(witness.inside))
     data = ShapesDataModule(train_images=100, test_images=50, batch_size=30)
     try:
-        Trainer(
-            accelerator="cpu",
+        quiet_trainer(
             max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             callbacks=[witness, interrupt.Interrupt(None)],
         ).fit(TransferClassifier("lenet5", "none", class_names=data.class_names), data)
     finally:

@@ -156,7 +156,7 @@ def test_a_checkpoint_of_absurd_sizes_is_refused(tmp_path, run, absurd):
     else:
         checkpoint["state_dict"][name] = torch.zeros(1).as_strided((10**6, 10**6), (0, 0))
     torch.save(checkpoint, tmp_path / "w.ckpt")
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"w\.ckpt does not hold the network that it says it does"):
         load_model(tmp_path / "w.ckpt")
 
 

@@ -5,15 +5,18 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import shutil
+import subprocess
 import tarfile
 from contextlib import suppress
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
 import torch
-from conftest import RUN, Program
+from conftest import RUN, Program, untouched
 
 import cifar_transfer
 from cifar_transfer.data import cache, cifar
@@ -65,9 +68,14 @@ def test_a_resumed_configuration_runs_nothing(tmp_path, monkeypatch, run):
     shutil.copytree(run / "lightning_logs", tmp_path / "lightning_logs")
     config = tmp_path / RUN / "config.yaml"
     monkeypatch.chdir(tmp_path)
-    for text in (f"seed_everything: !!python/object/apply:os.system ['touch {tmp_path}/ran']", "data: os.system", "]["):
+    program = f"seed_everything: !!python/object/apply:os.system ['touch {tmp_path}/ran']"
+    for text, said in (
+        (program, "python/object/apply:os.system"),
+        ("data: os.system", r"os\.system"),
+        ("][", "config"),
+    ):
         config.write_text(f"{text}\n")
-        with pytest.raises(UserError):
+        with untouched(tmp_path), pytest.raises(UserError, match=said):
             fit([f"--resume={RUN}"])
     assert not (tmp_path / "ran").exists()
 
@@ -83,7 +91,7 @@ NAMED = {
     "in a file": "data: evil.yaml",
     "in text": """data: '{"class_path": "evil.Class"}'""",
     "of the library": "trainer: {callbacks: [{class_path: subprocess.Popen, init_args: {args: [touch, ran]}}]}",
-    "under another name": "trainer: {plugins: [{class_path: cifar_transfer.export.subprocess.Popen}]}",
+    "under another name": "trainer: {plugins: [{class_path: cifar_transfer.demo.subprocess.Popen}]}",
 }
 
 
@@ -96,9 +104,10 @@ def test_a_resumed_configuration_imports_nothing_else(tmp_path, monkeypatch, run
         (folder / "evil.yaml").write_text("class_path: evil.Class\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does
-    with pytest.raises(UserError):
+    for name in re.findall(r"[\w.]+\.Popen", text):
+        assert resolve_name(name) is subprocess.Popen, "there is something to refuse"
+    with untouched(tmp_path), pytest.raises(UserError, match=r"evil|subprocess\.Popen"):
         fit([f"--resume={RUN}"])
-    assert not list(tmp_path.rglob("ran"))
 
 
 def test_a_resumed_configuration_may_name_lightnings_classes_and_what_the_command_line_names(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning import Trainer
+from conftest import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
@@ -63,14 +63,9 @@ def test_every_network_of_the_table(name, tmp_path, monkeypatch):
     model = TransferClassifier(name, "none", num_classes=3, lr=0.01, **TABLE[name])
     before = {key: value.clone() for key, value in model.named_parameters()}
     freeze = BackboneFreeze(unfreeze_epoch=1)
-    trainer = Trainer(
+    trainer = quiet_trainer(
         max_epochs=1,
-        accelerator="cpu",
         callbacks=[freeze],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         num_sanity_val_steps=0,
     )
     trainer.fit(model, batches(), batches())
@@ -228,13 +223,12 @@ def test_windows_without_patches_are_fitted_by_timm(name, options):
 
 def test_resuming_at_another_size_is_refused(tmp_path):
     pytest.importorskip("timm", reason="timm is an optional extra")
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    first = Trainer(max_epochs=1, enable_checkpointing=False, **quiet)
+    first = quiet_trainer(max_epochs=1)
     first.fit(TransferClassifier("timm/test_vit", "none", num_classes=3, image_size=32), batches(), batches())
     first.save_checkpoint(tmp_path / "last.ckpt")
     other = TransferClassifier("timm/test_vit", "none", num_classes=3, image_size=64)
     with pytest.raises(UserError, match="image_size=64 timm/test_vit has another form than in the checkpoint"):
-        Trainer(max_epochs=2, enable_checkpointing=False, **quiet).fit(
+        quiet_trainer(max_epochs=2).fit(
             other, batches(), batches(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
         )
 

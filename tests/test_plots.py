@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from conftest import quiet_trainer
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ft2font import FT2Font
@@ -125,8 +126,6 @@ def test_augmented_images_are_shown_at_the_networks_size_and_disturb_no_draw(tmp
 
 
 def test_features_from_all_over_the_split_are_kept_on_request_with_their_images(tmp_path, monkeypatch):
-    from lightning import Trainer
-
     from cifar_transfer import TransferClassifier
 
     monkeypatch.chdir(tmp_path)
@@ -134,7 +133,7 @@ def test_features_from_all_over_the_split_are_kept_on_request_with_their_images(
     model = TransferClassifier("shufflenet_v2_x0_5", "none", class_names=data.class_names)
     model.mirrored = True  # whose features are not those
     collected = CollectPredictions(features=30)
-    trainer = Trainer(logger=False, accelerator="cpu", callbacks=[collected], enable_progress_bar=False)
+    trainer = quiet_trainer(callbacks=[collected])
     trainer.test(model, data, verbose=False)
     images, labels = data.images["test"].__getitems__(range(50))
     assert torch.equal(collected.predictions.labels, labels)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import assert_same_weights
-from lightning import Trainer, seed_everything
+from conftest import assert_same_weights, quiet_trainer
+from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from cifar_transfer import BackboneFreeze, ShapesDataModule, TransferClassifier
@@ -26,13 +26,8 @@ def fit(folder, *callbacks, epochs=3, freeze=None, ckpt_path=None, stop=None, **
     options = {"schedule": "linear", "lr": 1e-2} | options
     module = TransferClassifier("shufflenet_v2_x0_5", "none", class_names=data.class_names, **options)
     rates = Rates()
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[freeze or BackboneFreeze(unfreeze_epoch=0), rates, *callbacks],
         default_root_dir=folder,
     )

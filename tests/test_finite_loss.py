@@ -4,8 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import weights
-from lightning import Trainer
+from conftest import quiet_trainer, weights
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
@@ -80,13 +79,8 @@ def test_what_the_scaler_of_half_precision_sees_to_is_left_to_it(tmp_path, monke
 
     def trainer(overflows):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
-        return Trainer(
-            accelerator="cpu",
+        return quiet_trainer(
             max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             plugins=[MixedPrecision("16-mixed", "cpu", scaler)] if scaled else [],
             callbacks=[Overflow(overflows), Guard()],
         )
