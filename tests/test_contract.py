@@ -46,7 +46,8 @@ def options(text):
         names = re.match(r"(?:-\w, )?(--[\w.]+)", entry)
         if names and not names[1].startswith("--trainer"):
             default = re.search(r"default: (.*?)\)", " ".join(entry.split()))
-            found[names[1]] = default[1] if default else ""
+            # The known subclasses follow in the order in which they were imported.
+            found[names[1]] = default[1].partition(", known subclasses")[0] if default else ""
     return found
 
 
