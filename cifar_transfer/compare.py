@@ -24,6 +24,7 @@ from cifar_transfer.network import catalog
 from cifar_transfer.results.plots import COLOURS
 from cifar_transfer.results.report import RESULT
 from cifar_transfer.training.checkpoint import LOGS
+from cifar_transfer.training.run import CONFIG
 
 OUT = Path(LOGS, "comparison")
 MARKERS = "os^Dvph<>X"
@@ -131,7 +132,7 @@ def _check_recipe(options: Sequence[str], path: Path) -> None:
 
 
 def _runs(home: Path) -> list[Path]:
-    return sorted((home / LOGS).glob("version_*"), key=lambda run: int(run.name.rpartition("_")[2]))
+    return [path.parent for path in sorted((home / LOGS).glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime)]
 
 
 def _result(home: Path) -> dict[str, Any] | None:
@@ -142,8 +143,7 @@ def _result(home: Path) -> dict[str, Any] | None:
 
 
 def _command(one: Contestant, options: Sequence[str], home: Path) -> list[str]:
-    started = [run for run in _runs(home) if (run / "config.yaml").is_file()]
-    if started:
+    if started := _runs(home):
         ours: list[str] = ["--resume", str(started[-1])]
     else:
         ours = [*options, *one.options, f"--trainer.default_root_dir={home}"]

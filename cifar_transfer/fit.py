@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed import DistError
 
@@ -56,18 +55,16 @@ def fit(args: Sequence[str]) -> Outcome | None:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        raise UserError(
-            f"The run cannot write ({error.strerror}): make room, then continue it with: "
-            f"python -m cifar_transfer.fit --resume {_run(cli.trainer)}"
-        ) from error
+        raise UserError(f"The run cannot write ({error.strerror}): make room. {_advice(cli)}") from error
     except RuntimeError as error:
         # Of NCCL and of gloo, which has no class of its own.
         if not isinstance(error, DistError) and "gloo" not in str(error):
             raise
         raise UserError(
-            f"Another process of this run is gone; if it said nothing above, it was killed. Continue with: "
-            f"python -m cifar_transfer.fit --resume {_run(cli.trainer)}"
+            f"Another process of this run is gone; if it said nothing above, it was killed. {_advice(cli)}"
         ) from error
+    finally:
+        cli.folder.release()
 
 
 def _job(cli: FitCLI) -> Outcome | None:
@@ -103,15 +100,18 @@ def _train(cli: FitCLI) -> None:
         if not stop.asked:
             raise
     if stop.asked:
-        say(trainer, f"Stopped. Continue with: python -m cifar_transfer.fit --resume {_run(trainer)}")
+        say(trainer, f"Stopped. {_advice(cli)}")
         # The others end without a word, lest they seem to have failed to the one that started them.
         raise SystemExit(stop.status if trainer.is_global_zero else 0) from None
     if trainer.received_sigterm:  # when the training was over
         raise SIGTERMException
 
 
-def _run(trainer: Trainer) -> Path:
-    return _here(trainer.logger.log_dir if trainer.logger else ".")  # `trainer.log_dir` would ask the other processes
+def _advice(cli: FitCLI) -> str:
+    if not cli.folder.started:
+        return "It had not begun to train: start it again."
+    logger = cli.trainer.logger  # `trainer.log_dir` would ask the other processes
+    return f"Continue with: python -m cifar_transfer.fit --resume {_here(logger.log_dir if logger else '.')}"
 
 
 def _here(path: str | None) -> Path:

@@ -10,7 +10,6 @@ import torch
 from cifar_transfer import TransferClassifier, files
 from cifar_transfer.data import cache
 from cifar_transfer.fit import fit
-from cifar_transfer.training import cli
 from cifar_transfer.training import run as runs
 from cifar_transfer.training.freeze import BackboneFreeze
 
@@ -57,7 +56,7 @@ MOMENTS = {
     "half of best.ckpt": lambda n: half_written(n, "best.ckpt"),
     "half of last.ckpt": lambda n: half_written(n, "last.ckpt"),
     "moving last.ckpt": lambda n: moving(n, "last.ckpt"),
-    "trimming the curves": lambda n: at(cli, "trim_events", n),
+    "trimming the curves": lambda n: at(runs, "trim_events", n),
     "unfreezing": lambda n: at(BackboneFreeze, "_start_afresh", n),
     "validation": lambda n: at(
         TransferClassifier, "validation_step", n, lambda model, *_: not model.trainer.sanity_checking

@@ -12,7 +12,6 @@ import torch
 from conftest import TINY, assert_same_weights, run_fit
 
 from cifar_transfer.files import atomic_write, remove_partial
-from cifar_transfer.training.run import Board
 
 RUN = "lightning_logs/version_0"
 LAST = f"{RUN}/checkpoints/last.ckpt"
@@ -91,13 +90,6 @@ def test_two_runs_that_start_at_once_have_two_folders(tmp_path):
         assert {"config.yaml", "checkpoints", "result.json"} <= {path.name for path in folder.iterdir()}
         assert len({path.name.split(".")[5] for path in folder.glob("events.*")}) == 1, "of one process"
         assert json.loads((folder / "result.json").read_text())["epochs"] == 1
-
-
-def test_a_folder_that_another_run_has_just_taken_is_left_to_it(tmp_path, monkeypatch):
-    """It was not there when the folders were counted."""
-    (tmp_path / "logs" / "version_0").mkdir(parents=True)
-    monkeypatch.setattr(Path, "glob", lambda *_: [])
-    assert Board(str(tmp_path), "logs").log_dir == str(tmp_path / "logs" / "version_1")
 
 
 def test_a_file_is_whole_or_as_before(tmp_path):

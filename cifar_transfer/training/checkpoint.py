@@ -1,12 +1,14 @@
 """Trained checkpoints: read once, checked, and turned into a network and its data."""
 
 import pickle
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningDataModule
+from lightning.fabric.plugins import TorchCheckpointIO
 
 from cifar_transfer import __version__
 from cifar_transfer.data.augment import Augment
@@ -15,6 +17,7 @@ from cifar_transfer.data.folder import ImageFolderDataModule
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.shapes import ShapesDataModule
 from cifar_transfer.errors import UserError, first_line
+from cifar_transfer.files import atomic_write
 from cifar_transfer.training.classifier import VERSION_KEY, TransferClassifier
 
 LOGS = "lightning_logs"  # where runs are, in the current folder
@@ -105,3 +108,40 @@ def load_data(checkpoint: dict, **overrides: str | int | None) -> ImageDataModul
         return DATA_MODULES[name](**options | overrides)
     except (KeyError, TypeError) as error:
         raise UserError(f"The checkpoint's options for its data are not those of this version ({error}).") from None
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are never half written: the one before is kept until the new one is on the disk.
+
+    Lightning's own are written into the system's folder for temporary files and moved from there, which is no single
+    step where that is another disk, and nothing waits for the disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            UserError: It cannot be written; the one before is kept.
+        """
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            # torch says "write failed" or "unexpected pos" when its zip file cannot grow.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            kept = "the one before is kept" if path.is_file() else "there is none before"
+            raise UserError(f"The checkpoint {path} cannot be written ({cause.strerror}); {kept}.") from error
+
+    def load_checkpoint(
+        self, path: Any, map_location: Callable | None = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint as everywhere, onto the CPU: no code that it may hold is run.
+
+        Raises:
+            UserError: It cannot be read.
+        """
+        return read_checkpoint(path)

@@ -227,9 +227,12 @@ class TransferClassifier(LightningModule):
         self.train(training)
 
     def on_train_start(self) -> None:
-        """Compile the network, now that its graph is drawn, and count the steps that sizes are shared out over."""
+        """Compile the network, now that its graph is drawn."""
         if self.hparams["compile"]:
             self.network.compile()  # in place, so that the names in its state dict stay
+
+    def on_fit_start(self) -> None:
+        """Count the steps that `train_sizes` are shared out over."""
         if self.hparams["train_sizes"]:
             if self.trainer.estimated_stepping_batches == float("inf"):
                 raise UserError("train_sizes are shared out over the run: set --trainer.max_epochs.")

@@ -3,9 +3,9 @@
 import argparse
 import difflib
 import math
+import os
 import re
 import sys
-import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +15,9 @@ import torch
 from jsonargparse import ActionYesNo
 from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 
 from cifar_transfer import console
 from cifar_transfer.data.module import ImageDataModule
@@ -26,12 +26,12 @@ from cifar_transfer.results.predictions import PROJECTED, CollectPredictions
 from cifar_transfer.results.report import Report
 from cifar_transfer.training import find_lr
 from cifar_transfer.training import run as runs
-from cifar_transfer.training.checkpoint import LOGS, read_checkpoint
+from cifar_transfer.training.checkpoint import LOGS, AtomicCheckpointIO, read_checkpoint
 from cifar_transfer.training.classifier import TransferClassifier
 from cifar_transfer.training.finite_loss import Guard
 from cifar_transfer.training.freeze import BackboneFreeze
 from cifar_transfer.training.interrupt import Interrupt
-from cifar_transfer.training.run import trim_events
+from cifar_transfer.training.logger import RunLogger
 
 HELP = """\
 usage: python -m cifar_transfer.fit [--config FILE] [--option=VALUE ...]
@@ -99,11 +99,10 @@ class FitCLI(LightningCLI):
         super().__init__(
             TransferClassifier,
             ImageDataModule,
-            runs.SaveConfig,
+            save_config_callback=None,  # `RunFolder` writes it, in one move, once the run is accepted
             subclass_mode_data=True,
             seed_everything_default=0,
             trainer_defaults={"max_epochs": 40, "log_every_n_steps": 10, "enable_model_summary": False},
-            save_config_kwargs={"save_to_log_dir": False},  # which is not done in one move
             load_from_checkpoint_support=False,  # the classes record their own options
             auto_configure_optimizers=False,
             parser_class=Parser,
@@ -141,31 +140,40 @@ class FitCLI(LightningCLI):
             runs.import_nothing_else(args)
             args = ["--config", str(config), *args]
         self.config = parser.parse_args(args)
-        self.job = runs.job_folder(Path(self.config.trainer.default_root_dir or "."))
-        if self.job and not self.config.find_lr and (self.job / runs.CONFIG).is_file():
-            run = self.config.resume = str(self.job)  # requeued, with the same options
-        if run:
-            state = runs.newest_state(Path(run))
+        self.config_text = self._text()
+        root = Path(self.config.trainer.default_root_dir or ".")
+        self.resumed = Path(run).resolve() if run else None
+        if self.config.resume and not run:  # of a configuration that an earlier version wrote when its run continued
+            self.config.ckpt_path = None
+        if self.resumed is None and not self.config.find_lr:
+            self.resumed = runs.requeued_run(root.resolve() / LOGS, self.config_text)
+        if self.resumed:
+            state = runs.newest_state(self.resumed)
             self.config.ckpt_path = str(state) if state else None  # killed in its first epoch: from the beginning
+
+    def _text(self) -> str:
+        """The configuration to be kept with the run: as given, but for what continues another run."""
+        kept = self.config.clone()
+        for name in ("resume", "ckpt_path"):
+            kept.pop(name)
+        return self.parser.dump(kept, skip_unset=False)
 
     def before_instantiate_classes(self) -> None:
         """A checkpoint holds all weights, so none are fetched, and what the words for size and statistics meant."""
-        self._asked: dict[str, Any] = {}
+        self._weights = self.config.model.weights
         if self.config.find_lr:
             if self.config.ckpt_path:
                 raise UserError("--find_lr looks at a run that begins: leave out --resume and --ckpt_path.")
             self.config.model.train_sizes = None  # at the last size, for another in the middle would bend the curve
         if path := self.config.ckpt_path:
             saved = read_checkpoint(path)["hyper_parameters"]
-            instead: dict[str, Any] = {"weights": "none"}
+            self.config.model.weights = "none"
             for name, word in (("image_size", "native"), ("normalize", "weights")):
                 if self.config.model[name] == word:
-                    instead[name] = saved[name]
-            for name, value in instead.items():
-                self._asked[name], self.config.model[name] = self.config.model[name], value
+                    self.config.model[name] = saved[name]
 
     def instantiate_classes(self) -> None:
-        """As Lightning's, after which the options recorded are those given."""
+        """As Lightning's, after which the weights recorded are those given, and a run that continues is locked."""
         try:
             super().instantiate_classes()
         except (ValueError, TypeError) as error:  # jsonargparse's, around one of ours, or the Trainer's
@@ -173,82 +181,77 @@ class FitCLI(LightningCLI):
             while ours is not None and not isinstance(ours, UserError):
                 ours = ours.__cause__ or ours.__context__
             raise UserError(str(ours) if ours else textwrap.shorten(str(error), LONGEST)) from None
-        for name, value in self._asked.items():
-            self.config.model[name] = value
-        if self._asked:
-            self.model.hparams["weights"] = self._asked["weights"]
+        self.model.hparams["weights"] = self._weights
+        self.folder.lock(self.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add logger, checkpoints and terminal unless the options name others or want none."""
         options = self.config_init.trainer
-        if options.limit_val_batches == 0:
-            raise UserError(
-                "limit_val_batches=0: the schedule and the choice of the checkpoint need validation images."
-            )
-        if options.max_epochs is None and options.max_steps == -1 and options.max_time is None:
-            raise UserError("max_epochs is null, which Lightning takes for 1000: give a number, or -1 for no end.")
-        check("accumulate_grad_batches", options.accumulate_grad_batches, lambda n: n >= 1, "1 batch or more")
-        if options.gradient_clip_val is not None:
-            check("gradient_clip_val", options.gradient_clip_val, lambda x: 0 <= x < math.inf, "0 (off) or more")
-        if options.default_root_dir:
-            _require_writable(Path(options.default_root_dir))
-        callbacks: list[Any] = [Guard()]
+        _check_trainer(options)
+        root = Path(options.default_root_dir or ".").resolve()
+        ours = options.logger is None or options.logger is True
+        if self.config.find_lr or options.default_root_dir:
+            _require_writable(root)
+        elif ours:
+            _require_writable(self.resumed or root / LOGS)
+        if torch.cuda.is_available():
+            torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have by default
+        if options.benchmark is None and not options.deterministic:
+            kwargs["benchmark"] = True  # cuDNN's; there are few sizes of batches
+        state = self.config.ckpt_path
+        self.folder = runs.RunFolder(self.config_text, self.resumed, Path(state) if state else None)
+        if not (bar := options.enable_progress_bar is not False and sys.stdout.isatty()):
+            kwargs["enable_progress_bar"] = False
+        if self.config.find_lr:
+            return super().instantiate_trainer(**kwargs | find_lr.settings())
+        self.trainer_defaults["callbacks"] = [
+            *self._callbacks(options),
+            *([TQDMProgressBar(leave=False)] if bar else []),
+        ]
+        if not options.fast_dev_run:
+            # First, because others ask for the run's folder when training starts.
+            kwargs["callbacks"] = [self.folder, *_listed(options.callbacks)]
+        if ours:
+            resumed = self.resumed
+            kwargs["logger"] = RunLogger(resumed.parent, resumed.name) if resumed else RunLogger(root / LOGS)
+        plugins = _listed(options.plugins)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+    def _callbacks(self, options: Any) -> list[Callback]:
+        """What every run has beside the user's own callbacks."""
+        callbacks: list[Callback] = [Guard()]
         self.predictions: CollectPredictions | None = None
         if self.config_init.report.figures and not options.fast_dev_run:
             self.predictions = CollectPredictions(PROJECTED if self.config_init.report.projector else 0)
             callbacks.append(self.predictions)
-        self.best = runs.RunCheckpoint("best", "val/acc", in_place=bool(self.config.resume))
+        self.best = runs.RunCheckpoint("best", "val/acc", in_place=bool(self.resumed))
         last = None
         if options.enable_checkpointing is not False and not options.fast_dev_run:
-            last = runs.RunCheckpoint("last", in_place=bool(self.config.resume))
+            last = runs.RunCheckpoint("last", in_place=bool(self.resumed))
             callbacks += [self.best, last]
         self.interrupt = Interrupt(last)
         callbacks.append(self.interrupt)
-        if options.enable_progress_bar is not False and sys.stdout.isatty():
-            callbacks.append(TQDMProgressBar(leave=False))
-        else:
-            kwargs["enable_progress_bar"] = False
-        if options.benchmark is None and not options.deterministic:
-            kwargs["benchmark"] = True  # cuDNN's; there are few sizes of batches
-        if torch.cuda.is_available():
-            torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have by default
-        if self.config.find_lr:
-            _require_writable(Path(options.default_root_dir or "."))
-            self.save_config_callback = None
-            return super().instantiate_trainer(**kwargs | find_lr.settings())
         if self.config.model.schedule != "plateau" and options.logger is not False and not options.fast_dev_run:
             callbacks.append(LearningRateMonitor("step"))  # a plateau changes it between epochs only
-        if options.logger is None or options.logger is True:
-            logger = kwargs["logger"] = self._logger(options.default_root_dir or ".")
-            if self.job:
-                kwargs["default_root_dir"] = logger.log_dir  # for Lightning's own checkpoint, which is no other job's
-        plugins = options.plugins or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            kwargs["plugins"] = [*plugins, runs.WholeFiles()]
-        self.trainer_defaults["callbacks"] = callbacks
-        return super().instantiate_trainer(**kwargs)
+        return callbacks
 
-    def _logger(self, root: str) -> runs.Board:
-        if not (run := self.config.resume):
-            logs = Path(root, LOGS)
-            _require_writable(logs)
-            # Absolute, as when the run is resumed: a ModelCheckpoint that finds another path forgets its best score.
-            return runs.Board(str(Path(root).resolve()), LOGS, self.job.name if self.job else None)
-        folder = Path(run).resolve()
-        _require_writable(folder)
-        self._trim(folder)
-        return runs.Board(str(folder.parent), "", folder.name)
 
-    @rank_zero_only
-    def _trim(self, folder: Path) -> None:
-        epoch = step = 0
-        if self.config.ckpt_path:
-            checkpoint = torch.load(self.config.ckpt_path, "cpu", weights_only=True, mmap=True)
-            # Of one that was written within an epoch, this epoch's scores are still to come.
-            over = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
-            epoch, step = checkpoint["epoch"] + over, checkpoint["global_step"]
-        trim_events(folder, epoch, step)
+def _listed(value: Any) -> list[Any]:
+    """An option that takes nothing, one thing, or a list of them."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _check_trainer(options: Any) -> None:
+    """Refuse values that Lightning takes and that end in a run without validation, end or training."""
+    if options.limit_val_batches == 0:
+        raise UserError("limit_val_batches=0: the schedule and the choice of the checkpoint need validation images.")
+    if options.max_epochs is None and options.max_steps == -1 and options.max_time is None:
+        raise UserError("max_epochs is null, which Lightning takes for 1000: give a number, or -1 for no end.")
+    check("accumulate_grad_batches", options.accumulate_grad_batches, lambda n: n >= 1, "1 batch or more")
+    if options.gradient_clip_val is not None:
+        check("gradient_clip_val", options.gradient_clip_val, lambda x: 0 <= x < math.inf, "0 (off) or more")
 
 
 def _integer_seed(seed: bool | int) -> int:
@@ -261,11 +264,11 @@ def _integer_seed(seed: bool | int) -> int:
 
 
 def _require_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
+    """Refuse a folder that cannot be made or written into, without making it."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "is no folder" if not there.is_dir() else "cannot be written by this user"
         raise UserError(
-            f"{folder} cannot be written ({error.strerror}): name another place with --trainer.default_root_dir=FOLDER."
-        ) from None
+            f"{folder} cannot be written, because {there} {why}: name another place with "
+            f"--trainer.default_root_dir=FOLDER."
+        )

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from contextlib import suppress
@@ -12,12 +13,13 @@ from typing import Any
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 
 from cifar_transfer.console import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-TOGETHER = 10  # steps after which several processes ask each other whether one is to stop
-WATCHED = 1.0  # seconds between two looks at the first process
+MAX_STEPS_BETWEEN_STOP_CHECKS = 10  # of several processes, which ask each other whether one is to stop
+SECONDS_BETWEEN_PARENT_CHECKS = 1.0
 
 
 class Interrupt(Callback):
@@ -26,8 +28,9 @@ class Interrupt(Callback):
     The first Ctrl-C or SIGTERM waits for the end of the step (of the epoch, in validation), the second does not. Of
     several processes one that is told suffices: all stop after the same step.
 
-    Lightning's handler of SLURM's signal, which saves and requeues the job, waits for the end of the step likewise; by
-    itself it would save in the middle of one, when a part of the weights has made the step and another has not.
+    SLURM's signal, SIGUSR1, saves likewise and requeues the job. Lightning's own handler would save in the middle of a
+    step, when a part of the weights has made it and another has not, and into a file which Lightning then prefers to a
+    newer `last.ckpt`.
 
     Args:
         last: Names the checkpoint's folder and file; None saves none.
@@ -54,8 +57,8 @@ class Interrupt(Callback):
             return
         for number in SIGNALS:
             self._before[number] = signal.signal(number, lambda number, frame: self._note(trainer, number))
-        if SLURMEnvironment.detect() and callable(requeue := signal.getsignal(signal.SIGUSR1)):
-            self._before[signal.SIGUSR1] = requeue
+        if SLURMEnvironment.detect() and callable(lightnings := signal.getsignal(signal.SIGUSR1)):
+            self._before[signal.SIGUSR1] = lightnings
             signal.signal(signal.SIGUSR1, self._note_requeue)
 
     def _note(self, trainer: Trainer, number: int) -> None:
@@ -70,17 +73,25 @@ class Interrupt(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Requeue and save, if told to."""
-        every = trainer.accumulate_grad_batches * (TOGETHER if trainer.world_size > 1 else 1)
+        """Save and requeue, if told to."""
+        every = trainer.accumulate_grad_batches * (MAX_STEPS_BETWEEN_STOP_CHECKS if trainer.world_size > 1 else 1)
         if not trainer.is_last_batch and (batch_idx + 1) % every:
             return
-        if signal.SIGUSR1 in self._before and self._any(trainer, self._requeue):
-            self._requeue = False
-            self._before[signal.SIGUSR1](signal.SIGUSR1, None)
         self._agree(trainer)
-        # After the last batch comes the checkpoint of the epoch, with its validation.
-        if self.asked and not trainer.is_last_batch and self.last is not None and self.last.dirpath is not None:
+        if trainer.is_last_batch:  # the checkpoint of the epoch follows, with its validation
+            return
+        requeue = signal.SIGUSR1 in self._before and self._any(trainer, self._requeue)
+        if (self.asked or requeue) and self.last is not None and self.last.dirpath is not None:
             trainer.save_checkpoint(Path(self.last.dirpath, f"{self.last.filename}.ckpt"))
+        if requeue:
+            self._requeue_job(trainer)
+
+    def _requeue_job(self, trainer: Trainer) -> None:
+        self._requeue = False
+        for logger in trainer.loggers:
+            logger.save()  # SLURM may kill the process
+        if trainer.is_global_zero:
+            requeue_job()
 
     def _agree(self, trainer: Trainer) -> None:
         if self._any(trainer, self._heard is not None):
@@ -99,8 +110,21 @@ class Interrupt(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen no more."""
         self._agree(trainer)
+        if signal.SIGUSR1 in self._before and self._any(trainer, self._requeue):  # told in the last validation
+            self._requeue_job(trainer)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def requeue_job() -> None:
+    """Have SLURM stop this job and start it again."""
+    job = os.environ["SLURM_JOB_ID"]  # that of this task, also in an array of jobs
+    try:
+        status = subprocess.run(["scontrol", "requeue", job], check=False).returncode
+    except OSError as error:
+        status = error.errno or 1
+    words = "is requeued" if status == 0 else f"cannot be requeued: scontrol ended with {status}"
+    rank_zero_info(f"Saved; SLURM job {job} {words}.")
 
 
 def end_with_the_first() -> None:
@@ -115,7 +139,7 @@ def end_with_the_first() -> None:
 
     def watch() -> None:
         while os.getppid() == first:
-            time.sleep(WATCHED)
+            time.sleep(SECONDS_BETWEEN_PARENT_CHECKS)
         os.write(2, b"error: The first process of this run is gone, so this one ends too.\n")
         os._exit(1)
 

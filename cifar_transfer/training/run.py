@@ -1,30 +1,26 @@
-"""The folder of a run: how it gets its name, and how what must outlive the process is written into it."""
+"""A run: its folder, which process it belongs to, its configuration, and where it continues."""
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 from jsonargparse import set_parsing_settings
 from lightning import LightningModule, Trainer
-from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
-from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from cifar_transfer.errors import UserError
-from cifar_transfer.files import atomic_write
-from cifar_transfer.training.checkpoint import LOGS, read_checkpoint
-from cifar_transfer.training.classifier import EPOCH_SCORES
+from cifar_transfer.files import atomic_write, remove_partial
+from cifar_transfer.results.report import RESULT
+from cifar_transfer.training.logger import RunLogger, slurm_job, trim_events
 
 CONFIG = "config.yaml"
-EPOCH_TAGS = {*EPOCH_SCORES, "lr", "trainable_parameters"}
+LOCK = ".lock"  # held by the process that trains the run
 
 
 def import_nothing_else(args: Sequence[str]) -> None:
@@ -40,43 +36,6 @@ def import_nothing_else(args: Sequence[str]) -> None:
     values = [arg.partition("=")[2] if arg.startswith("--") else arg for arg in args]
     named = [value for value in values if re.fullmatch(r"(?!jsonargparse\.)[^\W\d]\w*(\.[^\W\d]\w*)+", value)]
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["cifar_transfer", "lightning", *named])
-
-
-class WholeFiles(TorchCheckpointIO):
-    """Checkpoints that are never half written: the one before is kept until the new one is on the disk.
-
-    Lightning's own are written into the system's folder for temporary files and moved from there, which is no single
-    step where that is another disk, and nothing waits for the disk.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            UserError: It cannot be written; the one before is kept.
-        """
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:
-            # torch says "write failed" or "unexpected pos" when its zip file cannot grow.
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError):
-                raise
-            kept = "the one before is kept" if path.is_file() else "there is none before"
-            raise UserError(f"The checkpoint {path} cannot be written ({cause.strerror}); {kept}.") from error
-
-    def load_checkpoint(
-        self, path: Any, map_location: Callable | None = lambda storage, _: storage, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read a checkpoint as everywhere, onto the CPU: no code that it may hold is run.
-
-        Raises:
-            UserError: It cannot be read.
-        """
-        return read_checkpoint(path)
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -114,85 +73,104 @@ class RunCheckpoint(ModelCheckpoint):
         super().load_state_dict(state_dict)
 
 
-class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml` at once, but for a run that continues only when its checkpoint has accepted the options."""
+class RunFolder(Callback):
+    """Makes a run's folder its own when training starts; before that nothing on the disk is changed.
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write, unless a checkpoint is still to be read."""
-        if not self.config.ckpt_path:
-            self._write(trainer, pl_module)
+    By then options, data, network and checkpoint are accepted. The folder is locked until `release` or the end of the
+    process; what was logged after the checkpoint is removed; the configuration is written.
+
+    Args:
+        config: Text of `config.yaml`.
+        resumed: Folder of the run if it is continued in place, None for a new one.
+        state: Checkpoint that training continues from.
+
+    Attributes:
+        started: Whether the folder is this run's.
+    """
+
+    def __init__(self, config: str, resumed: Path | None, state: Path | None) -> None:
+        self.config, self.resumed, self.state = config, resumed, state
+        self.started = False
+        self._lock: BaseFileLock | None = None
+
+    def lock(self, trainer: Trainer) -> None:
+        """Lock the folder of a run that continues, on the first rank; one that has no lock yet only when it starts.
+
+        Raises:
+            UserError: Another process trains this run.
+        """
+        if trainer.is_global_zero and self.resumed and (self.resumed / LOCK).is_file():
+            self._acquire(self.resumed)
+
+    def _acquire(self, folder: Path) -> None:
+        if self._lock is not None:
+            return
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(
+                f"{os.path.relpath(folder)} is being trained by another process: wait until that ends, or stop it "
+                f"first."
+            ) from None
+        self._lock = lock
+
+    def release(self) -> None:
+        """Let other processes continue the run."""
+        if self._lock is not None:
+            self._lock.release()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what is not written yet."""
-        self._write(trainer, pl_module)
+        """Take the folder."""
+        self._start(trainer)
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._folder = trainer.log_dir  # asked for by all ranks together
-        super().setup(trainer, pl_module, "fit")
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the folder of a run that has no epoch left to train, but perhaps its test."""
+        self._start(trainer)
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Into the folder, and as text into TensorBoard."""
-        text = self.parser.dump(self.config, skip_none=False)
-        if self._folder is not None:
-            folder = Path(self._folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(folder / CONFIG) as file:
-                file.write(text.encode())
+    def _start(self, trainer: Trainer) -> None:
+        if self.started:
+            return
+        if isinstance(trainer.logger, RunLogger):
+            trainer.logger.start(trainer)
+        folder = trainer.log_dir  # asked for by all ranks together
+        self.started = True
+        if trainer.is_global_zero and folder is not None:
+            self._write(trainer, Path(folder))
+
+    def _write(self, trainer: Trainer, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.resumed or isinstance(trainer.logger, RunLogger):
+            self._acquire(self.resumed or folder)
+        if self.resumed:
+            for place in (self.resumed, self.resumed / "checkpoints"):
+                remove_partial(place)
+            trim_events(self.resumed, *_done(self.state))
+        with atomic_write(folder / CONFIG) as file:
+            file.write(self.config.encode())
         if isinstance(trainer.logger, TensorBoardLogger):
-            trainer.logger.experiment.add_text(CONFIG, "\n".join(f"    {line}" for line in text.splitlines()))
+            text = "\n".join(f"    {line}" for line in self.config.splitlines())
+            trainer.logger.experiment.add_text(CONFIG, text)
+            trainer.logger.save()
 
 
-class Board(TensorBoardLogger):
-    """TensorBoard in a folder of its own, and without Lightning's chart of the epoch, which would come first.
-
-    Args:
-        save_dir: As in Lightning's.
-        name: As in Lightning's.
-        version: The run's folder, or None for a new one.
-    """
-
-    def __init__(self, save_dir: str, name: str, version: str | None = None) -> None:
-        super().__init__(save_dir, name, version, default_hp_metric=False)
-        self._folder = version
-        self._number: int | None = None
-
-    @property
-    def version(self) -> int | str:
-        """Of the run; made when first asked for, so that of two runs that start at once each has its own."""
-        if self._folder is not None:
-            return self._folder
-        if self._number is None:
-            first = rank_zero_only.rank == 0  # type: ignore[attr-defined] # set on import
-            self._number = self._claim() if first else 0  # the first rank's is what counts
-        return self._number
-
-    def _claim(self) -> int:
-        parent = Path(self.root_dir)
-        parent.mkdir(parents=True, exist_ok=True)
-        numbers = [entry.name.removeprefix("version_") for entry in parent.glob("version_*")]
-        number = max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
-        while True:
-            try:
-                (parent / f"version_{number}").mkdir()
-            except FileExistsError:
-                number += 1
-            else:
-                return number
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write scalars."""
-        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
-
-
-def job_folder(root: Path) -> Path | None:
-    """The folder of the run that is this SLURM job, which keeps its number when it is requeued; elsewhere None.
+def requeued_run(logs: Path, config: str) -> Path | None:
+    """The run that a requeued SLURM job continues; several fits in one job are told apart by their configurations.
 
     Args:
-        root: Where runs go.
+        logs: Folder of the runs.
+        config: Configuration asked for, as in `config.yaml`.
+
+    Returns:
+        The first unfinished run of this job with this configuration, or the first finished one; None if there is
+        neither, or the job was not requeued.
     """
-    if not SLURMEnvironment.detect() or (job := SLURMEnvironment.job_id()) is None:
+    if (job := slurm_job()) is None or int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0:
         return None
-    return root / LOGS / f"slurm_{job}"
+    runs = [path.parent for path in logs.glob(f"slurm_{job}*/{CONFIG}") if path.read_text() == config]
+    ours = [run for run in runs if run.name == f"slurm_{job}" or run.name.startswith(f"slurm_{job}_")]
+    ours.sort(key=lambda run: ((run / RESULT).is_file(), len(run.name), run.name))
+    return ours[0] if ours else None
 
 
 def newest_state(run: Path) -> Path | None:
@@ -208,21 +186,10 @@ def newest_state(run: Path) -> Path | None:
     return max(states, key=os.path.getmtime, default=None)
 
 
-def trim_events(run: Path, epoch: int, step: int) -> None:
-    """Remove from a run's event files what was logged after its last checkpoint, and will be logged again.
-
-    A killed run has logged more than it has saved; resumed, its curves would overlap.
-
-    Args:
-        run: Folder of the run.
-        epoch: First epoch that will be run again; scores of epochs have it as their step.
-        step: First optimizer step that will be run again.
-    """
-    for path in sorted(run.glob("events.out.tfevents.*")):
-        with atomic_write(path) as file:
-            writer = RecordWriter(file)
-            for event in LegacyEventFileLoader(str(path)).Load():  # stops before a record that was cut short
-                tags = {value.tag for value in event.summary.value}
-                final = any(tag.startswith("best/") for tag in tags)
-                if not tags or (not final and event.step < (epoch if tags & EPOCH_TAGS else step)):
-                    writer.write(event.SerializeToString())
+def _done(state: Path | None) -> tuple[int, int]:
+    """Whole epochs and optimizer steps that a checkpoint has behind it."""
+    if state is None:
+        return 0, 0
+    checkpoint = torch.load(state, "cpu", weights_only=True, mmap=True)
+    over = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
+    return checkpoint["epoch"] + over, checkpoint["global_step"]

@@ -1,0 +1,123 @@
+"""The curves of a run: TensorBoard's logger in a folder of the run's own, and its event files without overlaps."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import chain, count, dropwhile
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from cifar_transfer.files import atomic_write
+from cifar_transfer.training.classifier import EPOCH_SCORES
+
+EPOCH_TAGS = {*EPOCH_SCORES, "lr", "trainable_parameters"}
+
+
+class RunLogger(TensorBoardLogger):
+    """TensorBoard's logger, which names a run's folder at once, but makes it and writes into it only when told to.
+
+    Lightning asks for the folder and for the event file before data, network and checkpoint are checked; a run that is
+    then refused would leave both. Lightning's chart of the epoch, which would come first, is left out.
+
+    Args:
+        logs: Folder of the runs, absolute, because a ModelCheckpoint that finds another path forgets its best score.
+        run: Name of the run's folder if it continues; None for a new one.
+    """
+
+    def __init__(self, logs: Path, run: str | None = None) -> None:
+        super().__init__(str(logs.parent), logs.name, run, default_hp_metric=False)
+        self._run, self._new = run, run is None
+        self._started = False
+
+    @property
+    def version(self) -> str:
+        """Name of the run's folder; of a new run, until it starts, the first one that is free."""
+        if self._run is None:
+            self._run = next(new_names(Path(self.root_dir)))
+        return self._run
+
+    @property
+    def experiment(self) -> Any:
+        """TensorBoard's writer; before the run starts, and on other ranks than the first, one that writes nothing."""
+        return super().experiment if self._started else DummyLogger().experiment
+
+    def start(self, trainer: Trainer) -> None:
+        """Make the folder, on the first rank, and tell the others; of two runs that start at once each has its own."""
+        expected = Path(self.log_dir)
+        if self._new and trainer.is_global_zero:
+            self._make_folder()
+        expected, self._run = trainer.strategy.broadcast((expected, self._run))
+        self._started, folder = True, Path(self.log_dir)
+        if folder == expected:
+            return
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and Path(callback.dirpath or "/").is_relative_to(expected):
+                callback.dirpath = str(folder / Path(callback.dirpath or "").relative_to(expected))
+        rank = trainer.local_rank if trainer.world_size > 1 else None
+        trainer.profiler.setup("fit", rank, str(folder))  # type: ignore[attr-defined] # set by one of its connectors
+
+    def _make_folder(self) -> None:
+        logs = Path(self.root_dir)
+        logs.mkdir(parents=True, exist_ok=True)
+        for name in chain([self.version], new_names(logs)):
+            with suppress(FileExistsError):
+                (logs / name).mkdir()
+                self._run = name
+                return
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write scalars."""
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+    def save(self) -> None:
+        """Write what is held back, once the run has started."""
+        if self._started:
+            super().save()
+
+
+def slurm_job() -> int | None:
+    """The number of the SLURM job that this process is a task of, which stays when the job is requeued; else None."""
+    return SLURMEnvironment.job_id() if SLURMEnvironment.detect() else None
+
+
+def new_names(logs: Path) -> Iterator[str]:
+    """Names for the folder of a new run, the first of which is free: `version_N`, in a SLURM job `slurm_JOB[_N]`.
+
+    Args:
+        logs: Folder of the runs, which need not exist.
+    """
+    if (job := slurm_job()) is None:
+        numbers = [path.name.removeprefix("version_") for path in logs.glob("version_*")]
+        first = max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
+        return (f"version_{number}" for number in count(first))
+    names = chain([f"slurm_{job}"], (f"slurm_{job}_{number}" for number in count(1)))
+    return dropwhile(lambda name: (logs / name).exists(), names)
+
+
+def trim_events(run: Path, epochs: int, steps: int) -> None:
+    """Remove from a run's event files what was logged after its last checkpoint, and will be logged again.
+
+    A killed run has logged more than it has saved; resumed, its curves would overlap. TensorBoard's own `purge_step`
+    does not do, because it knows one x axis, and a run has two: epochs and steps. So this reads and writes the files
+    with TensorBoard's internals.
+
+    Args:
+        run: Folder of the run.
+        epochs: How many are not trained again; scores of epochs have the epoch as their step.
+        steps: How many optimizer steps are not made again.
+    """
+    for path in sorted(run.glob("events.out.tfevents.*")):
+        with atomic_write(path) as file:
+            writer = RecordWriter(file)
+            for event in LegacyEventFileLoader(str(path)).Load():  # stops before a record that was cut short
+                tags = {value.tag for value in event.summary.value}
+                final = any(tag.startswith("best/") for tag in tags)
+                if not tags or (not final and event.step < (epochs if tags & EPOCH_TAGS else steps)):
+                    writer.write(event.SerializeToString())
