@@ -88,32 +88,39 @@ def main(args: Sequence[str] | None = None) -> int:
         ckpt = newest_checkpoint()
         print(f"The newest run's checkpoint: {ckpt}", file=sys.stderr)
     classifier = Classifier.load(ckpt, options.accelerator, options.max_megapixels)
-    refused = count = 0
-    shown: list[ImagePrediction] = []
+    refused = predicted = 0
+    first: list[ImagePrediction] = []
 
     def refuse(error: UserError) -> None:
         nonlocal refused
         refused += 1
         tqdm.write(f"error: {error}", file=sys.stderr)
 
-    def predictions() -> Iterator[ImagePrediction]:
-        nonlocal count
-        stream = classifier.stream(find(options.images, refuse), options.top_k, options.batch_size, refuse)
-        if options.explain:
-            stream = explained(stream, classifier.model, options.explain)
-        # Lines that scroll by on a terminal are progress enough.
-        hidden = not sys.stderr.isatty() or sys.stdout.isatty()
-        total = None if hidden or "-" in options.images else sum(1 for _ in find(options.images, lambda error: None))
-        for count, prediction in enumerate(tqdm(stream, total=total, unit=" images", delay=2, disable=hidden), 1):
-            if count <= gallery.SHOWN:
-                shown.append(prediction)
+    def counted() -> Iterator[ImagePrediction]:
+        nonlocal predicted
+        for predicted, prediction in enumerate(_predictions(classifier, options, refuse), 1):
+            if predicted <= gallery.SHOWN:
+                first.append(prediction)
             yield prediction
 
-    for text in FORMATS[options.format](predictions(), classifier.names):
+    for text in FORMATS[options.format](counted(), classifier.names):
         print(text, end="", flush=True)
-    if options.figure and shown:
-        gallery.gallery(shown, count).savefig(options.figure, dpi=plots.DPI)
+    if options.figure and first:
+        gallery.gallery(first, predicted).savefig(options.figure, dpi=plots.DPI)
     return int(refused > 0)
+
+
+def _predictions(
+    classifier: Classifier, options: Namespace, refuse: Callable[[UserError], None]
+) -> Iterator[ImagePrediction]:
+    """Of all images that the options name, with heat maps and a progress bar if these are wanted."""
+    stream = classifier.stream(find(options.images, refuse), options.top_k, options.batch_size, refuse)
+    if options.explain:
+        stream = explained(stream, classifier.model, options.explain)
+    # Lines that scroll by on a terminal are progress enough.
+    hidden = not sys.stderr.isatty() or sys.stdout.isatty()
+    total = None if hidden or "-" in options.images else sum(1 for _ in find(options.images, lambda error: None))
+    return iter(tqdm(stream, total=total, unit=" images", delay=2, disable=hidden))
 
 
 def _parse(args: Sequence[str] | None) -> Namespace:
