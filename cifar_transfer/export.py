@@ -66,7 +66,7 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
         raise UserError(f"{path} cannot be the file of {to}: name another with --out, one that ends in {ENDINGS[to]}.")
     if model.changes and to not in GRAPHS:
         raise UserError(
-            f"The library's {model.hparams['backbone']} cannot take these weights, for this one was adapted "
+            f"The library's {model.hparams['backbone']} cannot take these weights, because this one was adapted "
             f"({'; '.join(model.changes)}): export it --to onnx or torch_export."
         )
     inside = preprocess and to in GRAPHS

@@ -15,8 +15,8 @@ BEGINNING = 4096  # bytes, which tell almost all files of one size apart
 def find(train: Images, train_paths: Sequence[str], other: Images, other_paths: Sequence[str]) -> list[tuple[str, str]]:
     """A training image for each image of another split that is the same.
 
-    Images that are cached are compared by their pixels, at no cost, for their checksums are known. Others are compared
-    as files: those of one size by their beginning, and only those that still agree by the whole.
+    Cached images are compared by their pixels, at no cost, because their checksums are known. Others are compared as
+    files: those of one size by their beginning, and only those that still agree by the whole.
 
     Args:
         train: Images of training.
@@ -33,9 +33,9 @@ def find(train: Images, train_paths: Sequence[str], other: Images, other_paths: 
         return []
     rows = {int(train.sums[row]): row for row in np.flatnonzero(np.isin(train.sums, other.sums)).tolist()}
     return [
-        (train_paths[twin], other_paths[row])
+        (train_paths[same], other_paths[row])
         for row in np.flatnonzero(np.isin(other.sums, train.sums)).tolist()
-        if np.array_equal(train.array[twin := rows[int(other.sums[row])]], other.array[row])
+        if np.array_equal(train.array[same := rows[int(other.sums[row])]], other.array[row])
     ]
 
 
@@ -44,8 +44,8 @@ def _same_files(train: Sequence[str], other: Sequence[str]) -> list[tuple[str, s
         trained, others = ({path: key(path) for path in paths} for paths in (train, other))
         common = {*trained.values()} & {*others.values()}
         train, other = ([path for path, value in found.items() if value in common] for found in (trained, others))
-    twins = {value: path for path, value in trained.items()}
-    return [(twins[others[path]], path) for path in other]
+    by_content = {value: path for path, value in trained.items()}
+    return [(by_content[others[path]], path) for path in other]
 
 
 def _beginning(path: str) -> bytes:

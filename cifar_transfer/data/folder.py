@@ -79,9 +79,11 @@ class ImageFolderDataModule(ImageDataModule):
         for split, images in self._loaded.items():
             train = self._loaded["train"]
             if first and train and images and images is not train:
-                self._warn_of_twins(split, duplicates.find(train, self._paths["train"], images, self._paths[split]))
+                self._warn_of_duplicates(
+                    split, duplicates.find(train, self._paths["train"], images, self._paths[split])
+                )
 
-    def _warn_of_twins(self, split: Split, pairs: Sequence[tuple[str, str]]) -> None:
+    def _warn_of_duplicates(self, split: Split, pairs: Sequence[tuple[str, str]]) -> None:
         if pairs:
             examples = "; ".join(printable(f"{other} is {trained}") for trained, other in pairs[:2])
             rank_zero_warn(

@@ -26,7 +26,7 @@ def find(names: Iterable[str], refuse: Callable[[UserError], None]) -> Iterator[
     """
     for name in names:
         if name == "-":
-            # In bytes, as the names of files are no text to everybody.
+            # In bytes, because a file's name need not be text.
             lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
             yield from find((line for line in lines if line.strip()), refuse)
         elif _URL.match(name):

@@ -1,4 +1,8 @@
-"""Two layers that torch does not have, for images that are small."""
+"""Two layers that torch does not have, for small images.
+
+`DenseConv2d.convert` changes the class of a convolution instead of replacing it, because only `forward` differs: the
+parameters and their memory format stay, and no random numbers are drawn for a new layer.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -26,14 +26,14 @@ from cifar_transfer.training.optimizer import HEAD, LARGEST_RATE
 
 
 class BackboneFreeze(Callback):
-    """Keep parameters frozen for the first epochs, then release them at another learning rate.
+    """Keep parameters frozen for the first epochs, then unfreeze them at another learning rate.
 
     Args:
         unfreeze_epoch: The first epoch (from 0) in which everything trains. 0 never freezes and leaves the learning
             rate alone; beyond the last epoch only the head is ever trained (a linear probe).
         unfrozen_lr: Learning rate from then on of all parameter groups but one named "head"; None leaves it as it is. A
-            `ReduceLROnPlateau` starts afresh, for the losses of the frozen network say nothing about the new phase; a
-            schedule of steps keeps its curve, which now leads up to this rate.
+            `ReduceLROnPlateau` starts afresh, because losses of the frozen phase do not compare with later ones; a schedule
+            of steps keeps its curve, which now leads up to this rate.
         frozen: Regular expressions; parameters whose name one of them matches from the start are frozen, for example
             `network\\.(conv1|bn1|layer[12])\\.`. None freezes all but the heads, which the module names in
             `heads` (submodules of its `network`).
@@ -87,7 +87,7 @@ class BackboneFreeze(Callback):
         if self.unfreeze_epoch and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise UserError(
                 f"BackboneFreeze works on one device and under DDP, not under {type(trainer.strategy).__name__}, which "
-                f"shards parameters when it wraps the model and cannot release some later: take --trainer.strategy=ddp."
+                f"shards parameters when it wraps the model and cannot unfreeze some: take --trainer.strategy=ddp."
             )
         if self.frozen is None and not hasattr(pl_module, "heads"):
             raise UserError(
