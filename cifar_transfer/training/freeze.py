@@ -32,8 +32,8 @@ class BackboneFreeze(Callback):
         unfreeze_epoch: The first epoch (from 0) in which everything trains. 0 never freezes and leaves the learning
             rate alone; beyond the last epoch only the head is ever trained (a linear probe).
         unfrozen_lr: Learning rate from then on of all parameter groups but one named "head"; None leaves it as it is. A
-            `ReduceLROnPlateau` starts afresh, because losses of the frozen phase do not compare with later ones; a schedule
-            of steps keeps its curve, which now leads up to this rate.
+            `ReduceLROnPlateau` starts afresh, because losses of the frozen phase do not compare with later ones; a
+            schedule of steps keeps its curve, which now leads up to this rate.
         frozen: Regular expressions; parameters whose name one of them matches from the start are frozen, for example
             `network\\.(conv1|bn1|layer[12])\\.`. None freezes all but the heads, which the module names in
             `heads` (submodules of its `network`).
