@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from cifar_transfer.errors import UserError
 from cifar_transfer.fit import fit
 from cifar_transfer.training.cli import FitCLI
+from cifar_transfer.training.resume import compare
 
 SMALL = [
     *("--model.backbone=lenet5", "--model.weights=none", "--data=ShapesDataModule", "--trainer.accelerator=cpu"),
@@ -123,6 +124,42 @@ def test_a_run_belongs_to_one_process(tmp_path, again):
     done = len(curves(again)["val/acc"])
     fit([resume, f"--trainer.max_epochs={done + 2}"])
     assert [step for step, _ in curves(again)["val/acc"]][-1] >= done
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--seed_everything=1", "--data.val_fraction=0.5"], "would make validation images of images"),
+        (["--data.val_fraction=0.5"], r"data.val_fraction=0.5 would make validation images .* written with 0.1"),
+        (["--seed_everything=1"], "seed_everything=1 would make validation images"),
+        (["--data.train_images=120"], "data.train_images=120 would make"),
+        (["--model.lr=0.5"], "model.lr=0.5 would be undone by the checkpoint, which was written with 0.001"),
+        (["--freeze.unfreeze_epoch=3"], "freeze.unfreeze_epoch=3 would have no effect, because everything is unfrozen"),
+    ],
+)
+@pytest.mark.parametrize("way", ["--resume={}", "--ckpt_path={}/checkpoints/last.ckpt"])
+def test_a_change_that_would_spoil_the_run_is_refused(tmp_path, again, way, options, words):
+    with untouched(tmp_path), pytest.raises(UserError, match=words):
+        fit([*SMALL, way.format(again), "--trainer.max_epochs=3", *options])
+
+
+def test_other_changes_are_said_with_their_effect(again, caplog):
+    changes = ["--trainer.max_epochs=3", "--data.batch_size=30", "--data.eval_batch_size=10", "--data.augment.flip=0"]
+    fit([f"--resume={again}", *changes])
+    said = [line for line in caplog.messages if " is changed from " in line]
+    assert said == [
+        "data.augment is changed from {'flip': 0.5} to {'flip': 0.0}: training images are augmented in another way.",
+        "data.batch_size is changed from 20 to 30: an epoch has another number of steps.",
+        "max_epochs is changed from 2 to 3: the run ends after that many epochs.",
+    ], "that of evaluation changes no result"
+
+
+def test_within_an_epoch_neither_the_batches_nor_the_processes_change():
+    for name, effect in (("data.batch_size", "another number of steps"), ("processes", "another number of images")):
+        with pytest.raises(UserError, match=f"{name}=4 would skip images of the epoch"):
+            compare({name: 2}, {name: 4}, within_epoch=True, unfrozen=False)
+        (change,) = compare({name: 2}, {name: 4}, within_epoch=False, unfrozen=False)
+        assert effect in change
 
 
 def test_a_run_without_a_lock_gets_one_only_when_it_is_accepted(again):

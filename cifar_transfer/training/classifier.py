@@ -21,16 +21,11 @@ from cifar_transfer.data.images import LARGEST_SIDE, Batch
 from cifar_transfer.data.module import check_classes
 from cifar_transfer.errors import UserError, check
 from cifar_transfer.network import build
-from cifar_transfer.training import optimizer
+from cifar_transfer.training import optimizer, resume
 from cifar_transfer.training.optimizer import LARGEST_RATE
 
 VERSION_KEY = "cifar_transfer_version"  # in checkpoints
 EPOCH_SCORES: tuple[str, ...] = ("train/acc", "train/loss_epoch", "val/acc", "val/loss")
-# What a checkpoint decides when a run continues from it: the network's form, the optimizer and the schedule.
-RESUMED_AS_SAVED = (
-    *("backbone", "num_classes", "small_images", "patch_size", "aux_weight"),
-    *("optimizer", "lr", "head_lr", "weight_decay", "momentum", "schedule", "lr_factor", "lr_patience"),
-)
 
 
 class TransferClassifier(LightningModule):
@@ -336,14 +331,8 @@ class TransferClassifier(LightningModule):
             check_classes(saved["class_names"], own)
         if self._trainer.state.fn != TrainerFn.FITTING:
             return
-        for name in RESUMED_AS_SAVED:
-            if name in saved and saved[name] != self.hparams[name]:
-                raise UserError(
-                    f"model.{name}={self.hparams[name]} would be undone by the checkpoint, which was written with "
-                    f"{saved[name]}: leave it out to continue that run, or begin a new one from its weights with "
-                    f"--model.weights=CHECKPOINT."
-                )
-
+        for change in self.compare_options(checkpoint):
+            rank_zero_info(change)
         own, given = self.state_dict(), checkpoint["state_dict"]
         if other := [key for key in own if key in given and own[key].shape != given[key].shape]:
             raise UserError(
@@ -351,6 +340,18 @@ class TransferClassifier(LightningModule):
                 f"checkpoint ({other[0]}): leave it out to continue that run, or begin a new one from its weights with "
                 f"--model.weights=CHECKPOINT."
             )
+
+    def compare_options(self, checkpoint: dict[str, Any]) -> list[str]:
+        """What differs between a checkpoint and the run that continues from it; see `resume.compare`."""
+        trainer, loops = self.trainer, checkpoint["loops"]["fit_loop"]
+        data = getattr(trainer.datamodule, "hparams", {})  # type: ignore[attr-defined]
+        run = checkpoint["callbacks"].get("RunFolder", {})
+        saved_data = checkpoint.get("datamodule_hyper_parameters", {})
+        saved = resume.flat(model=checkpoint.get("hyper_parameters", {}), data=saved_data) | run
+        asked = resume.flat(model=self.hparams, data=data)
+        asked |= {"processes": trainer.world_size, "max_epochs": trainer.max_epochs}
+        within = not loops["epoch_loop.batch_progress"]["is_last_batch"]
+        return resume.compare(saved, asked, within_epoch=within, unfrozen=False)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> "TransferClassifier":  # type: ignore[override]

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cifar_transfer.errors import UserError, check
+from cifar_transfer.training import resume
 from cifar_transfer.training.optimizer import HEAD, LARGEST_RATE
 
 
@@ -177,12 +178,9 @@ class BackboneFreeze(Callback):
         Raises:
             UserError: It has unfrozen already, under other settings than these.
         """
-        before = {name: state_dict[name] for name in self._settings()}
-        if state_dict["unfrozen"] and before != self._settings():
-            raise UserError(
-                f"The checkpoint was unfrozen with {before}, so {self._settings()} would have no effect: leave the "
-                f"options out to continue that run, or begin a new one from its weights."
-            )
+        saved, asked = resume.flat(freeze=state_dict), resume.flat(freeze=self._settings())
+        for change in resume.compare(saved, asked, within_epoch=False, unfrozen=state_dict["unfrozen"]):
+            rank_zero_info(change)
         self.unfrozen = state_dict["unfrozen"]
 
     def _settings(self) -> dict[str, Any]:

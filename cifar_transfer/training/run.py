@@ -120,6 +120,14 @@ class RunFolder(Callback):
         if self._lock is not None:
             self._lock.release()
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note what a run that continues from this one is compared with."""
+        self._options = {"processes": trainer.world_size, "max_epochs": trainer.max_epochs}
+
+    def state_dict(self) -> dict[str, int | None]:
+        """The number of processes and of epochs, which are in no hyper-parameters."""
+        return self._options
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the folder."""
         self._start(trainer)

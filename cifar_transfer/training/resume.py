@@ -1,0 +1,78 @@
+"""What a run that continues may change: one table, for `--resume`, `--ckpt_path` and `Trainer.fit(ckpt_path=...)`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cifar_transfer.errors import UserError
+
+_UNDONE = "would be undone by the checkpoint"
+_SPLIT = "would make validation images of images that were trained on"
+_SKIPPED = "would skip images of the epoch that the checkpoint is in, or repeat them"
+_UNFROZEN = "would have no effect, because everything is unfrozen already"
+REFUSED = {
+    **{f"model.{name}": _UNDONE for name in ("backbone", "num_classes", "small_images", "patch_size", "aux_weight")},
+    **{f"model.{name}": _UNDONE for name in ("optimizer", "lr", "head_lr", "weight_decay", "momentum")},
+    **{f"model.{name}": _UNDONE for name in ("schedule", "lr_factor", "lr_patience")},
+    **{f"data.{name}": _SPLIT for name in ("data", "seed", "val_fraction", "task", "train_images")},
+}
+REFUSED_WITHIN_AN_EPOCH = {"data.batch_size": _SKIPPED, "processes": _SKIPPED}
+REFUSED_UNFROZEN = {f"freeze.{name}": _UNFROZEN for name in ("unfreeze_epoch", "unfrozen_lr", "frozen")}
+CHANGED = {
+    "model.image_size": "the network sees images of another size",
+    "model.train_sizes": "the sizes are shared out over the run anew",
+    "model.normalize": "the network sees images with other statistics",
+    "model.label_smoothing": "the training loss is another one",
+    "model.warmup_epochs": "the learning rate follows another curve",
+    "data.batch_size": "an epoch has another number of steps",
+    "data.augment": "training images are augmented in another way",
+    "data.root": "the images are read from there",
+    "data.decode_size": "the images are decoded at another size",
+    "data.test_images": "the test is another one",
+    "freeze.unfreeze_epoch": "the backbone stays frozen for that many epochs",
+    "freeze.unfrozen_lr": "this is the rate after the unfreezing",
+    "freeze.frozen": "other parameters are frozen until the unfreezing",
+    "processes": "a step has another number of images",
+    "max_epochs": "the run ends after that many epochs",
+}
+# All others are kept as the checkpoint has them (the weights), or change no result (places, workers, compilation).
+
+
+def flat(**groups: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of several groups by their full names, say `model.lr`."""
+    return {f"{group}.{name}": value for group, options in groups.items() for name, value in options.items()}
+
+
+def compare(saved: Mapping[str, Any], asked: Mapping[str, Any], within_epoch: bool, unfrozen: bool) -> list[str]:
+    """What differs between the options of a checkpoint and those of the run that continues from it.
+
+    Args:
+        saved: Options of the checkpoint by their full names; one that is missing is not compared.
+        asked: Options of the run, likewise.
+        within_epoch: The checkpoint was written before its epoch was over.
+        unfrozen: The checkpoint was written after the unfreezing.
+
+    Returns:
+        A sentence for each change, with its effect.
+
+    Raises:
+        UserError: A change that the checkpoint would undo, or that would spoil the run.
+    """
+    refused = REFUSED | (REFUSED_WITHIN_AN_EPOCH if within_epoch else {}) | (REFUSED_UNFROZEN if unfrozen else {})
+    changes = []
+    for name in saved.keys() & asked.keys():
+        before, after = saved[name], asked[name]
+        if before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            both = {key: (before.get(key), value) for key, value in after.items() if before.get(key) != value}
+            before, after = ({key: pair[at] for key, pair in both.items()} for at in (0, 1))
+        if name in refused:
+            option = "seed_everything" if name == "data.seed" else name
+            written = ", which" if refused[name] == _UNDONE else "; the checkpoint"
+            raise UserError(
+                f"{option}={after} {refused[name]}{written} was written with {before}: leave it out to continue that "
+                f"run, or begin a new one from its weights with --model.weights=CHECKPOINT."
+            )
+        if name in CHANGED:
+            changes.append(f"{name} is changed from {before} to {after}: {CHANGED[name]}.")
+    return sorted(changes)
