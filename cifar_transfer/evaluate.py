@@ -12,7 +12,8 @@ from cifar_transfer import console
 from cifar_transfer.errors import one_sentence
 from cifar_transfer.results.predictions import PROJECTED, CollectPredictions
 from cifar_transfer.results.publish import publish
-from cifar_transfer.training.checkpoint import load_data, load_model, read_checkpoint
+from cifar_transfer.training.checkpoint import load_data, read_checkpoint
+from cifar_transfer.training.evaluation import evaluate_checkpoint
 
 
 def evaluate(
@@ -47,9 +48,7 @@ def evaluate(
     console.hush()
     checkpoint = read_checkpoint(ckpt)
     data = load_data(checkpoint, **({"root": root} if root else {}))
-    model = load_model(ckpt)
-    model.mirrored = mirrored
-    collected = CollectPredictions(PROJECTED if projector else 0)
+    collected = CollectPredictions(PROJECTED if projector else 0) if figures else None
     trainer = Trainer(
         accelerator=accelerator,
         devices=devices,
@@ -57,15 +56,12 @@ def evaluate(
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=sys.stdout.isatty(),
-        callbacks=[collected] if figures else [],
     )
-    run = trainer.test if split == "test" else trainer.validate
-    run(model, data, verbose=False)
-    results = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    results = evaluate_checkpoint(trainer, ckpt, data, split, collected, mirrored)
     if trainer.is_global_zero:
         for name, value in results.items():
             print(f"{name}  {value:.2%}" if name.endswith("acc") else f"{name} {value:.4f}")
-        if figures:
+        if collected:
             _publish(Path(ckpt), checkpoint["global_step"], split, collected)
     return results
 

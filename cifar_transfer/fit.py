@@ -15,8 +15,10 @@ from torch.distributed import DistError
 
 from cifar_transfer.console import say
 from cifar_transfer.errors import UNWRITABLE, UserError, one_sentence
+from cifar_transfer.results.predictions import PROJECTED, CollectPredictions
 from cifar_transfer.results.report import draw_final, log_final, write_result
 from cifar_transfer.training.cli import FitCLI
+from cifar_transfer.training.evaluation import evaluate_checkpoint
 from cifar_transfer.training.find_lr import find_lr
 from cifar_transfer.training.interrupt import end_with_the_first
 
@@ -70,19 +72,17 @@ def fit(args: Sequence[str]) -> Outcome | None:
 def _job(cli: FitCLI) -> Outcome | None:
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     _train(cli)
-    best, score = cli.best.best_model_path, cli.best.best_model_score
-    if score is None:
+    if (best := _best(cli)) is None:
         return None
-    scores = {"best/val_acc": float(score)}
-    split = "test" if "test" in data.images else "val"
-    if split == "test":
-        scores["best/test_acc"] = trainer.test(model, data, ckpt_path=best, verbose=False)[0]["test/acc"]
-    elif cli.predictions:
-        trainer.validate(model, data, ckpt_path=best, verbose=False)
-    log_final(trainer, {**data.hparams, **model.hparams}, scores)
+    options, scores = cli.config.report, {}
+    for split in ("val", "test") if "test" in data.images else ("val",):
+        collect = CollectPredictions(PROJECTED if options.projector else 0) if options.figures else None
+        found = evaluate_checkpoint(trainer, best, data, split, collect)
+        scores[f"best/{split}_acc"] = found[f"{split}/acc"]
+    log_final(trainer, {**data.hparams, **model.hparams}, scores, found if split == "test" else {})
     write_result(trainer, model, scores)
-    if cli.predictions:
-        draw_final(trainer, split, cli.predictions)
+    if collect:
+        draw_final(trainer, split, collect)
     run, checkpoint = _here(trainer.log_dir), _here(best)
     for name, value in scores.items():
         say(trainer, f"{name.removeprefix('best/').replace('_acc', ' accuracy')} {value:.2%} with the best checkpoint")
@@ -90,6 +90,17 @@ def _job(cli: FitCLI) -> Outcome | None:
     say(trainer, f"look at it  tensorboard --logdir {run.parent}")
     say(trainer, f"predict     python -m cifar_transfer.predict IMAGE --ckpt {checkpoint}")
     return Outcome(scores, checkpoint)
+
+
+def _best(cli: FitCLI) -> Path | None:
+    """The best checkpoint of this run; None if it keeps none or has not trained."""
+    best = cli.best.path
+    if best is None or cli.trainer.global_step == 0:
+        return None
+    if cli.best.best_model_path != str(best):
+        say(cli.trainer, f"No validation took place while training: {best.name} keeps the last weights.")
+        cli.trainer.save_checkpoint(best)
+    return best
 
 
 def _train(cli: FitCLI) -> None:
@@ -114,7 +125,7 @@ def _advice(cli: FitCLI) -> str:
     return f"Continue with: python -m cifar_transfer.fit --resume {_here(logger.log_dir if logger else '.')}"
 
 
-def _here(path: str | None) -> Path:
+def _here(path: str | Path | None) -> Path:
     return Path(os.path.relpath(path or "."))
 
 

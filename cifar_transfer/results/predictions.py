@@ -9,14 +9,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
-from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from cifar_transfer.data.images import Images
-from cifar_transfer.data.module import Split
 from cifar_transfer.files import atomic_write
 
 SHOWN = 32  # mistakes, and as many correct predictions, whose images are kept
@@ -95,25 +92,6 @@ class Predictions:
             return cls(arrays["names"].tolist(), **read | {"probabilities": read["probabilities"].float()})
 
 
-class _Gathered(Metric):
-    """Tensors by name of all batches and, once computed, of all ranks: the gathering is torchmetrics'."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__()
-        self.names = names
-        for name in names:
-            self.add_state(name, [], dist_reduce_fx="cat")
-
-    def update(self, tensors: dict[str, Tensor]) -> None:
-        """Keep a batch."""
-        for name in self.names:
-            getattr(self, name).append(tensors[name])
-
-    def compute(self) -> dict[str, Tensor]:
-        """All batches in one, in no particular order."""
-        return {name: dim_zero_cat(getattr(self, name)) for name in self.names}
-
-
 class CollectPredictions(Callback):
     """Gathers the network's predictions for a data module's images in a test, or in a validation outside of training.
 
@@ -137,82 +115,81 @@ class CollectPredictions(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See what comes into the head, if that is wanted."""
-        if self._wanted and stage != "fit":
+        if self._wanted:
             head = pl_module.get_submodule(f"network.{pl_module.heads[0]}")  # type: ignore[index]
             self._hook = head.register_forward_pre_hook(self._see)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look away."""
-        if self._wanted and stage != "fit":
+        if self._wanted:
             self._hook.remove()
 
     def _see(self, head: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self._seen is None:  # the mirror image comes second
             self._seen = inputs[0].flatten(1).float()
 
-    def _start(self, trainer: Trainer, device: torch.device, split: Split) -> None:
-        self._seen = None
-        self._gathered = _Gathered(["labels", "probabilities", "rows"]).to(device)
-        self._features = _Gathered(["features", "rows"]).to(device)
-        images = trainer.datamodule.images[split]  # type: ignore[attr-defined] # set when it is attached
-        self._stride = -(-len(images) // self._wanted) if self._wanted else 0
-
-    def _batch(self, trainer: Trainer, logits: Tensor, labels: Tensor, number: int) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        rows = number * data.eval_batch_size + torch.arange(len(labels), device=labels.device)
-        rows = rows * trainer.world_size + trainer.global_rank  # as `WholeShard` deals them out
-        self._gathered.update({"labels": labels, "probabilities": logits.float().softmax(1), "rows": rows})
-        if self._seen is not None:
-            chosen = rows % self._stride == 0
-            self._features.update({"features": self._seen[chosen], "rows": rows[chosen]})
-            self._seen = None
-
-    def _end(self, trainer: Trainer, split: Split) -> None:
-        found = self._gathered.compute()
-        seen = self._features.compute() if self._wanted else None  # by all ranks
-        if not trainer.is_global_zero:
-            return
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        order = found["rows"].argsort()
-        found = {name: tensor[order].cpu() for name, tensor in found.items()}
-        shown = _worth_seeing(found["labels"], found["probabilities"])
-        images = _thumbnails(data.images[split], found["rows"][shown], THUMBNAIL)
-        self.predictions = Predictions(data.class_names, found["labels"], found["probabilities"], shown, images)
-        if seen is not None:
-            self.features = seen["features"].cpu()
-            self.classes = torch.from_numpy(data.images[split].labels)[seen["rows"].cpu()]
-            self.thumbnails = _thumbnails(data.images[split], seen["rows"].cpu(), SPRITE)
-
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin."""
-        self._start(trainer, pl_module.device, "test")
+        self._begin(trainer.test_dataloaders, pl_module.device)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin."""
+        self._begin(trainer.val_dataloaders, pl_module.device)
+
+    def _begin(self, loader: Any, device: torch.device) -> None:
+        self._rows = torch.tensor(list(loader.sampler), device=device)  # of this process's images, in their order
+        stride = -(-len(loader.dataset) // self._wanted) if self._wanted else 0
+        self._chosen = self._rows % stride == 0 if stride else torch.zeros_like(self._rows, dtype=torch.bool)
+        self._seen, self._count = None, 0
+        self._probabilities: list[Tensor] = []
+        self._features: list[Tensor] = []
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, number: int, _: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, _: int = 0
     ) -> None:
         """Gather a batch."""
-        self._batch(trainer, outputs, batch[1], number)
+        self._probabilities.append(outputs.float().softmax(1))
+        if self._seen is not None:
+            self._features.append(self._seen[self._chosen[self._count : self._count + len(outputs)]])
+            self._seen = None
+        self._count += len(outputs)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, _: int = 0
+    ) -> None:
+        """Gather a batch."""
+        self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put it all in order."""
-        self._end(trainer, "test")
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, unless it is the validation within a training."""
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._start(trainer, pl_module.device, "val")
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, number: int, _: int = 0
-    ) -> None:
-        """Gather a batch."""
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._batch(trainer, outputs, batch[1], number)
+        self._end(trainer, trainer.test_dataloaders)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put it all in order."""
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._end(trainer, "val")
+        self._end(trainer, trainer.val_dataloaders)
+
+    def _end(self, trainer: Trainer, loader: Any) -> None:
+        _, probabilities = _in_order(trainer, self._rows, self._probabilities)
+        if self._wanted:
+            chosen, features = _in_order(trainer, self._rows[self._chosen], self._features)
+        if not trainer.is_global_zero:
+            return
+        images, labels = loader.dataset, torch.from_numpy(loader.dataset.labels)
+        shown = _worth_seeing(labels, probabilities)
+        names = trainer.datamodule.class_names  # type: ignore[attr-defined] # set when it is attached
+        self.predictions = Predictions(names, labels, probabilities, shown, _thumbnails(images, shown, THUMBNAIL))
+        if self._wanted:
+            self.features, self.classes = features, labels[chosen]
+            self.thumbnails = _thumbnails(images, chosen, SPRITE)
+
+
+def _in_order(trainer: Trainer, rows: Tensor, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of all processes, rising, and what the batches say of them; on the CPU."""
+    values = torch.cat(batches)
+    if trainer.world_size > 1:
+        rows, values = (torch.cat(gather_all_tensors(tensor)) for tensor in (rows, values))
+    order = rows.argsort()
+    return rows[order].cpu(), values[order].cpu()
 
 
 def _worth_seeing(labels: Tensor, probabilities: Tensor) -> Tensor:

@@ -42,18 +42,20 @@ class Report(Callback):
             projector (6 MB for ResNet18).
 
     Attributes:
-        seconds: Time of all epochs with their validation, also those before the run was resumed.
         images_per_second: Speed of training in the last epoch, over all devices; validation does not count.
     """
 
     def __init__(self, figures: bool = True, projector: bool = False) -> None:
         self.figures, self.projector = figures, projector
-        self.seconds = self.images_per_second = 0.0
-        self._began = self._training = 0.0
-        self._images = 0
+        self.images_per_second = 0.0
+        self._earlier = 0.0  # seconds of the epochs before this one
+        self._epoch = {"seconds": 0.0, "validation": 0.0, "images": 0.0}  # until the clock was last read
+        self._read: float | None = None  # when that was; None between two epochs
+        self._validation_began = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show what can be shown before a run begins (one that continues has it already)."""
+        """Start the clock, and show what can be shown before a run begins (one that continues has it already)."""
+        self._read = time.monotonic()
         folder = trainer.log_dir  # asked for by all ranks together
         if not trainer.is_global_zero or trainer.ckpt_path or trainer.logger is None or folder is None:
             return
@@ -90,41 +92,62 @@ class Report(Callback):
             module.training = training
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the epoch's clock."""
-        self._began = time.monotonic()
-        self._training, self._images = 0.0, 0
+        """Start the epoch's clock; not called for an epoch that is resumed."""
+        self._earlier = self.seconds
+        self._epoch = dict.fromkeys(self._epoch, 0.0)
+        self._read = time.monotonic()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, _: int
-    ) -> None:
-        """Count images, and the time until now, which leaves the validation out."""
-        self._images += len(batch[1]) * trainer.world_size
-        self._training = time.monotonic() - self._began
+    @property
+    def seconds(self) -> float:
+        """Time of all epochs with their validation, also before the run was resumed."""
+        return self._earlier + self._epoch["seconds"]
+
+    def _tick(self) -> None:
+        if self._read is not None:
+            now = time.monotonic()
+            self._epoch["seconds"] += now - self._read
+            self._read = now
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count images, before another callback saves that they were seen."""
+        self._epoch["images"] += len(batch[1]) * trainer.world_size
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the time from here out of the speed of training."""
+        self._validation_began = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Training goes on."""
+        self._epoch["validation"] += time.monotonic() - self._validation_began
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch's scores."""
-        metrics = trainer.callback_metrics  # computed together by all ranks
+        scores = pl_module.epoch_scores()  # type: ignore[operator] # of our modules
         parts = [f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"]
         for split, loss in (("train", "train/loss_epoch"), ("val", "val/loss")):
-            if loss in metrics:
-                parts.append(f"{split} loss {metrics[loss]:.3f} acc {metrics[f'{split}/acc']:6.2%}")
+            if loss in scores:
+                parts.append(f"{split} loss {scores[loss]:.3f} acc {scores[f'{split}/acc']:6.2%}")
         parts.append(f"lr {trainer.optimizers[0].param_groups[0]['lr']:.2g}")
-        if self._began:
-            seconds = time.monotonic() - self._began
-            self.seconds += seconds
-            self.images_per_second = self._images / self._training
-            parts.append(f"{seconds:.1f} s")
-            if (left := (trainer.max_epochs or 0) - trainer.current_epoch - 1) > 0:
-                parts.append(f"{duration(left * seconds)} left")
+        self._tick()
+        self._read = None
+        seconds, training = self._epoch["seconds"], self._epoch["seconds"] - self._epoch["validation"]
+        if self._epoch["images"]:
+            self.images_per_second = self._epoch["images"] / training
+        parts.append(f"{seconds:.1f} s")
+        if (left := (trainer.max_epochs or 0) - trainer.current_epoch - 1) > 0:
+            parts.append(f"{duration(left * seconds)} left")
         say(trainer, "   ".join(parts))
 
-    def state_dict(self) -> dict[str, float]:
-        """The time so far and the last speed, for a run that is resumed, perhaps when only its test is missing."""
-        return {"seconds": self.seconds, "images_per_second": self.images_per_second}
+    def state_dict(self) -> dict[str, Any]:
+        """The time so far, that of this epoch, and the last speed, for a run that is resumed."""
+        self._tick()
+        return {"seconds": self.seconds, "images_per_second": self.images_per_second, "epoch": dict(self._epoch)}
 
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the clock."""
-        self.seconds, self.images_per_second = state_dict["seconds"], state_dict["images_per_second"]
+        self._epoch |= state_dict.get("epoch", {})
+        self._earlier = state_dict["seconds"] - self._epoch["seconds"]
+        self.images_per_second = state_dict["images_per_second"]
 
 
 def draw_final(trainer: Trainer, split: str, collected: CollectPredictions) -> None:
@@ -145,14 +168,18 @@ def draw_final(trainer: Trainer, split: str, collected: CollectPredictions) -> N
     publish.publish(Path(folder), split, collected, board, trainer.global_step)
 
 
-def log_final(trainer: Trainer, hparams: dict[str, Any], scores: dict[str, float]) -> None:
+def log_final(trainer: Trainer, hparams: dict[str, Any], scores: dict[str, float], test: dict[str, float]) -> None:
     """Write the hyper-parameters with the run's final scores, so that TensorBoard compares runs by them.
 
     Args:
         trainer: Of the finished run.
         hparams: Options; whatever is not a number, a string or a flag is written as its text, in one column.
         scores: Say `{"best/val_acc": 0.9, "best/test_acc": 0.89}`.
+        test: `test/loss` and `test/acc` of the best checkpoint, or nothing; they are logged at the run's last step.
     """
+    if test:
+        for logger in trainer.loggers:
+            logger.log_metrics(test, step=trainer.global_step)
     if isinstance(trainer.logger, TensorBoardLogger):
         texts = {
             name: " ".join(f"{key}={part}" for key, part in value.items()) if isinstance(value, dict) else value

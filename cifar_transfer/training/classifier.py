@@ -1,4 +1,4 @@
-"""The network with its new head, its loss, metrics, optimizer and schedule."""
+"""The network with its new head, its loss, optimizer and schedule."""
 
 import copy
 import math
@@ -6,14 +6,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from cifar_transfer import __version__
 from cifar_transfer.data.geometry import statistics
@@ -23,12 +19,12 @@ from cifar_transfer.errors import UserError, check
 from cifar_transfer.network import build
 from cifar_transfer.training import optimizer, resume
 from cifar_transfer.training.optimizer import LARGEST_RATE
+from cifar_transfer.training.scoring import ScoredModule
 
 VERSION_KEY = "cifar_transfer_version"  # in checkpoints
-EPOCH_SCORES: tuple[str, ...] = ("train/acc", "train/loss_epoch", "val/acc", "val/loss")
 
 
-class TransferClassifier(LightningModule):
+class TransferClassifier(ScoredModule):
     """A pretrained network with a new head, fine-tuned with cross-entropy, Adam and `ReduceLROnPlateau` or others.
 
     `network` is the library's plain network; `heads` names its layers that tell the classes apart, mostly one; all the
@@ -101,10 +97,10 @@ class TransferClassifier(LightningModule):
         lr_patience: int = 2,
         compile: bool = False,
     ) -> None:
-        super().__init__()
+        num_classes = len(class_names or range(10)) if num_classes is None else num_classes
+        super().__init__(num_classes)
         self.mean: Tensor
         self.std: Tensor
-        num_classes = len(class_names or range(10)) if num_classes is None else num_classes
         if class_names and len(class_names) != num_classes:
             raise UserError(
                 f"num_classes is {num_classes}, but the data have {len(class_names)} classes "
@@ -134,13 +130,6 @@ class TransferClassifier(LightningModule):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.input_size: list[int] | None = None  # of the images trained on, [height, width] in pixels
-        # Their checks would make every step wait for the device.
-        self.train_loss = MeanMetric(nan_strategy="disable")
-        self.train_acc, self.val_acc, self.test_acc, self.mirrored_acc = (
-            MulticlassAccuracy(num_classes, average="micro", validate_args=False) for _ in range(4)
-        )
-        self.mirrored = False  # whether evaluation also gives the accuracy of an image and its mirror image together
-        self._validated = False
 
     def _check(self) -> None:
         most = f"1 to {LARGEST_SIDE} pixels"
@@ -245,39 +234,8 @@ class TransferClassifier(LightningModule):
         loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"])
         for other in auxiliary:
             loss = loss + self.hparams["aux_weight"] * F.cross_entropy(other, labels)
-        self.train_loss.update(loss.detach(), len(labels))
-        self.train_acc.update(logits.detach(), labels)
-        if self._trainer is None:  # called by hand
-            return loss
-        # Each call costs Lightning up to a millisecond. What it is not told between two lines of the log is not lost:
-        # the metrics have counted it.
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by one of its connectors
-        if self.trainer.is_last_batch or (every and (self.trainer.global_step + 1) % every == 0):
-            self.log("train/loss", loss, prog_bar=True)
-            self.log("train/loss_epoch", self.train_loss, on_step=False, on_epoch=True, logger=False)
-            self.log("train/acc", self.train_acc, on_step=False, on_epoch=True, logger=False, prog_bar=True)
+        self.count(loss, logits, labels)
         return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Add a batch to `val/loss` and `val/acc`; its logits are for callbacks."""
-        return self._evaluate(batch, "val", self.val_acc, logger=False)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Add a batch to `test/loss` and `test/acc`; its logits are for callbacks."""
-        return self._evaluate(batch, "test", self.test_acc, logger=True)
-
-    def _evaluate(self, batch: Batch, split: str, accuracy: MulticlassAccuracy, logger: bool) -> Tensor:
-        images, labels = batch
-        logits = self(images)
-        accuracy.update(logits, labels)
-        loss = F.cross_entropy(logits, labels)
-        # The loss steers the schedule, so every rank must see the same.
-        self.log(f"{split}/loss", loss, batch_size=len(labels), prog_bar=True, logger=logger, sync_dist=True)
-        self.log(f"{split}/acc", accuracy, prog_bar=True, logger=logger)
-        if self.mirrored:
-            self.mirrored_acc.update(logits.softmax(1) + self(images.flip(3)).softmax(1), labels)
-            self.log(f"{split}/mirrored_acc", self.mirrored_acc, logger=logger)
-        return logits
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Probabilities of a batch, float [B, num_classes]."""
@@ -288,40 +246,15 @@ class TransferClassifier(LightningModule):
         heads = [parameter for head in self.heads for parameter in self.network.get_submodule(head).parameters()]
         return optimizer.configure(self.trainer, list(self.parameters()), heads, self.hparams)
 
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Step a schedule of steps; not the plateau.
-
-        Lightning calls this for it after the checkpoint is written, which would then lack the step;
-        `on_train_epoch_end` steps it instead, before that.
-        """
-        if not isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step()
-
-    def on_validation_epoch_end(self) -> None:
-        """Remember that there is a new validation loss for the schedule."""
-        self._validated = not self.trainer.sanity_checking
-
-    def on_train_epoch_end(self) -> None:
-        """Log the epoch's scores against the epoch, and let the schedule see the validation loss."""
-        metrics = self.trainer.callback_metrics
-        scores = {name: float(metrics[name]) for name in EPOCH_SCORES if name in metrics}
-        scores["lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        scores["trainable_parameters"] = float(sum(p.numel() for p in self.parameters() if p.requires_grad))
-        for logger in self.loggers:
-            logger.log_metrics(scores, step=self.current_epoch)
-            logger.save()
-        scheduler = self.lr_schedulers()
-        if self._validated and isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step(metrics["val/loss"])
-        self._validated = False
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what prediction needs to know of the images, and whose options these are."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["input_size"] = self.input_size
         checkpoint[VERSION_KEY] = __version__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse settings that the checkpoint's optimizer and schedule would silently undo."""
+        super().on_load_checkpoint(checkpoint)
         self.input_size = checkpoint.get("input_size")
         if self._trainer is None:
             return

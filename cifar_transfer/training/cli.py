@@ -22,7 +22,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from cifar_transfer import console
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.errors import UserError, check, taken
-from cifar_transfer.results.predictions import PROJECTED, CollectPredictions
 from cifar_transfer.results.report import Report
 from cifar_transfer.training import find_lr
 from cifar_transfer.training import run as runs
@@ -222,10 +221,6 @@ class FitCLI(LightningCLI):
     def _callbacks(self, options: Any) -> list[Callback]:
         """What every run has beside the user's own callbacks."""
         callbacks: list[Callback] = [Guard()]
-        self.predictions: CollectPredictions | None = None
-        if self.config_init.report.figures and not options.fast_dev_run:
-            self.predictions = CollectPredictions(PROJECTED if self.config_init.report.projector else 0)
-            callbacks.append(self.predictions)
         self.best = runs.RunCheckpoint("best", "val/acc", in_place=bool(self.resumed))
         last = None
         if options.enable_checkpointing is not False and not options.fast_dev_run:

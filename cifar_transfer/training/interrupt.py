@@ -6,16 +6,15 @@ import subprocess
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from cifar_transfer.console import say
+from cifar_transfer.training.run import RunCheckpoint
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MAX_STEPS_BETWEEN_STOP_CHECKS = 10  # of several processes, which ask each other whether one is to stop
@@ -39,7 +38,7 @@ class Interrupt(Callback):
         asked: The signal by which this or another process was told to stop, or None.
     """
 
-    def __init__(self, last: ModelCheckpoint | None) -> None:
+    def __init__(self, last: RunCheckpoint | None) -> None:
         self.last = last
         self.asked: signal.Signals | None = None
         self._heard: signal.Signals | None = None
@@ -81,8 +80,9 @@ class Interrupt(Callback):
         if trainer.is_last_batch:  # the checkpoint of the epoch follows, with its validation
             return
         requeue = signal.SIGUSR1 in self._before and self._any(trainer, self._requeue)
-        if (self.asked or requeue) and self.last is not None and self.last.dirpath is not None:
-            trainer.save_checkpoint(Path(self.last.dirpath, f"{self.last.filename}.ckpt"))
+        if (self.asked or requeue) and self.last is not None and self.last.path is not None:
+            trainer.save_checkpoint(self.last.path)
+            self.last.stopping = True
         if requeue:
             self._requeue_job(trainer)
 

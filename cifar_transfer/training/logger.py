@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from cifar_transfer.files import atomic_write
-from cifar_transfer.training.classifier import EPOCH_SCORES
+from cifar_transfer.training.scoring import EPOCH_SCORES
 
 EPOCH_TAGS = {*EPOCH_SCORES, "lr", "trainable_parameters"}
 

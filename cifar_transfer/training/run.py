@@ -39,13 +39,18 @@ def import_nothing_else(args: Sequence[str]) -> None:
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """A file of a run, written when an epoch is over and the schedule has stepped, and replaced in one move.
+    """A file of a run, replaced in one move: the best is written at the validation that finds it so, with the weights
+    that were validated; the latest when an epoch is over and the schedule has stepped.
 
     Args:
         filename: Its name without the ending.
         monitor: Keep the best by this metric (highest); None keeps the latest.
         in_place: The run is continued in its own folder. Should that have moved, the best score is still known, which
             Lightning's class would forget, and then replace the best checkpoint by a worse one.
+
+    Attributes:
+        stopping: The run is told to stop: a validation within the epoch is followed by another writing, because what
+            was written before it does not know its scores.
     """
 
     def __init__(self, filename: str, monitor: str | None = None, in_place: bool = False) -> None:
@@ -54,10 +59,22 @@ class RunCheckpoint(ModelCheckpoint):
             monitor=monitor,
             mode="max",
             save_top_k=1,
-            save_on_train_epoch_end=True,
+            save_on_train_epoch_end=monitor is None,
             enable_version_counter=False,
         )
         self.in_place = in_place
+        self.stopping = False
+
+    @property
+    def path(self) -> Path | None:
+        """The file; None before `setup`."""
+        return Path(self.dirpath, f"{self.filename}{self.FILE_EXTENSION}") if self.dirpath else None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the best, and the latest of a run that is to stop."""
+        super().on_validation_end(trainer, pl_module)
+        if self.stopping and self.path and not trainer.is_last_batch:
+            trainer.save_checkpoint(self.path)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the scores of the run so far."""

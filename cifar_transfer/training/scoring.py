@@ -1,0 +1,146 @@
+"""Accuracy and loss of a network: counted batch by batch, logged by epoch, and kept when an epoch is interrupted."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from lightning import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from cifar_transfer.data.images import Batch
+
+EPOCH_SCORES: tuple[str, ...] = ("train/acc", "train/loss_epoch", "val/acc", "val/loss")
+EPOCH_KEY = "epoch_so_far"  # in checkpoints that are written before the epoch is over
+COUNTED = ("train_acc", "train_loss")
+
+
+class ScoredModule(LightningModule):
+    """A classifier that scores itself in training, validation and test.
+
+    A subclass gives logits of images [B, 3, H, W] when called, and passes each step of training to `count`.
+
+    Args:
+        num_classes: How many classes there are.
+
+    Attributes:
+        mirrored: Whether evaluation also gives the accuracy of an image and its mirror image together.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        # Their checks would make every step wait for the device.
+        self.train_loss = MeanMetric(nan_strategy="disable")
+        self.train_acc, self.val_acc, self.test_acc, self.mirrored_acc = (
+            MulticlassAccuracy(num_classes, average="micro", validate_args=False) for _ in range(4)
+        )
+        self.mirrored = False
+        self._val_scores: dict[str, float] = {}  # of the last validation of this epoch
+
+    def epoch_scores(self) -> dict[str, float]:
+        """Scores of the epoch that ends; all processes must call it together.
+
+        Returns:
+            `train/acc` (share of 1) and `train/loss_epoch` over all steps of the epoch, also those before the run was
+            resumed; `val/acc` and `val/loss` of its last validation, only if it has validated.
+        """
+        metrics = {"train/acc": self.train_acc, "train/loss_epoch": self.train_loss}
+        scores = {name: float(metric.compute()) for name, metric in metrics.items() if metric.update_called}
+        return scores | self._val_scores
+
+    def count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Count a step of training.
+
+        Args:
+            loss: The mean over the batch.
+            logits: float [B, num_classes].
+            labels: int64 [B].
+        """
+        self.train_loss.update(loss.detach(), len(labels))
+        self.train_acc.update(logits.detach(), labels)
+        if self._trainer is None:  # called by hand
+            return
+        # Each call costs Lightning up to a millisecond. What it is not told between two lines of the log is not lost,
+        # because the metrics have counted it.
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by one of its connectors
+        if self.trainer.is_last_batch or (every and (self.trainer.global_step + 1) % every == 0):
+            self.log("train/loss", loss, prog_bar=True)
+            self.log("train/loss_epoch", self.train_loss, on_step=False, on_epoch=True, logger=False)
+            self.log("train/acc", self.train_acc, on_step=False, on_epoch=True, logger=False, prog_bar=True)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Add a batch to `val/loss` and `val/acc`; its logits are for callbacks."""
+        return self._evaluate(batch, "val", self.val_acc, logger=False)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Add a batch to `test/loss` and `test/acc`; its logits are for callbacks."""
+        return self._evaluate(batch, "test", self.test_acc, logger=True)
+
+    def _evaluate(self, batch: Batch, split: str, accuracy: MulticlassAccuracy, logger: bool) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        accuracy.update(logits, labels)
+        loss = F.cross_entropy(logits, labels)
+        # The loss steers the schedule, so every rank must see the same.
+        self.log(f"{split}/loss", loss, batch_size=len(labels), prog_bar=True, logger=logger, sync_dist=True)
+        self.log(f"{split}/acc", accuracy, prog_bar=True, logger=logger)
+        if self.mirrored:
+            self.mirrored_acc.update(logits.softmax(1) + self(images.flip(3)).softmax(1), labels)
+            self.log(f"{split}/mirrored_acc", self.mirrored_acc, logger=logger)
+        return logits
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep the scores of a validation within the training."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            metrics = self.trainer.callback_metrics
+            self._val_scores = {name: float(metrics[name]) for name in ("val/acc", "val/loss")}
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's scores against the epoch, and show the plateau schedule the validation loss."""
+        scores = self.epoch_scores()
+        scores["lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        scores["trainable_parameters"] = float(sum(p.numel() for p in self.parameters() if p.requires_grad))
+        for logger in self.loggers:
+            logger.log_metrics(scores, step=self.current_epoch)
+            logger.save()
+        if not self.trainer.is_last_batch:  # max_steps or max_time ended the run here; resumed, it ends the epoch
+            return
+        scheduler = self.lr_schedulers()
+        if self._val_scores and isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(self._val_scores["val/loss"])
+        self._val_scores = {}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step a schedule of steps; not the plateau.
+
+        Lightning calls this for it after the checkpoint is written, which would then lack the step;
+        `on_train_epoch_end` steps it instead, before that.
+        """
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what an epoch that is not over has counted, summed over all processes."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        counted: dict[str, dict[str, Tensor]] = {}
+        if not self.trainer.is_last_batch:
+            for name in COUNTED:
+                metric = getattr(self, name)
+                with metric.sync_context():
+                    counted[name] = {key: value.clone() for key, value in metric.metric_state.items()}
+        if counted or self._val_scores:
+            checkpoint[EPOCH_KEY] = {"train": counted, "val": self._val_scores}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the epoch where a fit that is resumed had stopped."""
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        saved = checkpoint.get(EPOCH_KEY, {"train": {}, "val": {}})
+        self._val_scores = saved["val"]
+        for name in saved["train"] if self.trainer.is_global_zero else ():  # it has the sum over all processes
+            metric = getattr(self, name)
+            for key in metric.metric_state:
+                setattr(metric, key, saved["train"][name][key].to(metric.device))
