@@ -13,6 +13,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from cifar_transfer.errors import UserError
 from cifar_transfer.files import atomic_write, remove_partial
@@ -75,6 +76,16 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_validation_end(trainer, pl_module)
         if self.stopping and self.path and not trainer.is_last_batch:
             trainer.save_checkpoint(self.path)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let an epoch that `max_steps`, `max_time` or a callback ended early go on when the run is resumed.
+
+        Lightning counts it as processed, and would begin with the next one.
+        """
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.is_last_batch:
+            for counts in ("total", "current"):
+                progress = checkpoint["loops"]["fit_loop"]["epoch_progress"][counts]
+                progress["processed"] = progress["completed"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the scores of the run so far."""
