@@ -128,7 +128,8 @@ def state(run):
     last = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     result = json.loads((run / "result.json").read_text())
     images = last["callbacks"]["Report"]["epoch"]["images"]
-    return curves(run), result["best/val_acc"], result["best/test_acc"], images, last["lr_schedulers"]
+    logged = {tag: sorted(points) for tag, points in curves(run).items()}  # of event files of the same second
+    return logged, result["best/val_acc"], result["best/test_acc"], images, last["lr_schedulers"]
 
 
 INTERVALS = {
