@@ -119,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m cifar_transfer.backbones",
         description="The backbones that --model.backbone takes, in the words of their libraries.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "pattern",

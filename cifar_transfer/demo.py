@@ -32,6 +32,8 @@ def run(name: str, options: list[str]) -> dict[str, Any]:
     config = CONFIGS / f"demo-{name}.yaml"
     if not config.is_file():
         raise UserError(f"{config} is not here: run the demo in the project's own folder.")
+    if any(option.startswith(("--trainer.fast_dev_run", "--find_lr")) for option in options):
+        raise UserError("The demo compares runs, but fast_dev_run and find_lr keep none: leave them out.")
     root = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     root.add_argument("--trainer.default_root_dir", dest="folder", type=Path, default=Path())
     logs = root.parse_known_args(options)[0].folder / LOGS

@@ -1,7 +1,6 @@
 """Errors that a user can mend: shown as one sentence, without a traceback."""
 
 import errno
-import re
 import signal
 import sys
 import traceback
@@ -13,6 +12,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from cifar_transfer.console import printable
 
+# Lines of jsonargparse's that describe its search and not the mistake.
+BY_THE_WAY = (
+    *("Does not validate against any", "Subtypes:", "Errors:", "Given value type:"),
+    *("Given value: Namespace(", "Given value: NestedArg("),
+)
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
@@ -44,19 +48,27 @@ def check(name: str, value: Any, fits: Callable[[Any], object], wanted: str) -> 
     raise UserError(f"{name} is {'null' if value is None else value}: take {wanted}.")
 
 
-def taken(account: str, given: str) -> str:
-    """What an option takes, from jsonargparse's account of each type that its value could have had and has not.
+def account(message: str) -> str:
+    """jsonargparse's message in one line.
+
+    For a value that may have several types it lists one error for each type. An error that says more than "Expected a
+    <type>" is the cause; then the others are left out.
 
     Args:
-        account: Its message up to the value.
-        given: The value.
+        message: Of several lines.
     """
-    keys = dict.fromkeys(re.findall(r'Parser key "(.*?)"', account))
-    words = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
-    types = [found.strip(" .") for found in re.findall(r"Expected an? (.*)", account)]
-    wanted = [re.sub(r"<class '(.*)'>", lambda kind: words.get(kind[1], kind[1]), found) for found in types]
-    wanted = [re.sub(r"typing\.Literal\[(.*)\]", r"\1", found) for found in wanted]
-    return f"{'.'.join(keys)} is {given}: take {', or '.join(dict.fromkeys(wanted))}."
+    lines = list(dict.fromkeys(line.strip(" -") for line in message.splitlines()))
+    lines = [line for line in lines if line and not line.startswith(BY_THE_WAY)]
+    causes = [line for line in lines if not line.startswith(("Expected a", "Given value"))]
+    told = lines if all(line.startswith("Parser key") for line in causes) else causes
+    return "; ".join(told).replace(":; ", ": ")
+
+
+def caused_by_us(error: BaseException | None) -> "UserError | None":
+    """The `UserError` that another library has wrapped in errors of its own, or None."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def first_line(error: BaseException) -> str:

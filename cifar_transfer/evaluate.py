@@ -77,4 +77,4 @@ def _publish(ckpt: Path, step: int, split: str, collected: CollectPredictions) -
 
 if __name__ == "__main__":
     with one_sentence():
-        auto_cli(evaluate, as_positional=False)
+        auto_cli(evaluate, as_positional=False, allow_abbrev=False)

@@ -193,4 +193,4 @@ def _difference(model: nn.Module, network: Callable[[Tensor], Tensor], trials: l
 
 if __name__ == "__main__":
     with one_sentence():
-        auto_cli(export, as_positional=False)
+        auto_cli(export, as_positional=False, allow_abbrev=False)

@@ -40,4 +40,4 @@ def figures(run: str) -> list[Path]:
 
 if __name__ == "__main__":
     with one_sentence():
-        auto_cli(figures, args=sys.argv[1:])
+        auto_cli(figures, args=sys.argv[1:], allow_abbrev=False)

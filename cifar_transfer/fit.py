@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed import DistError
 
@@ -49,11 +50,13 @@ def fit(args: Sequence[str]) -> Outcome | None:
     """
     end_with_the_first()
     cli = FitCLI(args)
-    if cli.config.find_lr:
-        find_lr(cli.trainer, cli.model, cli.datamodule)
-        return None
     try:
+        if cli.config.find_lr:
+            find_lr(cli.trainer, cli.model, cli.datamodule)
+            return None
         return _job(cli)
+    except UserError as error:
+        raise cli.named_as_options(error) from error
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
@@ -67,6 +70,9 @@ def fit(args: Sequence[str]) -> Outcome | None:
         ) from error
     finally:
         cli.folder.release()
+        # A thread of gloo that frees a tensor while the interpreter ends aborts the process. This waits for the thread.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def _job(cli: FitCLI) -> Outcome | None:
@@ -75,7 +81,8 @@ def _job(cli: FitCLI) -> Outcome | None:
     if (best := _best(cli)) is None:
         return None
     options, scores = cli.config.report, {}
-    for split in ("val", "test") if "test" in data.images else ("val",):
+    tested = "test" in data.images and trainer.limit_test_batches != 0
+    for split in ("val", "test") if tested else ("val",):
         collect = CollectPredictions(PROJECTED if options.projector else 0) if options.figures else None
         found = evaluate_checkpoint(trainer, best, data, split, collect)
         scores[f"best/{split}_acc"] = found[f"{split}/acc"]

@@ -124,7 +124,9 @@ def _predictions(
 
 
 def _parse(args: Sequence[str] | None) -> Namespace:
-    parser = ArgumentParser(prog="python -m cifar_transfer.predict", description="The likeliest classes of images.")
+    parser = ArgumentParser(
+        prog="python -m cifar_transfer.predict", description="The likeliest classes of images.", allow_abbrev=False
+    )
     parser.add_argument(
         "images",
         nargs="+",

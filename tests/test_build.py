@@ -159,7 +159,7 @@ def test_the_first_ten_convolutions_freeze_by_a_pattern(name, last):
         ({"backbone": "timm/vit_base_patch16_225"}, "did you mean timm/vit_base_patch16"),
         ({"backbone": "timm/vit_base_patch16_224.augreg_in22k"}, "augreg_in21k"),
         ({"backbone": "timm/gemma4_vit_167m_enc"}, "no head|There is no backbone"),
-        ({"backbone": "lenet5", "weights": "DEFAULT"}, "No weights of lenet5 are published.*--model.weights=none"),
+        ({"backbone": "lenet5", "weights": "DEFAULT"}, "No weights of lenet5 are published.*weights=none"),
         ({"backbone": "lenet5", "image_size": "native"}, "no native size"),
         ({"backbone": "lenet5", "normalize": "weights"}, "no published weights"),
         ({"backbone": "inception_v3", "image_size": 74}, r"75 or more, or native \(299\)"),

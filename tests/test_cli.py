@@ -1,16 +1,21 @@
 """The commands as users run them: a whole job, evaluation, and a sentence for every mistake."""
 
 import re
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import TINY, run_fit, write_images
+from lightning.pytorch.callbacks import ProgressBar
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cifar_transfer import demo
 from cifar_transfer.errors import UserError, one_sentence
 from cifar_transfer.evaluate import evaluate
 from cifar_transfer.figures import figures
 from cifar_transfer.fit import fit
+from cifar_transfer.results.report import Report
 from cifar_transfer.training.cli import FitCLI
 
 RUN = "lightning_logs/version_0"
@@ -145,9 +150,22 @@ MISTAKES = [
     (["--model.weights=/nowhere/w.pth"], "neither a file nor a name"),
     (["--model.num_classes=5"], "num_classes is 5, but the data have 10 classes"),
     (["--trainer.default_root_dir=/dev/null"], "cannot be written"),
-    (["--data=NoSuchModule"], "take one of CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule"),
+    (["--data=NoSuchModule"], "Data modules: CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule"),
     (["--data=ImageFolderDataModule", "--data.root=/nowhere"], "/nowhere/train is missing"),
-    (["--model.learning_rate=0.1"], "There is no option --model.learning_rate"),
+    (["--model.learning_rate=0.1"], "unrecognized arguments: --model.learning_rate=0.1 (Did you mean model."),
+    (["--model.backbon=resnet18"], "Did you mean model.backbone"),
+    (["--data.augment.flp=0.3"], "Did you mean augment.flip"),
+    (["--data.augment.fli=0.3"], "Did you mean augment.flip"),
+    (["--data.batch_siz=3"], "'batch_siz' is not accepted (Did you mean batch_size"),
+    (["--trainer.callbacks=EarlyStopping"], '"trainer.callbacks": the following arguments are required: monitor'),
+    (["--trainer.callbacks+=cifar_transfer.Nothing"], "has no attribute 'Nothing'"),
+    (["--trainer.max_epochs=1.5"], "\"trainer.max_epochs\": Expected a <class 'int'>"),
+    (["--model.backbone=lenet5", "--model.weights=DEFAULT"], "with --model.weights=none and --freeze.unfreeze_epoch=0"),
+    pytest.param(
+        ["--trainer.logger=WandbLogger"],
+        "pip install -U 'wandb",
+        marks=pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed"),
+    ),
     (["--model.lr=fast"], "model.lr"),
     (["--seed_everything=true"], "give a number"),
     (["--ckpt_path=/nowhere/last.ckpt"], "does not exist"),
@@ -156,6 +174,7 @@ MISTAKES = [
     (["--config=/nowhere.yaml"], "/nowhere.yaml"),
     (["--trainer.strategy=fsdp"], "fsdp"),
     (["--trainer.limit_val_batches=0"], "need validation images"),
+    (["--trainer.barebones=true"], "barebones=true leaves out the log"),
     (["--data.augment.hue=2"], "hue"),
 ]
 
@@ -203,3 +222,21 @@ def test_checkpoints_that_are_none_are_explained(tmp_path):
     for path, message in (("gone.ckpt", "does not exist"), ("w.ckpt", "cannot be read as a checkpoint")):
         with pytest.raises(UserError, match=message):
             evaluate(str(tmp_path / path))
+
+
+@pytest.mark.parametrize("bar", ["TQDMProgressBar", "RichProgressBar"])
+def test_the_users_own_progress_bar_replaces_ours_and_limit_test_batches_0_skips_the_test(tmp_path, monkeypatch, bar):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    options = [f"--trainer.callbacks+={bar}", "--trainer.limit_test_batches=0", "--trainer.max_epochs=1"]
+    seen = []
+    monkeypatch.setattr(Report, "on_train_start", lambda report, trainer, module: seen.extend(trainer.callbacks))
+    assert fit([*TINY, *options]).scores.keys() == {"best/val_acc"}
+    assert [type(callback).__name__ for callback in seen if isinstance(callback, ProgressBar)] == [bar]
+
+
+@pytest.mark.parametrize("option", ["--trainer.fast_dev_run=true", "--find_lr"])
+def test_a_demo_without_results_is_refused_before_training(monkeypatch, option):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    with pytest.raises(UserError, match="fast_dev_run and find_lr keep none"):
+        demo.run("upstream", [option])

@@ -1,5 +1,6 @@
 """Two real processes (gloo): the ranks stay equal through the unfreezing, and a step equals one on the joint batch."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -89,3 +90,17 @@ def test_the_command_runs_and_resumes_on_two_processes(tmp_path):
     assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
     after = weights(run / "checkpoints" / "last.ckpt")
     assert not torch.equal(before["network.conv1.0.weight"], after["network.conv1.0.weight"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="names of threads are in Linux's /proc")
+@pytest.mark.parametrize(("end", "status"), [("", 0), ("error", 2), ("stop", 128 + signal.SIGTERM)])
+def test_no_thread_of_the_process_group_outlives_the_job(tmp_path, end, status):
+    """One that frees a tensor while the interpreter ends aborted one run of ten, after everything was done."""
+    job = [*TINY, "--trainer.devices=2", "--trainer.max_epochs=5", "--data.batch_size=15", "--freeze.unfreeze_epoch=0"]
+    job[job.index("--model.backbone=shufflenet_v2_x0_5")] = "--model.backbone=lenet5"
+    command = [sys.executable, JOB.with_name("ddp_exit_job.py"), end, *job]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
+    assert done.returncode == status, done.stdout + done.stderr
+    left = {path.name: path.read_text() for path in tmp_path.glob("threads*")}
+    both = {"threads0": "", "threads1": ""}
+    assert left in (both, {"threads0": ""}) if end == "stop" else left == both, "Lightning kills a stopped run's second"

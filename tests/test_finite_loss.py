@@ -1,16 +1,18 @@
-"""Losses that are no numbers, and a frozen backbone that teaches nothing."""
+"""Losses that are NaN or infinite, and a frozen backbone that teaches nothing."""
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import quiet_trainer, weights
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
-from cifar_transfer import ShapesDataModule, TransferClassifier
+from cifar_transfer import BackboneFreeze, ShapesDataModule, TransferClassifier
 from cifar_transfer.errors import UserError
 from cifar_transfer.fit import fit
+from cifar_transfer.training import finite_loss
 from cifar_transfer.training.finite_loss import SCALED, Guard
 
 LENET = [
@@ -37,7 +39,9 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_step_and_the_checkpoints
         "training_step",
         lambda self, *batch: real(self, *batch) * (value if self.global_step == 13 else 1),
     )
-    with pytest.raises(UserError, match=r"training loss of step 13 is no number \(epoch 3, learning rate 0.002\)"):
+    with pytest.raises(
+        UserError, match=r"training loss of step 13 is NaN or infinite \(epoch 3, learning rate 0.002\)"
+    ):
         fit([*LENET, "--trainer.max_epochs=5", "--model.lr=2e-3"])
     for name in ("best", "last"):
         assert torch.load(f"{CHECKPOINTS}/{name}.ckpt", weights_only=True)["epoch"] <= 1
@@ -54,7 +58,7 @@ def test_a_validation_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch)
         return real(self, (batch[0] * (torch.nan if self.current_epoch == 1 else 1), batch[1]), *rest, **options)
 
     monkeypatch.setattr(TransferClassifier, "_evaluate", evaluate)
-    with pytest.raises(UserError, match="validation loss of epoch 2 is no number"):
+    with pytest.raises(UserError, match="validation loss of epoch 2 is NaN or infinite"):
         fit([*LENET, "--trainer.max_epochs=3"])
     assert torch.load(f"{CHECKPOINTS}/last.ckpt", weights_only=True)["epoch"] == 0
 
@@ -88,10 +92,10 @@ def test_what_the_scaler_of_half_precision_sees_to_is_left_to_it(tmp_path, monke
     if scaled:
         trainer(SCALED - 1).fit(model, data)
         assert all(value.isfinite().all() for value in model.state_dict().values())
-        with pytest.raises(UserError, match="training loss of step 0 is no number"):
+        with pytest.raises(UserError, match="training loss of step 0 is NaN or infinite"):
             trainer(SCALED).fit(model, data)
     else:
-        with pytest.raises(UserError, match="training loss of step 0 is no number"):
+        with pytest.raises(UserError, match="training loss of step 0 is NaN or infinite"):
             trainer(1).fit(model, data)
 
 
@@ -112,3 +116,18 @@ def test_a_frozen_backbone_that_teaches_nothing_is_told(tmp_path, monkeypatch, d
         warnings.simplefilter("always")
         fit([*LENET, *options])
     assert any("taught the head nothing" in str(warning.message) for warning in seen) == dead
+
+
+def test_both_auxiliary_heads_of_googlenet_count(tmp_path, monkeypatch):
+    """With a learning rate of almost nothing the loss is that of three heads that know nothing."""
+    monkeypatch.setattr(finite_loss, "ENOUGH", 1)
+    data = ShapesDataModule(train_images=24, test_images=8, batch_size=11, val_fraction=0.1)
+    model = TransferClassifier("googlenet", "none", class_names=data.class_names, aux_weight=0.3, lr=1e-30)
+    freeze = BackboneFreeze(unfreeze_epoch=1)
+    trainer = quiet_trainer(max_epochs=1, callbacks=[freeze, Guard()], default_root_dir=tmp_path)
+    with pytest.warns(UserWarning, match="taught the head nothing") as seen:
+        trainer.fit(model, data)
+    (message,) = (str(warning.message) for warning in seen if "taught" in str(warning.message))
+    shares = np.bincount(data.images["train"].labels) / len(data.images["train"])
+    entropy = -sum(share * np.log(share) for share in shares if share)
+    assert f"{1.6 * entropy:.3f} without looking" in message

@@ -20,7 +20,7 @@ class Rates(Callback):
         self.rates.append([group["lr"] for group in optimizer.param_groups])
 
 
-def fit(folder, *callbacks, epochs=3, freeze=None, ckpt_path=None, stop=None, **options):
+def fit(folder, *callbacks, epochs=3, freeze=None, ckpt_path=None, max_steps=-1, **options):
     seed_everything(0)
     data = ShapesDataModule(train_images=160, test_images=40, val_fraction=0.25, batch_size=30)
     options = {"schedule": "linear", "lr": 1e-2} | options
@@ -28,6 +28,7 @@ def fit(folder, *callbacks, epochs=3, freeze=None, ckpt_path=None, stop=None, **
     rates = Rates()
     trainer = quiet_trainer(
         max_epochs=epochs,
+        max_steps=max_steps,
         callbacks=[freeze or BackboneFreeze(unfreeze_epoch=0), rates, *callbacks],
         default_root_dir=folder,
     )
@@ -39,6 +40,12 @@ def test_up_in_a_line_and_down_to_zero(tmp_path):
     rates, _ = fit(tmp_path, warmup_epochs=1.0)
     expected = [1e-2 * share for share in (0.2, 0.4, 0.6, 0.8, *(1 - step / 8 for step in range(8)))]
     assert [rate for (rate,) in rates] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("epochs", [3, -1])
+def test_a_warmup_epoch_is_an_epoch_when_max_steps_ends_the_run(tmp_path, epochs):
+    rates, _ = fit(tmp_path, epochs=epochs, max_steps=6, warmup_epochs=1.0)
+    assert [rate for (rate,) in rates] == pytest.approx([1e-2 * share for share in (0.2, 0.4, 0.6, 0.8, 1, 0.5)])
 
 
 def test_cosine_without_warmup(tmp_path):
@@ -54,6 +61,11 @@ def test_the_unfreezing_scales_the_curve_of_the_backbone_alone(tmp_path):
     assert [backbone for backbone, _ in rates] == pytest.approx(
         [(1e-2 if step < STEPS else 1e-3) * s for step, s in enumerate(share)]
     )
+
+
+def test_sgd_takes_up_unfrozen_parameters_beside_those_that_have_a_momentum(tmp_path):
+    rates, _ = fit(tmp_path, freeze=BackboneFreeze(unfreeze_epoch=1, unfrozen_lr=1e-3), epochs=2, optimizer="sgd")
+    assert len(rates) == 2 * STEPS
 
 
 def test_with_a_plateau_the_head_keeps_its_own_rate(tmp_path):
@@ -83,11 +95,12 @@ def test_a_resumed_run_goes_on_along_the_curve(tmp_path, optimizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"warmup_epochs": 4.0}, "at most the 3 epochs"),
+        ({"warmup_epochs": 4.0}, "warmup_epochs=4.0 is 16 steps, but the run has 12"),
+        ({"warmup_epochs": 1.0, "max_steps": 3}, "warmup_epochs=1.0 is 4 steps, but the run has 3"),
         ({"warmup_epochs": 1.0, "schedule": "plateau"}, "warmup_epochs is 1.0"),
         ({"head_lr": 0.0}, "head_lr is 0"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
-        ({"epochs": -1}, "max_epochs"),
+        ({"epochs": -1}, "set max_epochs or max_steps"),
     ],
 )
 def test_mistakes_get_a_sentence(tmp_path, options, message):

@@ -38,7 +38,7 @@ def test_no_network_names_the_three_ways_out(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     entry = models.get_model_weights(TINY).DEFAULT
     monkeypatch.setattr(type(entry), "url", f"http://127.0.0.1:9/{entry.url.rsplit('/', 1)[-1]}", raising=False)
-    with pytest.raises(UserError, match=r"copy the file to .*--model\.weights=FILE.*--model\.weights=none"):
+    with pytest.raises(UserError, match=r"copy the file to .*weights=FILE.*weights=none"):
         TransferClassifier(TINY, "DEFAULT")
 
 
@@ -122,7 +122,7 @@ def test_timms_weights_come_from_the_hub_and_a_damaged_file_is_fetched_once_more
 def test_without_the_hub_there_are_three_ways_out(hub, monkeypatch):
     hub.shutdown()
     hub.server_close()
-    with pytest.raises(UserError, match=r"could not be fetched \(.*\)\. Three ways out: .*model\.weights=FILE"):
+    with pytest.raises(UserError, match=r"could not be fetched \(.*\)\. Three ways out: .*weights=FILE"):
         TransferClassifier(f"{VIT}.r160_in1k", "DEFAULT")
 
 

@@ -31,8 +31,8 @@ PREFIXES = ("module.", "_orig_mod.", "base_encoder.", "encoder_q.", "backbone.",
 LARGEST = 2**33  # bytes of a file whose size nobody says
 HUB_SECONDS = 60.0  # for the Hub's answer to where a file is
 THREE_WAYS_OUT = (
-    "Three ways out: copy the file to {place}; name another with --model.weights=FILE; or train without, "
-    "--model.weights=none (make demo needs no download)."
+    "Three ways out: copy the file to {place}; name another with weights=FILE; or train without, "
+    "weights=none (make demo needs no download)."
 )
 
 
@@ -73,8 +73,8 @@ def read(name: str, weights: str) -> Pretrained:
         return Pretrained(*read_file(path), None)
     if not known:
         raise UserError(
-            f"No weights of {name} are published: train it from scratch with --model.weights=none "
-            f"--freeze.unfreeze_epoch=0, or name a file of your own."
+            f"No weights of {name} are published: train it from scratch with weights=none and "
+            f"unfreeze_epoch=0, or name a file of your own with weights=FILE."
         )
     near = difflib.get_close_matches(weights, known, n=1)
     hint = f"Did you mean {near[0]}? " if near else ""

@@ -85,7 +85,7 @@ class Report(Callback):
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes are constants in a picture of one size
             try:
                 board = trainer.logger.experiment  # type: ignore[union-attr]
-                board.add_graph(network.eval(), torch.zeros(1, 3, *size, device=pl_module.device))
+                board.add_graph(network.eval(), torch.zeros(1, 3, *size, device=pl_module.device).to(pl_module.dtype))
             except Exception as error:  # of any kind, from tracing somebody's network: a picture must not cost the run
                 say(trainer, f"TensorBoard will have no graph of this network ({first_line(error)}).")
         for module, training in modes.items():

@@ -63,7 +63,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as a checkpoint ({first_line(error)}).") from None
     options = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
     if not isinstance(options, dict) or "backbone" not in options or "state_dict" not in checkpoint:
-        raise UserError(f"{path} is not a checkpoint of this project, but perhaps weights: use it as --model.weights.")
+        raise UserError(f"{path} is not a checkpoint of this project. If it holds weights, use it as weights=FILE.")
     if unknown := sorted(map(str, options.keys() - signature(TransferClassifier).parameters.keys())):
         raise UserError(
             f"{path} is of version {checkpoint.get(VERSION_KEY, '0.1.0')} of this project and has options that are "

@@ -178,8 +178,11 @@ class TransferClassifier(ScoredModule):
 
     def _all_logits(self, images: Tensor, size: int | None) -> tuple[Tensor, ...]:
         """The main logits, and while auxiliary heads train, theirs."""
-        logits = self.network(self.prepare(images, size).contiguous(memory_format=torch.channels_last))
-        return logits if isinstance(logits, tuple) else (logits,)
+        # bf16-true and 16-true convert the network, and lose too much in the images and the loss.
+        images = self.prepare(images, size).to(self.dtype)
+        logits = self.network(images.contiguous(memory_format=torch.channels_last))
+        logits = logits if isinstance(logits, tuple) else (logits,)
+        return tuple(each.to(torch.promote_types(each.dtype, torch.float32)) for each in logits)
 
     def setup(self, stage: str) -> None:
         """Check that data and network fit, before anything is trained, and say how the network was adapted."""

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,12 +15,12 @@ from jsonargparse import ActionYesNo
 from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from cifar_transfer import console
 from cifar_transfer.data.module import ImageDataModule
-from cifar_transfer.errors import UserError, check, taken
+from cifar_transfer.errors import UserError, account, caused_by_us, check
 from cifar_transfer.results.report import Report
 from cifar_transfer.training import find_lr
 from cifar_transfer.training import run as runs
@@ -56,11 +55,15 @@ Recipes: --config configs/fast.yaml (minutes), configs/accurate.yaml (one GPU), 
 all """
 
 
-LONGEST = 400  # letters of a complaint
+UNKNOWN = "unrecognized arguments: --"
+HELP_HINT = " (All options: --help)"
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser, whose complaints are sentences, without a page of usage before them."""
+    """Lightning's parser, whose errors are a `UserError` without a page of usage before it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)  # also of the parsers it makes for classes
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The options people use, then all of them."""
@@ -69,25 +72,23 @@ class Parser(LightningArgumentParser):
         return HELP + text[text.index("options:") :] if "--resume" in text else text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise a `UserError`, with near names for an unknown option."""
-        found = re.search(r"unrecognized arguments: (--\S+)", message, re.IGNORECASE)
-        if found:
-            known = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(found[1].split("=")[0], known, n=3, cutoff=0.5)
-            message = f"There is no option {found[1]}" + (f": did you mean {', '.join(near)}?" if near else ".")
-        elif link := re.search(r"Call to compute_fn of link .* failed: (.*)", message):
-            message = link[1]
-        elif denied := re.search(r"Importing '(\S+)' is not allowed", message):
-            message = (
-                f"The run's configuration names {denied[1]}, which is not of this project or Lightning and would be "
-                f"imported: if you trust it, name it on the command line too."
-            )
-        elif data := re.search(r'Parser key "data".*Expected a dot import path string: (\S+)', message, re.DOTALL):
-            names = ", ".join(sorted(kind.__name__ for kind in ImageDataModule.__subclasses__()))
-            message = f"There is no data module {data[1]}: take one of {names}."
-        elif given := re.search(r"(?:Got|Given) value: (.*)", message):
-            message = taken(message[: given.start()], given[1])
-        raise UserError(f"{textwrap.shorten(message, LONGEST)} (All options: --help)")
+        """Raise a `UserError` with jsonargparse's message and a hint."""
+        if ex is not None and isinstance(ex.__cause__, UserError):  # from the link of the seed
+            raise ex.__cause__
+        message, unknown = account(message), None
+        if message.startswith(UNKNOWN):
+            unknown = message.removeprefix(UNKNOWN).partition("=")[0]
+        elif isinstance(ex, KeyError):
+            unknown = message.split("'")[1]
+        hint = "" if HELP_HINT in message else HELP_HINT  # a nested parser has said it
+        if near := difflib.get_close_matches(unknown or "", self.get_defaults().keys(), n=3, cutoff=0.5):
+            hint = f" (Did you mean {', '.join(near)}?)"
+        elif "is not allowed" in message:
+            hint = " (If you trust it, name it on the command line too.)"
+        elif 'key "data"' in message and "import path" in message:
+            names = sorted(kind.__name__ for kind in ImageDataModule.__subclasses__())
+            hint = f" (Data modules: {', '.join(names)}.)"
+        raise UserError(message + hint)
 
 
 class FitCLI(LightningCLI):
@@ -175,13 +176,19 @@ class FitCLI(LightningCLI):
         """As Lightning's, after which the weights recorded are those given, and a run that continues is locked."""
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError) as error:  # jsonargparse's, around one of ours, or the Trainer's
-            ours: BaseException | None = error
-            while ours is not None and not isinstance(ours, UserError):
-                ours = ours.__cause__ or ours.__context__
-            raise UserError(str(ours) if ours else textwrap.shorten(str(error), LONGEST)) from None
+        except (UserError, ValueError, TypeError) as error:  # ours, jsonargparse's around one of ours, the Trainer's
+            ours = caused_by_us(error)
+            raise (self.named_as_options(ours) if ours else UserError(account(str(error)))) from None
         self.model.hparams["weights"] = self._weights
         self.folder.lock(self.trainer)
+
+    def named_as_options(self, error: UserError) -> UserError:
+        """The same error for the command line: it names arguments, `lr=`, and here they are options, `--model.lr=`."""
+        text = str(error)
+        for key in self.config.keys():  # noqa: SIM118 # a Namespace
+            option = key.replace(".init_args.", ".")
+            text = re.sub(rf"(?<![\w.-]){option.rpartition('.')[2]}=", f"--{option}=", text)
+        return UserError(text)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add logger, checkpoints and terminal unless the options name others or want none."""
@@ -199,7 +206,9 @@ class FitCLI(LightningCLI):
             kwargs["benchmark"] = True  # cuDNN's; there are few sizes of batches
         state = self.config.ckpt_path
         self.folder = runs.RunFolder(self.config_text, self.resumed, Path(state) if state else None)
-        if not (bar := options.enable_progress_bar is not False and sys.stdout.isatty()):
+        own_bar = any(isinstance(callback, ProgressBar) for callback in _listed(options.callbacks))
+        bar = options.enable_progress_bar is not False and sys.stdout.isatty() and not own_bar
+        if not bar and not own_bar:
             kwargs["enable_progress_bar"] = False
         if self.config.find_lr:
             return super().instantiate_trainer(**kwargs | find_lr.settings())
@@ -242,6 +251,8 @@ def _check_trainer(options: Any) -> None:
     """Refuse values that Lightning takes and that end in a run without validation, end or training."""
     if options.limit_val_batches == 0:
         raise UserError("limit_val_batches=0: the schedule and the choice of the checkpoint need validation images.")
+    if options.barebones:
+        raise UserError("barebones=true leaves out the log, the checkpoints and all else that a run is chosen by.")
     if options.max_epochs is None and options.max_steps == -1 and options.max_time is None:
         raise UserError("max_epochs is null, which Lightning takes for 1000: give a number, or -1 for no end.")
     check("accumulate_grad_batches", options.accumulate_grad_batches, lambda n: n >= 1, "1 batch or more")

@@ -1,4 +1,4 @@
-"""Numbers gone bad: a loss that is none ends the run before it reaches a checkpoint."""
+"""End a run whose loss is NaN or infinite before it reaches a checkpoint."""
 
 import math
 from typing import Any
@@ -14,34 +14,33 @@ from cifar_transfer.training.freeze import BackboneFreeze
 
 ENOUGH = 100  # steps after which a head should have learned something
 EVERY = 10  # steps between two looks, for each waits for the device
-SCALED = 25  # losses in a row that are none before the scaler of fp16, which leaves out such steps, is given up
+SCALED = 25  # NaN losses in a row until the run ends under fp16's gradient scaler, which skips such steps
 BLIND = 0.99  # of the loss of a head that knows how frequent the classes are, and nothing of the images
 
 
 class Guard(Callback):
     """Ends a run whose loss is NaN or infinite, and warns of a frozen backbone that teaches the head nothing.
 
-    Each loss is looked at on the device, where that costs next to nothing, and what was seen is asked for every ten
-    steps and before anything is saved: no checkpoint holds what such a step has left.
+    Each loss is checked on the device without waiting for it. The result is read every ten steps and before anything is
+    saved, so that no checkpoint holds weights from such a step.
 
     Raises:
         UserError: With the step, the learning rate and what to try.
     """
 
     def __init__(self) -> None:
-        self._row: Tensor | None = None  # losses in a row that are none
+        self._row: Tensor | None = None  # NaN or infinite losses in a row
         self._first: Tensor | None = None  # step of the first of them
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the loss, and every ten steps at what was seen."""
+        """Check the loss, and read the result every ten steps."""
         bad = ~outputs["loss"].detach().isfinite()
         if self._row is None or self._first is None:
             self._row = torch.zeros_like(bad, dtype=torch.int64)
             self._first = torch.zeros_like(self._row)
         self._first = torch.where(bad & (self._row == 0), trainer.global_step - 1, self._first)
-        # What was bad for long enough stays so.
         self._row = torch.where(self._row >= self._patience(trainer), self._row, (self._row + 1) * bad)
         if (batch_idx + 1) % EVERY == 0 or trainer.is_last_batch:
             self.check(trainer)
@@ -50,7 +49,7 @@ class Guard(Callback):
         return SCALED if getattr(trainer.precision_plugin, "scaler", None) is not None else 1
 
     def check(self, trainer: Trainer) -> None:
-        """Ask for what was seen; all processes do so together, and one that saw it ends them all."""
+        """Read the result. All processes do so together; one bad loss ends them all."""
         if self._row is None or self._first is None:
             return
         here = bool(self._row >= self._patience(trainer))
@@ -59,7 +58,7 @@ class Guard(Callback):
             self._stop(trainer, f"training loss of step {step}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the mean of all processes."""
+        """Check the validation loss, the mean over all processes."""
         loss = trainer.callback_metrics.get("val/loss")
         if loss is not None and not math.isfinite(loss) and not trainer.sanity_checking:
             self._stop(trainer, f"validation loss of epoch {trainer.current_epoch + 1}")
@@ -68,14 +67,13 @@ class Guard(Callback):
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         full = trainer.precision in ("32-true", "64-true")
         raise UserError(
-            f"The {what} is no number (epoch {trainer.current_epoch + 1}, learning rate {lr:.2g}), so the run ends "
-            f"here, and the checkpoints written before are whole. Try a lower learning rate, "
-            f"--trainer.gradient_clip_val=1{'' if full else ', --trainer.precision=32-true'}, or a look at the "
-            f"augmented images."
+            f"The {what} is NaN or infinite (epoch {trainer.current_epoch + 1}, learning rate {lr:.2g}), so the run "
+            f"ends here; the checkpoints written before are good. Try a lower learning rate, gradient_clip_val=1"
+            f"{'' if full else ', precision=32-true'}, or look at the augmented images."
         )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]) -> None:
-        """Let nothing be saved that such a step has left."""
+        """Save no weights from such a step."""
         self.check(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -89,10 +87,12 @@ class Guard(Callback):
         loss = float(trainer.callback_metrics["train/loss_epoch"])
         counts = np.bincount(data.images["train"].labels)
         shares = counts[counts > 0] / counts.sum()
-        blind = float(-(shares * np.log(shares)).sum()) * (1 + pl_module.hparams.get("aux_weight", 0))
+        blind = float(-(shares * np.log(shares)).sum())
+        if weight := pl_module.hparams.get("aux_weight", 0):  # of each auxiliary head's loss; GoogLeNet has two
+            blind *= 1 + weight * (len(pl_module.heads) - 1)  # type: ignore[arg-type]
         if loss > BLIND * blind:
             rank_zero_warn(
                 f"The frozen backbone has taught the head nothing: the training loss is {loss:.3f}, and {blind:.3f} "
-                f"without looking at the images. Its features may be dead at this size (try --model.image_size=64, "
-                f"--model.small_images=true or --model.normalize=weights), or --model.lr be far off (try --find_lr)."
+                f"without looking at the images. Its features may be dead at this size (try image_size=64, "
+                f"small_images=true or normalize=weights), or the learning rate may be far off."
             )

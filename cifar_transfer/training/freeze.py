@@ -70,7 +70,7 @@ class BackboneFreeze(Callback):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise UserError(f"frozen has {pattern!r}, which is no regular expression ({error}).") from None
+                raise UserError(f"frozen has {pattern!r}, which is not a regular expression ({error}).") from None
         if frozen == []:
             raise UserError("frozen is []: name what is to be frozen, or freeze nothing with unfreeze_epoch=0.")
         self.unfreeze_epoch, self.unfrozen_lr, self.frozen, self.batch_norm = (
@@ -88,7 +88,7 @@ class BackboneFreeze(Callback):
         if self.unfreeze_epoch and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise UserError(
                 f"BackboneFreeze works on one device and under DDP, not under {type(trainer.strategy).__name__}, which "
-                f"shards parameters when it wraps the model and cannot unfreeze some: take --trainer.strategy=ddp."
+                f"shards parameters when it wraps the model and cannot unfreeze some later: use strategy=ddp."
             )
         if self.frozen is None and not hasattr(pl_module, "heads"):
             raise UserError(
