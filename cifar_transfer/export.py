@@ -20,7 +20,6 @@ from jsonargparse import auto_cli
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from cifar_transfer.data.geometry import statistics
 from cifar_transfer.errors import UserError, first_line, one_sentence
 from cifar_transfer.network import build, weights
 from cifar_transfer.training.checkpoint import load_model
@@ -107,24 +106,21 @@ def _require(*packages: str) -> None:
 
 def _images(model: TransferClassifier, batch: int, inside: bool) -> tuple[Tensor, Tensor]:
     """Random images of the size trained on, float32 [batch, 3, H, W] in [0, 1], and what the file takes of them."""
-    size = model.input_size or [32, 32]
-    images = torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(batch))
-    return images, images if inside else model.prepare(images, model.hparams["image_size"])
+    images = torch.rand(batch, 3, *model.geometry.size, generator=torch.Generator().manual_seed(batch))
+    return images, images if inside else model.prepare(images, model.geometry.input_side)
 
 
 def _notes(model: TransferClassifier, taken: Tensor, inside: bool) -> dict[str, Any]:
     """What a program needs to know beside the network."""
     options = model.hparams
-    mean, std = statistics(options["normalize"])
     size = f"float32 [batch, 3, {taken.shape[2]}, {taken.shape[3]}], RGB in [0, 1]"
     return {
         "backbone": options["backbone"],
         "class_names": options["class_names"] or [str(label) for label in range(options["num_classes"])],
         "input": size if inside else f"{size}, then (x - mean) / std of each channel",
         "input_shape": ["batch", *taken.shape[1:]],
-        "mean": list(mean),
-        "std": list(std),
         "preprocess": inside,
+        **model.geometry.describe(inside),
     }
 
 

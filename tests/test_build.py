@@ -205,7 +205,7 @@ def test_images_that_do_not_fit_are_known_before_training():
         num_classes, image_size = 3, (32, 32)
 
     model._trainer = type("Trainer", (), {"datamodule": Data()})()
-    with pytest.raises(UserError, match=r"cannot take images of 32x32 pixels .*image_size=75 or more"):
+    with pytest.raises(UserError, match=r"cannot take images of 32 x 32 pixels .*image_size=75 or more"):
         model.setup("fit")
     model = TransferClassifier("inception_v3", "none", num_classes=3, image_size=75, aux_weight=0.4)
     model._trainer = type("Trainer", (), {"datamodule": Data()})()

@@ -206,7 +206,7 @@ def test_help_begins_with_what_people_change_first(capsys):
 
 def test_a_network_too_deep_for_the_images_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"alexnet cannot take images of 32x32 pixels.*image_size"):
+    with pytest.raises(UserError, match=r"alexnet cannot take images of 32 x 32 pixels.*image_size"):
         fit([*TINY, "--model.backbone=alexnet"])
 
 

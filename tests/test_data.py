@@ -188,7 +188,7 @@ def test_a_folder_over_the_limit_is_decoded_on_the_fly(tmp_path):
 def test_images_of_several_sizes_become_squares(tmp_path):
     write_images(tmp_path / "train", 4, size=(40, 30), classes=["a"])
     write_images(tmp_path / "train", 4, size=(20, 30), classes=["b"])
-    assert ready(ImageFolderDataModule(str(tmp_path), val_fraction=0.5)).image_size == (224, 224)
+    assert ready(ImageFolderDataModule(str(tmp_path), val_fraction=0.5)).image_size == (30, 30)
     assert ready(ImageFolderDataModule(str(tmp_path), val_fraction=0.5, decode_size=16)).image_size == (16, 16)
 
 

@@ -56,7 +56,7 @@ def test_a_step_has_the_gradients_of_one_process_on_the_joint_batch(plain, epoch
     steps = [rank["steps"][epoch] for rank in plain[0]]
     assert not torch.equal(steps[0]["images"], steps[1]["images"]), "each rank has its own images"
     assert [list(step["gradients"]) for step in steps] == [list(steps[0]["gradients"])] * 2
-    model = TransferClassifier("shufflenet_v2_x0_5", "none")
+    model = TransferClassifier("shufflenet_v2_x0_5", "none", normalize="cifar10")
     model.load_state_dict(steps[0]["before"])
     model.eval()
     images, labels = (torch.cat([step[key] for step in steps]) for key in ("images", "labels"))

@@ -1,5 +1,7 @@
 """Heat maps are the paper's, and pictures of predictions have room for every name."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -90,14 +92,16 @@ def test_heat_maps_are_those_of_the_paper(options, layer, tokens):
     np.testing.assert_allclose(heat, (expected / expected.max()).numpy(), atol=1e-4)
 
 
-def test_the_heat_is_where_the_class_is():
+@pytest.mark.parametrize("width", [32, 48])
+def test_the_heat_is_where_the_class_is(width):
     """A network that counts red pixels and then repeats the count, as VGG does, and an image red in one corner."""
     model = TransferClassifier("lenet5", "none", num_classes=2, normalize=[[0.0] * 3, [1.0] * 3]).eval()
     colour = nn.Conv2d(3, 2, 1, bias=False)
     colour.weight.data = torch.tensor([[1.0, -1, -1], [-1, -1, 1]])[..., None, None]
     pools = nn.AvgPool2d(4), nn.AvgPool2d(8), nn.AdaptiveAvgPool2d(7)
     model.network = nn.Sequential(colour, nn.ReLU(), *pools, nn.Flatten())
-    pixels = np.full((3, 32, 32), 128, np.uint8)
+    model.geometry = replace(model.geometry, size=(32, width))
+    pixels = np.full((3, 32, width), 128, np.uint8)
     pixels[:, 16:, 24:] = np.array([255, 0, 0])[:, None, None]
     heat = heat_map(model, pixels)
     assert heat[20:28, 28:].min() > 0.9

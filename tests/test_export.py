@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from cifar_transfer.errors import UserError, one_sentence
 
 NAMES = ["cat", "dog", "猫"]
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
-SIZE, RESIZED = [24, 20], 32
+SIZE, RESIZED = (24, 20), 32
 
 
 def checkpoint(folder, **options):
@@ -24,7 +25,7 @@ def checkpoint(folder, **options):
     model = TransferClassifier(**{"weights": "none", "class_names": NAMES, "normalize": [MEAN, STD]} | options)
     for _ in range(3):
         model.network(torch.randn(8, 3, 32, 32))
-    model.input_size = SIZE
+    model.geometry = replace(model.geometry, size=SIZE)
     trainer = quiet_trainer()
     trainer.strategy.connect(model)
     trainer.save_checkpoint(folder / "best.ckpt")
@@ -47,7 +48,8 @@ def images(batch):
 
 def prepared(pixels):
     """What the network itself takes, by torch's own functions."""
-    resized = torch.nn.functional.interpolate(pixels, size=(RESIZED, RESIZED), mode="bilinear", antialias=True)
+    square = torchvision.transforms.functional.center_crop(pixels, min(SIZE))
+    resized = torch.nn.functional.interpolate(square, size=(RESIZED, RESIZED), mode="bilinear", antialias=True)
     return torchvision.transforms.functional.normalize(resized, MEAN, STD)
 
 
@@ -61,7 +63,11 @@ def assert_agrees(model, network, inside):
 
 def assert_tells(notes, inside):
     assert notes["class_names"] == NAMES
-    assert (notes["mean"], notes["std"]) == (MEAN, STD)
+    assert (notes.get("mean"), notes.get("std")) == ((None, None) if inside else (MEAN, STD)), "only if to be applied"
+    assert "to cover 20 x 24 pixels; bilinear, antialiased), cut out the centre" in notes["preparation"]
+    assert notes["geometry"]["size"] == list(SIZE)
+    assert ("Subtract the mean" in notes["preparation"]) != inside
+    assert ("32 x 32" in notes["preparation"]) != inside
     height, width = SIZE if inside else (RESIZED, RESIZED)
     assert notes["input_shape"] == ["batch", 3, height, width]
     assert notes["input"].endswith("in [0, 1]" if inside else "then (x - mean) / std of each channel")

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -41,7 +42,7 @@ def run(tmp_path_factory):
     torch.manual_seed(0)
     model = TransferClassifier("lenet5", "none", class_names=NAMES)
     model.network.classifier[-1].weight.data *= 20
-    model.input_size = [32, 32]
+    model.geometry = replace(model.geometry, size=(32, 32))
     save(model, folder / "lightning_logs" / "version_0" / "checkpoints" / "best.ckpt")
     write_images(folder / "photos", 4, size=(50, 40), classes=("b", "a"))
     pixels = np.random.default_rng(1).integers(0, 256, (33, 70, 4), dtype=np.uint8)
@@ -114,7 +115,7 @@ def test_json_agrees_with_the_network_for_images_of_every_mode(here, classifier,
     assert "lightning_logs/version_0/checkpoints/best.ckpt" in printed.err
     paths = [*images[:-1], *(f"photos/{c}/{i:03d}.png" for c in "ab" for i in range(4))]
     assert [prediction["image"] for prediction in predictions] == paths
-    batch = torch.stack([torch.from_numpy(read_image(path, 32)) for path in paths])
+    batch = torch.stack([torch.from_numpy(read_image(path, (32, 32))) for path in paths])
     with torch.no_grad():
         expected = classifier.model(to_float(batch)).softmax(1)
     assert expected.argmax(1).unique().numel() > 1, "a test that can tell images apart"

@@ -112,6 +112,7 @@ def test_a_run_belongs_to_one_process(tmp_path, again):
         try:
             assert any(line.startswith("epoch   3/") for line in owner.stdout)
             owner.send_signal(signal.SIGSTOP)  # so that it writes nothing while others are refused
+            os.waitpid(owner.pid, os.WUNTRACED)
             with untouched(tmp_path):
                 refused = run_fit(tmp_path, resume, expect=2)
                 with pytest.raises(UserError, match="trained by another process"):

@@ -23,11 +23,11 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm
 
-from cifar_transfer.data.images import ArrayImages, Images, MixedSizes, cores
+from cifar_transfer.data.images import ArrayImages, Images, cores
 
 CACHE_FOLDER = ".cifar_transfer"
 BATCH = 64  # images that a thread decodes at once
-VERSION = 2  # of what decoding gives: one more makes all caches anew. 2: turned upright
+VERSION = 3  # of what decoding gives: one more makes all caches anew. 2: turned upright; 3: cut without rounding
 
 
 def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Images]) -> Images:
@@ -98,19 +98,15 @@ def _sums(array: np.ndarray) -> np.ndarray:
 def _write(images: Images, name: str, pixels: Path, index: Path) -> None:
     partial = pixels.with_suffix(".partial")
     sums: list[np.ndarray] = []
-    shape: tuple[int, ...] = ()
     try:
         with (
             partial.open("wb") as file,
             tqdm(total=len(images), desc=f"decoding {name}", unit="img", disable=not sys.stderr.isatty()) as bar,
         ):
             for batch in _batches(images):
-                if not shape:
-                    shape = tuple(batch.shape[1:])
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *shape)}
-                    np.lib.format.write_array_header_1_0(file, header)
-                if batch.shape[1:] != shape:
-                    raise MixedSizes(f"The images of {name} do not share one size: set decode_size.")
+                if not sums:
+                    shape = (len(images), *batch.shape[1:])
+                    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
                 # Not by way of a memory map, on which a full disk would kill the process without a word.
                 file.write(batch.data)
                 sums.append(_sums(batch))

@@ -50,6 +50,8 @@ class CIFAR10DataModule(ImageDataModule):
         Trainer(max_epochs=10).fit(TransferClassifier("resnet18"), data)
     """
 
+    statistics = "cifar10"
+
     def __init__(
         self,
         root: str = "data",
@@ -82,7 +84,7 @@ class CIFAR10DataModule(ImageDataModule):
         folder = image_folder(self.root)
         assert folder is not None, "prepare_data has not run"
         paths, labels = class_files(folder / split, CLASSES)
-        return folder_images(paths, labels, folder, split, size=32, limit_gb=1.0)
+        return folder_images(paths, labels, folder, split, size=(32, 32), limit_gb=1.0)
 
 
 def image_folder(root: Path) -> Path | None:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,12 +12,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from cifar_transfer.console import printable
 from cifar_transfer.data import duplicates
 from cifar_transfer.data.cache import cached
-from cifar_transfer.data.images import LARGEST_SIDE, MAX_MEGAPIXELS, FileImages, Images, MixedSizes, read_image
+from cifar_transfer.data.geometry import Size, choose_size, pixels
+from cifar_transfer.data.images import LARGEST_SIDE, MAX_MEGAPIXELS, FileImages, Images, read_size
 from cifar_transfer.data.module import ImageDataModule, Split
 from cifar_transfer.errors import UserError, check
 
-MIXED_SIZE = 224  # pixels: what images of unequal or large sizes are brought to unless `decode_size` says otherwise
-LARGEST_KEPT = 256  # pixels: up to this, images that all have one size keep it
+LOOKED_AT = 1000  # training images, evenly spread, whose sizes decide to which all are brought
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -29,8 +28,10 @@ class ImageFolderDataModule(ImageDataModule):
 
     Args:
         root: Folder with `train/`.
-        decode_size: Height and width in pixels that images are brought to when decoded (shorter side resized, centre
-            cut out). None keeps one common size of up to 256 pixels and makes 224 of anything else.
+        decode_size: Side in pixels of the squares that images become when decoded (shorter side resized, centre cut
+            out). None takes `image_size` of the network, or the images' own size if most of the training share a
+            smaller one; without an `image_size` they keep one common size up to 256 x 256, and else become squares of
+            224 pixels or less.
         cache_limit_gb: A split whose decoded images exceed this many gigabytes (1e9 bytes) is decoded on the fly.
         max_megapixels: An image of more million pixels is refused, before it is decoded.
         **options: Those of `ImageDataModule`.
@@ -64,7 +65,8 @@ class ImageFolderDataModule(ImageDataModule):
         if len(self._classes) < 2:
             raise UserError(f"{self.root / 'train'} has one class only ({self._classes[0]}): it needs two or more.")
         self.decode_size, self.cache_limit_gb, self.max_megapixels = decode_size, cache_limit_gb, max_megapixels
-        self._paths: dict[Split, Sequence[str]] = {}
+        self._files: dict[Split, tuple[list[str], np.ndarray]] = {}
+        self._sizes: list[Size] = []  # of the training images that were looked at
         self.record(root=root, decode_size=decode_size, cache_limit_gb=cache_limit_gb, max_megapixels=max_megapixels)
 
     @property
@@ -80,14 +82,14 @@ class ImageFolderDataModule(ImageDataModule):
             train = self._loaded["train"]
             if first and train and images and images is not train:
                 self._warn_of_duplicates(
-                    split, duplicates.find(train, self._paths["train"], images, self._paths[split])
+                    split, duplicates.find(train, self._listed("train")[0], images, self._listed(split)[0])
                 )
 
     def _warn_of_duplicates(self, split: Split, pairs: Sequence[tuple[str, str]]) -> None:
         if pairs:
             examples = "; ".join(printable(f"{other} is {trained}") for trained, other in pairs[:2])
             rank_zero_warn(
-                f"{len(pairs):,} of {len(self._paths[split]):,} {split} images are also among those of training "
+                f"{len(pairs):,} of {len(self._listed(split)[0]):,} {split} images are also among those of training "
                 f"({examples}), so the {split} figure will be too good: remove them from either."
             )
 
@@ -96,10 +98,35 @@ class ImageFolderDataModule(ImageDataModule):
         folder = self.root / split
         if not folder.is_dir():
             return None
-        self._paths[split], labels = class_files(folder, self._classes)
-        return folder_images(
-            self._paths[split], labels, self.root, split, self.decode_size, self.cache_limit_gb, self.max_megapixels
-        )
+        size = self.size or self.choose_size(None)
+        if split == "train" and (other := sum(found != size for found in self._sizes)):
+            rank_zero_info(
+                "Images become %s pixels when decoded, resized and cut to the centre: %s of %s looked at have another "
+                "size (decode_size=N makes them N x N)",
+                *(pixels(size), f"{other:,}", f"{len(self._sizes):,}"),
+            )
+        paths, labels = self._listed(split)
+        return folder_images(paths, labels, self.root, split, size, self.cache_limit_gb, self.max_megapixels)
+
+    def choose_size(self, largest: int | None) -> Size:
+        """`decode_size`, or what suits the training images and the network.
+
+        Raises:
+            UserError: A training file that was looked at is no image, or too large.
+        """
+        if self.decode_size:
+            return self.decode_size, self.decode_size
+        if not self._sizes:
+            paths, _ = self._listed("train")
+            rows = np.linspace(0, len(paths) - 1, min(LOOKED_AT, len(paths))).astype(int)
+            self._sizes = [read_size(paths[row], self.max_megapixels) for row in rows]
+        return choose_size(self._sizes, largest)
+
+    def _listed(self, split: Split) -> tuple[list[str], np.ndarray]:
+        """Files and labels of a split; to look through a large folder takes seconds."""
+        if split not in self._files:
+            self._files[split] = class_files(self.root / split, self._classes)
+        return self._files[split]
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -140,7 +167,7 @@ def folder_images(
     labels: np.ndarray,
     folder: Path,
     name: str,
-    size: int | None,
+    size: Size,
     limit_gb: float,
     max_megapixels: float = MAX_MEGAPIXELS,
 ) -> Images:
@@ -151,7 +178,7 @@ def folder_images(
         labels: int64 [N].
         folder: Where the cache goes, in a subfolder of its own.
         name: What the images are called in progress bars and file names, say "train".
-        size: As in `read_image`; None keeps one common size of up to 256 pixels and makes 224 of anything else.
+        size: Height and width that they are brought to.
         limit_gb: Above this many gigabytes (1e9 bytes) of decoded images, they are decoded on the fly.
         max_megapixels: As in `read_image`.
     """
@@ -159,20 +186,13 @@ def folder_images(
         stats = [os.stat(path) for path in paths]
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend or remove it.") from None
-    if size is None and max(read_image(paths[0], None, max_megapixels).shape) > LARGEST_KEPT:
-        size = MIXED_SIZE
     below = f"{folder}{os.sep}"
     content = [[p.removeprefix(below), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats, strict=True)]
-    while True:
-        height, width = read_image(paths[0], size, max_megapixels).shape[1:]
-        if 3 * height * width * len(paths) > limit_gb * 1e9:
-            rank_zero_info("%s: decoded on the fly, for all of it would take more than %g GB", name, limit_gb)
-            return FileImages(paths, labels, size, max_megapixels)
-        try:
-            return cached(folder, name, [content, size], partial(FileImages, paths, labels, size, max_megapixels))
-        except MixedSizes:
-            rank_zero_info("%s: images of different sizes; each becomes %d x %d pixels", name, MIXED_SIZE, MIXED_SIZE)
-            size = MIXED_SIZE
+    images = FileImages(paths, labels, size, max_megapixels)
+    if 3 * size[0] * size[1] * len(paths) > limit_gb * 1e9:
+        rank_zero_info("%s: decoded on the fly, because all of it would take more than %g GB", name, limit_gb)
+        return images
+    return cached(folder, name, [content, size], lambda: images)
 
 
 def images_below(folder: str, refuse: Callable[[UserError], None]) -> Iterator[str]:

@@ -1,14 +1,164 @@
-"""Statistics of the channels, by which networks expect their images normalised."""
+"""How an image of any size becomes the network's input: the only place that knows.
+
+    file -> upright, RGB -> resized to cover `size`, the centre cut out: uint8, once, by Pillow
+         -> float in [0, 1] -> resized to `input_side` on the device -> normalised -> network
+
+Training, evaluation, prediction and exported graphs all follow one `Geometry`, which is kept in the checkpoint.
+"""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.functional import center_crop
 
 from cifar_transfer.errors import UserError
 
+Size = tuple[int, int]  # height and width in pixels
+
+GEOMETRY_KEY = "geometry"  # in checkpoints
+LARGEST_KEPT = 256  # pixels: up to this, images that share one size keep it
+MIXED_SIDE = 224  # pixels: the largest square that other images become, unless a size is asked for
+DEFAULT_SIDE = 32  # pixels, where nothing is known of the images
 STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # the deviations that tutorials use
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What is done to an image on its way to the network.
+
+    Attributes:
+        size: Height and width in pixels that images are decoded to: one of another size is resized (bilinear,
+            antialiased) so that it covers them, and the centre is cut out.
+        input_side: Side in pixels of the square that the network takes, to which decoded images are resized on the
+            device (bilinear, antialiased), of a rectangle its centre square; None: as decoded.
+        mean: Of each channel in [0, 1], R, G, B.
+        std: Deviation of each channel.
+        stretch: Rectangles are resized whole to `input_side`, out of proportion, as checkpoints without a geometry
+            were trained.
+    """
+
+    size: Size
+    input_side: int | None
+    mean: Sequence[float]
+    std: Sequence[float]
+    stretch: bool = False
+
+    @classmethod
+    def of(cls, checkpoint: Mapping[str, Any]) -> "Geometry":
+        """That of a checkpoint; one without is derived from its options, such that it behaves as it was trained."""
+        if saved := checkpoint.get(GEOMETRY_KEY):
+            height, width = saved["size"]
+            return cls(**saved | {"size": (height, width)})
+        options = checkpoint.get("hyper_parameters", {})
+        side = options.get("image_size")
+        height, width = checkpoint.get("input_size") or [side or DEFAULT_SIDE] * 2
+        mean, std = statistics(options.get("normalize", "cifar10") or "imagenet")
+        return cls((height, width), side, mean, std, stretch=True)
+
+    @property
+    def input_size(self) -> Size:
+        """Height and width in pixels of what the network takes."""
+        return (self.input_side, self.input_side) if self.input_side else self.size
+
+    def describe(self, inside: bool) -> dict[str, Any]:
+        """For a program that feeds an exported network: what it must do to an image, in words and numbers.
+
+        Args:
+            inside: Whether the network itself resizes from `size` to `input_size` and normalises.
+        """
+        height, width = self.size
+        side = f"the shorter side to {height} pixels" if height == width else f"to cover {pixels(self.size)} pixels"
+        words = (
+            f"Turn the image upright as its EXIF says, make it RGB, resize it ({side}; bilinear, antialiased), cut out "
+            f"the centre, {pixels(self.size)} pixels, and divide by 255."
+        )
+        if not inside:
+            if self.input_size != self.size:
+                cut = "" if self.stretch or self.size[0] == self.size[1] else "Cut out the centre square. "
+                words += f" {cut}Resize (bilinear, antialiased) to {pixels(self.input_size)} pixels."
+            words += " Subtract the mean of each channel and divide by its deviation."
+        numbers = {
+            "size": list(self.size),
+            "input_size": list(self.size if inside else self.input_size),
+            "crop": "centre",
+            "interpolation": "bilinear",
+            "antialias": True,
+            "range": [0, 1],
+            "channels": "RGB",
+        }
+        own = {} if inside else {"mean": list(self.mean), "std": list(self.std)}
+        return {"preparation": words, "geometry": numbers, **own}
+
+    def saved(self) -> dict[str, Any]:
+        """As primitives, for a checkpoint."""
+        return asdict(self)
+
+
+def choose_size(sizes: Sequence[Size], largest: int | None) -> Size:
+    """Height and width that images of these sizes are decoded to.
+
+    Images of which more than half share a size keep it, up to `LARGEST_KEPT`; others become squares of `MIXED_SIDE`, or
+    smaller ones if they are smaller.
+
+    Args:
+        sizes: Of a sample of the training images.
+        largest: Side of the largest square that the network will be given, or None if it takes images as they are.
+            Images are then decoded to squares: to this side, or to their own shorter side if they share a smaller one,
+            and are enlarged on the device.
+    """
+    size, count = Counter(sizes).most_common(1)[0]
+    shared = 2 * count > len(sizes)
+    if shared and largest is None and max(size) <= LARGEST_KEPT:
+        return size
+    if largest is None:
+        side = min(MIXED_SIDE, sorted(map(min, sizes))[len(sizes) // 2])
+    else:
+        side = min(largest, *size) if shared else largest
+    return side, side
+
+
+def cover(image: Image.Image, size: Size) -> Image.Image:
+    """An image resized to cover a size, and its centre: torchvision's `Resize` and `CenterCrop`, but for rounding.
+
+    Only what is cut out is resized, because the whole of an image of 1 x 60,000 pixels would become gigabytes.
+    """
+    if image.size == size[::-1]:
+        return image
+    return ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
+
+
+def resize(images: Tensor, side: int | None, stretch: bool = False) -> Tensor:
+    """Images as squares, of rectangles the centre.
+
+    Args:
+        images: float [B, 3, H, W].
+        side: In pixels; None leaves them as they are.
+        stretch: Take rectangles whole, out of proportion.
+
+    Returns:
+        float [B, 3, side, side].
+    """
+    height, width = images.shape[-2:]
+    if side is None or height == width == side:
+        return images
+    if height != width and not stretch:
+        images = center_crop(images, [min(height, width)] * 2)
+    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+
+
+def pixels(size: Size) -> str:
+    """A size for people, width first."""
+    height, width = size
+    return f"{width} x {height}"
 
 
 def statistics(normalize: str | Sequence[Sequence[float]]) -> tuple[Sequence[float], Sequence[float]]:

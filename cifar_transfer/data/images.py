@@ -3,8 +3,9 @@
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,9 +13,11 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cifar_transfer.data.geometry import Size, cover
 from cifar_transfer.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
+T = TypeVar("T")
 
 MAX_MEGAPIXELS = 100.0  # of an image that is decoded, unless somebody asks for more: 300 MB in memory
 LARGEST_SIDE = 4000  # pixels that an image may be asked to be brought to
@@ -22,7 +25,7 @@ LARGEST_SIDE = 4000  # pixels that an image may be asked to be brought to
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `read_image` has a limit, and refuses
 
 
-def read_image(path: str | Path, size: int | None = None, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
+def read_image(path: str | Path, size: Size | None = None, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
     """Decode one image file of any mode that Pillow reads: grey, palette, RGBA, CMYK, 16 bit.
 
     It is turned upright as its EXIF says. Of an animation it is the first frame. The contents tell the format, not the
@@ -30,8 +33,7 @@ def read_image(path: str | Path, size: int | None = None, max_megapixels: float 
 
     Args:
         path: The file.
-        size: None keeps the image's own size; otherwise the shorter side is resized to `size` pixels (bilinear,
-            antialiased) and the centre square is cut out, as torchvision's evaluation presets do.
+        size: Height and width that it is brought to, see `geometry.cover`; None keeps its own.
         max_megapixels: An image of more million pixels is refused, before it is decoded: a file of a few kilobytes may
             claim to be one that fills all memory.
 
@@ -41,6 +43,25 @@ def read_image(path: str | Path, size: int | None = None, max_megapixels: float 
     Raises:
         UserError: The file is too large or cannot be decoded; the message names it.
     """
+    return _opened(path, max_megapixels, lambda image: to_pixels(image, size))
+
+
+def read_size(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> Size:
+    """Height and width of an image file, upright, from its header: nothing is decoded.
+
+    Raises:
+        UserError: As `read_image`, if the header shows it.
+    """
+
+    def upright(image: Image.Image) -> Size:
+        # That of a PNG would decode the image, to find an EXIF after it.
+        turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return image.size if turned else image.size[::-1]
+
+    return _opened(path, max_megapixels, upright)
+
+
+def _opened(path: str | Path, max_megapixels: float, use: Callable[[Image.Image], T]) -> T:
     if Image.MAX_IMAGE_PIXELS is not None and max_megapixels * 1e6 > Image.MAX_IMAGE_PIXELS:
         # Of the whole process, and never lowered here, as other threads read too.
         Image.MAX_IMAGE_PIXELS = int(min(max_megapixels * 1e6, sys.maxsize))
@@ -50,21 +71,23 @@ def read_image(path: str | Path, size: int | None = None, max_megapixels: float 
                 raise Image.DecompressionBombError
             if image.format == "EPS":
                 raise ValueError("a program, which is not run")  # Pillow would start Ghostscript
-            return to_pixels(image, size)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
+            return use(image)
     except Image.DecompressionBombError:
         raise UserError(
             f"{path} has more than {max_megapixels:g} million pixels: make it smaller, or raise max_megapixels."
         ) from None
     except Exception as error:  # of any kind: what the decoders of damaged files raise is not listed anywhere
+        if not os.path.lexists(path):
+            raise UserError(f"{path} does not exist.") from None
+        if isinstance(error, OSError) and error.errno:  # the system's, not a decoder's
+            raise UserError(f"{path} cannot be read ({error.strerror}): mend or remove it.") from None
         why = (
             "Pillow knows no such image" if isinstance(error, UnidentifiedImageError) else error or type(error).__name__
         )
         raise UserError(f"{path} cannot be decoded as an image ({why}): mend or remove it.") from None
 
 
-def to_pixels(image: Image.Image, size: int | None = None) -> np.ndarray:
+def to_pixels(image: Image.Image, size: Size | None = None) -> np.ndarray:
     """An opened image as an array: uint8 [3, H, W], RGB, upright; `size` as in `read_image`."""
     image.load()
     image = _upright(image)
@@ -72,14 +95,8 @@ def to_pixels(image: Image.Image, size: int | None = None) -> np.ndarray:
         rgb = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
     else:
         rgb = image.convert("RGB")
-    if size is not None and rgb.size != (size, size):
-        scale = size / min(rgb.size)
-        width, height = (max(size, round(side * scale)) for side in rgb.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        # Only what is cut out is resized: the whole of an image of 1 x 60,000 pixels would become gigabytes.
-        x, y = rgb.width / width, rgb.height / height
-        box = (left * x, top * y, min((left + size) * x, rgb.width), min((top + size) * y, rgb.height))
-        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    if size is not None:
+        rgb = cover(rgb, size)
     return np.array(rgb).transpose(2, 0, 1)  # a copy, as torch wants to be able to write
 
 
@@ -163,29 +180,21 @@ class FileImages(Images):
     Args:
         paths: N files.
         labels: int64 [N].
-        size: As in `read_image`.
+        size: Height and width that they are brought to.
         max_megapixels: As in `read_image`.
     """
 
     on_the_fly = True
 
     def __init__(
-        self, paths: Sequence[str], labels: np.ndarray, size: int | None, max_megapixels: float = MAX_MEGAPIXELS
+        self, paths: Sequence[str], labels: np.ndarray, size: Size, max_megapixels: float = MAX_MEGAPIXELS
     ) -> None:
         super().__init__(labels)
         self.paths, self.size, self.max_megapixels = paths, size, max_megapixels
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
-        """uint8 [B, 3, H, W] of the rows int64 [B]; a UserError names a broken file or one of another size."""
-        images = [read_image(self.paths[row], self.size, self.max_megapixels) for row in rows]
-        for row, image in zip(rows, images, strict=True):
-            if image.shape != images[0].shape:
-                raise MixedSizes(f"{self.paths[row]} has another size than {self.paths[rows[0]]}: set decode_size.")
-        return np.stack(images)
-
-
-class MixedSizes(UserError):
-    """Images that were to keep their own size do not share one."""
+        """uint8 [B, 3, H, W] of the rows int64 [B]; a UserError names a broken file."""
+        return np.stack([read_image(self.paths[row], self.size, self.max_megapixels) for row in rows])
 
 
 def cores() -> int:

@@ -3,7 +3,8 @@
     images (uint8, on disk) -> batches (uint8) -> device -> float32 in [0, 1] -> augmentation while training -> network
 
 What the network's input must look like beyond [0, 1] (statistics, resolution) belongs to the network and is done there,
-so that a checkpoint can be used without the data module that trained it.
+so that a checkpoint can be used without the data module that trained it. The size that images are decoded to is decided
+here, once, from the training images and from what the network asks for (see `geometry`).
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cifar_transfer.data.augment import Augment
+from cifar_transfer.data.geometry import Size
 from cifar_transfer.data.images import Batch, Images, cores, stratified
 from cifar_transfer.data.loading import check_processes, evaluation_loader, training_loader
 from cifar_transfer.errors import UserError, check
@@ -47,9 +49,18 @@ class ImageDataModule(LightningDataModule):
             read by the process itself, which is faster.
         seed: Of the held-out images, the shuffling, the augmentation and dropout.
 
+    Attributes:
+        statistics: Name of the channel statistics that images are normalised with unless others are asked for; None
+            for those of the network's weights.
+        fixed_size: Height and width that images are decoded to, set before `setup` to those of a checkpoint; None
+            decides them anew.
+
     Raises:
         UserError: An option out of its range.
     """
+
+    statistics: str | None = None
+    fixed_size: Size | None = None
 
     def __init__(
         self,
@@ -71,6 +82,7 @@ class ImageDataModule(LightningDataModule):
         self.val_fraction, self.augment, self.num_workers, self.seed = val_fraction, augment, num_workers, seed
         self.images: dict[Split, Images] = {}
         self._loaded: dict[Split, Images | None] = {}
+        self.size: Size | None = None  # that `load` brings images to
 
     def record(self, **options: str | int | float | None) -> None:
         """Keep a subclass's options and those of this class with every checkpoint, as primitives.
@@ -101,8 +113,24 @@ class ImageDataModule(LightningDataModule):
         """The images of a split, or None where the data have none of their own. Decodes when called first."""
         raise NotImplementedError
 
+    def choose_size(self, largest: int | None) -> Size | None:
+        """Height and width that `load` brings images to; None where these come in a size of their own.
+
+        Args:
+            largest: Side in pixels of the largest square that the network will be given, or None if it takes images as
+                they are.
+        """
+        return None
+
+    def _settle_size(self) -> None:
+        network = getattr(self.trainer, "lightning_module", None)
+        size = self.fixed_size or self.choose_size(getattr(network, "largest_side", None))
+        if size != self.size:  # also of a network that came later
+            self.size, self.images, self._loaded = size, {}, {}
+
     def prepare_data(self) -> None:
         """Download and decode: called once a machine, before `setup`."""
+        self._settle_size()
         for split in SPLITS:
             self._load_once(split)
 
@@ -118,6 +146,7 @@ class ImageDataModule(LightningDataModule):
         Raises:
             UserError: There is nothing to validate on, a label that is no class's, or too few images for the processes.
         """
+        self._settle_size()
         if not self.images:
             self._split()
         if self.trainer:

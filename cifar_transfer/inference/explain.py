@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import Encoder
 
+from cifar_transfer.data.geometry import Size
 from cifar_transfer.data.module import to_float
 from cifar_transfer.errors import UserError
 from cifar_transfer.results import gallery, plots
@@ -29,15 +30,16 @@ def heat_map(model: TransferClassifier, pixels: np.ndarray) -> np.ndarray:
 
     Args:
         model: In eval mode, on any device.
-        pixels: uint8 [3, S, S], RGB, a square.
+        pixels: uint8 [3, H, W], RGB, of the size that the network was trained on.
 
     Returns:
-        float32 [S, S]; 1 at the place that speaks most, 0 where nothing does, which may be everywhere.
+        float32 [H, W]; 1 at the place that speaks most, 0 where nothing does, which may be everywhere.
 
     Raises:
         UserError: No layer has places.
     """
     outputs: list[Tensor] = []
+    taken = model.geometry.input_size
 
     def keep(layer: nn.Module, inputs: tuple, output: object) -> None:
         if isinstance(output, Tensor):
@@ -56,10 +58,10 @@ def heat_map(model: TransferClassifier, pixels: np.ndarray) -> np.ndarray:
     for side in SIDES:
         for output, gradient in zip(reversed(outputs), reversed(gradients), strict=True):
             # Behind its last attention a ViT reads the token of the class alone, and the others have no gradient.
-            if gradient is None or (weights := _places(gradient)) is None or not weights.any():
+            if gradient is None or (weights := _places(gradient, taken)) is None or not weights.any():
                 continue
-            values = _places(output.detach())
-            if values is None or values.shape[1] < side:
+            values = _places(output.detach(), taken)
+            if values is None or min(values.shape[1:]) < side:
                 continue
             heat = (weights.mean((1, 2), keepdim=True) * values).sum(0).relu()
             heat = F.interpolate(heat[None, None], size=pixels.shape[1:], mode="bilinear")[0, 0]
@@ -81,20 +83,26 @@ def _trunk(network: nn.Module) -> Iterator[nn.Module]:
             yield layer
 
 
-def _places(values: Tensor) -> Tensor | None:
-    """What a layer gives for one image as [C, side, side], or None if it has no places.
+def _places(values: Tensor, size: Size) -> Tensor | None:
+    """What a layer gives for one image as [C, h, w], or None if it has no places.
 
     Args:
-        values: [1, C, side, side]; [1, side, side, C] (Swin); or [1, N, C], tokens behind a few of the class (ViT).
+        values: [1, C, h, w]; [1, h, w, C] (Swin); or [1, N, C], tokens behind a few of the class (ViT).
+        size: Height and width in pixels of what the network takes, of the same proportion but for rounding.
     """
-    values = values[0]
-    if values.ndim == 3 and values.shape[1] == values.shape[2]:
+    values, (height, width) = values[0], size
+
+    def places(rows: int, columns: int) -> bool:
+        return abs(rows * width - columns * height) < max(size)
+
+    if values.ndim == 3 and places(*values.shape[1:]):
         return values
-    if values.ndim == 3 and values.shape[0] == values.shape[1]:
+    if values.ndim == 3 and places(*values.shape[:2]):
         return values.permute(2, 0, 1)
     if values.ndim == 2:
-        side = math.isqrt(len(values))
-        return values[len(values) - side**2 :].T.unflatten(1, (side, side))
+        rows = math.isqrt(len(values) * height // width)
+        columns = rows * width // height
+        return values[len(values) - rows * columns :].T.unflatten(1, (rows, columns))
     return None
 
 

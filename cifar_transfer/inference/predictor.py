@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cifar_transfer.data.geometry import Size
 from cifar_transfer.data.images import MAX_MEGAPIXELS, cores, read_image, to_pixels
 from cifar_transfer.data.module import to_float
 from cifar_transfer.errors import UserError, check
@@ -37,7 +38,7 @@ class Classifier:
     Attributes:
         model: The same, in eval mode, on the device.
         names: Of the classes, in the order of the network's outputs.
-        size: Side in pixels of the images that the network was trained on, to which each image is brought.
+        size: Height and width in pixels of the images that the network was trained on, to which each image is brought.
 
     Raises:
         UserError: There is no such accelerator, or a limit that is not positive.
@@ -55,7 +56,7 @@ class Classifier:
         self.max_megapixels = max_megapixels
         self.model = model.eval().to(_device(accelerator))
         self.names: list[str] = model.hparams["class_names"] or [str(i) for i in range(model.hparams["num_classes"])]
-        self.size = min(model.input_size or [32])
+        self.size = model.geometry.size
 
     @classmethod
     def load(cls, ckpt: str | Path, accelerator: str = "auto", max_megapixels: float = MAX_MEGAPIXELS) -> "Classifier":
@@ -73,7 +74,7 @@ class Classifier:
     def predict(self, images: Any, top_k: int = 5) -> list[Prediction] | list[list[Prediction]]:
         """The likeliest classes of one image or of several.
 
-        Each image becomes a square of `size` pixels: the shorter side is resized and the centre cut out.
+        Each image is resized to cover `size`, and the centre cut out, as in training.
 
         Args:
             images: A file, a PIL image of any mode, a uint8 array [H, W, 3], a tensor [3, H, W] of uint8 or of floats
@@ -148,8 +149,8 @@ def _ahead(
         yield waiting
 
 
-def _pixels(image: Picture, size: int, max_megapixels: float) -> np.ndarray:
-    """Any picture as uint8 [3, size, size], RGB."""
+def _pixels(image: Picture, size: Size, max_megapixels: float) -> np.ndarray:
+    """Any picture as uint8 [3, H, W] of a size, RGB."""
     if isinstance(image, str | Path):
         return read_image(image, size, max_megapixels)
     given = image

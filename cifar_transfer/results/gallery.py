@@ -73,7 +73,7 @@ def heated(prediction: ImagePrediction, heat: np.ndarray) -> Figure:
 
     Args:
         prediction: With at least one class.
-        heat: float [S, S] in [0, 1].
+        heat: float [H, W] in [0, 1].
     """
     (name, share), place = prediction.classes[0], _place(prediction)
     letters = lettering([name, place])

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from cifar_transfer.data.geometry import pixels, resize
 from cifar_transfer.data.module import ImageDataModule, step_seed
 from cifar_transfer.files import atomic_write
 from cifar_transfer.results import plots
@@ -74,16 +74,14 @@ def augmented(data: ImageDataModule, size: int | None) -> Figure:
     """
     images = data.images["train"]
     rows = np.linspace(0, len(images) - 1, min(AUGMENTED, len(images))).astype(int)
-    pixels, labels = images.__getitems__(rows.tolist())
+    batch, labels = images.__getitems__(rows.tolist())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step_seed(data.seed, 0, 0, 0))
-        seen = data.augment(pixels)
-    if size:
-        seen = F.interpolate(seen, size=(size, size), mode="bilinear", antialias=True)
+        seen = data.augment(batch)
+    seen = resize(seen, size)
     shown = (255 * seen.clamp(0, 1)).round().byte().numpy()
     titles = [(data.class_names[label],) for label in labels.tolist()]
-    height, width = shown.shape[2:]
-    return plots.grid(shown, titles, f"Training images as the network sees them, {width} x {height} pixels")
+    return plots.grid(shown, titles, f"Training images as the network sees them, {pixels(shown.shape[2:])} pixels")
 
 
 def save(drawn: dict[str, Figure], folder: Path) -> list[Path]:

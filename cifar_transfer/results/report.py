@@ -72,11 +72,9 @@ class Report(Callback):
             self._graph(trainer, pl_module)
 
     def _graph(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        size = getattr(pl_module, "input_size", None)
-        if size is None:
+        geometry = getattr(pl_module, "geometry", None)
+        if geometry is None:
             return
-        if side := pl_module.hparams.get("image_size"):
-            size = [side, side]
         network = pl_module.get_submodule("network")
         modes = {module: module.training for module in network.modules()}
         if len(modes) > SLOW_GRAPH:
@@ -85,7 +83,8 @@ class Report(Callback):
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes are constants in a picture of one size
             try:
                 board = trainer.logger.experiment  # type: ignore[union-attr]
-                board.add_graph(network.eval(), torch.zeros(1, 3, *size, device=pl_module.device).to(pl_module.dtype))
+                example = torch.zeros(1, 3, *geometry.input_size, device=pl_module.device)
+                board.add_graph(network.eval(), example.to(pl_module.dtype))
             except Exception as error:  # of any kind, from tracing somebody's network: a picture must not cost the run
                 say(trainer, f"TensorBoard will have no graph of this network ({first_line(error)}).")
         for module, training in modes.items():

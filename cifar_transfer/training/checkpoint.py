@@ -14,6 +14,7 @@ from cifar_transfer import __version__
 from cifar_transfer.data.augment import Augment
 from cifar_transfer.data.cifar import CIFAR10DataModule
 from cifar_transfer.data.folder import ImageFolderDataModule
+from cifar_transfer.data.geometry import Geometry
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.shapes import ShapesDataModule
 from cifar_transfer.errors import UserError, first_line
@@ -88,7 +89,7 @@ def load_model(path: str | Path) -> TransferClassifier:
 
 
 def load_data(checkpoint: dict, **overrides: str | int | None) -> ImageDataModule:
-    """The data module a checkpoint was trained with.
+    """The data module a checkpoint was trained with, whose images have the size that they had then.
 
     Args:
         checkpoint: As loaded; only the modules of this package are made from it.
@@ -105,9 +106,27 @@ def load_data(checkpoint: dict, **overrides: str | int | None) -> ImageDataModul
         )
     try:
         options["augment"] = Augment(**options["augment"])
-        return DATA_MODULES[name](**options | overrides)
+        data = DATA_MODULES[name](**options | overrides)
+        if checkpoint.get("input_size"):
+            data.fixed_size = Geometry.of(checkpoint).size
+        return data
     except (KeyError, TypeError) as error:
         raise UserError(f"The checkpoint's options for its data are not those of this version ({error}).") from None
+
+
+def keep_size(data: ImageDataModule, model: TransferClassifier, checkpoint: dict) -> None:
+    """Have a run that continues decode its images as before, unless its options ask for another size.
+
+    Args:
+        data: Before `setup`.
+        model: Made with the options of the run.
+        checkpoint: From which it continues.
+    """
+    before = checkpoint["hyper_parameters"] | checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    now = {**model.hparams, **data.hparams}
+    same = all(before.get(name) == now.get(name) for name in ("image_size", "train_sizes", "decode_size"))
+    if same and checkpoint.get("input_size"):
+        data.fixed_size = Geometry.of(checkpoint).size
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

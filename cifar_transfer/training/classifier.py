@@ -12,19 +12,19 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from cifar_transfer import __version__
-from cifar_transfer.data.geometry import statistics
+from cifar_transfer.data.geometry import pixels
 from cifar_transfer.data.images import LARGEST_SIDE, Batch
 from cifar_transfer.data.module import check_classes
 from cifar_transfer.errors import UserError, check
 from cifar_transfer.network import build
 from cifar_transfer.training import optimizer, resume
 from cifar_transfer.training.optimizer import LARGEST_RATE
-from cifar_transfer.training.scoring import ScoredModule
+from cifar_transfer.training.sizing import SizedModule
 
 VERSION_KEY = "cifar_transfer_version"  # in checkpoints
 
 
-class TransferClassifier(ScoredModule):
+class TransferClassifier(SizedModule):
     """A pretrained network with a new head, fine-tuned with cross-entropy, Adam and `ReduceLROnPlateau` or others.
 
     `network` is the library's plain network; `heads` names its layers that tell the classes apart, mostly one; all the
@@ -38,13 +38,15 @@ class TransferClassifier(ScoredModule):
             published checkpoint, or a checkpoint of this class.
         num_classes: Outputs of the head; None takes as many as there are `class_names`, or 10.
         class_names: What the outputs stand for; kept in checkpoints for prediction.
-        image_size: Side in pixels that images are resized to (bilinear, antialiased, on the device); "native" is what
-            the weights were trained with (a state dict does not say: then the library's default weights); None takes
-            them as they are, and makes networks for one size (ViT) for 32.
+        image_size: Side in pixels of the square that the network takes. Larger images are decoded to it, smaller ones
+            are enlarged on the device (bilinear), and of rectangles the centre square is taken. "native" is what the
+            weights were trained with (a state dict does not say: then the library's default weights); None takes
+            images as they are, and makes networks for one size (ViT) for 32.
         train_sizes: Sides that the images of training have in equal parts of the run, say [32, 48] for half of
             the steps each; None trains at `image_size` throughout.
         normalize: Channel statistics in [0, 1]: "cifar10", "imagenet", "weights" for those that the weights were
-            trained with (found as for `image_size`), or [[mean, mean, mean], [deviation, ...]].
+            trained with (found as for `image_size`), or [[mean, mean, mean], [deviation, ...]]. None takes "cifar10"
+            for CIFAR-10 and drawn shapes, and for other images "weights", or "imagenet" where these say nothing.
         small_images: Adapt the network to small images, keeping its weights: a stem of stride 1, smaller patches and
             windows, no pooling that only repeats. `python -m cifar_transfer.backbones --detail NAME` says what.
         patch_size: Side of a transformer's patches in pixels; None leaves it to the network and `small_images`.
@@ -81,7 +83,7 @@ class TransferClassifier(ScoredModule):
         class_names: list[str] | None = None,
         image_size: int | Literal["native"] | None = None,
         train_sizes: list[int] | None = None,
-        normalize: str | list[list[float]] = "cifar10",
+        normalize: str | list[list[float]] | None = None,
         small_images: bool = False,
         patch_size: int | None = None,
         aux_weight: float = 0.0,
@@ -99,8 +101,6 @@ class TransferClassifier(ScoredModule):
     ) -> None:
         num_classes = len(class_names or range(10)) if num_classes is None else num_classes
         super().__init__(num_classes)
-        self.mean: Tensor
-        self.std: Tensor
         if class_names and len(class_names) != num_classes:
             raise UserError(
                 f"num_classes is {num_classes}, but the data have {len(class_names)} classes "
@@ -126,10 +126,7 @@ class TransferClassifier(ScoredModule):
                 raise UserError(f"{backbone} has no published weights, so normalize=weights says nothing: name others.")
             self.hparams["normalize"] = built.normalize
         self.hparams["image_size"] = built.image_size  # what "native" and "weights" came to, whatever is loaded later
-        mean, std = statistics(self.hparams["normalize"])
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.input_size: list[int] | None = None  # of the images trained on, [height, width] in pixels
+        self.begin_geometry(built.normalize or "imagenet")
 
     def _check(self) -> None:
         most = f"1 to {LARGEST_SIDE} pixels"
@@ -160,26 +157,12 @@ class TransferClassifier(ScoredModule):
         Returns:
             Logits, float [B, num_classes].
         """
-        return self._all_logits(images, self.hparams["image_size"])[0]
+        return self._all_logits(images, self.geometry.input_side)[0]
 
-    def prepare(self, images: Tensor, size: int | None) -> Tensor:
-        """What `network` takes: images brought to a size and normalised.
-
-        Args:
-            images: float [B, 3, H, W] in [0, 1], RGB.
-            size: Side in pixels, None as they are.
-
-        Returns:
-            float [B, 3, size, size], with the mean 0 and the deviation 1 in each channel over the data.
-        """
-        if size is not None and images.shape[-2:] != (size, size):
-            images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-        return (images - self.mean) / self.std
-
-    def _all_logits(self, images: Tensor, size: int | None) -> tuple[Tensor, ...]:
+    def _all_logits(self, images: Tensor, side: int | None) -> tuple[Tensor, ...]:
         """The main logits, and while auxiliary heads train, theirs."""
         # bf16-true and 16-true convert the network, and lose too much in the images and the loss.
-        images = self.prepare(images, size).to(self.dtype)
+        images = self.prepare(images, side).to(self.dtype)
         logits = self.network(images.contiguous(memory_format=torch.channels_last))
         logits = logits if isinstance(logits, tuple) else (logits,)
         return tuple(each.to(torch.promote_types(each.dtype, torch.float32)) for each in logits)
@@ -189,6 +172,7 @@ class TransferClassifier(ScoredModule):
         if stage == "fit" and self.changes:
             rank_zero_info(f"{self.hparams['backbone']} adapted: {'; '.join(self.changes)}.")
         data = getattr(self.trainer, "datamodule", None)
+        self.settle_statistics(data)
         if data is None or not hasattr(data, "num_classes"):  # or it is of somebody else
             return
         if (names := self.hparams["class_names"]) and hasattr(data, "class_names"):
@@ -198,19 +182,26 @@ class TransferClassifier(ScoredModule):
                 f"The network has {self.hparams['num_classes']} outputs, but the data have {data.num_classes} classes: "
                 f"make it with num_classes={data.num_classes}."
             )
-        self.input_size = list(data.image_size)
-        training = self.training
+        self.settle_size(data.image_size)
+        if stage == "fit" and min(self.geometry.size) < (self.largest_side or 0):
+            side = self.largest_side
+            rank_zero_info(f"Images of {pixels(self.geometry.size)} are enlarged to {side} x {side} on the device.")
+        self._try_sizes()
+
+    def _try_sizes(self) -> None:
+        training, size = self.training, self.geometry.size
         try:
             with torch.no_grad():
-                for size in {self.hparams["image_size"], *(self.hparams["train_sizes"] or [])}:
-                    self.eval()._all_logits(torch.zeros(1, 3, *self.input_size, device=self.device), size)
+                for side in {self.hparams["image_size"], *(self.hparams["train_sizes"] or [])}:
+                    self.eval()._all_logits(torch.zeros(1, 3, *size, device=self.device), side)
                 if self.hparams["aux_weight"]:  # auxiliary heads need larger images, and answer only while training
-                    side = self.hparams["image_size"] or self.input_size[0]
-                    copy.deepcopy(self.network).train()(torch.zeros(2, 3, side, side, device=self.device))
+                    images = torch.zeros(2, 3, *self.geometry.input_size, device=self.device)
+                    copy.deepcopy(self.network).train()(images)
         except (RuntimeError, AssertionError) as error:
-            side = size or "x".join(map(str, self.input_size))
             name, why = self.hparams["backbone"], str(error).splitlines()[0]
-            raise UserError(f"{name} cannot take images of {side} pixels ({why}): {build.size_hint(name)}") from None
+            raise UserError(
+                f"{name} cannot take images of {side or pixels(size)} pixels ({why}): {build.size_hint(name)}"
+            ) from None
         self.train(training)
 
     def on_train_start(self) -> None:
@@ -227,12 +218,14 @@ class TransferClassifier(ScoredModule):
 
     def _train_size(self) -> int | None:
         if not (sizes := self.hparams["train_sizes"]):
-            return self.hparams["image_size"]
+            return self.geometry.input_side
         return sizes[min(len(sizes) * self.trainer.global_step // self._steps, len(sizes) - 1)]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross-entropy of a batch, with that of the auxiliary heads if they train."""
         images, labels = batch
+        if not self.sized:  # no data module has said it
+            self.settle_size((images.shape[2], images.shape[3]))
         logits, *auxiliary = self._all_logits(images, self._train_size())
         loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"])
         for other in auxiliary:
@@ -252,13 +245,11 @@ class TransferClassifier(ScoredModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what prediction needs to know of the images, and whose options these are."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["input_size"] = self.input_size
         checkpoint[VERSION_KEY] = __version__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse settings that the checkpoint's optimizer and schedule would silently undo."""
         super().on_load_checkpoint(checkpoint)
-        self.input_size = checkpoint.get("input_size")
         if self._trainer is None:
             return
         saved = checkpoint.get("hyper_parameters", {})
@@ -267,7 +258,7 @@ class TransferClassifier(ScoredModule):
             check_classes(saved["class_names"], own)
         if self._trainer.state.fn != TrainerFn.FITTING:
             return
-        for change in self.compare_options(checkpoint):
+        for change in resume.compare_checkpoint(self.trainer, self.hparams, checkpoint):
             rank_zero_info(change)
         own, given = self.state_dict(), checkpoint["state_dict"]
         if other := [key for key in own if key in given and own[key].shape != given[key].shape]:
@@ -276,18 +267,6 @@ class TransferClassifier(ScoredModule):
                 f"checkpoint ({other[0]}): leave it out to continue that run, or begin a new one from its weights with "
                 f"--model.weights=CHECKPOINT."
             )
-
-    def compare_options(self, checkpoint: dict[str, Any]) -> list[str]:
-        """What differs between a checkpoint and the run that continues from it; see `resume.compare`."""
-        trainer, loops = self.trainer, checkpoint["loops"]["fit_loop"]
-        data = getattr(trainer.datamodule, "hparams", {})  # type: ignore[attr-defined]
-        run = checkpoint["callbacks"].get("RunFolder", {})
-        saved_data = checkpoint.get("datamodule_hyper_parameters", {})
-        saved = resume.flat(model=checkpoint.get("hyper_parameters", {}), data=saved_data) | run
-        asked = resume.flat(model=self.hparams, data=data)
-        asked |= {"processes": trainer.world_size, "max_epochs": trainer.max_epochs}
-        within = not loops["epoch_loop.batch_progress"]["is_last_batch"]
-        return resume.compare(saved, asked, within_epoch=within, unfrozen=False)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> "TransferClassifier":  # type: ignore[override]

@@ -24,7 +24,7 @@ from cifar_transfer.errors import UserError, account, caused_by_us, check
 from cifar_transfer.results.report import Report
 from cifar_transfer.training import find_lr
 from cifar_transfer.training import run as runs
-from cifar_transfer.training.checkpoint import LOGS, AtomicCheckpointIO, read_checkpoint
+from cifar_transfer.training.checkpoint import LOGS, AtomicCheckpointIO, keep_size, read_checkpoint
 from cifar_transfer.training.classifier import TransferClassifier
 from cifar_transfer.training.finite_loss import Guard
 from cifar_transfer.training.freeze import BackboneFreeze
@@ -161,15 +161,17 @@ class FitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """A checkpoint holds all weights, so none are fetched, and what the words for size and statistics meant."""
         self._weights = self.config.model.weights
+        self._continued: dict[str, Any] | None = None
         if self.config.find_lr:
             if self.config.ckpt_path:
                 raise UserError("--find_lr looks at a run that begins: leave out --resume and --ckpt_path.")
             self.config.model.train_sizes = None  # at the last size, for another in the middle would bend the curve
         if path := self.config.ckpt_path:
-            saved = read_checkpoint(path)["hyper_parameters"]
+            self._continued = read_checkpoint(path)
+            saved = self._continued["hyper_parameters"]
             self.config.model.weights = "none"
-            for name, word in (("image_size", "native"), ("normalize", "weights")):
-                if self.config.model[name] == word:
+            for name, words in (("image_size", ["native"]), ("normalize", ["weights", None])):
+                if self.config.model[name] in words:
                     self.config.model[name] = saved[name]
 
     def instantiate_classes(self) -> None:
@@ -180,6 +182,8 @@ class FitCLI(LightningCLI):
             ours = caused_by_us(error)
             raise (self.named_as_options(ours) if ours else UserError(account(str(error)))) from None
         self.model.hparams["weights"] = self._weights
+        if self._continued:
+            keep_size(self.datamodule, self.model, self._continued)
         self.folder.lock(self.trainer)
 
     def named_as_options(self, error: UserError) -> UserError:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lightning import Trainer
+
 from cifar_transfer.errors import UserError
 
 _UNDONE = "would be undone by the checkpoint"
@@ -76,3 +78,16 @@ def compare(saved: Mapping[str, Any], asked: Mapping[str, Any], within_epoch: bo
         if name in CHANGED:
             changes.append(f"{name} is changed from {before} to {after}: {CHANGED[name]}.")
     return sorted(changes)
+
+
+def compare_checkpoint(trainer: Trainer, options: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> list[str]:
+    """What differs between a checkpoint and the run that continues from it; see `compare`."""
+    loops = checkpoint["loops"]["fit_loop"]
+    data = getattr(trainer.datamodule, "hparams", {})  # type: ignore[attr-defined]
+    run = checkpoint["callbacks"].get("RunFolder", {})
+    saved_data = checkpoint.get("datamodule_hyper_parameters", {})
+    saved = flat(model=checkpoint.get("hyper_parameters", {}), data=saved_data) | run
+    asked = flat(model=options, data=data)
+    asked |= {"processes": trainer.world_size, "max_epochs": trainer.max_epochs}
+    within = not loops["epoch_loop.batch_progress"]["is_last_batch"]
+    return compare(saved, asked, within_epoch=within, unfrozen=False)

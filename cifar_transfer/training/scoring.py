@@ -123,7 +123,7 @@ class ScoredModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an epoch that is not over has counted, summed over all processes."""
-        if self.trainer.state.fn != TrainerFn.FITTING:
+        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             return
         counted: dict[str, dict[str, Tensor]] = {}
         if not self.trainer.is_last_batch:

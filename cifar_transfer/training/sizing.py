@@ -1,0 +1,106 @@
+"""The geometry of a classifier's images: settled when training begins, kept in its checkpoints."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from cifar_transfer.data.geometry import DEFAULT_SIDE, GEOMETRY_KEY, Geometry, Size, pixels, resize, statistics
+from cifar_transfer.errors import UserError
+from cifar_transfer.training.scoring import ScoredModule
+
+
+class SizedModule(ScoredModule):
+    """A classifier that knows how an image becomes its network's input.
+
+    A subclass records the options `image_size`, `train_sizes` and `normalize` and calls `begin_geometry`.
+
+    Attributes:
+        geometry: How an image becomes the network's input. Its `size` is that of the images trained on, known when
+            the training begins.
+        sized: Whether that size is known; until then it is a guess.
+    """
+
+    def begin_geometry(self, weights_statistics: str | list[list[float]]) -> None:
+        """Begin with what the options say.
+
+        Args:
+            weights_statistics: Channel statistics that the weights were trained with, as `normalize` takes them.
+        """
+        self.mean: Tensor
+        self.std: Tensor
+        self._weights_statistics = weights_statistics
+        mean, std = statistics(self.hparams["normalize"] or weights_statistics)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        side = self.hparams["image_size"]
+        self.geometry = Geometry((side or DEFAULT_SIDE,) * 2, side, mean, std)
+        self.sized = False
+
+    def prepare(self, images: Tensor, side: int | None) -> Tensor:
+        """What `network` takes: images brought to a size and normalised.
+
+        Args:
+            images: float [B, 3, H, W] in [0, 1], RGB.
+            side: In pixels, None as they are.
+
+        Returns:
+            float [B, 3, side, side], with the mean 0 and the deviation 1 in each channel over the data.
+        """
+        return (resize(images, side, self.geometry.stretch) - self.mean) / self.std
+
+    @property
+    def largest_side(self) -> int | None:
+        """Side in pixels of the largest square that the network is given; None: it takes images as they are."""
+        size = self.hparams["image_size"]
+        return size and max([size, *(self.hparams["train_sizes"] or [])])
+
+    def settle_statistics(self, data: object) -> None:
+        """Take the statistics of the data, or else of the weights, if none were asked for.
+
+        Args:
+            data: The data module, or None.
+        """
+        if self.hparams["normalize"] is None:
+            chosen = self.hparams["normalize"] = getattr(data, "statistics", None) or self._weights_statistics
+            mean, std = statistics(chosen)
+            self.geometry = replace(self.geometry, mean=mean, std=std)
+            for buffer, values in ((self.mean, mean), (self.std, std)):
+                buffer.copy_(torch.tensor(values).view(3, 1, 1))
+
+    def settle_size(self, size: Size) -> None:
+        """Of images as they are decoded; of a checkpoint that says the same nothing changes."""
+        height, width = size
+        if not self.sized or self.geometry.size != (height, width):
+            self.geometry = replace(self.geometry, size=(height, width), stretch=False)
+        self.sized = True
+
+    def _take(self, saved: Geometry, fitting: bool) -> None:
+        """The size of a checkpoint's images; what else there is in its geometry follows from the options."""
+        own = self.geometry
+        if not self.sized or saved.size == own.size:
+            self.geometry = replace(own, size=saved.size, stretch=saved.stretch)
+            self.sized = True
+        elif saved.input_side == own.input_side and not fitting:
+            raise UserError(
+                f"The checkpoint was trained on images decoded to {pixels(saved.size)} pixels, and the data give "
+                f"{pixels(own.size)}: set data.fixed_size = {saved.size} before."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the geometry."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[GEOMETRY_KEY] = self.geometry.saved()
+        checkpoint["input_size"] = list(self.geometry.size)  # for older versions of this project
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the geometry.
+
+        Raises:
+            UserError: The data have settled on another one, and it is not a training that continues.
+        """
+        super().on_load_checkpoint(checkpoint)
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        self._take(Geometry.of(checkpoint), fitting)
