@@ -7,8 +7,10 @@ import threading
 import unicodedata
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
 from tqdm import tqdm
 
 WARNINGS = (
@@ -56,6 +58,23 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
+
+
+def counted(epoch: int) -> int:
+    """An epoch as people count it, from 1; the Trainer counts from 0."""
+    return epoch + 1
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, which counts epochs from 1 and leaves nothing behind."""
+
+    def __init__(self) -> None:
+        super().__init__(leave=False)
+
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Name the epoch."""
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description(f"Epoch {counted(trainer.current_epoch)}")
 
 
 def say(trainer: Trainer, line: str) -> None:

@@ -39,7 +39,7 @@ def test_a_run_prints_a_line_an_epoch_and_what_to_do_next(job):
     assert f"run         {RUN}" in lines
     assert "look at it  tensorboard --logdir lightning_logs" in lines
     assert "Trainable parameters: 10,250 of 352,042" in done.stderr
-    assert "Epoch 1: unfrozen, learning rate 0.0001; trainable 352,042" in done.stderr
+    assert "Epoch 2: unfrozen, learning rate 0.0001; trainable 352,042" in done.stderr
     assert "Warning" not in done.stderr
     assert "warn(" not in done.stderr
 
@@ -50,7 +50,7 @@ def test_tensorboard_has_curves_against_the_epoch_the_graph_and_the_hyperparamet
     events.Reload()
     steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     for tag in ("train/acc", "train/loss_epoch", "val/acc", "val/loss", "lr", "trainable_parameters"):
-        assert steps[tag] == [0, 1, 2], tag
+        assert steps[tag] == [1, 2, 3], tag
     assert steps["train/loss"] == list(range(18)), "180 images in batches of 32, three times"
     assert [event.value for event in events.Scalars("lr")] == pytest.approx([1e-3, 1e-4, 1e-4])
     assert [event.value for event in events.Scalars("trainable_parameters")] == [10250, 352042, 352042]

@@ -55,14 +55,14 @@ def test_no_name_is_cut_off_or_boxed(names):
 
 
 def test_curves_are_whole():
-    x = np.arange(40.0)
+    x = np.arange(40.0) + 1
     curve = {tag: plots.Curve(x, np.exp(-x / 9)) for tag in ("train/loss_epoch", "val/loss", "train/acc", "val/acc")}
-    assert_nothing_is_cut_off(plots.epochs(curve, 5, plots.Curve(x, np.where(x < 5, 1e-3, 1e-4))))
+    assert_nothing_is_cut_off(plots.epochs(curve, 5, plots.Curve(x, np.where(x <= 5, 1e-3, 1e-4))))
     assert_nothing_is_cut_off(plots.loss_by_step(plots.Curve(x, x)))
 
 
 def test_epochs_shade_the_frozen_ones_and_mark_the_rates_steps():
-    x = np.arange(10.0)
+    x = np.arange(10.0) + 1
     curves = {"val/loss": plots.Curve(x, x)}
     axes = plots.epochs(curves, 3, plots.Curve(x, np.repeat([1.0, 0.5, 0.25], [3, 4, 3]))).axes[0]
     assert axes.patches[0].get_extents().transformed(axes.transData.inverted()).intervalx == pytest.approx([0.5, 3.5])

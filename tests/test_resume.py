@@ -70,12 +70,12 @@ def test_an_override_that_the_checkpoint_would_undo_is_refused(tmp_path, undistu
     assert [row for row in after if row[0].endswith(".ckpt")] == [row for row in before if row[0].endswith(".ckpt")]
     # What the checkpoint does not fix may change: more epochs.
     run_fit(tmp_path, run, "--trainer.max_epochs=5")
-    assert [step for step, _ in curves(tmp_path / RUN)["val/acc"]] == [0, 1, 2, 3, 4]
+    assert [step for step, _ in curves(tmp_path / RUN)["val/acc"]] == [1, 2, 3, 4, 5]
 
 
 def test_ckpt_path_continues_in_a_new_run(tmp_path, undisturbed):
     run_fit(tmp_path, *JOB, "--trainer.max_epochs=5", f"--ckpt_path={undisturbed / LAST}")
-    assert [step for step, _ in curves(tmp_path / RUN)["val/acc"]] == [4]
+    assert [step for step, _ in curves(tmp_path / RUN)["val/acc"]] == [5]
 
 
 def test_words_for_size_and_statistics_mean_on_resuming_what_they_meant(tmp_path):

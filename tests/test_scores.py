@@ -98,8 +98,8 @@ def test_an_epoch_without_validation_shows_none_and_steps_no_plateau(tmp_path, m
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
     assert ["val loss" in line for line in lines] == [False, True, False]
     logged = curves(RUN)
-    assert [epoch for epoch, _ in logged["val/acc"]] == [epoch for epoch, _ in logged["val/loss"]] == [1]
-    assert [epoch for epoch, _ in logged["train/acc"]] == [0, 1, 2]
+    assert [epoch for epoch, _ in logged["val/acc"]] == [epoch for epoch, _ in logged["val/loss"]] == [2]
+    assert [epoch for epoch, _ in logged["train/acc"]] == [1, 2, 3]
     last = torch.load(Path(RUN, "checkpoints/last.ckpt"), weights_only=True)
     assert last["lr_schedulers"][0]["last_epoch"] == 1, "one validation, one step"
 

@@ -24,6 +24,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 BLUE, ORANGE, SKY, GREY = COLOURS[0], COLOURS[1], COLOURS[5], "#999999"
 DPI = 100
 NUMBERED = 20  # classes up to which a confusion matrix has numbers in its cells
+BY_EPOCH = ("train/loss_epoch", "val/loss", "train/acc", "val/acc", "lr")
 SMOOTHED = 0.95  # weight of the past in the smoothed loss, as TensorBoard's slider has it
 BASE = "DejaVu Sans"  # comes with matplotlib
 # Broad fonts of the systems people have, tried before all others, whose choice would be arbitrary.
@@ -99,7 +100,7 @@ def epochs(curves: dict[str, Curve], frozen: int, lr: Curve) -> Figure:
     """Loss and accuracy per epoch.
 
     Args:
-        curves: `train/loss_epoch`, `val/loss`, `train/acc`, `val/acc`, by epoch from 0; what is missing is left out.
+        curves: `train/loss_epoch`, `val/loss`, `train/acc`, `val/acc`, by epoch from 1; what is missing is left out.
         frozen: Epochs with a frozen backbone, which are shaded.
         lr: Learning rate by epoch; where it changed is marked, if it did so in steps.
     """
@@ -113,12 +114,12 @@ def epochs(curves: dict[str, Curve], frozen: int, lr: Curve) -> Figure:
         axes = figure.add_subplot(1, 2, number + 1)
         for tag, color, label, marker in zip(tags, (BLUE, ORANGE), ("training", "validation"), "os", strict=True):
             if tag in curves:
-                axes.plot(curves[tag].x + 1, scale * curves[tag].y, marker + "-", color=color, ms=3, label=label)
+                axes.plot(curves[tag].x, scale * curves[tag].y, marker + "-", color=color, ms=3, label=label)
         if frozen:
             axes.axvspan(0.5, frozen + 0.5, color=GREY, alpha=0.2, lw=0, label="backbone frozen")
         for epoch in changes:
             axes.axvline(
-                epoch + 0.5, color=GREY, ls=":", lw=1, label="learning rate changed" if epoch == changes[0] else None
+                epoch - 0.5, color=GREY, ls=":", lw=1, label="learning rate changed" if epoch == changes[0] else None
             )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.02)

@@ -32,6 +32,9 @@ def curves(run: Path) -> dict[str, Figure]:
     for tag in events.Tags()["scalars"]:
         points = [(event.step, event.value) for event in events.Scalars(tag)]
         found[tag] = plots.Curve(*np.array(points, np.float64).T)
+    if "lr" in found and found["lr"].x[0] == 0:  # of version 0.1.0, which counted epochs from 0
+        epochs = {tag: plots.Curve(found[tag].x + 1, found[tag].y) for tag in plots.BY_EPOCH if tag in found}
+        found |= epochs
     drawn = {}
     if "train/loss" in found:
         drawn["loss"] = plots.loss_by_step(found["train/loss"])

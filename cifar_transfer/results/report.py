@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from cifar_transfer.console import duration, say
+from cifar_transfer.console import counted, duration, say
 from cifar_transfer.errors import first_line
 from cifar_transfer.files import atomic_write
 from cifar_transfer.results import publish
@@ -122,7 +122,7 @@ class Report(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch's scores."""
         scores = pl_module.epoch_scores()  # type: ignore[operator] # of our modules
-        parts = [f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"]
+        parts = [f"epoch {counted(trainer.current_epoch):>3}/{trainer.max_epochs}"]
         for split, loss in (("train", "train/loss_epoch"), ("val", "val/loss")):
             if loss in scores:
                 parts.append(f"{split} loss {scores[loss]:.3f} acc {scores[f'{split}/acc']:6.2%}")

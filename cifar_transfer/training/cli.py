@@ -15,7 +15,7 @@ from jsonargparse import ActionYesNo
 from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from cifar_transfer import console
@@ -42,7 +42,7 @@ Take a pretrained network, give it a new head, train the head, then everything. 
   --data=ImageFolderDataModule       your own images, photos/train/<class>/*,
   --data.root=photos                 and where they are
   --data.batch_size=128              images a step and process (64)
-  --freeze.unfreeze_epoch=3          the first epoch that trains everything (5); 0: from the beginning
+  --freeze.unfreeze_epoch=3          epochs with a frozen backbone (5); 0: none
   --model.lr=3e-4                    learning rate until then (1e-3),
   --freeze.unfrozen_lr=5e-5          and from then on (1e-4)
   --find_lr                          trains nothing, and suggests both rates
@@ -218,7 +218,7 @@ class FitCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs | find_lr.settings())
         self.trainer_defaults["callbacks"] = [
             *self._callbacks(options),
-            *([TQDMProgressBar(leave=False)] if bar else []),
+            *([console.ProgressBar()] if bar else []),
         ]
         if not options.fast_dev_run:
             # First, because others ask for the run's folder when training starts.

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from cifar_transfer.console import counted
 from cifar_transfer.errors import UserError
 from cifar_transfer.training.freeze import BackboneFreeze
 
@@ -61,14 +62,15 @@ class Guard(Callback):
         """Check the validation loss, the mean over all processes."""
         loss = trainer.callback_metrics.get("val/loss")
         if loss is not None and not math.isfinite(loss) and not trainer.sanity_checking:
-            self._stop(trainer, f"validation loss of epoch {trainer.current_epoch + 1}")
+            self._stop(trainer, f"validation loss of epoch {counted(trainer.current_epoch)}")
 
     def _stop(self, trainer: Trainer, what: str) -> None:
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         full = trainer.precision in ("32-true", "64-true")
+        epoch = counted(trainer.current_epoch)
         raise UserError(
-            f"The {what} is NaN or infinite (epoch {trainer.current_epoch + 1}, learning rate {lr:.2g}), so the run "
-            f"ends here; the checkpoints written before are good. Try a lower learning rate, gradient_clip_val=1"
+            f"The {what} is NaN or infinite (epoch {epoch}, learning rate {lr:.2g}), so the run ends here; the "
+            f"checkpoints written before are good. Try a lower learning rate, gradient_clip_val=1"
             f"{'' if full else ', precision=32-true'}, or look at the augmented images."
         )
 
@@ -80,7 +82,7 @@ class Guard(Callback):
         """When the backbone's last frozen epoch is over, warn if it taught the head nothing."""
         freeze = next((c for c in trainer.callbacks if isinstance(c, BackboneFreeze)), None)  # type: ignore[attr-defined]
         data = getattr(trainer, "datamodule", None)
-        if freeze is None or data is None or trainer.current_epoch + 1 != freeze.unfreeze_epoch:
+        if freeze is None or data is None or counted(trainer.current_epoch) != freeze.unfreeze_epoch:
             return
         if trainer.global_step < ENOUGH:
             return

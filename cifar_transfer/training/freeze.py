@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from cifar_transfer.console import counted
 from cifar_transfer.errors import UserError, check
 from cifar_transfer.training import resume
 from cifar_transfer.training.optimizer import HEAD, LARGEST_RATE
@@ -30,8 +31,8 @@ class BackboneFreeze(Callback):
     """Keep parameters frozen for the first epochs, then unfreeze them at another learning rate.
 
     Args:
-        unfreeze_epoch: The first epoch (from 0) in which everything trains. 0 never freezes and leaves the learning
-            rate alone; beyond the last epoch only the head is ever trained (a linear probe).
+        unfreeze_epoch: How many epochs the parameters stay frozen. 0 never freezes and leaves the learning rate
+            alone; with all epochs of the run only the head is ever trained (a linear probe).
         unfrozen_lr: Learning rate from then on of all parameter groups but one named "head"; None leaves it as it is. A
             `ReduceLROnPlateau` starts afresh, because losses of the frozen phase do not compare with later ones; a
             schedule of steps keeps its curve, which now leads up to this rate.
@@ -105,7 +106,7 @@ class BackboneFreeze(Callback):
         """Apply the state, which may come from a checkpoint: a run resumed within an epoch skips its start."""
         self._apply(trainer, pl_module)
         total = sum(p.numel() for p in pl_module.parameters())
-        until = f"backbone frozen until epoch {self.unfreeze_epoch}" if not self.unfrozen else "nothing frozen"
+        until = f"backbone frozen for {self.unfreeze_epoch} epochs" if not self.unfrozen else "nothing frozen"
         rank_zero_info(f"Trainable parameters: {_trainable(pl_module):,} of {total:,} ({until}).")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,9 +122,8 @@ class BackboneFreeze(Callback):
         if transition:
             self._start_afresh(trainer)
             rate = "" if self.unfrozen_lr is None else f", learning rate {self.unfrozen_lr:g}"
-            rank_zero_info(
-                f"Epoch {trainer.current_epoch}: unfrozen{rate}; trainable {_trainable(pl_module):,} parameters."
-            )
+            epoch, count = counted(trainer.current_epoch), _trainable(pl_module)
+            rank_zero_info(f"Epoch {epoch}: unfrozen{rate}; trainable {count:,} parameters.")
 
     def _require_grad(self, pl_module: LightningModule) -> bool:
         changed = False

@@ -110,7 +110,7 @@ def trim_events(run: Path, epochs: int, steps: int) -> None:
 
     Args:
         run: Folder of the run.
-        epochs: How many are not trained again; scores of epochs have the epoch as their step.
+        epochs: How many are not trained again; scores of epochs have the epoch, from 1, as their step.
         steps: How many optimizer steps are not made again.
     """
     for path in sorted(run.glob("events.out.tfevents.*")):
@@ -119,5 +119,6 @@ def trim_events(run: Path, epochs: int, steps: int) -> None:
             for event in LegacyEventFileLoader(str(path)).Load():  # stops before a record that was cut short
                 tags = {value.tag for value in event.summary.value}
                 final = any(tag.startswith("best/") for tag in tags)
-                if not tags or (not final and event.step < (epochs if tags & EPOCH_TAGS else steps)):
+                kept = event.step <= epochs if tags & EPOCH_TAGS else event.step < steps
+                if not tags or (kept and not final):
                     writer.write(event.SerializeToString())

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from cifar_transfer.console import counted
 from cifar_transfer.data.images import Batch
 
 EPOCH_SCORES: tuple[str, ...] = ("train/acc", "train/loss_epoch", "val/acc", "val/loss")
@@ -103,7 +104,7 @@ class ScoredModule(LightningModule):
         scores["lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         scores["trainable_parameters"] = float(sum(p.numel() for p in self.parameters() if p.requires_grad))
         for logger in self.loggers:
-            logger.log_metrics(scores, step=self.current_epoch)
+            logger.log_metrics(scores, step=counted(self.current_epoch))
             logger.save()
         if not self.trainer.is_last_batch:  # max_steps or max_time ended the run here; resumed, it ends the epoch
             return
