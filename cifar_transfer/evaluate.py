@@ -9,6 +9,7 @@ from lightning import Trainer
 from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer import console
+from cifar_transfer.data import splits
 from cifar_transfer.errors import one_sentence
 from cifar_transfer.results.predictions import PROJECTED, CollectPredictions
 from cifar_transfer.results.publish import publish
@@ -48,6 +49,7 @@ def evaluate(
     console.hush()
     checkpoint = read_checkpoint(ckpt)
     data = load_data(checkpoint, **({"root": root} if root else {}))
+    data.recorded = splits.read(ckpt)
     collected = CollectPredictions(PROJECTED if projector else 0) if figures else None
     trainer = Trainer(
         accelerator=accelerator,

@@ -6,7 +6,7 @@ import pytest
 from conftest import quiet_trainer, untouched, write_images
 
 from cifar_transfer import ImageFolderDataModule, TransferClassifier
-from cifar_transfer.data.module import check_classes
+from cifar_transfer.data.classes import check_classes
 from cifar_transfer.errors import UserError
 from cifar_transfer.evaluate import evaluate
 from cifar_transfer.fit import fit

@@ -19,7 +19,7 @@ from PIL import Image
 from cifar_transfer import Augment, CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule, TransferClassifier
 from cifar_transfer.data import cifar
 from cifar_transfer.data.cache import CACHE_FOLDER
-from cifar_transfer.data.images import read_image, stratified
+from cifar_transfer.data.images import read_image
 from cifar_transfer.data.module import step_seed
 from cifar_transfer.errors import UserError
 
@@ -127,17 +127,6 @@ def test_what_is_not_there_is_downloaded_once(tmp_path, batches, monkeypatch):
 def test_no_network_says_the_three_ways_out(tmp_path):
     with pytest.raises(UserError, match=r"--data\.url=URL.*yourself.*make demo"):
         CIFAR10DataModule(str(tmp_path), url="http://127.0.0.1:9/x").prepare_data()
-
-
-def test_the_held_out_images_are_stratified_and_the_same_for_a_seed():
-    labels = np.repeat(np.arange(10), 50)
-    kept, held_out = stratified(labels, 0.1, seed=3)
-    assert np.bincount(labels[held_out]).tolist() == [5] * 10
-    assert sorted([*kept, *held_out]) == list(range(500))
-    assert np.array_equal(held_out, stratified(labels, 0.1, seed=3)[1])
-    assert not np.array_equal(held_out, stratified(labels, 0.1, seed=4)[1])
-    few = np.array([0, 0, 0, 1, 1, 2])
-    assert np.bincount(few[stratified(few, 0.1, seed=0)[1]], minlength=3).tolist() == [1, 1, 0]
 
 
 def test_val_fraction_zero_validates_on_the_test_images_and_says_so():
@@ -337,7 +326,7 @@ def test_processes_share_the_memory_of_the_images(tmp_path):
     data = ImageFolderDataModule(str(tmp_path), batch_size=16)
     data.prepare_data()
     data.setup()
-    assert sum(len(labels) for _, labels in data.train_dataloader()) == 116
+    assert sum(len(labels) for _, labels in data.train_dataloader()) == len(data.images["train"]) > 96
     kilobytes = dict.fromkeys(("Rss", "Private_Dirty", "Anonymous"), 0)
     ours = False
     for line in Path("/proc/self/smaps").read_text().splitlines():

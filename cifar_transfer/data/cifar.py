@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torchvision.datasets import CIFAR10
 
 from cifar_transfer.data.cache import cached
-from cifar_transfer.data.folder import class_files, folder_images
+from cifar_transfer.data.folder import class_files, folder_images, names_below
 from cifar_transfer.data.images import ArrayImages, Images
 from cifar_transfer.data.module import ImageDataModule, Split
 from cifar_transfer.download import fetch
@@ -84,7 +84,16 @@ class CIFAR10DataModule(ImageDataModule):
         folder = image_folder(self.root)
         assert folder is not None, "prepare_data has not run"
         paths, labels = class_files(folder / split, CLASSES)
-        return folder_images(paths, labels, folder, split, size=(32, 32), limit_gb=1.0)
+        images = folder_images(paths, labels, folder, split, size=(32, 32), limit_gb=1.0)
+        images.names = [_numbered(name) for name in names_below(folder / split, paths)]
+        return images
+
+
+def _numbered(name: str) -> str:
+    """A name as the batches have it, if it is a number: "cat/42" for "cat/00042.png"."""
+    label, _, file = name.rpartition("/")
+    stem = file.partition(".")[0]
+    return f"{label}/{int(stem)}" if stem.isdecimal() else name
 
 
 def image_folder(root: Path) -> Path | None:

@@ -106,7 +106,9 @@ class ImageFolderDataModule(ImageDataModule):
                 *(pixels(size), f"{other:,}", f"{len(self._sizes):,}"),
             )
         paths, labels = self._listed(split)
-        return folder_images(paths, labels, self.root, split, size, self.cache_limit_gb, self.max_megapixels)
+        images = folder_images(paths, labels, self.root, split, size, self.cache_limit_gb, self.max_megapixels)
+        images.names = names_below(folder, paths)
+        return images
 
     def choose_size(self, largest: int | None) -> Size:
         """`decode_size`, or what suits the training images and the network.
@@ -160,6 +162,11 @@ def class_files(folder: Path, classes: Sequence[str]) -> tuple[list[str], np.nda
             f"{folder} has no images of {', '.join(empty)} ({' '.join(IMG_EXTENSIONS)}): add some, or remove the class."
         )
     return [path for found in files for path in found], np.repeat(np.arange(len(classes)), [*map(len, files)])
+
+
+def names_below(folder: Path, paths: Sequence[str]) -> list[str]:
+    """Paths below a folder, relative to it, with "/" on every system."""
+    return [path.removeprefix(f"{folder}{os.sep}").replace(os.sep, "/") for path in paths]
 
 
 def folder_images(

@@ -119,9 +119,11 @@ class Images(Dataset[Batch]):
 
     Attributes:
         on_the_fly: Whether reading means decoding, so that worker processes pay.
+        names: N different texts, class and name of each image, say "cat/007.png"; None: it has only its number.
     """
 
     on_the_fly = False
+    names: Sequence[str] | None = None
 
     def __init__(self, labels: np.ndarray) -> None:
         self.labels = np.asarray(labels, dtype=np.int64)
@@ -200,24 +202,3 @@ class FileImages(Images):
 def cores() -> int:
     """How many cores this process may use; a batch scheduler or container often grants fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split rows into two, keeping the share of every class.
-
-    Args:
-        labels: int64 [N].
-        fraction: Share of each class that goes into the second part, in (0, 1), rounded, but at least one image of
-            every class that has two.
-        seed: The same seed gives the same rows.
-
-    Returns:
-        Two sorted int64 arrays of row numbers, together 0..N-1.
-    """
-    rng = np.random.default_rng(seed)
-    held_out = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
-        count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
-        held_out[rows[:count]] = True
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)

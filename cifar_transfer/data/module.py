@@ -7,9 +7,10 @@ so that a checkpoint can be used without the data module that trained it. The si
 here, once, from the training images and from what the network asks for (see `geometry`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +19,17 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from cifar_transfer.data import splits
 from cifar_transfer.data.augment import Augment
 from cifar_transfer.data.geometry import Size
-from cifar_transfer.data.images import Batch, Images, cores, stratified
+from cifar_transfer.data.images import Batch, Images, cores
 from cifar_transfer.data.loading import check_processes, evaluation_loader, training_loader
+from cifar_transfer.data.splits import SPLITS, Names, Split
 from cifar_transfer.errors import UserError, check
 
-Split = Literal["train", "val", "test"]
 LARGEST_BATCH = 65536  # images; more is a slip of the finger
 MOST_WORKERS = 512
-SHOWN_CLASSES = 10  # names in a message
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
+HASH, PERMUTATION = "hash", "permutation"  # how images are held out; checkpoints that do not say how are older
 
 
 class ImageDataModule(LightningDataModule):
@@ -41,9 +42,10 @@ class ImageDataModule(LightningDataModule):
     Args:
         batch_size: Images a step and process, at least 2 (batch-norm cannot normalise one).
         eval_batch_size: Images a batch in validation and test.
-        val_fraction: Share of every class of the training images held out for validation, in [0, 1). With 0, validation
-            is done on the test images, and the test figure is then not clean. Not used when the data have their own
-            validation images.
+        val_fraction: About this share of every class of the training images is held out for validation, in [0, 1).
+            Which ones follows from `seed` and their classes and names, so that images that come or go move no other.
+            With 0, validation uses the test images, and the test figure is then not clean. Not used when the data have
+            their own validation images.
         augment: Training augmentation; its options switch each operation off at 0.
         num_workers: Processes that decode images that are not cached; None takes one for each core. Cached images are
             read by the process itself, which is faster.
@@ -81,6 +83,8 @@ class ImageDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_fraction, self.augment, self.num_workers, self.seed = val_fraction, augment, num_workers, seed
         self.images: dict[Split, Images] = {}
+        self.names: Names = {}  # of the images of each split
+        self.recorded: Names | None = None  # the splits of a run that is continued or evaluated
         self._loaded: dict[Split, Images | None] = {}
         self.size: Size | None = None  # that `load` brings images to
 
@@ -91,7 +95,7 @@ class ImageDataModule(LightningDataModule):
         """
         own = ("batch_size", "eval_batch_size", "val_fraction", "num_workers", "seed")
         shared = {name: getattr(self, name) for name in own} | {"augment": asdict(self.augment)}
-        self.save_hyperparameters({"data": type(self).__name__} | shared | options)
+        self.save_hyperparameters({"data": type(self).__name__, "held_out_by": HASH} | shared | options)
 
     @property
     def class_names(self) -> list[str]:
@@ -164,23 +168,75 @@ class ImageDataModule(LightningDataModule):
                     f"The {split} images have labels from {labels.min()} to {labels.max()}, but the {self.num_classes} "
                     f"classes are numbered from 0 to {self.num_classes - 1}."
                 )
-        if val is None and self.val_fraction > 0:
-            kept, held_out = stratified(train.labels, self.val_fraction, self.seed)
-            if not len(held_out):
-                raise UserError(f"val_fraction={self.val_fraction} of {len(train)} images holds out none: raise it.")
-            train, val = train.subset(kept), train.subset(held_out)
-        elif val is None:
+        if val is None and self.val_fraction == 0:
             if test is None:
                 raise UserError("There is nothing to validate on: set val_fraction or add a folder val/.")
-            val = test
             rank_zero_warn(
                 "val_fraction=0: validation uses the test images, so the schedule and the choice of the checkpoint "
                 "have seen them and the test figure is not clean."
             )
-        self.images = {"train": train, "val": val}
-        if test is not None:
-            self.images["test"] = test
+        self.images = {split: images for split, images in self._loaded.items() if images is not None}
+        self.names = {split: self._names(split, images) for split, images in self.images.items()}
+        self._validate_on("val" if val is not None else "train" if self.val_fraction else "test")
+        self.images = {split: self.images[split] for split in SPLITS if split in self.images}
         rank_zero_info("Images: %s", ", ".join(f"{len(images):,} {split}" for split, images in self.images.items()))
+
+    def _names(self, split: Split, images: Images) -> list[str]:
+        """Of images that have only a number it tells them apart: they are always the same ones in the same order."""
+        names = images.names or [f"{self.class_names[label]}/{row}" for row, label in enumerate(images.labels)]
+        return [f"{split}/{name}" for name in names]
+
+    def _validate_on(self, source: Split) -> None:
+        """Take the validation images from those of a split: the recorded ones, else those held out, or all."""
+        names, images = self.names[source], self.images[source]
+        if self.recorded:
+            known = set(self.recorded["val"])
+            chosen = np.array([name in known for name in names])
+            if said := splits.changes(self.names, self.recorded):
+                rank_zero_info(said)
+        elif source != "train":
+            chosen = np.ones(len(images), dtype=bool)
+        elif self.hparams.get("held_out_by") != PERMUTATION:
+            relative = [name.partition("/")[2] for name in names]
+            chosen = splits.hold_out(relative, images.labels, self.val_fraction, self.seed)
+        else:
+            chosen = splits.hold_out_as_before(images.labels, self.val_fraction, self.seed)
+        if not chosen.any():
+            raise UserError(
+                "None of the images that the run validated on is left: put them back, or begin a new run."
+                if self.recorded
+                else f"val_fraction={self.val_fraction} of {len(images)} images holds out none: raise it."
+            )
+        self.images["val"] = images if chosen.all() else images.subset(np.flatnonzero(chosen))
+        self.names["val"] = [name for name, one in zip(names, chosen, strict=True) if one]
+        if source == "train":
+            self.images["train"] = images.subset(np.flatnonzero(~chosen))
+            self.names["train"] = [name for name, one in zip(names, chosen, strict=True) if not one]
+
+    def continue_run(self, checkpoint: str | Path, saved: Mapping[str, Any]) -> None:
+        """Validate on the images that the run of a checkpoint has validated on, called after `setup`.
+
+        Args:
+            checkpoint: The file; the run's record is looked for in its folder.
+            saved: The options of the data module in it. Those of an older version have another choice, and no record.
+
+        Raises:
+            UserError: The record is damaged, or none of its validation images is left.
+        """
+        choice = saved.get("held_out_by", PERMUTATION)
+        recorded = None if self.recorded else splits.read(checkpoint)
+        other = recorded and ({*recorded["val"]} != {*self.names["val"]} or splits.changes(self.names, recorded))
+        if other or choice != self.hparams.get("held_out_by"):
+            self.recorded = self.recorded or recorded
+            self.hparams["held_out_by"] = choice
+            self._split()
+
+    def record_splits(self, folder: Path) -> None:
+        """Record in a run's folder which image is in which split; those that are gone are remembered."""
+        before = self.recorded or {split: [] for split in SPLITS}
+        here = {name for names in self.names.values() for name in names}
+        gone = {split: [name for name in before[split] if name not in here] for split in SPLITS}
+        splits.write(folder, {split: self.names.get(split, []) + gone[split] for split in SPLITS})
 
     def _images(self, split: Split) -> tuple[Images, int, int, int]:
         """The images of a split, the processes that read them, this process and how many there are."""
@@ -232,32 +288,3 @@ def to_float(images: Tensor) -> Tensor:
 def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
     """A seed of 63 bits that differs for every seed, epoch, step of the epoch and rank."""
     return int(np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def check_classes(trained: Sequence[str], found: Sequence[str]) -> None:
-    """Refuse data whose labels mean other classes than those that a network was trained for.
-
-    Args:
-        trained: The names of the network's classes, in the order of its outputs.
-        found: Those of the data, in the order of the labels.
-
-    Raises:
-        UserError: The names or their order differ; the message has both lists, of long ones what differs.
-    """
-    if list(trained) == list(found):
-        return
-    lists = [list(trained), list(found)]
-    reordered = sorted(trained) == sorted(found)
-    if max(map(len, lists)) > SHOWN_CLASSES:  # only what differs
-        if reordered:
-            lists = [[name for name, other in zip(a, b, strict=True) if name != other] for a, b in (lists, lists[::-1])]
-        else:
-            lists = [[name for name in a if name not in b] for a, b in (lists, lists[::-1])]
-    ours, theirs = (
-        ", ".join(names[:SHOWN_CLASSES]) + (", ..." if len(names) > SHOWN_CLASSES else "") or "none besides"
-        for names in lists
-    )
-    raise UserError(
-        f"The data have {'their classes in another order' if reordered else 'other classes'} than the network was "
-        f"trained for: the network {ours}; the data {theirs}. Name the classes as they were, or begin a new run."
-    )

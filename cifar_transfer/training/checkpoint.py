@@ -15,7 +15,7 @@ from cifar_transfer.data.augment import Augment
 from cifar_transfer.data.cifar import CIFAR10DataModule
 from cifar_transfer.data.folder import ImageFolderDataModule
 from cifar_transfer.data.geometry import Geometry
-from cifar_transfer.data.module import ImageDataModule
+from cifar_transfer.data.module import PERMUTATION, ImageDataModule
 from cifar_transfer.data.shapes import ShapesDataModule
 from cifar_transfer.errors import UserError, first_line
 from cifar_transfer.files import atomic_write
@@ -106,12 +106,14 @@ def load_data(checkpoint: dict, **overrides: str | int | None) -> ImageDataModul
         )
     try:
         options["augment"] = Augment(**options["augment"])
+        choice = options.pop("held_out_by", PERMUTATION)
         data = DATA_MODULES[name](**options | overrides)
         if checkpoint.get("input_size"):
             data.fixed_size = Geometry.of(checkpoint).size
-        return data
     except (KeyError, TypeError) as error:
         raise UserError(f"The checkpoint's options for its data are not those of this version ({error}).") from None
+    data.hparams["held_out_by"] = choice
+    return data
 
 
 def keep_size(data: ImageDataModule, model: TransferClassifier, checkpoint: dict) -> None:

@@ -6,15 +6,17 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from cifar_transfer import __version__
+from cifar_transfer.data.classes import check_classes
 from cifar_transfer.data.geometry import pixels
 from cifar_transfer.data.images import LARGEST_SIDE, Batch
-from cifar_transfer.data.module import check_classes
+from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.errors import UserError, check
 from cifar_transfer.network import build
 from cifar_transfer.training import optimizer, resume
@@ -253,9 +255,13 @@ class TransferClassifier(SizedModule):
         if self._trainer is None:
             return
         saved = checkpoint.get("hyper_parameters", {})
-        own = self.hparams["class_names"] or getattr(self.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
+        data = getattr(self.trainer, "datamodule", None)
+        own = self.hparams["class_names"] or getattr(data, "class_names", None)
         if saved.get("class_names") and own:
             check_classes(saved["class_names"], own)
+        options = checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY)
+        if isinstance(data, ImageDataModule) and options and self.trainer.ckpt_path:
+            data.continue_run(self.trainer.ckpt_path, options)
         if self._trainer.state.fn != TrainerFn.FITTING:
             return
         for change in resume.compare_checkpoint(self.trainer, self.hparams, checkpoint):

@@ -182,6 +182,7 @@ class RunFolder(Callback):
             for place in (self.resumed, self.resumed / "checkpoints"):
                 remove_partial(place)
             trim_events(self.resumed, *_done(self.state))
+        trainer.datamodule.record_splits(folder)  # type: ignore[attr-defined] # as it is one of ours
         with atomic_write(folder / CONFIG) as file:
             file.write(self.config.encode())
         if isinstance(trainer.logger, TensorBoardLogger):

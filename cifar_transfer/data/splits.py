@@ -1,0 +1,94 @@
+"""Which image is in which split: chosen by a hash, recorded with the run, kept when the run continues."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from cifar_transfer.errors import UserError
+from cifar_transfer.files import atomic_write
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+RECORD = "splits.json.gz"  # in the folder of a run
+Names = dict[Split, list[str]]  # of the images of each split, as "train/cat/007.png": where it lies, class, name
+
+
+def hold_out(names: Sequence[str], labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Choose images by a hash of their names, so that adding or removing some moves no other.
+
+    The exception: the image with the lowest hash of each class of two or more is held out even if its hash is above
+    the threshold, and the one with the highest hash of each class is not.
+
+    Args:
+        names: N texts, different ones: class and name of each image.
+        labels: int64 [N].
+        fraction: Share to hold out, in (0, 1). Of n images it is met up to about `sqrt(n * fraction)`.
+        seed: Another seed chooses other images.
+
+    Returns:
+        bool [N], whether an image is held out.
+    """
+    key = str(seed).encode()
+    digests = (blake2b(name.encode(errors="surrogatepass"), digest_size=8, key=key).digest() for name in names)
+    hashes = np.frombuffer(b"".join(digests), ">u8")
+    held_out = hashes < fraction * 2.0**64
+    order = np.lexsort((hashes, labels))  # by class, then by hash
+    last = np.flatnonzero(np.diff(labels[order], append=-1))
+    held_out[order[np.concatenate(([0], last[:-1] + 1))]] = True
+    held_out[order[last]] = False
+    return held_out
+
+
+def hold_out_as_before(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """The choice of older runs, which are continued with it: by a permutation of each class; else as `hold_out`."""
+    rng = np.random.default_rng(seed)
+    held_out = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
+        held_out[rows[:count]] = True
+    return held_out
+
+
+def write(folder: Path, names: Names) -> None:
+    """Record the splits of a run in its folder."""
+    with atomic_write(folder / RECORD) as file:
+        file.write(gzip.compress(json.dumps(names).encode(), mtime=0))  # ASCII, with escapes for all else
+
+
+def read(checkpoint: str | Path) -> Names | None:
+    """The splits recorded by the run that a checkpoint lies in, or None where there is no record.
+
+    Raises:
+        UserError: The record is damaged.
+    """
+    parents = Path(checkpoint).resolve().parents  # RUN/checkpoints/last.ckpt, or SLURM's RUN/hpc_ckpt_1.ckpt
+    path = next((folder / RECORD for folder in parents[:2][::-1] if (folder / RECORD).is_file()), None)
+    if path is None:
+        return None
+    try:
+        names = json.loads(gzip.decompress(path.read_bytes()))
+        return {split: [str(name) for name in names[split]] for split in SPLITS}
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path}, the record of which images were trained on, is damaged: restore it, or remove it if the images "
+            f"are those that the run began with."
+        ) from None
+
+
+def changes(now: Names, before: Names) -> str | None:
+    """What has changed since the splits were recorded, in a sentence, or None."""
+    present, recorded = ({name for names in splits.values() for name in names} for splits in (now, before))
+    new, gone = len(present - recorded), len(recorded - present)
+    if not new and not gone:
+        return None
+    return (
+        f"The images have changed since the run began: {new:,} are new and {gone:,} are gone. Validation stays with "
+        f"those of its images that are left."
+    )
