@@ -124,7 +124,7 @@ def test_a_resumed_configuration_may_name_lightnings_classes_and_what_the_comman
     assert "mine.Mine" in text
     stopping = "{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/loss}}"
     config.write_text(text.replace("callbacks: null", f"callbacks: [{stopping}]"))
-    with pytest.raises(UserError, match=r"names mine\.Mine.*name it on the command line too"):
+    with pytest.raises(UserError, match=r"mine\.Mine.*not allowed.*name it on the command line too"):
         FitCLI([f"--resume={RUN}"])
     cli = FitCLI([f"--resume={RUN}", "--data=mine.Mine"])
     assert type(cli.datamodule).__module__ == "mine"
