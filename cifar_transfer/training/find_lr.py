@@ -121,6 +121,7 @@ def find_lr(trainer: Trainer, model: TransferClassifier, data: LightningDataModu
         curves.append(Curve(title, option, test.rates, test.losses, *suggest(test.rates, test.losses)))
     path = Path(trainer.default_root_dir, PLOT)
     if trainer.is_global_zero:
+        path.parent.mkdir(parents=True, exist_ok=True)
         plot(curves).savefig(path, dpi=110)
     if found := [str(curve) for curve in curves if curve.suggestion]:
         say(trainer, f"options     {' '.join(found)}")
