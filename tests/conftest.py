@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from filelock import FileLock
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -138,8 +139,23 @@ def program(tmp_path):
     assert not marker.exists(), "it was run"
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    run_fit(folder, *TINY, "--trainer.max_epochs=1", "--freeze.unfreeze_epoch=0", "--report.figures=true")
+def once(tmp_path_factory, name, make):
+    """A folder that one of the test processes fills with `make(folder)`, for all of them to read.
+
+    xdist's own way, `--dist loadgroup`, has no effect under pytest 9.2 (seen with xdist 3.8).
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            making = folder.with_name(f"{name} in the making")
+            making.mkdir(exist_ok=True)
+            make(making)
+            making.rename(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    options = [*TINY, "--trainer.max_epochs=1", "--freeze.unfreeze_epoch=0", "--report.figures=true"]
+    return once(tmp_path_factory, "run", lambda folder: run_fit(folder, *options))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, run_fit, weights
+from conftest import TINY, once, run_fit, weights
 
 from cifar_transfer import TransferClassifier
 
@@ -16,10 +16,13 @@ JOB = Path(__file__).with_name("ddp_job.py")
 
 
 def run(folder, strategy, devices):
-    folder.mkdir()
     command = [sys.executable, JOB, folder, strategy, str(devices)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def results(folder, devices):
+    """What each rank saw, and its scores in the test."""
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(devices)]
     return ranks, [torch.load(folder / f"test{rank}.pt", weights_only=True) for rank in range(devices)]
 
@@ -27,7 +30,7 @@ def run(folder, strategy, devices):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """`--trainer.devices=2` alone."""
-    return run(tmp_path_factory.mktemp("ddp") / "auto", "auto", 2)
+    return results(once(tmp_path_factory, "ddp", lambda folder: run(folder, "auto", 2)), 2)
 
 
 def assert_equal_ranks(ranks):
@@ -47,7 +50,8 @@ def test_ranks_are_equal_to_the_last_bit_after_the_unfreezing(plain):
 @pytest.mark.whole
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true"])
 def test_ranks_are_equal_under_the_named_strategies(tmp_path, strategy):
-    ranks, _ = run(tmp_path / strategy, strategy, 2)
+    run(tmp_path, strategy, 2)
+    ranks, _ = results(tmp_path, 2)
     assert_equal_ranks(ranks)
 
 

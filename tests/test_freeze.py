@@ -105,6 +105,11 @@ def test_a_pattern_that_matches_nothing_is_refused(tmp_path):
         fit(tmp_path, BackboneFreeze(frozen=["nonsense"]), 1)
 
 
+def test_a_pattern_that_matches_everything_is_refused(tmp_path):
+    with pytest.raises(UserError, match="freezes every parameter, also the head's"):
+        fit(tmp_path, BackboneFreeze(frozen=[r"network\..*"]), 1)
+
+
 def test_a_module_without_a_named_head_is_not_frozen_as_a_whole(tmp_path):
     module, _ = make()
     del module.heads

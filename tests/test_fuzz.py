@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import write_images
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from cifar_transfer.data.cifar import CLASSES
 from cifar_transfer.errors import one_sentence
+from cifar_transfer.fit import fit
 from cifar_transfer.results.report import Report
 from cifar_transfer.training.classifier import TransferClassifier
 from cifar_transfer.training.cli import FitCLI
@@ -314,6 +315,45 @@ SETTINGS = settings(
 @given(configurations().filter(lambda drawn: not too_large(drawn[1])))
 def test_a_sample_of_configurations(place, drawn):
     trains_as_given_or_says_why_not(*drawn)
+
+
+# What ends a run earlier, or takes longer than a test should.
+SHORT = ("trainer.fast_dev_run", "trainer.max_epochs", "trainer.default_root_dir", "model.warmup_epochs")
+KNOWN = {name: texts for name, texts in (OPTIONS | OWN["ShapesDataModule"]).items() if name not in SHORT}
+TRAIN_START = TransferClassifier.on_train_start
+
+
+@st.composite
+def many_options(draw):
+    """Of most options a value that it takes."""
+    names = draw(st.lists(st.sampled_from(sorted(KNOWN)), min_size=15, max_size=40, unique=True))
+    return {name: draw(st.sampled_from(KNOWN[name])) for name in names}
+
+
+@settings(SETTINGS, max_examples=12, phases=[Phase.generate])  # to look for a smaller failure takes minutes
+@given(values=many_options())
+def test_a_sample_trains_an_epoch_and_is_tested(place, values):
+    """With checkpoints and a logger, to the end of the command."""
+    values = {"model.backbone": "lenet5", "data.train_images": "40", "data.test_images": "10"} | values
+    args = [*BASE[:3], "--data=ShapesDataModule", "--trainer.max_epochs=1", "--trainer.default_root_dir=runs"]
+    said, outcome, status = io.StringIO(), None, 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said), redirect_stdout(io.StringIO()), seconds(60):
+        patch.setattr(TransferClassifier, "on_train_start", TRAIN_START)
+        warnings.simplefilter("ignore")
+        try:
+            with one_sentence():
+                outcome = fit([*args, *(f"--{name}={value}" for name, value in values.items())])
+        except SystemExit as end:
+            status = end.code
+    assert status == (0 if outcome else 2)
+    if outcome is None:
+        errors = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, said.getvalue()
+        return
+    tested = values.get("trainer.limit_test_batches") != "0"
+    assert outcome.scores.keys() == {"best/val_acc", *(["best/test_acc"] if tested else [])}
+    assert all(0 <= score <= 1 for score in outcome.scores.values())
+    assert outcome.best.is_file()
 
 
 @pytest.mark.whole

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import TINY, assert_same_weights, curves, run_fit, weights
+from conftest import TINY, assert_same_weights, curves, once, run_fit, weights
 
 from cifar_transfer import TransferClassifier
 
@@ -20,9 +20,7 @@ LAST = f"{RUN}/checkpoints/last.ckpt"
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run_fit(folder, *JOB)
-    return folder
+    return once(tmp_path_factory, "undisturbed", lambda folder: run_fit(folder, *JOB))
 
 
 def test_interrupted_within_an_epoch_continues_from_that_step(tmp_path, undisturbed):

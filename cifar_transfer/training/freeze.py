@@ -101,6 +101,10 @@ class BackboneFreeze(Callback):
                 f"No parameter's name begins with any of {self.frozen}: see named_parameters() of the module."
             )
         self._require_grad(pl_module)
+        if not _trainable(pl_module):
+            raise UserError(
+                f"frozen={self.frozen} freezes every parameter, also the head's, so nothing would train: name fewer."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state, which may come from a checkpoint: a run resumed within an epoch skips its start."""
