@@ -37,10 +37,7 @@ class Outcome(NamedTuple):
 
 
 def fit(args: Sequence[str]) -> Outcome | None:
-    """Run the job.
-
-    Args:
-        args: Options as on the command line.
+    """Run the job that options, as on the command line, describe.
 
     Returns:
         The outcome, or None after `fast_dev_run` and `find_lr`, which keep nothing.
@@ -65,9 +62,8 @@ def fit(args: Sequence[str]) -> Outcome | None:
         # Of NCCL and of gloo, which has no class of its own.
         if not isinstance(error, DistError) and "gloo" not in str(error):
             raise
-        raise UserError(
-            f"Another process of this run is gone; if it said nothing above, it was killed. {_advice(cli)}"
-        ) from error
+        gone = "Another process of this run is gone; if it said nothing above, it was killed."
+        raise UserError(f"{gone} {_advice(cli)}") from error
     finally:
         cli.folder.release()
         # A thread of gloo that frees a tensor while the interpreter ends aborts the process. This waits for the thread.

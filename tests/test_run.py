@@ -120,7 +120,7 @@ def test_a_run_belongs_to_one_process(tmp_path, again):
         finally:
             owner.kill()
     assert refused.stderr.splitlines()[-1] == (
-        f"error: {again} is being trained by another process: wait until that ends, or stop it first."
+        f"error: {again} is being trained by another process: wait for its end, or stop it."
     )
     done = len(curves(again)["val/acc"])
     fit([resume, f"--trainer.max_epochs={done + 2}"])

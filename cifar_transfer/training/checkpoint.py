@@ -28,14 +28,7 @@ DATA_MODULES: dict[str, type[ImageDataModule]] = {
 
 
 def newest_checkpoint(logs: str | Path = LOGS) -> Path:
-    """The best checkpoint of the newest run.
-
-    Args:
-        logs: Folder with the runs' folders.
-
-    Raises:
-        UserError: No run there has one.
-    """
+    """The best checkpoint of the newest run in a folder of runs; a `UserError` if none has one."""
     found = list(Path(logs).glob("*/checkpoints/best.ckpt"))
     if not found:
         raise UserError(
@@ -77,7 +70,7 @@ def load_model(path: str | Path) -> TransferClassifier:
     """The trained network of a checkpoint, in eval mode, on the CPU.
 
     Raises:
-        UserError: As `read_checkpoint`; or its weights are not those of the network that its options name.
+        UserError: As `read_checkpoint`; or its weights are not those of the network that it names.
     """
     read_checkpoint(path)
     try:
@@ -117,13 +110,7 @@ def load_data(checkpoint: dict, **overrides: str | int | None) -> ImageDataModul
 
 
 def keep_size(data: ImageDataModule, model: TransferClassifier, checkpoint: dict) -> None:
-    """Have a run that continues decode its images as before, unless its options ask for another size.
-
-    Args:
-        data: Before `setup`.
-        model: Made with the options of the run.
-        checkpoint: From which it continues.
-    """
+    """Have a run that continues decode its images as before, unless its options ask for another size."""
     before = checkpoint["hyper_parameters"] | checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     now = {**model.hparams, **data.hparams}
     same = all(before.get(name) == now.get(name) for name in ("image_size", "train_sizes", "decode_size"))
@@ -134,16 +121,11 @@ def keep_size(data: ImageDataModule, model: TransferClassifier, checkpoint: dict
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints that are never half written: the one before is kept until the new one is on the disk.
 
-    Lightning's own are written into the system's folder for temporary files and moved from there, which is no single
-    step where that is another disk, and nothing waits for the disk.
+    Lightning's come from the system's folder for temporary files, which may be another disk: that is no single move.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            UserError: It cannot be written; the one before is kept.
-        """
+        """Write a checkpoint, or raise a `UserError` and keep the one before."""
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,9 +142,5 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Callable | None = lambda storage, _: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint as everywhere, onto the CPU: no code that it may hold is run.
-
-        Raises:
-            UserError: It cannot be read.
-        """
+        """Read a checkpoint as everywhere, onto the CPU: no code that it may hold is run."""
         return read_checkpoint(path)

@@ -111,16 +111,8 @@ class TransferClassifier(SizedModule):
         self.save_hyperparameters()
         self.hparams["num_classes"] = num_classes
         self._check()
-        built = build.build(
-            backbone,
-            weights,
-            num_classes,
-            class_names,
-            image_size=image_size,
-            small=small_images,
-            patch=patch_size,
-            auxiliary=aux_weight > 0,
-        )
+        form: dict[str, Any] = {"image_size": image_size, "small": small_images, "patch": patch_size}
+        built = build.build(backbone, weights, num_classes, class_names, **form, auxiliary=aux_weight > 0)
         self.network = built.network.to(memory_format=torch.channels_last)  # faster on CPUs and on GPUs' tensor cores
         self.heads, self.changes = built.heads, built.changes
         if normalize == "weights":
@@ -151,14 +143,7 @@ class TransferClassifier(SizedModule):
             check(name, self.hparams[name], fits, wanted)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of images.
-
-        Args:
-            images: float [B, 3, H, W] in [0, 1], RGB.
-
-        Returns:
-            Logits, float [B, num_classes].
-        """
+        """Logits, float [B, num_classes], of images, float [B, 3, H, W] in [0, 1], RGB."""
         return self._all_logits(images, self.geometry.input_side)[0]
 
     def _all_logits(self, images: Tensor, side: int | None) -> tuple[Tensor, ...]:
@@ -266,8 +251,8 @@ class TransferClassifier(SizedModule):
             return
         for change in resume.compare_checkpoint(self.trainer, self.hparams, checkpoint):
             rank_zero_info(change)
-        own, given = self.state_dict(), checkpoint["state_dict"]
-        if other := [key for key in own if key in given and own[key].shape != given[key].shape]:
+        mine, given = self.state_dict(), checkpoint["state_dict"]
+        if other := [key for key in mine if key in given and mine[key].shape != given[key].shape]:
             raise UserError(
                 f"With image_size={self.hparams['image_size']} {self.hparams['backbone']} has another form than in the "
                 f"checkpoint ({other[0]}): leave it out to continue that run, or begin a new one from its weights with "

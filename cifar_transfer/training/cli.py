@@ -114,13 +114,10 @@ class FitCLI(LightningCLI):
         """The callback's options, the two ways to continue, the search for a rate, and what links the classes."""
         parser.add_lightning_class_args(BackboneFreeze, "freeze")
         parser.add_lightning_class_args(Report, "report")
-        parser.add_argument(
-            "--ckpt_path", type=str | None, default=None, help="Checkpoint to continue from, in a new run."
-        )
-        parser.add_argument("--resume", type=str | None, default=None, help="Folder of a run to continue in place.")
-        parser.add_argument(
-            "--find_lr", action=ActionYesNo, nargs="?", help="Find learning rates to begin with, and train nothing."
-        )
+        parser.add_argument("--ckpt_path", type=str | None, help="Checkpoint to continue from, in a new run.")
+        parser.add_argument("--resume", type=str | None, help="Folder of a run to continue in place.")
+        found = "Find learning rates to begin with, and train nothing."
+        parser.add_argument("--find_lr", action=ActionYesNo, nargs="?", help=found)
         parser.set_defaults({"data": {"class_path": "cifar_transfer.CIFAR10DataModule"}})
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_integer_seed)
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
@@ -134,13 +131,14 @@ class FitCLI(LightningCLI):
         if run:
             config = Path(run, runs.CONFIG)
             if not config.is_file():
-                raise UserError(
-                    f"--resume {run}: there is no {config}; name the folder of a run, say {LOGS}/version_0."
-                )
+                raise UserError(f"--resume {run}: there is no {config}: name the folder of a run, {LOGS}/version_0.")
             runs.import_nothing_else(args)
             args = ["--config", str(config), *args]
         self.config = parser.parse_args(args)
-        self.config_text = self._text()
+        kept = self.config.clone()  # the configuration as given, but for what continues another run
+        for name in ("resume", "ckpt_path"):
+            kept.pop(name)
+        self.config_text = self.parser.dump(kept, skip_unset=False)
         root = Path(self.config.trainer.default_root_dir or ".")
         self.resumed = Path(run).resolve() if run else None
         if self.config.resume and not run:  # of a configuration that an earlier version wrote when its run continued
@@ -150,13 +148,6 @@ class FitCLI(LightningCLI):
         if self.resumed:
             state = runs.newest_state(self.resumed)
             self.config.ckpt_path = str(state) if state else None  # killed in its first epoch: from the beginning
-
-    def _text(self) -> str:
-        """The configuration to be kept with the run: as given, but for what continues another run."""
-        kept = self.config.clone()
-        for name in ("resume", "ckpt_path"):
-            kept.pop(name)
-        return self.parser.dump(kept, skip_unset=False)
 
     def before_instantiate_classes(self) -> None:
         """A checkpoint holds all weights, so none are fetched, and what the words for size and statistics meant."""
@@ -212,14 +203,11 @@ class FitCLI(LightningCLI):
         self.folder = runs.RunFolder(self.config_text, self.resumed, Path(state) if state else None)
         own_bar = any(isinstance(callback, ProgressBar) for callback in _listed(options.callbacks))
         bar = options.enable_progress_bar is not False and sys.stdout.isatty() and not own_bar
-        if not bar and not own_bar:
+        if not (bar or own_bar):
             kwargs["enable_progress_bar"] = False
         if self.config.find_lr:
             return super().instantiate_trainer(**kwargs | find_lr.settings())
-        self.trainer_defaults["callbacks"] = [
-            *self._callbacks(options),
-            *([console.ProgressBar()] if bar else []),
-        ]
+        self.trainer_defaults["callbacks"] = [*self._callbacks(options), *([console.ProgressBar()] if bar else [])]
         if not options.fast_dev_run:
             # First, because others ask for the run's folder when training starts.
             kwargs["callbacks"] = [self.folder, *_listed(options.callbacks)]
@@ -266,9 +254,7 @@ def _check_trainer(options: Any) -> None:
 
 def _integer_seed(seed: bool | int) -> int:
     if isinstance(seed, bool):
-        raise UserError(
-            f"seed_everything is {str(seed).lower()}: give a number, for data and augmentation follow from it."
-        )
+        raise UserError(f"seed_everything is {str(seed).lower()}: give a number, for the data follow from it.")
     check("seed_everything", seed, lambda n: 0 <= n < 2**32, "a number from 0 to 4294967295")
     return seed
 
@@ -278,7 +264,5 @@ def _require_writable(folder: Path) -> None:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "is no folder" if not there.is_dir() else "cannot be written by this user"
-        raise UserError(
-            f"{folder} cannot be written, because {there} {why}: name another place with "
-            f"--trainer.default_root_dir=FOLDER."
-        )
+        other = "name another place with --trainer.default_root_dir=FOLDER"
+        raise UserError(f"{folder} cannot be written, because {there} {why}: {other}.")

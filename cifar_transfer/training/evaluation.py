@@ -29,7 +29,7 @@ def evaluate_checkpoint(
         ckpt: The checkpoint, which every process reads.
         data: Has the split's images.
         split: "val" or "test".
-        collect: Is given the predictions.
+        collect: Keeps the predictions.
         mirrored: Also score each image and its mirror image together.
 
     Returns:

@@ -1,9 +1,8 @@
 """Learning rates to begin with: `python -m cifar_transfer.fit --find_lr [options]`.
 
-A range test (https://arxiv.org/abs/1506.01186): a hundred steps, the rate of each higher than the one before. It is
-done for the head while the backbone is frozen, and for the whole network, each time on a copy, so that nothing is
-learned, and nothing is written but a plot. The suggestion is a tenth of the rate at which the loss is lowest, as in
-fastai.
+A range test (https://arxiv.org/abs/1506.01186): a hundred steps, the rate of each higher than the one before, on a copy
+of the network, once as it is frozen and once as a whole. The suggestion is a tenth of the rate at which the loss is
+lowest, as in fastai.
 
 Why not Lightning's `Tuner`: it removes all callbacks, so that nothing would be frozen, it writes a checkpoint, and its
 suggestion comes from a running mean that lags, so that it lies just before the explosion (pytorch-lightning #21141).
@@ -60,9 +59,9 @@ class RangeTest(Callback):
     """Freezes as another callback does when training starts, raises the rate from step to step, notes the losses."""
 
     def __init__(self, freeze: BackboneFreeze) -> None:
-        self.freeze = freeze
         self.rates: list[float] = []
         self.losses: list[float] = []
+        self.freeze = freeze
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Freeze before DDP wraps the module."""
@@ -88,15 +87,9 @@ class RangeTest(Callback):
 
 def settings() -> dict[str, Any]:
     """Options of a Trainer that keeps nothing, and goes on until `RangeTest` stops it."""
-    return {
-        "callbacks": [],
-        "logger": False,
-        "enable_checkpointing": False,
-        "fast_dev_run": False,
-        "max_epochs": STEPS,
-        "max_steps": -1,
-        "limit_val_batches": 0,
-    } | dict.fromkeys(("max_time", "min_epochs", "min_steps"))
+    off = {"logger": False, "enable_checkpointing": False, "fast_dev_run": False, "limit_val_batches": 0}
+    ends = {"max_epochs": STEPS, "max_steps": -1, "max_time": None, "min_epochs": None, "min_steps": None}
+    return {"callbacks": [], **off, **ends}
 
 
 def find_lr(trainer: Trainer, model: TransferClassifier, data: LightningDataModule) -> list[Curve]:
@@ -111,11 +104,10 @@ def find_lr(trainer: Trainer, model: TransferClassifier, data: LightningDataModu
         The curve of the frozen phase, if the run has one, and that of the whole network.
     """
     freeze = next(callback for callback in trainer.callbacks if isinstance(callback, BackboneFreeze))  # type: ignore[attr-defined]
-    everything, lr = BackboneFreeze(unfreeze_epoch=0), "--model.lr"
-    head_lr = lr if model.hparams["head_lr"] is None else "--model.head_lr"
-    phases = [("while frozen", head_lr, freeze), ("everything", "--freeze.unfrozen_lr", everything)]
+    head_lr = "--model.lr" if model.hparams["head_lr"] is None else "--model.head_lr"
+    phases = [("while frozen", head_lr, freeze), ("everything", "--freeze.unfrozen_lr", BackboneFreeze(0))]
     curves = []
-    for title, option, frozen in [("everything", lr, everything)] if freeze.unfrozen else phases:
+    for title, option, frozen in [("everything", "--model.lr", freeze)] if freeze.unfrozen else phases:
         test = RangeTest(frozen)
         _run(trainer, model, data, test)
         curves.append(Curve(title, option, test.rates, test.losses, *suggest(test.rates, test.losses)))

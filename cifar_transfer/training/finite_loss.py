@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from cifar_transfer.console import counted
 from cifar_transfer.errors import UserError
@@ -30,30 +29,28 @@ class Guard(Callback):
     """
 
     def __init__(self) -> None:
-        self._row: Tensor | None = None  # NaN or infinite losses in a row
-        self._first: Tensor | None = None  # step of the first of them
+        self._row = torch.tensor(0)  # NaN or infinite losses in a row, no longer counted once they are too many
+        self._first = torch.tensor(0)  # step of the first of them
+        self._patience = 1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count, on the device."""
+        self._patience = SCALED if getattr(trainer.precision_plugin, "scaler", None) is not None else 1
+        self._row = self._first = torch.tensor(0, device=pl_module.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Check the loss, and read the result every ten steps."""
         bad = ~outputs["loss"].detach().isfinite()
-        if self._row is None or self._first is None:
-            self._row = torch.zeros_like(bad, dtype=torch.int64)
-            self._first = torch.zeros_like(self._row)
         self._first = torch.where(bad & (self._row == 0), trainer.global_step - 1, self._first)
-        self._row = torch.where(self._row >= self._patience(trainer), self._row, (self._row + 1) * bad)
+        self._row = torch.where(self._row >= self._patience, self._row, (self._row + 1) * bad)
         if (batch_idx + 1) % EVERY == 0 or trainer.is_last_batch:
             self.check(trainer)
 
-    def _patience(self, trainer: Trainer) -> int:
-        return SCALED if getattr(trainer.precision_plugin, "scaler", None) is not None else 1
-
     def check(self, trainer: Trainer) -> None:
         """Read the result. All processes do so together; one bad loss ends them all."""
-        if self._row is None or self._first is None:
-            return
-        here = bool(self._row >= self._patience(trainer))
+        here = bool(self._row >= self._patience)
         if here if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(here, all=False):
             step = int(self._first) if here else trainer.global_step - 1
             self._stop(trainer, f"training loss of step {step}")
@@ -67,10 +64,9 @@ class Guard(Callback):
     def _stop(self, trainer: Trainer, what: str) -> None:
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         full = trainer.precision in ("32-true", "64-true")
-        epoch = counted(trainer.current_epoch)
         raise UserError(
-            f"The {what} is NaN or infinite (epoch {epoch}, learning rate {lr:.2g}), so the run ends here; the "
-            f"checkpoints written before are good. Try a lower learning rate, gradient_clip_val=1"
+            f"The {what} is NaN or infinite (epoch {counted(trainer.current_epoch)}, learning rate {lr:.2g}), so the "
+            f"run ends here; the checkpoints written before are good. Try a lower learning rate, gradient_clip_val=1"
             f"{'' if full else ', precision=32-true'}, or look at the augmented images."
         )
 
@@ -84,15 +80,13 @@ class Guard(Callback):
         data = getattr(trainer, "datamodule", None)
         if freeze is None or data is None or counted(trainer.current_epoch) != freeze.unfreeze_epoch:
             return
-        if trainer.global_step < ENOUGH:
-            return
         loss = float(trainer.callback_metrics["train/loss_epoch"])
         counts = np.bincount(data.images["train"].labels)
         shares = counts[counts > 0] / counts.sum()
         blind = float(-(shares * np.log(shares)).sum())
         if weight := pl_module.hparams.get("aux_weight", 0):  # of each auxiliary head's loss; GoogLeNet has two
             blind *= 1 + weight * (len(pl_module.heads) - 1)  # type: ignore[arg-type]
-        if loss > BLIND * blind:
+        if loss > BLIND * blind and trainer.global_step >= ENOUGH:
             rank_zero_warn(
                 f"The frozen backbone has taught the head nothing: the training loss is {loss:.3f}, and {blind:.3f} "
                 f"without looking at the images. Its features may be dead at this size (try image_size=64, "

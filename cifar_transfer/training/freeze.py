@@ -74,12 +74,8 @@ class BackboneFreeze(Callback):
                 raise UserError(f"frozen has {pattern!r}, which is not a regular expression ({error}).") from None
         if frozen == []:
             raise UserError("frozen is []: name what is to be frozen, or freeze nothing with unfreeze_epoch=0.")
-        self.unfreeze_epoch, self.unfrozen_lr, self.frozen, self.batch_norm = (
-            unfreeze_epoch,
-            unfrozen_lr,
-            frozen,
-            batch_norm,
-        )
+        self.unfreeze_epoch, self.unfrozen_lr = unfreeze_epoch, unfrozen_lr
+        self.frozen, self.batch_norm = frozen, batch_norm
         self.unfrozen = unfreeze_epoch == 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -96,9 +92,9 @@ class BackboneFreeze(Callback):
                 f"{type(pl_module).__name__} names no head, so all of it would be frozen: give BackboneFreeze the "
                 f"names of what to freeze, frozen=[...], or the module an attribute `heads`."
             )
-        if not any(True for _ in self._frozen_parameters(pl_module)):
+        if next(self._frozen_parameters(pl_module), None) is None:
             raise UserError(
-                f"No parameter's name begins with any of {self.frozen}: see named_parameters() of the module."
+                f"No parameter's name begins with any of {self.frozen}: see the module's named_parameters()."
             )
         self._require_grad(pl_module)
         if not _trainable(pl_module):
@@ -120,8 +116,10 @@ class BackboneFreeze(Callback):
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
         transition = not self.unfrozen and trainer.current_epoch >= self.unfreeze_epoch
         self.unfrozen = self.unfrozen or transition
-        if self._require_grad(pl_module) and isinstance(trainer.strategy, DDPStrategy):
-            self._wrap_again(trainer.strategy, pl_module)
+        changed, strategy = self._require_grad(pl_module), trainer.strategy
+        if changed and isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
+            strategy.model = pl_module  # the old wrapper, and with it its hooks on the gradients, goes
+            strategy.configure_ddp()
         self._set_mode(pl_module)
         if transition:
             self._start_afresh(trainer)
@@ -135,12 +133,6 @@ class BackboneFreeze(Callback):
             changed |= parameter.requires_grad != self.unfrozen
             parameter.requires_grad_(self.unfrozen)
         return changed
-
-    def _wrap_again(self, strategy: DDPStrategy, pl_module: LightningModule) -> None:
-        if not isinstance(strategy.model, DistributedDataParallel):
-            return
-        strategy.model = pl_module  # the old wrapper, and with it its hooks on the gradients, goes
-        strategy.configure_ddp()
 
     def _set_mode(self, pl_module: LightningModule) -> None:
         if self.batch_norm == "train" or self.unfreeze_epoch == 0:
@@ -177,11 +169,7 @@ class BackboneFreeze(Callback):
         return {"unfrozen": self.unfrozen} | self._settings()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue in the checkpoint's phase.
-
-        Raises:
-            UserError: It has unfrozen already, under other settings than these.
-        """
+        """Continue in the checkpoint's phase; a `UserError` if it has unfrozen already, under other settings."""
         saved, asked = resume.flat(freeze=state_dict), resume.flat(freeze=self._settings())
         for change in resume.compare(saved, asked, within_epoch=False, unfrozen=state_dict["unfrozen"]):
             rank_zero_info(change)

@@ -11,7 +11,6 @@ from typing import Any
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
 from cifar_transfer.console import say
 from cifar_transfer.training.run import RunCheckpoint
@@ -25,14 +24,12 @@ class Interrupt(Callback):
     """Saves a checkpoint within the epoch when told to stop, from which the run continues exactly.
 
     The first Ctrl-C or SIGTERM waits for the end of the step (of the epoch, in validation), the second does not. Of
-    several processes one that is told suffices: all stop after the same step.
-
-    SLURM's signal, SIGUSR1, saves likewise and requeues the job. Lightning's own handler would save in the middle of a
-    step, when a part of the weights has made it and another has not, and into a file which Lightning then prefers to a
-    newer `last.ckpt`.
+    several processes one that is told suffices: all stop after the same step. SLURM's signal, SIGUSR1, saves likewise
+    and requeues the job; Lightning's own handler would save in the middle of a step, when a part of the weights has
+    made it, and into a file which Lightning then prefers to a newer `last.ckpt`.
 
     Args:
-        last: Names the checkpoint's folder and file; None saves none.
+        last: The checkpoint to write; None saves none.
 
     Attributes:
         asked: The signal by which this or another process was told to stop, or None.
@@ -79,7 +76,7 @@ class Interrupt(Callback):
         self._agree(trainer)
         if trainer.is_last_batch:  # the checkpoint of the epoch follows, with its validation
             return
-        requeue = signal.SIGUSR1 in self._before and self._any(trainer, self._requeue)
+        requeue = self._requeue_asked(trainer)
         if (self.asked or requeue) and self.last is not None and self.last.path is not None:
             trainer.save_checkpoint(self.last.path)
             self.last.stopping = True
@@ -90,8 +87,18 @@ class Interrupt(Callback):
         self._requeue = False
         for logger in trainer.loggers:
             logger.save()  # SLURM may kill the process
-        if trainer.is_global_zero:
-            requeue_job()
+        if not trainer.is_global_zero:
+            return
+        job = os.environ["SLURM_JOB_ID"]  # that of this task, also in an array of jobs
+        try:
+            status = subprocess.run(["scontrol", "requeue", job], check=False).returncode
+        except OSError as error:
+            status = error.errno or 1
+        words = "is requeued" if status == 0 else f"cannot be requeued: scontrol ended with {status}"
+        say(trainer, f"Saved; SLURM job {job} {words}.")
+
+    def _requeue_asked(self, trainer: Trainer) -> bool:
+        return signal.SIGUSR1 in self._before and self._any(trainer, self._requeue)
 
     def _agree(self, trainer: Trainer) -> None:
         if self._any(trainer, self._heard is not None):
@@ -110,21 +117,10 @@ class Interrupt(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen no more."""
         self._agree(trainer)
-        if signal.SIGUSR1 in self._before and self._any(trainer, self._requeue):  # told in the last validation
+        if self._requeue_asked(trainer):  # in the last validation
             self._requeue_job(trainer)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def requeue_job() -> None:
-    """Have SLURM stop this job and start it again."""
-    job = os.environ["SLURM_JOB_ID"]  # that of this task, also in an array of jobs
-    try:
-        status = subprocess.run(["scontrol", "requeue", job], check=False).returncode
-    except OSError as error:
-        status = error.errno or 1
-    words = "is requeued" if status == 0 else f"cannot be requeued: scontrol ended with {status}"
-    rank_zero_info(f"Saved; SLURM job {job} {words}.")
 
 
 def end_with_the_first() -> None:

@@ -23,8 +23,8 @@ EPOCH_TAGS = {*EPOCH_SCORES, "lr", "trainable_parameters"}
 class RunLogger(TensorBoardLogger):
     """TensorBoard's logger, which names a run's folder at once, but makes it and writes into it only when told to.
 
-    Lightning asks for the folder and for the event file before data, network and checkpoint are checked; a run that is
-    then refused would leave both. Lightning's chart of the epoch, which would come first, is left out.
+    Lightning asks for both before data, network and checkpoint are checked, and a run that is then refused would leave
+    them. Lightning's chart of the epoch, which would come first, is left out.
 
     Args:
         logs: Folder of the runs, absolute, because a ModelCheckpoint that finds another path forgets its best score.
@@ -33,8 +33,7 @@ class RunLogger(TensorBoardLogger):
 
     def __init__(self, logs: Path, run: str | None = None) -> None:
         super().__init__(str(logs.parent), logs.name, run, default_hp_metric=False)
-        self._run, self._new = run, run is None
-        self._started = False
+        self._run, self._new, self._started = run, run is None, False
 
     @property
     def version(self) -> str:
@@ -88,11 +87,7 @@ def slurm_job() -> int | None:
 
 
 def new_names(logs: Path) -> Iterator[str]:
-    """Names for the folder of a new run, the first of which is free: `version_N`, in a SLURM job `slurm_JOB[_N]`.
-
-    Args:
-        logs: Folder of the runs, which need not exist.
-    """
+    """Names for the folder of a new run, the first of which is free: `version_N`, in a SLURM job `slurm_JOB[_N]`."""
     if (job := slurm_job()) is None:
         numbers = [path.name.removeprefix("version_") for path in logs.glob("version_*")]
         first = max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
@@ -104,9 +99,8 @@ def new_names(logs: Path) -> Iterator[str]:
 def trim_events(run: Path, epochs: int, steps: int) -> None:
     """Remove from a run's event files what was logged after its last checkpoint, and will be logged again.
 
-    A killed run has logged more than it has saved; resumed, its curves would overlap. TensorBoard's own `purge_step`
-    does not do, because it knows one x axis, and a run has two: epochs and steps. So this reads and writes the files
-    with TensorBoard's internals.
+    TensorBoard's own `purge_step` does not do, because it knows one x axis, and a run has two: epochs and steps. So
+    this reads and writes the files with TensorBoard's internals.
 
     Args:
         run: Folder of the run.

@@ -16,20 +16,15 @@ from cifar_transfer.errors import UserError
 Kind = Literal["adam", "adamw", "sgd"]
 Schedule = Literal["plateau", "linear", "cosine"]
 LARGEST_RATE = 1000  # of learning and of decay; nothing learns beyond it, and soon float32 ends
-HEAD = "head"
-"""Name of the parameter group of heads that have a learning rate of their own."""
+HEAD = "head"  # the parameter group of heads that have a learning rate of their own
 
 
 def optimizer(kind: Kind, groups: list[dict[str, Any]], weight_decay: float, momentum: float, fused: bool) -> Optimizer:
     """An optimizer over parameter groups, each with its own `lr`.
 
-    Args:
-        kind: "adam" takes `weight_decay` as an L2 penalty, "adamw" decays the weights apart from the gradient
-            (https://arxiv.org/abs/1711.05101), "sgd" has Nesterov's momentum.
-        groups: As torch's optimizers take them.
-        weight_decay: Of all groups.
-        momentum: Of "sgd".
-        fused: One kernel for all parameters of Adam: on a CPU, 14 instead of 105 ms a step of ResNet18.
+    "adam" takes `weight_decay` as an L2 penalty, "adamw" decays the weights apart from the gradient
+    (https://arxiv.org/abs/1711.05101), "sgd" has Nesterov's momentum. `fused` is one kernel for all parameters of Adam:
+    on a CPU, 14 instead of 105 ms a step of ResNet18.
     """
     if kind == "sgd":  # not fused: torch's kernel fails when unfrozen parameters join others that have a momentum
         return torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay)
@@ -38,13 +33,7 @@ def optimizer(kind: Kind, groups: list[dict[str, Any]], weight_decay: float, mom
 
 
 def curve(schedule: Schedule, warmup: float, steps: float) -> Callable[[int], float]:
-    """The share of the learning rate that a step gets: up in a line, then down to zero at the end of the run.
-
-    Args:
-        schedule: How it goes down, "linear" or "cosine".
-        warmup: Steps on the way up.
-        steps: Steps in all.
-    """
+    """The share of the learning rate that a step gets: up in a line, for `warmup` of all `steps`, then down to zero."""
 
     def share(step: int) -> float:
         if step < warmup:
@@ -64,7 +53,7 @@ def configure(
         trainer: Says how many steps there will be.
         parameters: All of the network.
         heads: Those of them with the rate `head_lr`, if that is not None.
-        options: The options of `TransferClassifier`.
+        options: Those of `TransferClassifier`.
 
     Raises:
         UserError: A schedule without an end, or a warm-up longer than the run.

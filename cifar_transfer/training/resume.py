@@ -48,8 +48,8 @@ def compare(saved: Mapping[str, Any], asked: Mapping[str, Any], within_epoch: bo
     """What differs between the options of a checkpoint and those of the run that continues from it.
 
     Args:
-        saved: Options of the checkpoint by their full names; one that is missing is not compared.
-        asked: Options of the run, likewise.
+        saved: Options of the checkpoint by their full names; one that is missing in either is not compared.
+        asked: Those of the run.
         within_epoch: The checkpoint was written before its epoch was over.
         unfrozen: The checkpoint was written after the unfreezing.
 

@@ -27,12 +27,8 @@ LOCK = ".lock"  # held by the process that trains the run
 def import_nothing_else(args: Sequence[str]) -> None:
     """Let a run's own configuration name no class but this project's, Lightning's and those on the command line.
 
-    It may be somebody else's, and to see what a name stands for its module is imported, which is to run it. A
-    configuration given with `--config` is a choice of whoever gives it, and may name any. From here on this holds for
-    the whole process.
-
-    Args:
-        args: The command line.
+    It may be somebody else's, and to see what a name stands for its module is imported, which is to run it. What
+    `--config` gives is a choice of whoever gives it, and may name any. From here on this holds for the whole process.
     """
     values = [arg.partition("=")[2] if arg.startswith("--") else arg for arg in args]
     named = [value for value in values if re.fullmatch(r"(?!jsonargparse\.)[^\W\d]\w*(\.[^\W\d]\w*)+", value)]
@@ -50,21 +46,14 @@ class RunCheckpoint(ModelCheckpoint):
             Lightning's class would forget, and then replace the best checkpoint by a worse one.
 
     Attributes:
-        stopping: The run is told to stop: a validation within the epoch is followed by another writing, because what
-            was written before it does not know its scores.
+        stopping: The run is to stop: what was written before a validation within the epoch is written again after it,
+            with its scores.
     """
 
     def __init__(self, filename: str, monitor: str | None = None, in_place: bool = False) -> None:
-        super().__init__(
-            filename=filename,
-            monitor=monitor,
-            mode="max",
-            save_top_k=1,
-            save_on_train_epoch_end=monitor is None,
-            enable_version_counter=False,
-        )
-        self.in_place = in_place
-        self.stopping = False
+        own: dict[str, Any] = {"save_on_train_epoch_end": monitor is None, "enable_version_counter": False}
+        super().__init__(filename=filename, monitor=monitor, mode="max", save_top_k=1, **own)
+        self.in_place, self.stopping = in_place, False
 
     @property
     def path(self) -> Path | None:
@@ -90,22 +79,22 @@ class RunCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the scores of the run so far."""
         if self.in_place and self.dirpath:
-            folder = Path(self.dirpath)
-            paths = {
-                key: str(folder / Path(value).name) if value else value
-                for key, value in state_dict.items()
-                if key in ("best_model_path", "kth_best_model_path", "last_model_path")
-            }
-            scores = {str(folder / Path(path).name): score for path, score in state_dict["best_k_models"].items()}
-            state_dict = state_dict | paths | {"best_k_models": scores, "dirpath": self.dirpath}
+
+            def here(path: str) -> str:
+                return path and str(Path(self.dirpath or "", Path(path).name))
+
+            keys = ("best_model_path", "kth_best_model_path", "last_model_path")
+            scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
+            state_dict = state_dict | {key: here(state_dict[key]) for key in keys}
+            state_dict |= {"best_k_models": scores, "dirpath": self.dirpath}
         super().load_state_dict(state_dict)
 
 
 class RunFolder(Callback):
-    """Makes a run's folder its own when training starts; before that nothing on the disk is changed.
+    """Makes a run's folder its own when training starts, for then options, data, network and checkpoint are accepted.
 
-    By then options, data, network and checkpoint are accepted. The folder is locked until `release` or the end of the
-    process; what was logged after the checkpoint is removed; the configuration is written.
+    Before that nothing on the disk is changed. The folder is locked until `release` or the end of the process; what was
+    logged after the checkpoint is removed; the configuration is written.
 
     Args:
         config: Text of `config.yaml`.
@@ -122,11 +111,7 @@ class RunFolder(Callback):
         self._lock: BaseFileLock | None = None
 
     def lock(self, trainer: Trainer) -> None:
-        """Lock the folder of a run that continues, on the first rank; one that has no lock yet only when it starts.
-
-        Raises:
-            UserError: Another process trains this run.
-        """
+        """Lock the folder of a run that continues, on the first rank; one that has no lock yet only when it starts."""
         if trainer.is_global_zero and self.resumed and (self.resumed / LOCK).is_file():
             self._acquire(self.resumed)
 
@@ -137,10 +122,8 @@ class RunFolder(Callback):
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            raise UserError(
-                f"{os.path.relpath(folder)} is being trained by another process: wait until that ends, or stop it "
-                f"first."
-            ) from None
+            where = os.path.relpath(folder)
+            raise UserError(f"{where} is being trained by another process: wait for its end, or stop it.") from None
         self._lock = lock
 
     def release(self) -> None:
@@ -192,15 +175,9 @@ class RunFolder(Callback):
 
 
 def requeued_run(logs: Path, config: str) -> Path | None:
-    """The run that a requeued SLURM job continues; several fits in one job are told apart by their configurations.
+    """The run that a requeued SLURM job continues: its first unfinished one with this configuration, or finished one.
 
-    Args:
-        logs: Folder of the runs.
-        config: Configuration asked for, as in `config.yaml`.
-
-    Returns:
-        The first unfinished run of this job with this configuration, or the first finished one; None if there is
-        neither, or the job was not requeued.
+    Several fits in one job are told apart by their configurations. None if there is none, or it was not requeued.
     """
     if (job := slurm_job()) is None or int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0:
         return None
@@ -211,14 +188,7 @@ def requeued_run(logs: Path, config: str) -> Path | None:
 
 
 def newest_state(run: Path) -> Path | None:
-    """The checkpoint from which a run is continued: `last.ckpt`, or Lightning's for SLURM if that is newer.
-
-    Args:
-        run: Its folder.
-
-    Returns:
-        None if the run was stopped before its first checkpoint.
-    """
+    """The checkpoint to continue a run from: `last.ckpt`, or Lightning's for SLURM if newer; None before any."""
     states = [path for path in (run / "checkpoints" / "last.ckpt", *run.glob("hpc_ckpt_*.ckpt")) if path.is_file()]
     return max(states, key=os.path.getmtime, default=None)
 

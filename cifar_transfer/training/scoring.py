@@ -19,12 +19,7 @@ COUNTED = ("train_acc", "train_loss")
 
 
 class ScoredModule(LightningModule):
-    """A classifier that scores itself in training, validation and test.
-
-    A subclass gives logits of images [B, 3, H, W] when called, and passes each step of training to `count`.
-
-    Args:
-        num_classes: How many classes there are.
+    """A classifier that scores itself; a subclass gives logits when called, and has `count` see each step.
 
     Attributes:
         mirrored: Whether evaluation also gives the accuracy of an image and its mirror image together.
@@ -52,13 +47,7 @@ class ScoredModule(LightningModule):
         return scores | self._val_scores
 
     def count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a step of training.
-
-        Args:
-            loss: The mean over the batch.
-            logits: float [B, num_classes].
-            labels: int64 [B].
-        """
+        """Count a step of training: its mean loss, logits [B, num_classes] and labels [B]."""
         self.train_loss.update(loss.detach(), len(labels))
         self.train_acc.update(logits.detach(), labels)
         if self._trainer is None:  # called by hand
@@ -114,10 +103,9 @@ class ScoredModule(LightningModule):
         self._val_scores = {}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Step a schedule of steps; not the plateau.
+        """Step a schedule of steps; the plateau steps in `on_train_epoch_end`.
 
-        Lightning calls this for it after the checkpoint is written, which would then lack the step;
-        `on_train_epoch_end` steps it instead, before that.
+        Lightning calls this for it after the checkpoint is written, which would then lack the step.
         """
         if not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
@@ -126,14 +114,13 @@ class ScoredModule(LightningModule):
         """Add what an epoch that is not over has counted, summed over all processes."""
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             return
-        counted: dict[str, dict[str, Tensor]] = {}
-        if not self.trainer.is_last_batch:
-            for name in COUNTED:
-                metric = getattr(self, name)
-                with metric.sync_context():
-                    counted[name] = {key: value.clone() for key, value in metric.metric_state.items()}
-        if counted or self._val_scores:
-            checkpoint[EPOCH_KEY] = {"train": counted, "val": self._val_scores}
+        states: dict[str, dict[str, Tensor]] = {}
+        for name in COUNTED if not self.trainer.is_last_batch else ():
+            metric = getattr(self, name)
+            with metric.sync_context():
+                states[name] = {key: value.clone() for key, value in metric.metric_state.items()}
+        if states or self._val_scores:
+            checkpoint[EPOCH_KEY] = {"train": states, "val": self._val_scores}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the epoch where a fit that is resumed had stopped."""

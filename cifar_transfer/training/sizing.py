@@ -18,17 +18,12 @@ class SizedModule(ScoredModule):
     A subclass records the options `image_size`, `train_sizes` and `normalize` and calls `begin_geometry`.
 
     Attributes:
-        geometry: How an image becomes the network's input. Its `size` is that of the images trained on, known when
-            the training begins.
-        sized: Whether that size is known; until then it is a guess.
+        geometry: How an image becomes the network's input.
+        sized: Whether `geometry.size` is that of the images trained on; until training begins it is a guess.
     """
 
     def begin_geometry(self, weights_statistics: str | list[list[float]]) -> None:
-        """Begin with what the options say.
-
-        Args:
-            weights_statistics: Channel statistics that the weights were trained with, as `normalize` takes them.
-        """
+        """Begin with what the options say, and the channel statistics that the weights were trained with."""
         self.mean: Tensor
         self.std: Tensor
         self._weights_statistics = weights_statistics
@@ -40,15 +35,7 @@ class SizedModule(ScoredModule):
         self.sized = False
 
     def prepare(self, images: Tensor, side: int | None) -> Tensor:
-        """What `network` takes: images brought to a size and normalised.
-
-        Args:
-            images: float [B, 3, H, W] in [0, 1], RGB.
-            side: In pixels, None as they are.
-
-        Returns:
-            float [B, 3, side, side], with the mean 0 and the deviation 1 in each channel over the data.
-        """
+        """Float images [B, 3, H, W] in [0, 1], RGB, as `network` takes them: of this side (None: as is), normalised."""
         return (resize(images, side, self.geometry.stretch) - self.mean) / self.std
 
     @property
@@ -58,11 +45,7 @@ class SizedModule(ScoredModule):
         return size and max([size, *(self.hparams["train_sizes"] or [])])
 
     def settle_statistics(self, data: object) -> None:
-        """Take the statistics of the data, or else of the weights, if none were asked for.
-
-        Args:
-            data: The data module, or None.
-        """
+        """Take the statistics of the data module, or else of the weights, if none were asked for."""
         if self.hparams["normalize"] is None:
             chosen = self.hparams["normalize"] = getattr(data, "statistics", None) or self._weights_statistics
             mean, std = statistics(chosen)
@@ -77,9 +60,21 @@ class SizedModule(ScoredModule):
             self.geometry = replace(self.geometry, size=(height, width), stretch=False)
         self.sized = True
 
-    def _take(self, saved: Geometry, fitting: bool) -> None:
-        """The size of a checkpoint's images; what else there is in its geometry follows from the options."""
-        own = self.geometry
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the geometry."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[GEOMETRY_KEY] = self.geometry.saved()
+        checkpoint["input_size"] = list(self.geometry.size)  # for older versions of this project
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the size of the checkpoint's images; all else in a geometry follows from the options.
+
+        Raises:
+            UserError: The data have settled on another one, and it is not a training that continues.
+        """
+        super().on_load_checkpoint(checkpoint)
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        saved, own = Geometry.of(checkpoint), self.geometry
         if not self.sized or saved.size == own.size:
             self.geometry = replace(own, size=saved.size, stretch=saved.stretch)
             self.sized = True
@@ -88,19 +83,3 @@ class SizedModule(ScoredModule):
                 f"The checkpoint was trained on images decoded to {pixels(saved.size)} pixels, and the data give "
                 f"{pixels(own.size)}: set data.fixed_size = {saved.size} before."
             )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the geometry."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint[GEOMETRY_KEY] = self.geometry.saved()
-        checkpoint["input_size"] = list(self.geometry.size)  # for older versions of this project
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the geometry.
-
-        Raises:
-            UserError: The data have settled on another one, and it is not a training that continues.
-        """
-        super().on_load_checkpoint(checkpoint)
-        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        self._take(Geometry.of(checkpoint), fitting)
