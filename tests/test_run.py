@@ -136,6 +136,7 @@ def test_a_run_belongs_to_one_process(tmp_path, again):
         (["--data.train_images=120"], "data.train_images=120 would make"),
         (["--model.lr=0.5"], "model.lr=0.5 would be undone by the checkpoint, which was written with 0.001"),
         (["--freeze.unfreeze_epoch=3"], "freeze.unfreeze_epoch=3 would have no effect, because everything is unfrozen"),
+        (["--freeze.batch_norm=train"], "freeze.batch_norm=train would have no effect"),
     ],
 )
 @pytest.mark.parametrize("way", ["--resume={}", "--ckpt_path={}/checkpoints/last.ckpt"])
@@ -194,3 +195,5 @@ def test_two_fits_in_one_slurm_job_are_two_runs_and_each_continues_its_own(job, 
     assert [len(curves(run)["val/acc"]) for run in folders] == [1, 1, 1], "nothing is trained again"
     other = fit([*SMALL, "--model.lr=0.003", "--trainer.max_epochs=1"]).best.parents[1]
     assert other == logs / "slurm_47_3", "no run of this job has this configuration"
+    with pytest.raises(UserError, match="would be undone by the checkpoint"), untouched(logs):
+        fit([f"--resume={other}", "--trainer.max_epochs=2", "--model.lr=0.5"])

@@ -176,7 +176,7 @@ class BackboneFreeze(Callback):
         self.unfrozen = state_dict["unfrozen"]
 
     def _settings(self) -> dict[str, Any]:
-        return {"unfreeze_epoch": self.unfreeze_epoch, "unfrozen_lr": self.unfrozen_lr, "frozen": self.frozen}
+        return {name: getattr(self, name) for name in ("unfreeze_epoch", "unfrozen_lr", "frozen", "batch_norm")}
 
 
 def _trainable(module: nn.Module) -> int:

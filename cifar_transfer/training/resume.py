@@ -18,7 +18,7 @@ REFUSED = {
     **{f"data.{name}": _SPLIT for name in ("data", "seed", "val_fraction", "task", "train_images")},
 }
 REFUSED_WITHIN_AN_EPOCH = {"data.batch_size": _SKIPPED, "processes": _SKIPPED}
-REFUSED_UNFROZEN = {f"freeze.{name}": _UNFROZEN for name in ("unfreeze_epoch", "unfrozen_lr", "frozen")}
+REFUSED_UNFROZEN = {f"freeze.{name}": _UNFROZEN for name in ("unfreeze_epoch", "unfrozen_lr", "frozen", "batch_norm")}
 CHANGED = {
     "model.image_size": "the network sees images of another size",
     "model.train_sizes": "the sizes are shared out over the run anew",
@@ -33,6 +33,7 @@ CHANGED = {
     "freeze.unfreeze_epoch": "the backbone stays frozen for that many epochs",
     "freeze.unfrozen_lr": "this is the rate after the unfreezing",
     "freeze.frozen": "other parameters are frozen until the unfreezing",
+    "freeze.batch_norm": "frozen modules are in that mode until the unfreezing",
     "processes": "a step has another number of images",
     "max_epochs": "the run ends after that many epochs",
 }
