@@ -134,16 +134,7 @@ def augment(images: Tensor, parameters: Parameters, padding_mode: PaddingMode = 
     Equal to torchvision's functional `crop`, `hflip`, `adjust_*` and `rotate` one after the other on float tensors, up
     to rounding: colours to about 1e-6, and either of two source pixels as near to a rotated pixel's centre.
 
-    Args:
-        images: uint8 in 0..255 or floating point in [0, 1], [B, 3, H, W], on any device; left as it is.
-        parameters: one row for each of the B images.
-        padding_mode: what a crop finds beyond the image, black or its mirror image; torchvision's `pad` before `crop`.
-
-    Returns:
-        float32 [B, 3, H, W] in [0, 1], on the images' device.
-
-    Raises:
-        ValueError: the shape is not [B, 3, H, W], or H * W is beyond the whole numbers of float32.
+    Arguments, result and errors are those of `Augment.__call__`, with one row of parameters for each image.
     """
     if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] * images.shape[3] >= 2**24:
         raise ValueError(f"expected images of shape [B, 3, H, W] with H * W < 2**24, got {list(images.shape)}")

@@ -34,14 +34,12 @@ def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Im
     """The images of `source` as one memory-mapped array, written the first time.
 
     Of several processes one decodes, and the others wait for it. Each image is verified by its CRC-32, in 0.1 s for
-    60,000 of CIFAR-10, and a cache that is damaged is made again. Where none can be written, for the disk is full or
-    everything is read-only, a warning says so, and the images are those of `source`, decoded on the fly if they are
-    files.
+    60,000 of CIFAR-10, and a cache that is damaged is made again. Where none can be written a warning says so, and the
+    images are those of `source`, decoded on the fly if they are files.
 
     Args:
-        folder: The data's folder; the cache is a subfolder of it, or, where nothing can be written, of the user's
-            cache.
-        name: Shown in the progress bar and used as the file's name.
+        folder: The data's; the cache is a subfolder of it, or, where nothing can be written, of the user's cache.
+        name: Of the files, and in the progress bar.
         fingerprint: JSON-serialisable; another fingerprint means another cache, so that changed files are read again.
         source: Called when there is no cache yet. Its images must share one size.
 

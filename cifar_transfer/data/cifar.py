@@ -7,7 +7,7 @@ import hashlib
 import io
 import pickle
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +52,10 @@ class CIFAR10DataModule(ImageDataModule):
 
     statistics = "cifar10"
 
-    def __init__(
-        self,
-        root: str = "data",
-        url: str | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, root: str = "data", url: str | None = None, **options: Any) -> None:
         super().__init__(**options)
         check("root", root, Path, "a folder")
-        self.root = Path(root)
-        self.url = url
+        self.root, self.url = Path(root), url
         self.record(root=root, url=url)
 
     @property
@@ -107,33 +101,24 @@ def batch_source(root: Path) -> Path | None:
 
 
 def download(root: Path, url: str | None = None) -> Path:
-    """Fetch the archive into `root` (170 MB).
-
-    Args:
-        root: Created if need be.
-        url: Instead of the official host and Zenodo's copy.
+    """Fetch the archive (170 MB) into `root`, from `url` if given, else from the official host or Zenodo's copy.
 
     Raises:
         UserError: No host delivered; the message says what was tried and the three ways out.
     """
+    urls, most = [url] if url else MIRRORS, 2 * ARCHIVE_BYTES
     try:
-        return fetch(
-            [url] if url else MIRRORS, root / ARCHIVE, digest=f"md5:{ARCHIVE_MD5}", max_bytes=2 * ARCHIVE_BYTES
-        )
+        return fetch(urls, root / ARCHIVE, digest=f"md5:{ARCHIVE_MD5}", max_bytes=most)
     except UserError as error:
         raise UserError(
-            f"CIFAR-10 is not in {root}: {error}. Three ways out: name a mirror with "
-            f"--data.url=URL; put {ARCHIVE}, {BATCHES}/ or an image folder train/<class>/, test/<class>/ into {root} "
-            f"yourself; or run the demo, which needs no data: make demo."
+            f"CIFAR-10 is not in {root}: {error}. Three ways out: name a mirror with --data.url=URL; put {ARCHIVE}, "
+            f"{BATCHES}/ or an image folder train/<class>/, test/<class>/ into {root} yourself; or run the demo, which "
+            f"needs no data: make demo."
         ) from None
 
 
 def batch_images(source: Path, split: str) -> Images:
-    """The images of the official files, verified when first read and cached from then on.
-
-    Args:
-        source: The folder of batches or the archive.
-        split: "train" or "test".
+    """The images of the official files (the folder of batches or the archive), verified when first read, then cached.
 
     Raises:
         UserError: A file is missing or is not the official one.
@@ -148,24 +133,24 @@ def batch_images(source: Path, split: str) -> Images:
 
 def _read(source: Path, split: str) -> Images:
     rank_zero_info("Reading %s of %s", split, source)
-    read = _from_folder(source) if source.is_dir() else _from_archive(source, list(MD5S[split]))
-    batches = [_unpickle(read(name), md5, source / name) for name, md5 in MD5S[split].items()]
+    if source.is_dir():
+        contents = {name: (source / name).read_bytes() for name in MD5S[split]}
+    else:
+        contents = _from_archive(source, MD5S[split])
+    for name, md5 in MD5S[split].items():
+        _verify(contents[name], md5, source / name)
+    batches = [pickle.loads(content, encoding="latin1") for content in contents.values()]
     pixels = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
     return ArrayImages(pixels, np.concatenate([batch["labels"] for batch in batches]))
 
 
-def _from_folder(folder: Path) -> Callable[[str], bytes]:
-    return lambda name: (folder / name).read_bytes()
-
-
-def _from_archive(path: Path, names: Sequence[str]) -> Callable[[str], bytes]:
+def _from_archive(path: Path, names: Iterable[str]) -> dict[str, bytes]:
     content = path.read_bytes()
     _verify(content, ARCHIVE_MD5, path)
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         # Members are read, never unpacked: no path in the archive can reach the disk.
         members = {name: archive.extractfile(f"{BATCHES}/{name}") for name in names}
-        contents = {name: member.read() for name, member in members.items() if member}
-    return contents.__getitem__
+        return {name: member.read() for name, member in members.items() if member}
 
 
 def _verify(content: bytes, md5: str, path: Path) -> None:
@@ -175,8 +160,3 @@ def _verify(content: bytes, md5: str, path: Path) -> None:
             f"{path} is not the official file (MD5 {found}, expected {md5}), so it is not opened: it may be cut short "
             f"or altered. Remove it to have it downloaded, or keep your own images as train/<class>/ and test/<class>/."
         )
-
-
-def _unpickle(content: bytes, md5: str, path: Path) -> dict:
-    _verify(content, md5, path)
-    return pickle.loads(content, encoding="latin1")

@@ -18,12 +18,6 @@ def find(train: Images, train_paths: Sequence[str], other: Images, other_paths: 
     Cached images are compared by their pixels, at no cost, because their checksums are known. Others are compared as
     files: those of one size by their beginning, and only those that still agree by the whole.
 
-    Args:
-        train: Images of training.
-        train_paths: Their files.
-        other: Images of another split.
-        other_paths: Their files.
-
     Returns:
         Pairs of files, one of training and the other one.
     """

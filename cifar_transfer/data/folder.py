@@ -55,15 +55,13 @@ class ImageFolderDataModule(ImageDataModule):
             check("decode_size", decode_size, lambda n: 1 <= n <= LARGEST_SIDE, f"1 to {LARGEST_SIDE} pixels")
         check("cache_limit_gb", cache_limit_gb, lambda x: x >= 0, "0 or more")
         check("max_megapixels", max_megapixels, lambda x: x > 0, "a positive number")
-        if not (self.root / "train").is_dir():
-            raise UserError(
-                f"{self.root / 'train'} is missing: put the images of each class into {root}/train/<class>/."
-            )
-        self._classes = class_folders(self.root / "train")
+        if not (train := self.root / "train").is_dir():
+            raise UserError(f"{train} is missing: put the images of each class into {root}/train/<class>/.")
+        self._classes = class_folders(train)
         if not self._classes:
-            raise UserError(f"{self.root / 'train'} has no folders: it needs one for each class.")
+            raise UserError(f"{train} has no folders: it needs one for each class.")
         if len(self._classes) < 2:
-            raise UserError(f"{self.root / 'train'} has one class only ({self._classes[0]}): it needs two or more.")
+            raise UserError(f"{train} has one class only ({self._classes[0]}): it needs two or more.")
         self.decode_size, self.cache_limit_gb, self.max_megapixels = decode_size, cache_limit_gb, max_megapixels
         self._files: dict[Split, tuple[list[str], np.ndarray]] = {}
         self._sizes: list[Size] = []  # of the training images that were looked at
@@ -81,16 +79,15 @@ class ImageFolderDataModule(ImageDataModule):
         for split, images in self._loaded.items():
             train = self._loaded["train"]
             if first and train and images and images is not train:
-                self._warn_of_duplicates(
-                    split, duplicates.find(train, self._listed("train")[0], images, self._listed(split)[0])
-                )
+                self._warn_of_duplicates(split, train, images)
 
-    def _warn_of_duplicates(self, split: Split, pairs: Sequence[tuple[str, str]]) -> None:
-        if pairs:
+    def _warn_of_duplicates(self, split: Split, train: Images, images: Images) -> None:
+        paths = self._listed(split)[0]
+        if pairs := duplicates.find(train, self._listed("train")[0], images, paths):
             examples = "; ".join(printable(f"{other} is {trained}") for trained, other in pairs[:2])
             rank_zero_warn(
-                f"{len(pairs):,} of {len(self._listed(split)[0]):,} {split} images are also among those of training "
-                f"({examples}), so the {split} figure will be too good: remove them from either."
+                f"{len(pairs):,} of {len(paths):,} {split} images are also among those of training ({examples}), so "
+                f"the {split} figure will be too good: remove them from either."
             )
 
     def load(self, split: Split) -> Images | None:
@@ -137,14 +134,10 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def class_files(folder: Path, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """The image files anywhere below `folder/<class>/`, and their labels, int64 [N].
-
-    Args:
-        folder: One split. In that of training each class needs images.
-        classes: The names of the classes' folders; their order gives the labels.
+    """The image files anywhere below a split's `folder/<class>/`, and their labels in the order of `classes`.
 
     Raises:
-        UserError: A class of the folder is not among `classes`, or images are missing.
+        UserError: A class of the folder is not among `classes`; or there are no images, in training of any class.
     """
 
     def refuse(error: UserError) -> NoReturn:
@@ -178,15 +171,15 @@ def folder_images(
     limit_gb: float,
     max_megapixels: float = MAX_MEGAPIXELS,
 ) -> Images:
-    """The images of a list of files: decoded once into the cache, or on the fly when that would take too much disk.
+    """The images of files below a folder: decoded once into a cache there, or on the fly when that is beyond its limit.
 
     Args:
-        paths: N files below `folder`.
+        paths: N files.
         labels: int64 [N].
         folder: Where the cache goes, in a subfolder of its own.
         name: What the images are called in progress bars and file names, say "train".
         size: Height and width that they are brought to.
-        limit_gb: Above this many gigabytes (1e9 bytes) of decoded images, they are decoded on the fly.
+        limit_gb: Gigabytes (1e9 bytes) of decoded images.
         max_megapixels: As in `read_image`.
     """
     try:
@@ -206,11 +199,7 @@ def images_below(folder: str, refuse: Callable[[UserError], None]) -> Iterator[s
     """Files named as images, anywhere below a folder and sorted; links are followed, but not in circles.
 
     What is hidden, as the notes that systems leave beside images (`._cat.jpg`), is left out, and so are pipes and
-    devices. A link to nothing is a file that cannot be read.
-
-    Args:
-        folder: Where to look.
-        refuse: Called with the reason where a folder cannot be read.
+    devices. A link to nothing is a file that cannot be read. `refuse` is told of a folder that cannot.
     """
     return _below(folder, frozenset([os.path.realpath(folder)]), refuse)
 

@@ -86,17 +86,10 @@ class Geometry:
                 cut = "" if self.stretch or self.size[0] == self.size[1] else "Cut out the centre square. "
                 words += f" {cut}Resize (bilinear, antialiased) to {pixels(self.input_size)} pixels."
             words += " Subtract the mean of each channel and divide by its deviation."
-        numbers = {
-            "size": list(self.size),
-            "input_size": list(self.size if inside else self.input_size),
-            "crop": "centre",
-            "interpolation": "bilinear",
-            "antialias": True,
-            "range": [0, 1],
-            "channels": "RGB",
-        }
+        sizes = {"size": list(self.size), "input_size": list(self.size if inside else self.input_size)}
+        how = {"crop": "centre", "interpolation": "bilinear", "antialias": True, "range": [0, 1], "channels": "RGB"}
         own = {} if inside else {"mean": list(self.mean), "std": list(self.std)}
-        return {"preparation": words, "geometry": numbers, **own}
+        return {"preparation": words, "geometry": sizes | how, **own}
 
     def saved(self) -> dict[str, Any]:
         """As primitives, for a checkpoint."""
@@ -169,9 +162,8 @@ def statistics(normalize: str | Sequence[Sequence[float]]) -> tuple[Sequence[flo
     """
     if isinstance(normalize, str):
         if normalize not in STATISTICS:
-            raise UserError(
-                f"normalize={normalize!r} is unknown: take {', '.join(STATISTICS)}, or [[mean], [deviation]]."
-            )
+            known = ", ".join(STATISTICS)
+            raise UserError(f"normalize={normalize!r} is unknown: take {known}, or [[mean], [deviation]].")
         return STATISTICS[normalize]
     triples = len(normalize) == 2 and all(len(triple) == 3 for triple in normalize)
     if not triples or not all(map(math.isfinite, [*normalize[0], *normalize[1]])) or min(normalize[1]) <= 0:

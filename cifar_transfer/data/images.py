@@ -26,16 +26,15 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `read_image` 
 
 
 def read_image(path: str | Path, size: Size | None = None, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
-    """Decode one image file of any mode that Pillow reads: grey, palette, RGBA, CMYK, 16 bit.
+    """Decode one image file of any mode that Pillow reads: grey, palette, RGBA, CMYK, 16 bit; of an animation a frame.
 
-    It is turned upright as its EXIF says. Of an animation it is the first frame. The contents tell the format, not the
-    name.
+    It is turned upright as its EXIF says. The contents tell the format, not the name.
 
     Args:
         path: The file.
         size: Height and width that it is brought to, see `geometry.cover`; None keeps its own.
-        max_megapixels: An image of more million pixels is refused, before it is decoded: a file of a few kilobytes may
-            claim to be one that fills all memory.
+        max_megapixels: An image of more million pixels is refused before it is decoded, for a file of a few kilobytes
+            may claim to fill all memory.
 
     Returns:
         uint8 [3, H, W], RGB. Transparency is dropped, as torchvision's loader does.
@@ -81,9 +80,8 @@ def _opened(path: str | Path, max_megapixels: float, use: Callable[[Image.Image]
             raise UserError(f"{path} does not exist.") from None
         if isinstance(error, OSError) and error.errno:  # the system's, not a decoder's
             raise UserError(f"{path} cannot be read ({error.strerror}): mend or remove it.") from None
-        why = (
-            "Pillow knows no such image" if isinstance(error, UnidentifiedImageError) else error or type(error).__name__
-        )
+        unknown = isinstance(error, UnidentifiedImageError)
+        why = "Pillow knows no such image" if unknown else error or type(error).__name__
         raise UserError(f"{path} cannot be decoded as an image ({why}): mend or remove it.") from None
 
 
@@ -110,12 +108,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 class Images(Dataset[Batch]):
-    """Images and labels, read a batch of indices at a time.
-
-    `__getitems__` is what the DataLoader calls; it returns uint8 [B, 3, H, W] and int64 [B].
-
-    Args:
-        labels: int64 [N].
+    """Images and labels, int64 [N], read a batch of indices at a time.
 
     Attributes:
         on_the_fly: Whether reading means decoding, so that worker processes pay.
@@ -136,7 +129,7 @@ class Images(Dataset[Batch]):
         return images[0], labels[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Images uint8 [B, 3, H, W] and labels int64 [B] of these rows."""
+        """What the DataLoader calls: images uint8 [B, 3, H, W] and labels int64 [B] of these rows."""
         rows = np.asarray(indices)
         return torch.from_numpy(self.pixels(rows)), torch.from_numpy(self.labels[rows])
 
@@ -159,13 +152,7 @@ class _Rows(Images):
 
 
 class ArrayImages(Images):
-    """Images of one array in memory or memory-mapped.
-
-    Args:
-        array: uint8 [N, 3, H, W].
-        labels: int64 [N].
-        sums: uint32 [N], CRC-32 of each image, where they are known.
-    """
+    """Images of one array, uint8 [N, 3, H, W], in memory or mapped; `sums` are CRC-32 of each image, uint32 [N]."""
 
     def __init__(self, array: np.ndarray, labels: np.ndarray, sums: np.ndarray | None = None) -> None:
         super().__init__(labels)
@@ -177,14 +164,7 @@ class ArrayImages(Images):
 
 
 class FileImages(Images):
-    """Images decoded when they are asked for.
-
-    Args:
-        paths: N files.
-        labels: int64 [N].
-        size: Height and width that they are brought to.
-        max_megapixels: As in `read_image`.
-    """
+    """Files decoded when they are asked for; size and limit as in `read_image`."""
 
     on_the_fly = True
 

@@ -63,36 +63,17 @@ class ResumableLoader(DataLoader[Batch]):
 
 
 def check_processes(images: Mapping[str, Images], world: int) -> None:
-    """Refuse splits of which a process would get no batch: it would fail, or the others would wait for it.
-
-    Args:
-        images: Of each split.
-        world: How many processes share them.
-
-    Raises:
-        UserError: A split is too small.
-    """
+    """Refuse, as a `UserError`, splits of which one of `world` processes would get no batch: the others would wait."""
     for split, found in images.items():
         least = 2 if split == "train" else 1  # batch-norm cannot train on one
         if len(found) < least * world:
             processes = f"{world} processes, of which each" if world > 1 else "1 process, which"
-            raise UserError(
-                f"{len(found)} {split} images are too few for {processes} needs {least}: "
-                f"take fewer devices, or add images."
-            )
+            few = f"{len(found)} {split} images are too few for {processes} needs {least}"
+            raise UserError(f"{few}: take fewer devices, or add images.")
 
 
 def training_loader(images: Images, batch_size: int, workers: int, rank: int, world: int, seed: int) -> ResumableLoader:
-    """Shuffled batches of one process.
-
-    Args:
-        images: Of all processes.
-        batch_size: Images a batch.
-        workers: Processes that read.
-        rank: Of this process.
-        world: How many processes share the images.
-        seed: With the epoch it decides the order.
-    """
+    """Shuffled batches of the process `rank` of `world`; the seed and the epoch decide the order."""
     sampler = Shuffled(images, num_replicas=world, rank=rank, shuffle=True, seed=seed)
     # Batch-norm cannot train on one value a channel, and a network may end in 1 x 1 pixels.
     last = len(sampler) % batch_size == 1
@@ -100,18 +81,14 @@ def training_loader(images: Images, batch_size: int, workers: int, rank: int, wo
 
 
 def evaluation_loader(images: Images, batch_size: int, workers: int, rank: int, world: int) -> DataLoader[Batch]:
-    """Batches in order, each image once over all processes; arguments as of `training_loader`."""
+    """Batches in order, each image once over all processes."""
     sampler = WholeShard(images, num_replicas=world, rank=rank, shuffle=False)
     return DataLoader(images, batch_size, sampler=sampler, **_reading(workers))
 
 
 def _reading(workers: int) -> dict:
-    return {
-        "num_workers": workers,
-        "persistent_workers": workers > 0,
-        "pin_memory": torch.cuda.is_available(),
-        "collate_fn": as_is,
-    }
+    pin = torch.cuda.is_available()
+    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin, "collate_fn": as_is}
 
 
 def as_is(batch: Batch) -> Batch:

@@ -120,9 +120,7 @@ class ImageDataModule(LightningDataModule):
     def choose_size(self, largest: int | None) -> Size | None:
         """Height and width that `load` brings images to; None where these come in a size of their own.
 
-        Args:
-            largest: Side in pixels of the largest square that the network will be given, or None if it takes images as
-                they are.
+        `largest` is the side of the largest square that the network will be given, None if it takes images as they are.
         """
         return None
 
@@ -164,9 +162,9 @@ class ImageDataModule(LightningDataModule):
         for split, images in self._loaded.items():
             labels = images.labels if images else np.array([0])
             if not 0 <= labels.min() <= labels.max() < self.num_classes:
+                found, most = f"from {labels.min()} to {labels.max()}", self.num_classes - 1
                 raise UserError(
-                    f"The {split} images have labels from {labels.min()} to {labels.max()}, but the {self.num_classes} "
-                    f"classes are numbered from 0 to {self.num_classes - 1}."
+                    f"The {split} images have labels {found}, but the classes are numbered from 0 to {most}."
                 )
         if val is None and self.val_fraction == 0:
             if test is None:
@@ -218,7 +216,7 @@ class ImageDataModule(LightningDataModule):
 
         Args:
             checkpoint: The file; the run's record is looked for in its folder.
-            saved: The options of the data module in it. Those of an older version have another choice, and no record.
+            saved: The options of the data module in it; those of an older version have another choice, and no record.
 
         Raises:
             UserError: The record is damaged, or none of its validation images is left.
@@ -243,9 +241,7 @@ class ImageDataModule(LightningDataModule):
         if split not in self.images:
             raise UserError(f"There are no {split} images: add a folder {split}/ with the same classes.")
         images = self.images[split]
-        workers = 0
-        if images.on_the_fly:
-            workers = self.num_workers if self.num_workers is not None else cores()
+        workers = (cores() if self.num_workers is None else self.num_workers) if images.on_the_fly else 0
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return images, workers, rank, world
 

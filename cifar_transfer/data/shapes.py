@@ -15,8 +15,8 @@ from cifar_transfer.data.images import ArrayImages, Images
 from cifar_transfer.data.module import ImageDataModule, Split
 from cifar_transfer.errors import UserError, check
 
-_SIDE = 32
-MOST = 1_000_000  # images, 3 GB  # pixels
+_SIDE = 32  # pixels
+MOST = 1_000_000  # images, 3 GB
 _CHUNK = 1000  # images drawn at once: tens of megabytes of temporaries, whatever the count
 
 _Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -148,12 +148,7 @@ def _paint(shapes: list[_Shape], labels: np.ndarray, rng: np.random.Generator) -
 
 
 def draw(task: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the images of a task: the same ones for the same arguments, all others for another count or seed.
-
-    Args:
-        task: one of `TASKS`.
-        count: number of images, at least 1.
-        seed: a non-negative integer.
+    """Draw the images of one of `TASKS`: the same ones for the same arguments, all others for another count or seed.
 
     Returns:
         Images, uint8 [count, 32, 32, 3] in RGB, and labels, int64 [count] in [0, 10), indices into `TASKS[task]`:
@@ -190,11 +185,7 @@ class ShapesDataModule(ImageDataModule):
     statistics = "cifar10"  # near enough to theirs
 
     def __init__(
-        self,
-        task: str = "downstream",
-        train_images: int = 400,
-        test_images: int = 2000,
-        **options: Any,
+        self, task: str = "downstream", train_images: int = 400, test_images: int = 2000, **options: Any
     ) -> None:
         super().__init__(**options)
         if task not in TASKS:

@@ -22,8 +22,7 @@ Names = dict[Split, list[str]]  # of the images of each split, as "train/cat/007
 def hold_out(names: Sequence[str], labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Choose images by a hash of their names, so that adding or removing some moves no other.
 
-    The exception: the image with the lowest hash of each class of two or more is held out even if its hash is above
-    the threshold, and the one with the highest hash of each class is not.
+    But of each class of two or more the image with the lowest hash is held out in any case, and the highest is not.
 
     Args:
         names: N texts, different ones: class and name of each image.
