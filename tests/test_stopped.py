@@ -1,5 +1,6 @@
 """Runs that are told to stop, by a user or a scheduler, save the step and continue from it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from conftest import TINY, assert_same_weights, curves, quiet_trainer, run_fit
 from lightning.pytorch.callbacks import Callback
 
 from cifar_transfer import ShapesDataModule, TransferClassifier
+from cifar_transfer.evaluate import evaluate
+from cifar_transfer.results.predictions import Predictions
 from cifar_transfer.training import interrupt
 
 RUN = "lightning_logs/version_0"
@@ -53,8 +56,17 @@ def test_of_two_processes_one_is_told_and_both_save_the_same_step(tmp_path):
     state = torch.load(tmp_path / RUN / LAST, weights_only=True)
     assert state["epoch"] == 1
     assert state["global_step"] % 10 == 4, "ten, twenty, ... steps after the first epoch's 44"
-    assert "test accuracy" in run_fit(tmp_path, f"--resume={RUN}").stdout
+    counted = state["epoch_so_far"]["train"]["train_acc"]
+    assert counted["tp"] + counted["fn"] == 4 * (state["global_step"] - 44), "what both have seen of this epoch"
+    assert "test accuracy" in run_fit(tmp_path, f"--resume={RUN}", "--report.figures=true").stdout
     assert [step for step, _ in curves(tmp_path / RUN)["train/loss"]] == list(range(132)), "every step once"
+    kept = tmp_path / RUN / "figures" / "predictions-test.npz"
+    of_two = Predictions.load(kept)
+    scores = evaluate(str(tmp_path / RUN / "checkpoints" / "best.ckpt"), accelerator="cpu")
+    assert scores["test/acc"] == json.loads((tmp_path / RUN / "result.json").read_text())["best/test_acc"]
+    of_one = Predictions.load(kept)
+    for name in ("labels", "predicted", "rows"):
+        assert torch.equal(getattr(of_two, name), getattr(of_one, name)), "in the order of the images"
 
 
 @pytest.mark.parametrize(
