@@ -65,8 +65,7 @@ def fetch(
 
     Args:
         urls: http or https, best first.
-        digest: `md5:` or `sha256:` and at least 8 hexadecimal digits, the beginning of the file's digest: the names of
-            torchvision's weights carry the first 8 of their SHA-256.
+        digest: `md5:` or `sha256:` and the first hexadecimal digits of the file's digest, 8 or more.
         stall_seconds: a source that sends nothing for this long is left; the rate is measured over the same time, and a
             connection to one network address may take a quarter of it. Over 0.
         attempts: at each source before the next one, from 1.
@@ -196,19 +195,17 @@ class _Attempt:
 
     def _watch(self, receiving: Future[None], slowest: float) -> None:
         """Wait until all has arrived, and raise `_SourceFailed` when the source fails or comes to a stall."""
-        host, name, stall_seconds = _host(self.url), self.wanted.path.name, self.wanted.stall_seconds
+        what, stall_seconds = f"{self.wanted.path.name} from {_host(self.url)}", self.wanted.stall_seconds
         # Counted in ticks, not by the clock: a program that was suspended has not seen a stall.
         history = deque([0], maxlen=TICKS + 1)
-        with tqdm(
-            desc=f"{name} from {host}", unit="B", unit_scale=True, leave=False, disable=None
-        ) as bar:  # on a terminal
+        with tqdm(desc=what, unit="B", unit_scale=True, leave=False, disable=None) as bar:  # on a terminal
             finished = False
             while not finished:
                 finished = bool(wait([receiving], stall_seconds / TICKS).done)
                 if self.received and not history[-1]:
                     bar.total = self.total or None
                     if bar.disable:
-                        _say(f"downloading {name} from {host} ({_size(self.total) if self.total else 'unknown size'})")
+                        _say(f"downloading {what} ({_size(self.total) if self.total else 'unknown size'})")
                 history.append(self.received)
                 bar.update(history[-1] - bar.n)
                 recent = history[-1] - history[0]
