@@ -44,14 +44,13 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    shown = row | {
-        "parameters": row["parameters"] and f"{row['parameters'] / 1e6:.2f}",
-        "top1_error": row["top1_error"] and f"{row['top1_error']:.2f}",
-        "top5_error": row["top5_error"] and f"{row['top5_error']:.2f}",
-        "weights": ", ".join(row["weights"]) or "none",
-        "licence_or_source": (row["licence_or_source"] or "").removeprefix("https://"),
-    }
-    return ["" if shown[key] is None else str(shown[key]) for key in COLUMNS]
+    cells = {key: "" if row[key] is None else str(row[key]) for key in COLUMNS}
+    for key, unit in (("parameters", 1e6), ("top1_error", 1), ("top5_error", 1)):
+        if row[key] is not None:
+            cells[key] = f"{row[key] / unit:.2f}"
+    cells["weights"] = ", ".join(row["weights"]) or "none"
+    cells["licence_or_source"] = cells["licence_or_source"].removeprefix("https://")
+    return list(cells.values())
 
 
 def detail(name: str, size: int | None) -> str:
