@@ -146,20 +146,20 @@ class _Attempt:
 
     def __init__(self, url: str, wanted: _Wanted) -> None:
         self.url, self.wanted = url, wanted
+        algorithm, _, self.prefix = wanted.digest.partition(":")
+        self.hasher = hashlib.new(algorithm, usedforsecurity=False)
         self.received = self.total = 0  # bytes; in all, as the source says, 0 where it does not
 
     def run(self, slowest: float) -> None:
         """Download; leave a source that gives fewer bytes per second than `slowest`."""
         path, start = self.wanted.path, time.monotonic()
-        algorithm, _, prefix = self.wanted.digest.partition(":")
-        hasher = hashlib.new(algorithm, usedforsecurity=False)
         # A fixed name, so that the rest of a killed process is overwritten; one for each host, because a lock may not
         # reach across a network file system.
         part = path.with_name(f".{path.name}.{platform.node()}.part")
         try:
             with part.open("wb") as file:
-                self._watch(_started(lambda: self._receive(file, hasher)), slowest)
-                if not hasher.hexdigest().startswith(prefix):
+                self._watch(_started(lambda: self._receive(file)), slowest)
+                if not self.hasher.hexdigest().startswith(self.prefix):
                     raise _SourceFailed(f"{_size(self.received)} of wrong bytes")
                 file.flush()
                 os.fsync(file.fileno())
@@ -168,7 +168,7 @@ class _Attempt:
             part.unlink(missing_ok=True)
         _say(f"downloaded {path.name}: {_size(self.received)} in {time.monotonic() - start:.0f} s")
 
-    def _receive(self, file: BinaryIO, hasher: "hashlib._Hash") -> None:
+    def _receive(self, file: BinaryIO) -> None:
         """A thread of its own, because no time-out ends a name look-up, or a socket that receives a byte now and then.
 
         One that is left behind ends at its next write, because the file is closed by then.
@@ -186,7 +186,7 @@ class _Attempt:
                         raise _SourceFailed(f"more than {_size(self.wanted.max_bytes)}")
                     with _writing_to(self.wanted.path.parent):
                         file.write(chunk)
-                    hasher.update(chunk)
+                    self.hasher.update(chunk)
                     self.received += len(chunk)
         except (UserError, _SourceFailed):
             raise
