@@ -86,21 +86,18 @@ def say(trainer: Trainer, line: str) -> None:
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
     """A table whose columns line up: numbers to the right, words to the left; its first row is the heading."""
-    columns = list(zip(*table, strict=True))
-    widths = [max(3, *map(len, column)) for column in columns]
-    right = [all(re.fullmatch(r"[\d.]*", cell) for cell in column[1:]) for column in columns]
-    lines = [
-        "| " + " | ".join(f"{c:>{w}}" if r else f"{c:<{w}}" for c, w, r in zip(row, widths, right, strict=True)) + " |"
-        for row in table
-    ]
-    rule = "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+    columns = []
+    for heading, *cells in zip(*table, strict=True):
+        width = max(3, *map(len, (heading, *cells)))
+        right = all(re.fullmatch(r"[\d.]*", cell) for cell in cells)
+        heading, *cells = [f" {cell:>{width}} " if right else f" {cell:<{width}} " for cell in (heading, *cells)]
+        columns.append([heading, "-" * (width + 1) + (":" if right else "-"), *cells])
+    return "".join(f"|{'|'.join(row)}|\n" for row in zip(*columns, strict=True))
 
 
 def printable(text: str) -> str:
-    """A text that any file, terminal or figure takes, in one line: a file's name need neither be text nor one line.
+    """A text, such as a file's name, in one line that any file, terminal or figure takes.
 
-    Returns:
-        The same with each control character, and each byte that is no UTF-8, as its escape (`\\n`, `\\udce9`).
+    Each control character and each byte that is no UTF-8 becomes its escape (`\\n`, `\\udce9`).
     """
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)

@@ -7,12 +7,13 @@ is watched and left for the next one. Only bytes with the right digest ever get 
 import hashlib
 import os
 import platform
+import re
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
@@ -31,6 +32,21 @@ TICKS = 40  # how many times the watch looks within `stall_seconds`
 PAUSE_SECONDS = 0.5  # before a source is asked again
 
 
+class _Wanted(NamedTuple):
+    path: Path
+    digest: str
+    stall_seconds: float
+    max_bytes: int
+
+
+class _SourceFailed(Exception):
+    """Why a source did not deliver, in a few words."""
+
+
+class _TooSlow(_SourceFailed):
+    """Which is better than none."""
+
+
 def fetch(
     urls: Sequence[str],
     path: Path,
@@ -41,58 +57,67 @@ def fetch(
     min_bytes_per_second: float = 100_000,
     max_bytes: int = 2**30,
 ) -> Path:
-    """Download the first of `urls` that delivers into `path`, unless `path` exists already.
+    """Download the first of `urls` that delivers into `path`, and return `path`; an existing file is not even read.
 
     Of several processes that want the same `path`, one downloads and the others wait. A source that is too slow is left
     for the others; when these have failed, it is asked again without a lower limit, because a slow download is better
-    than none. Progress is shown on stderr.
+    than none. Progress is shown on stderr. Proxies are taken from the environment.
 
     Args:
-        urls: where to download from, best first; http or https. Proxies are taken from the environment.
-        path: the file to write; its folder is made if need be. An existing file is returned at once and unread.
-        digest: `md5:` or `sha256:` and at least 8 hexadecimal digits, the beginning of the file's digest: the names of
-            torchvision's weights carry the first 8 of their SHA-256.
+        urls: http or https, best first.
+        digest: `md5:` or `sha256:` and the first hexadecimal digits of the file's digest, 8 or more.
         stall_seconds: a source that sends nothing for this long is left; the rate is measured over the same time, and a
             connection to one network address may take a quarter of it. Over 0.
-        attempts: how often each source is tried before the next one, from 1.
+        attempts: at each source before the next one, from 1.
         min_bytes_per_second: a source with a lower mean rate is left while others remain. The default would take half
             an hour for the 170 MB of CIFAR-10.
         max_bytes: a source that sends more is left.
-
-    Returns:
-        `path`, now existing.
 
     Raises:
         UserError: no source delivered, the folder cannot be written to, or an address is not http or https. The text
             is a sentence without its full stop, to which the caller can add the ways out.
         ValueError: `digest` is not of the form above.
     """
-    algorithm, _, prefix = digest.lower().partition(":")
-    if algorithm not in ("md5", "sha256") or len(prefix) < 8 or set(prefix) - set("0123456789abcdef"):
+    if not re.fullmatch(r"(md5|sha256):[0-9a-f]{8,}", digest.lower()):
         raise ValueError(f"digest must be md5: or sha256: and at least 8 hexadecimal digits, not {digest!r}")
     for url in urls:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise UserError(f"cannot download {path.name} from {url!r}: not an http or https address")
-
     with _writing_to(path.parent):
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with _only_process(path):
             if not path.exists():
-                wanted = _Wanted(path, algorithm, prefix, stall_seconds, max_bytes)
+                wanted = _Wanted(path, digest.lower(), stall_seconds, max_bytes)
                 _from_any(urls, wanted, attempts, min_bytes_per_second)
     return path
 
 
-class _Wanted(NamedTuple):
-    """What is downloaded, as `fetch` was told."""
+def within(seconds: float, call: Callable[[], Result]) -> Result:
+    """The result of a call that may never end, such as one to a server that sends a byte now and then.
 
-    path: Path
-    algorithm: str
-    prefix: str
-    stall_seconds: float
-    max_bytes: int
+    Raises:
+        TimeoutError: it has not ended by then, and is left alone. Its own errors are raised as they are.
+    """
+    started = _started(call)
+    if wait([started], seconds).not_done:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return started.result()
+
+
+def _started(call: Callable[[], Result]) -> Future[Result]:
+    """A call on a thread that can be left behind: unlike an executor's, it does not keep the program from ending."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _from_any(urls: Sequence[str], wanted: _Wanted, attempts: int, min_bytes_per_second: float) -> None:
@@ -105,7 +130,7 @@ def _from_any(urls: Sequence[str], wanted: _Wanted, attempts: int, min_bytes_per
         for attempt in range(attempts):
             time.sleep(PAUSE_SECONDS if attempt else 0)
             try:
-                return _download(url, wanted, slowest)
+                return _Attempt(url, wanted).run(slowest)
             except _SourceFailed as failure:
                 _say(f"{_host(url)}: {failure}")
                 failures.setdefault(url, []).append(str(failure))
@@ -116,78 +141,38 @@ def _from_any(urls: Sequence[str], wanted: _Wanted, attempts: int, min_bytes_per
     raise UserError(f"could not download {wanted.path.name}: {tried or 'no source is known'}")
 
 
-def within(seconds: float, call: Callable[[], Result]) -> Result:
-    """The result of a call that may never end, such as one to a server that sends a byte now and then.
+class _Attempt:
+    """One attempt at one source: a thread receives and counts, and is watched."""
 
-    Args:
-        seconds: after which it is left alone, on a thread that does not keep the program from ending.
-        call: what to do.
-
-    Raises:
-        TimeoutError: it has not ended by then. Its own errors are raised as they are.
-    """
-    done: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(call())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        return done.result(seconds)
-    except TimeoutError:
-        if done.done():
-            raise
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-
-
-class _SourceFailed(Exception):
-    """Why a source did not deliver, in a few words."""
-
-
-class _TooSlow(_SourceFailed):
-    pass
-
-
-def _download(url: str, wanted: _Wanted, slowest: float) -> None:
-    """Make one attempt at `url`, left if it gives fewer bytes per second than `slowest`."""
-    path = wanted.path
-    # A fixed name, so that the rest of a killed process is overwritten; one for each host, because a lock may not reach
-    # across a network file system.
-    part = path.with_name(f".{path.name}.{platform.node()}.part")
-    start = time.monotonic()
-    try:
-        with part.open("wb") as file:
-            arrival = _Arrival(url, file, wanted)
-            _watch(arrival, slowest)
-            if not arrival.hasher.hexdigest().startswith(wanted.prefix):
-                raise _SourceFailed(f"{_size(arrival.received)} of wrong bytes")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    _say(f"downloaded {path.name}: {_size(arrival.received)} in {time.monotonic() - start:.0f} s")
-
-
-class _Arrival(threading.Thread):
-    """The download itself: counts, hashes and limits what arrives.
-
-    A thread, because no time-out ends a name look-up, or a socket that receives a byte now and then; a thread can be
-    left behind. It ends at its next write, because the file is closed by then.
-    """
-
-    def __init__(self, url: str, file: BinaryIO, wanted: _Wanted) -> None:
-        super().__init__(daemon=True)
-        self.url, self.file, self.wanted = url, file, wanted
-        self.hasher = hashlib.new(wanted.algorithm, usedforsecurity=False)
+    def __init__(self, url: str, wanted: _Wanted) -> None:
+        self.url, self.wanted = url, wanted
+        algorithm, _, self.prefix = wanted.digest.partition(":")
+        self.hasher = hashlib.new(algorithm, usedforsecurity=False)
         self.received = self.total = 0  # bytes; in all, as the source says, 0 where it does not
-        self.error: Exception | None = None
 
-    def run(self) -> None:
-        """Download, and keep the error for the watch."""
+    def run(self, slowest: float) -> None:
+        """Download; leave a source that gives fewer bytes per second than `slowest`."""
+        path, start = self.wanted.path, time.monotonic()
+        # A fixed name, so that the rest of a killed process is overwritten; one for each host, because a lock may not
+        # reach across a network file system.
+        part = path.with_name(f".{path.name}.{platform.node()}.part")
+        try:
+            with part.open("wb") as file:
+                self._watch(_started(lambda: self._receive(file)), slowest)
+                if not self.hasher.hexdigest().startswith(self.prefix):
+                    raise _SourceFailed(f"{_size(self.received)} of wrong bytes")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        _say(f"downloaded {path.name}: {_size(self.received)} in {time.monotonic() - start:.0f} s")
+
+    def _receive(self, file: BinaryIO) -> None:
+        """A thread of its own, because no time-out ends a name look-up, or a socket that receives a byte now and then.
+
+        One that is left behind ends at its next write, because the file is closed by then.
+        """
         # Short for the connection, so that an address that does not answer leaves time for the host's others; long for
         # the rest, so that it is the watch that speaks first.
         timeout = (self.wanted.stall_seconds / 4, self.wanted.stall_seconds * 2)
@@ -197,52 +182,41 @@ class _Arrival(threading.Thread):
                 response.raise_for_status()
                 self.total = int(response.headers.get("Content-Length", 0))
                 for chunk in response.iter_content(CHUNK_BYTES):
-                    self._take(chunk)
+                    if max(self.total, self.received + len(chunk)) > self.wanted.max_bytes:
+                        raise _SourceFailed(f"more than {_size(self.wanted.max_bytes)}")
+                    with _writing_to(self.wanted.path.parent):
+                        file.write(chunk)
+                    self.hasher.update(chunk)
+                    self.received += len(chunk)
+        except (UserError, _SourceFailed):
+            raise
         except Exception as error:  # a broken source can raise anything, from a bad header to a bad certificate
-            self.error = error
+            raise _SourceFailed(_in_words(error, self.received)) from error
 
-    def _take(self, chunk: bytes) -> None:
-        if max(self.total, self.received + len(chunk)) > self.wanted.max_bytes:
-            raise _SourceFailed(f"more than {_size(self.wanted.max_bytes)}")
-        with _writing_to(self.wanted.path.parent):
-            self.file.write(chunk)
-        self.hasher.update(chunk)
-        self.received += len(chunk)
-
-
-def _watch(arrival: _Arrival, slowest: float) -> None:
-    """Wait until all has arrived, and raise `_SourceFailed` when the source fails or comes to a stall."""
-    host, name, stall_seconds = _host(arrival.url), arrival.wanted.path.name, arrival.wanted.stall_seconds
-    # Counted in ticks, not by the clock: a program that was suspended has not seen a stall.
-    history = deque([0], maxlen=TICKS + 1)
-    with tqdm(desc=f"{name} from {host}", unit="B", unit_scale=True, leave=False, disable=None) as bar:  # on a terminal
-        arrival.start()
-        alive = True
-        while alive:
-            arrival.join(stall_seconds / TICKS)
-            alive = arrival.is_alive()
-            if arrival.received and not history[-1]:
-                bar.total = arrival.total or None
-                if bar.disable:
-                    size = _size(arrival.total) if arrival.total else "unknown size"
-                    _say(f"downloading {name} from {host} ({size})")
-            history.append(arrival.received)
-            bar.update(history[-1] - bar.n)
-            recent = history[-1] - history[0]
-            if alive and len(history) > TICKS and recent == 0:
-                raise _SourceFailed(f"silent for {stall_seconds:g} s")
-            if alive and len(history) > TICKS and recent <= slowest * stall_seconds:
-                raise _TooSlow(f"only {_size(recent / stall_seconds)}/s")
-    if isinstance(arrival.error, UserError):
-        raise arrival.error
-    if arrival.error:
-        raise _SourceFailed(_in_words(arrival)) from arrival.error
+    def _watch(self, receiving: Future[None], slowest: float) -> None:
+        """Wait until all has arrived, and raise `_SourceFailed` when the source fails or comes to a stall."""
+        what, stall_seconds = f"{self.wanted.path.name} from {_host(self.url)}", self.wanted.stall_seconds
+        # Counted in ticks, not by the clock: a program that was suspended has not seen a stall.
+        history = deque([0], maxlen=TICKS + 1)
+        with tqdm(desc=what, unit="B", unit_scale=True, leave=False, disable=None) as bar:  # on a terminal
+            finished = False
+            while not finished:
+                finished = bool(wait([receiving], stall_seconds / TICKS).done)
+                if self.received and not history[-1]:
+                    bar.total = self.total or None
+                    if bar.disable:
+                        _say(f"downloading {what} ({_size(self.total) if self.total else 'unknown size'})")
+                history.append(self.received)
+                bar.update(history[-1] - bar.n)
+                recent = history[-1] - history[0]
+                if not finished and len(history) > TICKS and recent <= slowest * stall_seconds:
+                    silent = _SourceFailed(f"silent for {stall_seconds:g} s")
+                    raise _TooSlow(f"only {_size(recent / stall_seconds)}/s") if recent else silent
+        receiving.result()
 
 
-def _in_words(arrival: _Arrival) -> str:
-    match arrival.error:
-        case _SourceFailed():
-            return str(arrival.error)
+def _in_words(error: Exception, received: int) -> str:
+    match error:
         case requests.HTTPError(response=requests.Response(status_code=status)):
             return f"HTTP status {status}"
         case requests.TooManyRedirects():
@@ -251,11 +225,11 @@ def _in_words(arrival: _Arrival) -> str:
             return "no trusted TLS connection"
         case requests.exceptions.ProxyError():
             return "the proxy failed"
-        case requests.ConnectionError() if not arrival.received:
+        case requests.ConnectionError() if not received:
             return "no connection"
         case requests.ConnectionError() | requests.exceptions.ChunkedEncodingError():
-            return f"broken off after {_size(arrival.received)}"
-    return f"unusable answer, {type(arrival.error).__name__}"
+            return f"broken off after {_size(received)}"
+    return f"unusable answer, {type(error).__name__}"
 
 
 @contextmanager

@@ -1,4 +1,8 @@
-"""Errors that a user can mend: shown as one sentence, without a traceback."""
+"""Errors that a user can mend: shown as one sentence, without a traceback.
+
+`check` in place of annotated types, because they speak on the command line only: this gives Python the same sentence.
+`account` goes by the words of jsonargparse's messages, because it gives no structured account of what is wrong.
+"""
 
 import errno
 import signal
@@ -29,16 +33,10 @@ class UserError(Exception):
 
 
 def check(name: str, value: Any, fits: Callable[[Any], object], wanted: str) -> None:
-    """Refuse an option's value.
-
-    Args:
-        name: Of the option.
-        value: As given; a flag is no number, and what is no number at all, as null, fits nowhere.
-        fits: Whether a number is in the range.
-        wanted: The end of the sentence, "take ...".
+    """Refuse an option's value that `fits` does not take, and any that is no number, such as a flag.
 
     Raises:
-        UserError: It does not fit.
+        UserError: It ends with "take" and what is `wanted`.
     """
     try:
         if not isinstance(value, bool) and fits(value):
@@ -53,9 +51,6 @@ def account(message: str) -> str:
 
     For a value that may have several types it lists one error for each type. An error that says more than "Expected a
     <type>" is the cause; then the others are left out.
-
-    Args:
-        message: Of several lines.
     """
     lines = list(dict.fromkeys(line.strip(" -") for line in message.splitlines()))
     lines = [line for line in lines if line and not line.startswith(BY_THE_WAY)]
@@ -78,10 +73,10 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Turn a `UserError` into a line on stderr and exit status 2, and so Lightning's own word on a wrong setting.
+    """Turn a `UserError`, Lightning's own word on a wrong setting or a full disk into a line on stderr and status 2.
 
-    That comes in several classes, and is known by where it is raised. A full disk is the user's to mend likewise. A
-    signal ends with the shell's status for it, 130 or 143.
+    Lightning's comes in several classes, and is known by where it is raised. A signal ends with the shell's status for
+    it, 130 or 143.
     """
     try:
         yield
@@ -90,23 +85,21 @@ def one_sentence() -> Iterator[None]:
         ours = isinstance(error, UserError | MisconfigurationException)
         if not ours and not last.f_globals.get("__name__", "").startswith("lightning."):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {' '.join(str(error).split())}", 2)
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        print(f"error: {error.filename or 'A file'} cannot be written ({error.strerror}): make room.", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error.filename or 'A file'} cannot be written ({error.strerror}): make room.", 2)
     except KeyboardInterrupt:
-        _end("Interrupted.", signal.SIGINT)
+        _end("Interrupted.", 128 + signal.SIGINT)
     except SIGTERMException:
-        _end("Terminated.", signal.SIGTERM)
+        _end("Terminated.", 128 + signal.SIGTERM)
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt) and error.code == 1:  # Lightning's, who ends with 1
-            _end("Interrupted.", signal.SIGINT)
+            _end("Interrupted.", 128 + signal.SIGINT)
         raise
 
 
-def _end(word: str, number: signal.Signals) -> NoReturn:
-    print(word, file=sys.stderr)
-    sys.exit(128 + number)
+def _end(line: str, status: int) -> NoReturn:
+    print(line, file=sys.stderr)
+    sys.exit(status)

@@ -10,18 +10,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 ABANDONED = 3600  # seconds without a byte, after which a temporary file has lost its writer
-TEMPORARY = r"\.{name}\.[0-9a-f]{{16}}\.partial"
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which replaces `path` in one move when it is complete and on the disk.
+    """A file to write, which replaces `path`, in an existing folder, in one move when it is complete and on the disk.
 
     Until then, and after any error, what was at `path` stays as it was. Each writer has a hidden temporary file of its
     own; what a killed writer has left of it is removed by a later one.
-
-    Args:
-        path: The file; its folder exists.
 
     Raises:
         OSError: It cannot be written.
@@ -35,10 +31,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
-        with suppress(OSError):
+    finally:
+        with suppress(OSError):  # after the move there is none
             partial.unlink()
-        raise
     with suppress(OSError):  # not every system can open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -48,14 +43,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_partial(folder: Path, name: str | None = None, age: float = 0) -> None:
-    """Remove temporary files that killed writers have left; none of any other name.
+    """Remove temporary files that killed writers of `name`, or of any file, have left in a folder, but not below.
 
     Args:
-        folder: Where; not below.
-        name: Of the file that was written; None for any.
         age: Seconds since they were last written to. Where no other process can be writing, 0 is safe.
     """
-    pattern = re.compile(TEMPORARY.format(name=".+" if name is None else re.escape(name)))
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{16}}\.partial")
     for path in folder.glob(".*.partial"):
         with suppress(OSError):
             if pattern.fullmatch(path.name) and time.time() - path.stat().st_mtime >= age:

@@ -14,28 +14,20 @@ from cifar_transfer.network.catalog import LENET, TIMM
 from cifar_transfer.network.dense_conv import DenseConv2d
 from cifar_transfer.network.small_images import ASSUMED, adapt
 
-# As many outputs have the heads of a network for ImageNet, and no other of its layers: heads are found by it.
-_IMAGENET_CLASSES = 1000
+_IMAGENET_CLASSES = 1000  # as many outputs have a network's heads, and none of its other layers: heads are found by it
 AUXILIARY = ("googlenet", "inception_v3")  # have auxiliary heads
 
 
 class Backbone(NamedTuple):
-    """A network ready for training.
+    """A network ready for training."""
 
-    Attributes:
-        network: float32; takes float [B, 3, H, W], normalised, and gives logits [B, num_classes], or while it trains
-            with auxiliary heads a tuple of logits, the main ones first.
-        heads: Names of the layers that tell the classes apart; all the rest is the backbone.
-        image_size: Side of the images in pixels, None as it came.
-        normalize: The statistics that the weights were trained with, as `--model.normalize` takes them, or None.
-        changes: What was adapted to small images or to the size, a sentence each.
-    """
-
+    # float32; takes float [B, 3, H, W], normalised, and gives logits [B, num_classes], or while it trains with
+    # auxiliary heads a tuple of logits, the main ones first.
     network: nn.Module
-    heads: tuple[str, ...]
-    image_size: int | None
-    normalize: str | list[list[float]] | None
-    changes: list[str]
+    heads: tuple[str, ...]  # names of the layers that tell the classes apart; all the rest is the backbone
+    image_size: int | None  # side of the images in pixels, None as it came
+    normalize: str | list[list[float]] | None  # what the weights were trained with, as `--model.normalize` takes it
+    changes: list[str]  # what was adapted to small images or to the size, a sentence each
 
 
 def lenet5(num_classes: int) -> nn.Sequential:
@@ -53,7 +45,7 @@ def stock(name: str, auxiliary: bool = False, initialise: bool = True) -> nn.Mod
     """The library's network for the 1000 classes of ImageNet, with random weights.
 
     Args:
-        name: Of the network, in torchvision, or in timm after "timm/", or "lenet5".
+        name: As for `build`.
         auxiliary: Build GoogLeNet and Inception v3 with their auxiliary heads.
         initialise: Draw their weights as their papers do, which is slow, and needless if others are loaded.
 
@@ -62,22 +54,19 @@ def stock(name: str, auxiliary: bool = False, initialise: bool = True) -> nn.Mod
     """
     catalog.check(name)
     if auxiliary and name not in AUXILIARY:
-        raise UserError(
-            f"{name} has no auxiliary heads: leave aux_weight at 0 (those that have: {', '.join(AUXILIARY)})."
-        )
+        known = ", ".join(AUXILIARY)
+        raise UserError(f"{name} has no auxiliary heads: leave aux_weight at 0 (those that have: {known}).")
     if name == LENET:
         return lenet5(_IMAGENET_CLASSES)
     if name.startswith(TIMM):
         return catalog.timm().create_model(catalog.split(name)[0], num_classes=_IMAGENET_CLASSES)
-    options = {}
     if name in AUXILIARY:  # transform_input: as torchvision builds them for its weights
-        options = {"aux_logits": auxiliary, "init_weights": initialise, "transform_input": True}
-    return models.get_model(name, **options)
+        return models.get_model(name, aux_logits=auxiliary, init_weights=initialise, transform_input=True)
+    return models.get_model(name)
 
 
 def head_names(network: nn.Module) -> tuple[str, ...]:
-    """The layers of a stock network that have as many outputs as there are classes: one, or with auxiliary or
-    distillation heads several."""
+    """The layers that tell a stock network's classes apart: several with auxiliary or distillation heads."""
     return tuple(
         name
         for name, layer in network.named_modules()
@@ -89,13 +78,7 @@ def head_names(network: nn.Module) -> tuple[str, ...]:
 def with_head(
     name: str, num_classes: int, auxiliary: bool = False, initialise: bool = True
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """The library's network with random weights and a head for so many classes, and the names of its heads.
-
-    Args:
-        name: As for `stock`.
-        num_classes: Outputs of the head.
-        auxiliary: As for `stock`.
-        initialise: As for `stock`.
+    """The network of `stock` with a head for so many classes, and the names of its heads.
 
     Raises:
         UserError: As `stock`, or a network without a head.
@@ -105,18 +88,13 @@ def with_head(
     if not heads:
         raise UserError(f"{name} tells no classes apart: it has no head that could be replaced.")
     for head in heads:
-        _replace_head(network, head, num_classes)
+        old: Any = network.get_submodule(head)
+        if isinstance(old, nn.Linear):
+            new: nn.Module = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
+        else:
+            new = nn.Conv2d(old.in_channels, num_classes, old.kernel_size, bias=old.bias is not None)
+        network.set_submodule(head, new)
     return network, heads
-
-
-def _replace_head(network: nn.Module, name: str, num_classes: int) -> None:
-    old = network.get_submodule(name)
-    if isinstance(old, nn.Linear):
-        network.set_submodule(name, nn.Linear(old.in_features, num_classes, bias=old.bias is not None))
-    else:
-        assert isinstance(old, nn.Conv2d)
-        new = nn.Conv2d(old.in_channels, num_classes, old.kernel_size, bias=old.bias is not None)  # type: ignore[arg-type]
-        network.set_submodule(name, new)
 
 
 def build(
@@ -135,8 +113,7 @@ def build(
     Args:
         name: "resnet18" and the like from torchvision, "timm/vit_base_patch16_224" (or with a tag) from timm, "lenet5".
         pretrained: "DEFAULT" or another of the library's names for the network's weights; "none"; or a file.
-        num_classes: Outputs of the head.
-        class_names: What they stand for; the head of a checkpoint of ours is kept only when it tells these apart.
+        class_names: The head of a checkpoint of ours is kept only when it tells these apart.
         image_size: Side of the images in pixels; "native" for what the weights were trained with; None if not known.
         small: Adapt it to small images, see `small_images.adapt`.
         patch: Side of a transformer's patches in pixels, None for its own.
@@ -150,11 +127,22 @@ def build(
     known = list(catalog.weights(name).values())
     source = weights.read(name, pretrained)
     published = source.published or (known[0] if known else None)
-    size = image_size if not isinstance(image_size, str) else _native(name, published, source.saved)
+    if isinstance(image_size, str):
+        size = source.saved.get("image_size") or min(source.saved.get("input_size") or [0])
+        size = size or (published.native if published else None)
+        if not size:
+            raise UserError(f"{name} has no published weights, so no native size: give image_size in pixels.")
+    else:
+        size = image_size
     if published and size and size < published.least < published.native and not small:
         raise UserError(f"{name} cannot take images of {size} pixels: {size_hint(name)}")
     network, heads = with_head(name, num_classes, auxiliary, initialise=not source.state)
-    _load(name, network, heads, source, pretrained, class_names, small)
+    _shape_for(network, name, source, pretrained, small)
+    if source.state:
+        before, unwanted = source.saved.get("class_names"), ""
+        if before and class_names and list(before) != list(class_names):
+            unwanted = f"it tells apart {', '.join(before[:3])}, ..."
+        weights.load(network, source.state, heads, pretrained, unwanted)
     changes = adapt(network, size, patch, small)
     DenseConv2d.convert(network)
     statistics = [list(published.mean), list(published.std)] if published else None
@@ -170,35 +158,15 @@ def size_hint(name: str) -> str:
     return f"set image_size={least}native ({published.native}), or try small_images=true."
 
 
-def _native(name: str, published: catalog.Weights | None, saved: dict[str, Any]) -> int:
-    trained = saved.get("image_size") or min(saved.get("input_size") or [0])
-    if not trained and published is None:
-        raise UserError(f"{name} has no published weights, so no native size: give image_size in pixels.")
-    return trained or published.native  # type: ignore[union-attr]
-
-
-def _load(
-    name: str,
-    network: nn.Module,
-    heads: Sequence[str],
-    source: weights.Pretrained,
-    pretrained: str,
-    class_names: Sequence[str] | None,
-    small: bool,
-) -> None:
-    """Bring the network to the form that the weights have, and load them."""
-    saved, unwanted = source.saved, ""
+def _shape_for(network: nn.Module, name: str, source: weights.Pretrained, pretrained: str, small: bool) -> None:
+    """Bring the network to the form that the weights have."""
+    saved = source.saved
     if saved:
         if catalog.split(saved["backbone"])[0] != catalog.split(name)[0]:
             raise UserError(f"{pretrained} holds a {saved['backbone']}, not a {name}.")
         if saved.get("small_images") and not small:
             raise UserError(f"{pretrained} was trained with small_images=true: ask for it here too.")
         adapt(network, saved.get("image_size"), saved.get("patch_size"), bool(saved.get("small_images")))
-        before = saved.get("class_names")
-        if before and class_names and list(before) != list(class_names):
-            unwanted = f"it tells apart {', '.join(before[:3])}, ..."
     elif isinstance(network, models.VisionTransformer) and "encoder.pos_embedding" in source.state:
         tokens = source.state["encoder.pos_embedding"].shape[1] - 1  # torchvision publishes some for larger images
         adapt(network, math.isqrt(tokens) * network.patch_size)
-    if source.state:
-        weights.load(network, source.state, heads, pretrained, unwanted)

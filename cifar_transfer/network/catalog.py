@@ -6,6 +6,7 @@ import importlib
 import math
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from torchvision import models
 
@@ -19,47 +20,25 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Weights:
-    """Published weights of a network.
+    """Published weights of a network, and what their library says of them; None where it does not."""
 
-    Attributes:
-        name: Theirs in the library: "IMAGENET1K_V1" in torchvision, a tag such as "augreg_in21k" in timm.
-        url: Where the file is, "" if it is on the Hugging Face Hub alone.
-        hub: Repository and file on the Hub, or None.
-        native: Side of the images they were trained or evaluated with, in pixels.
-        least: Side of the smallest images that the network takes, in pixels; 1 where the library does not say.
-        mean: Of the channels in [0, 1], subtracted from them.
-        std: What the channels are divided by.
-        licence: As stated, or "".
-        source: Where they come from, a URL.
-        parameters: Of the network with its head, or None where the library does not say.
-        gflops: Billions of multiply-adds for an image of the native size, or None.
-        top1: Error on ImageNet-1k's validation set in per cent, or None.
-        top5: As `top1`, of the five likeliest classes.
-        mebibytes: Of the file, or None where the library does not say.
-    """
-
-    name: str
-    url: str
-    hub: tuple[str, str] | None
-    native: int
-    least: int
-    mean: Triple
-    std: Triple
-    licence: str
-    source: str
-    parameters: int | None = None
-    gflops: float | None = None
-    top1: float | None = None
-    top5: float | None = None
-    mebibytes: float | None = None
+    name: str  # in the library: "IMAGENET1K_V1" in torchvision, a tag such as "augreg_in21k" in timm
+    url: str  # of the file; "" if it is on the Hugging Face Hub alone
+    hub: tuple[str, str] | None  # repository and file on the Hub
+    native: int  # side of the images they were trained or evaluated with, in pixels
+    least: int  # side of the smallest images that the network takes, in pixels; 1 where unknown
+    mean: Triple  # of the channels in [0, 1], subtracted from them
+    std: Triple  # what the channels are divided by
+    licence: str  # as stated, or ""
+    source: str  # URL of where they come from
+    parameters: int | None = None  # of the network with its head
+    top1: float | None = None  # error on ImageNet-1k's validation set in per cent
+    top5: float | None = None  # the same of the five likeliest classes
+    mebibytes: float | None = None  # of the file
 
 
 def timm() -> ModuleType:
-    """The timm package.
-
-    Raises:
-        UserError: It is not installed.
-    """
+    """The timm package, or a `UserError` that it is not installed."""
     try:
         return importlib.import_module("timm")
     except ModuleNotFoundError:
@@ -103,9 +82,7 @@ def names(pattern: str = "*") -> list[str]:
     Raises:
         UserError: timm's are asked for, and it is not installed.
     """
-    known = [LENET, *TORCHVISION]
-    if pattern.startswith(TIMM):
-        known = [TIMM + name for name in timm().list_models()]
+    known = [TIMM + name for name in timm().list_models()] if pattern.startswith(TIMM) else [LENET, *TORCHVISION]
     pattern = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
     return [name for name in known if fnmatch.fnmatchcase(name, pattern)]
 
@@ -140,7 +117,6 @@ def _from_torchvision(entry: models.WeightsEnum) -> Weights:
         licence=meta.get("license", ""),
         source=meta["recipe"],
         parameters=meta["num_params"],
-        gflops=meta["_ops"],
         top1=_error(figures.get("acc@1")),
         top5=_error(figures.get("acc@5")),
         mebibytes=meta["_file_size"],
@@ -151,19 +127,16 @@ def _error(accuracy: float | None) -> float | None:
     return None if accuracy is None or math.isnan(accuracy) else round(100 - accuracy, 3)
 
 
-def _from_timm(cfg: object) -> Weights:
-    def get(key: str, default: object = None) -> object:
-        return getattr(cfg, key, None) or default
-
-    hub = get("hf_hub_id")
+def _from_timm(cfg: Any) -> Weights:
+    hub = cfg.hf_hub_id
     return Weights(
-        name=str(get("tag", "")),
-        url=str(get("url", "")),
-        hub=(str(hub), str(get("hf_hub_filename", "model.safetensors"))) if hub else None,
-        native=cfg.input_size[-1],  # type: ignore[attr-defined]
-        least=(get("min_input_size") or (3, 1, 1))[-1],  # type: ignore[index]
-        mean=tuple(cfg.mean),  # type: ignore[attr-defined]
-        std=tuple(cfg.std),  # type: ignore[attr-defined]
-        licence=str(get("license", "")),
-        source=str(get("origin_url", f"https://huggingface.co/{hub}" if hub else get("url", ""))),
+        name=cfg.tag or "",
+        url=cfg.url or "",
+        hub=(hub, cfg.hf_hub_filename or "model.safetensors") if hub else None,
+        native=cfg.input_size[-1],
+        least=cfg.min_input_size[-1] if cfg.min_input_size else 1,
+        mean=tuple(cfg.mean),
+        std=tuple(cfg.std),
+        licence=cfg.license or "",
+        source=cfg.origin_url or (f"https://huggingface.co/{hub}" if hub else cfg.url or ""),
     )

@@ -13,8 +13,8 @@ class DenseConv2d(nn.Conv2d):
     """`nn.Conv2d` that is one matrix product where each output pixel sees the whole input.
 
     At 32 x 32 pixels the last two stages of a ResNet are 2 x 2 pixels and one pixel large, and most taps of their 3 x 3
-    kernels are multiplied with padding. Here they are left out. The result is the same up to rounding, and so are the
-    gradients. It has `nn.Conv2d`'s parameters and state dict. What it gains: benchmarks/README.md.
+    kernels are multiplied with padding. Here they are left out; results and gradients are the same up to rounding. What
+    it gains: benchmarks/README.md.
     """
 
     def forward(self, input: Tensor) -> Tensor:

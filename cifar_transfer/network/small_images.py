@@ -1,11 +1,6 @@
 """Networks made for 224 pixels, made fit for 32: stems, classifiers, patches and windows, the weights kept.
 
-A stem that divides the resolution by two or four wastes a small image. Here it is replaced by one of stride 1 whose
-kernel is the old one seen through a bilinear enlargement: with K the old kernel and U the enlargement (linear, as both
-are), K(U(image)) = (U'K)(image). So the adapted network does on an image what the stock one does on its enlargement,
-without computing at that size. A max-pool behind the stem becomes one of stride 1 and half the reach. Patch kernels are
-treated likewise, within a patch; position embeddings and biases are interpolated as their papers do; and a pooling that
-only repeats values is folded into the layer behind it.
+The adapted network does on a small image what the stock one does on its enlargement, without computing at that size.
 """
 
 import inspect
@@ -40,7 +35,6 @@ def adapt(network: nn.Module, size: int | None, patch: int | None = None, small:
         size: Side of the images in pixels, None if unknown.
         patch: Side of a transformer's patches in pixels; None keeps them, or with `small` takes them small enough for
             8 x 8 patches (Swin: 16 x 16).
-        small: Make it fit for small images.
 
     Returns:
         What was changed, a sentence each.
@@ -68,63 +62,57 @@ def _patch(stock: int, size: int, tokens: int) -> int:
     return min(stock, max(1, size // tokens))
 
 
-def _name_of(network: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in network.named_modules() if module is wanted)
+def _side(value: int | tuple[int, ...]) -> int:
+    return value if isinstance(value, int) else value[0]
+
+
+def _conv(old: nn.Conv2d, kernel: Tensor, stride: int = 1, padding: int = 0) -> nn.Conv2d:
+    """A convolution with another kernel and the old bias."""
+    options: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device}
+    new = nn.Conv2d(old.in_channels, old.out_channels, kernel.shape[-1], stride, padding, **options)
+    new.load_state_dict(old.state_dict() | {"weight": kernel})
+    return new
 
 
 def _stem(network: nn.Module) -> list[str]:
-    layers = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.Linear)]
-    first, second = layers[0], layers[1]
+    """Keep the resolution, which a small image has too little of: stride 1, and a max-pool of half the reach."""
+    layers = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d | nn.Linear)]
+    (name, first), (pool, second) = layers[:2]
     if not isinstance(first, nn.Conv2d) or first.stride[0] == 1:
         return []
-    name = _name_of(network, first)
     same = type(first).__name__ == "Conv2dSame"  # timm's, for weights from TensorFlow: pads less before than behind
     if type(first) not in (nn.Conv2d, DenseConv2d) and not same:
         raise UserError(f"small_images does not know the stem of this network, {name}, a {type(first).__name__}.")
     factor, old = first.stride[0], first.kernel_size[0]
-    padding = max(0, old - factor) // 2 if same else int(first.padding[0])
-    offset, changes = -padding, []
+    offset, changes = -(max(0, old - factor) // 2 if same else int(first.padding[0])), []
     if isinstance(second, nn.MaxPool2d) and not isinstance(network, KEEPS_POOL):
         # A window of three covers the convolution's outputs 2i - 1, 2i, 2i + 1: the middle one stands for them.
         middle = (_side(second.kernel_size) - 1) // 2 - _side(second.padding)
         offset += factor * middle
         factor *= _side(second.stride)
-        pool = _name_of(network, second)
         network.set_submodule(pool, HalfMaxPool2d())
         changes.append(f"{pool}: stride 1, half the reach")
     kernel = enlarged_kernel(first.weight.detach(), factor, offset)
     taps = kernel.shape[-1]
-    bias = first.bias is not None
-    conv = nn.Conv2d(
-        first.in_channels, first.out_channels, taps, padding=taps // 2, bias=bias, device=first.weight.device
-    )
-    with torch.no_grad():
-        conv.weight.copy_(kernel)
-        if conv.bias is not None and first.bias is not None:
-            conv.bias.copy_(first.bias)
-    network.set_submodule(name, conv)
+    network.set_submodule(name, _conv(first, kernel, padding=taps // 2))
     return [f"{name}: {taps}x{taps} stride 1 from {old}x{old} stride {first.stride[0]}", *changes]
-
-
-def _side(value: int | tuple[int, ...]) -> int:
-    return value if isinstance(value, int) else value[0]
 
 
 def enlarged_kernel(kernel: Tensor, factor: int, offset: int) -> Tensor:
     """The kernel that does with stride 1 on an image what another does with stride `factor` on its enlargement.
 
+    With K the old kernel and U the enlargement, both linear, it is U'K, because K(U(image)) = (U'K)(image).
+
     Args:
         kernel: float [O, I, K, K], for images enlarged `factor` times, bilinearly.
-        factor: How much larger they are.
         offset: Of the first tap from the first pixel, in pixels of the enlargement; minus the padding.
 
     Returns:
         float [O, I, k, k], k odd, to be used with padding k // 2. Exact within the image, except that taps reaching
         less than a quarter pixel beyond k look at the outermost pixel instead.
     """
-    at = (
-        torch.arange(kernel.shape[-1], dtype=torch.double) + offset + 0.5
-    ) / factor - 0.5  # where each tap looks, in small pixels
+    # Where each tap looks, in small pixels.
+    at = (torch.arange(kernel.shape[-1], dtype=torch.double) + offset + 0.5) / factor - 0.5
     radius = max(1, math.ceil(float(at.abs().max()) - 0.25))
     low = at.floor()
     taps = at.new_zeros(len(at), 2 * radius + 1)
@@ -143,34 +131,23 @@ def enlarged_patch(kernel: Tensor, size: int) -> Tensor:
     return (kernel.flatten(2) @ enlarge.T).unflatten(-1, (size, size))
 
 
-def _patch_conv(conv: nn.Conv2d, size: int) -> nn.Conv2d:
-    bias, device = conv.bias is not None, conv.weight.device
-    new = nn.Conv2d(conv.in_channels, conv.out_channels, size, size, bias=bias, device=device)
-    with torch.no_grad():
-        new.weight.copy_(enlarged_patch(conv.weight, size))
-        if new.bias is not None and conv.bias is not None:
-            new.bias.copy_(conv.bias)
-    return new
-
-
 def _classifier(network: nn.Module, size: int) -> list[str]:
     """Fold the pooling that VGG and AlexNet do to 7 x 7 or 6 x 6 into the first linear layer, when it only repeats."""
     if not isinstance(network, models.VGG | models.AlexNet):
         return []
     wide = _side(network.avgpool.output_size)
-    device = next(network.parameters()).device
+    index, old = next((i, layer) for i, layer in enumerate(network.classifier) if isinstance(layer, nn.Linear))
+    device = old.weight.device
     with torch.no_grad():
         side = network.features(torch.zeros(1, 3, size, size, device=device)).shape[-1]
     if side >= wide:
         return []
-    index, old = next((i, layer) for i, layer in enumerate(network.classifier) if isinstance(layer, nn.Linear))
     channels = old.in_features // wide**2
     unit = torch.eye(side**2, device=device).view(side**2, 1, side, side)
     spread = F.adaptive_avg_pool2d(unit, wide).flatten(1)  # [side², wide²]: where each value is repeated
+    weight = (old.weight.detach().unflatten(1, (channels, wide**2)) @ spread.T).flatten(1)
     new = nn.Linear(channels * side**2, old.out_features, device=device)
-    with torch.no_grad():
-        new.weight.copy_((old.weight.unflatten(1, (channels, wide**2)) @ spread.T).flatten(1))
-        new.bias.copy_(old.bias)
+    new.load_state_dict({"weight": weight, "bias": old.bias})
     network.classifier[index] = new
     network.avgpool = nn.AdaptiveAvgPool2d(side)
     return [f"classifier.{index}: {new.in_features:,} inputs, not {old.in_features:,} (exact at {size} pixels)"]
@@ -186,13 +163,13 @@ def _vit(network: models.VisionTransformer, size: int, patch: int) -> list[str]:
     grid, changes = _divided(size, patch), []
     old, old_grid = network.patch_size, network.image_size // network.patch_size
     if patch != old:
-        network.conv_proj = _patch_conv(network.conv_proj, patch)
+        kernel = enlarged_patch(network.conv_proj.weight.detach(), patch)
+        network.conv_proj = _conv(network.conv_proj, kernel, stride=patch)
         changes.append(f"conv_proj: patches of {patch} pixels, resampled from {old}")
     if grid != old_grid:
         key = "encoder.pos_embedding"
-        position = network.encoder.pos_embedding.detach()
-        position = interpolate_embeddings(grid * patch, patch, {key: position})[key]
-        network.encoder.pos_embedding = nn.Parameter(position)
+        state = interpolate_embeddings(size, patch, {key: network.encoder.pos_embedding.detach()})
+        network.encoder.pos_embedding = nn.Parameter(state[key])
         changes.append(f"encoder.pos_embedding: {grid}x{grid}, interpolated from {old_grid}x{old_grid}")
     network.image_size, network.patch_size, network.seq_length = size, patch, grid**2 + 1
     return changes
@@ -207,18 +184,18 @@ def _windows(grid: int, stock: int, stages: int) -> list[int]:
 def _swin(network: models.SwinTransformer, size: int, patch: int, small: bool) -> list[str]:
     changes, conv = [], network.features[0][0]
     if patch != conv.stride[0]:
-        network.features[0][0] = _patch_conv(conv, patch)
+        network.features[0][0] = _conv(conv, enlarged_patch(conv.weight.detach(), patch), stride=patch)
         changes.append(f"features.0.0: patches of {patch} pixels, resampled from {conv.stride[0]}")
-    if not small:
-        return changes
-    stages = [[m for m in stage.modules() if isinstance(m, ShiftedWindowAttention)] for stage in network.features]
-    stages = [stage for stage in stages if stage]
-    stock = stages[0][0].window_size[0]
-    windows = _windows(_divided(size, patch), stock, len(stages))
-    for attentions, window in zip(stages, windows, strict=True):
-        for attention in attentions:
-            _set_window(attention, window)
-    return [*changes, f"windows of {', '.join(map(str, windows))}, not {stock}, in the stages"]
+    if small:
+        stages = [[m for m in stage.modules() if isinstance(m, ShiftedWindowAttention)] for stage in network.features]
+        stages = [stage for stage in stages if stage]
+        stock = stages[0][0].window_size[0]
+        windows = _windows(_divided(size, patch), stock, len(stages))
+        for attentions, window in zip(stages, windows, strict=True):
+            for attention in attentions:
+                _set_window(attention, window)
+        changes.append(f"windows of {', '.join(map(str, windows))}, not {stock}, in the stages")
+    return changes
 
 
 def _set_window(attention: ShiftedWindowAttention, window: int) -> None:
@@ -238,38 +215,35 @@ def _set_window(attention: ShiftedWindowAttention, window: int) -> None:
         attention.relative_position_bias_table = nn.Parameter(table[inner, inner].flatten(0, 1).clone())
 
 
-def _timm(network: nn.Module, size: int, patch: int | None, small: bool) -> list[str]:
+def _timm(network: Any, size: int, patch: int | None, small: bool) -> list[str]:
     """timm's own resampling of patches, positions and relative biases."""
     options: dict[str, Sequence[int]] = {"img_size": (size, size)}
+    changes: list[str] = []
     embed: Any = getattr(network, "patch_embed", None)
-    if not hasattr(embed, "img_size"):  # windows or tables of biases, but no patches
-        _set_input_size(network, options)
-        return [] if size == network.pretrained_cfg["input_size"][-1] else [f"windows and biases for {size} pixels"]  # type: ignore[index]
-    stock, old_size = _side(embed.patch_size), _side(embed.img_size)
-    known = inspect.signature(network.set_input_size).parameters  # type: ignore[arg-type]
-    windowed = "window_size" in known and hasattr(network, "layers")  # else timm scales the windows with the image
-    patch = patch or (_patch(stock, size, TOKENS * (2 if windowed else 1)) if small else stock)
-    grid = _divided(size, patch)
-    if patch == stock and size == old_size:
-        return []
-    changes = [f"patch_embed: {grid}x{grid} patches of {patch} pixels, resampled from {stock}; positions interpolated"]
-    if "patch_size" in known:
-        options["patch_size"] = (patch, patch)
-    elif patch != stock:
-        raise UserError(f"timm cannot change the patches of a {type(network).__name__}: leave patch_size out.")
-    if windowed:
-        own = max(_side(m.window_size) for m in network.modules() if hasattr(m, "window_size"))  # type: ignore[arg-type]
-        options["window_size"] = _windows(grid, own, len(network.layers))  # type: ignore[arg-type]
-        changes.append(f"windows of {', '.join(map(str, options['window_size']))}, not {own}, in the stages")
-    _set_input_size(network, options)
-    return changes
-
-
-def _set_input_size(network: nn.Module, options: dict[str, Sequence[int]]) -> None:
+    if hasattr(embed, "img_size"):
+        stock = _side(embed.patch_size)
+        known = inspect.signature(network.set_input_size).parameters
+        windowed = "window_size" in known and hasattr(network, "layers")  # else timm scales the windows with the image
+        patch = patch or (_patch(stock, size, TOKENS * (2 if windowed else 1)) if small else stock)
+        grid = _divided(size, patch)
+        if patch == stock and size == _side(embed.img_size):
+            return []
+        embedding = f"patch_embed: {grid}x{grid} patches of {patch} pixels, resampled from {stock}"
+        changes.append(f"{embedding}; positions interpolated")
+        if "patch_size" in known:
+            options["patch_size"] = (patch, patch)
+        elif patch != stock:
+            raise UserError(f"timm cannot change the patches of a {type(network).__name__}: leave patch_size out.")
+        if windowed:
+            own = max(_side(m.window_size) for m in network.modules() if hasattr(m, "window_size"))
+            options["window_size"] = _windows(grid, own, len(network.layers))
+            changes.append(f"windows of {', '.join(map(str, options['window_size']))}, not {own}, in the stages")
+    elif size != network.pretrained_cfg["input_size"][-1]:
+        changes.append(f"windows and biases for {size} pixels")  # it has these, but no patches
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of torch, about how timm's interpolation indexes
         try:
-            network.set_input_size(**options)  # type: ignore[operator]
+            network.set_input_size(**options)
         except (AssertionError, RuntimeError, ValueError) as error:
-            side = options["img_size"][0]
-            raise UserError(f"timm cannot make this network for {side} pixels ({error}): set image_size.") from None
+            raise UserError(f"timm cannot make this network for {size} pixels ({error}): set image_size.") from None
+    return changes

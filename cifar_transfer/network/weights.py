@@ -8,6 +8,7 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ OWN_PREFIX = "network."  # of the keys in our own checkpoints
 WRAPPINGS = ("state_dict", "model", "teacher")
 # Of all keys: DDP's; torch.compile's; MoCo v3's, v1's and v2's; DINO's; other people's Lightning modules'.
 PREFIXES = ("module.", "_orig_mod.", "base_encoder.", "encoder_q.", "backbone.", "network.", "model.", "net.")
+SHA256 = re.compile("[0-9a-f]{64}")
 LARGEST = 2**33  # bytes of a file whose size nobody says
 HUB_SECONDS = 60.0  # for the Hub's answer to where a file is
 THREE_WAYS_OUT = (
@@ -37,25 +39,15 @@ THREE_WAYS_OUT = (
 
 
 class Pretrained(NamedTuple):
-    """What a source of weights holds.
+    """What a source of weights holds."""
 
-    Attributes:
-        state: Tensors by the network's own names.
-        saved: The options of the run that wrote it, if it is a checkpoint of this project, else empty.
-        published: The library's entry, if they were named, else None.
-    """
-
-    state: State
-    saved: dict[str, Any]
-    published: catalog.Weights | None
+    state: State  # tensors by the network's own names
+    saved: dict[str, Any]  # the options of the run that wrote it, if it is a checkpoint of this project, else empty
+    published: catalog.Weights | None  # the library's entry, if they were named
 
 
 def read(name: str, weights: str) -> Pretrained:
-    """Weights of a network, "none" giving an empty state.
-
-    Args:
-        name: Of the network.
-        weights: "DEFAULT" or another of the library's names for weights, "none", or a file (see `read_file`).
+    """Weights of a network: "DEFAULT" or another of the library's names, a file (see `read_file`), or "none", no state.
 
     Raises:
         UserError: Nothing of that name, a file that is no weights, or a failed download.
@@ -65,9 +57,8 @@ def read(name: str, weights: str) -> Pretrained:
         return Pretrained({}, {}, None)
     if weights in known or (weights == "DEFAULT" and known):
         entry = known[weights] if weights in known else next(iter(known.values()))
-        return Pretrained(
-            read_file(_from_hub(entry) if entry.hub else _fetch(entry.url, entry.mebibytes))[0], {}, entry
-        )
+        file = _from_hub(entry) if entry.hub else _fetch(entry.url, entry.mebibytes)
+        return Pretrained(read_file(file)[0], {}, entry)
     path = Path(weights).expanduser()
     if path.is_file():
         return Pretrained(*read_file(path), None)
@@ -93,13 +84,13 @@ def _fetch(url: str, mebibytes: float | None = None) -> Path:
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
     match = re.search(r"-([0-9a-f]{8,})\.", path.name)
     if match is None:
-        if not path.is_file():
-            raise UserError(
-                f"{url} names no hash to verify it by, so it is not downloaded unasked: download it to {path} if you "
-                f"trust it, or take other weights."
-            )
-        return path
-    if path.is_file() and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(match[1]):
+        if path.is_file():
+            return path
+        raise UserError(
+            f"{url} names no hash to verify it by, so it is not downloaded unasked: download it to {path} if you "
+            f"trust it, or take other weights."
+        )
+    if path.is_file() and not _sha256(path).startswith(match[1]):
         rank_zero_info(f"{path} is damaged; it is downloaded again.")
         path.unlink()
     try:
@@ -116,30 +107,25 @@ def _from_hub(entry: catalog.Weights) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     assert entry.hub is not None
-    repository, file = entry.hub
-    names = dict.fromkeys((file, "pytorch_model.bin"))  # timm's repositories have both
+    repository, *names = *entry.hub, "pytorch_model.bin"  # timm's repositories have this too
     for name in names:
-        try:
+        with suppress(LocalEntryNotFoundError):
             path = Path(hf_hub_download(repository, name, local_files_only=True))
-        except LocalEntryNotFoundError:
-            continue
-        if _is_intact(path.resolve()):
-            return path
-        rank_zero_info(f"{path} is damaged; it is downloaded again.")
-        path.resolve().unlink()
-        path.unlink()
+            blob = path.resolve()  # not named by a SHA-256 if it was copied there by hand: nothing to compare with
+            if not SHA256.fullmatch(blob.name) or _sha256(blob) == blob.name:
+                return path
+            rank_zero_info(f"{path} is damaged; it is downloaded again.")
+            blob.unlink()
+            path.unlink()
     rank_zero_info(f"Fetching the weights {repository} from {constants.ENDPOINT} ...")
-    problem: Exception = FileNotFoundError(f"{repository} has no such file")
-    for name in names:
+    try:
         try:
-            return _into_hubs_cache(repository, name)
-        except EntryNotFoundError as error:
-            problem = error
-        except Exception as error:  # of any kind: the Hub's own, and those of its HTTP library of the day
-            problem = error
-            break
-    way_out = THREE_WAYS_OUT.format(place=f"the Hugging Face cache, {constants.HF_HUB_CACHE}")
-    raise UserError(f"The weights {repository} could not be fetched ({first_line(problem)}). {way_out}")
+            return _into_hubs_cache(repository, names[0])
+        except EntryNotFoundError:
+            return _into_hubs_cache(repository, names[1])
+    except Exception as error:  # of any kind: the Hub's own, and those of its HTTP library of the day
+        way_out = THREE_WAYS_OUT.format(place=f"the Hugging Face cache, {constants.HF_HUB_CACHE}")
+        raise UserError(f"The weights {repository} could not be fetched ({first_line(error)}). {way_out}") from None
 
 
 def _into_hubs_cache(repository: str, name: str) -> Path:
@@ -148,25 +134,19 @@ def _into_hubs_cache(repository: str, name: str) -> Path:
     from huggingface_hub.file_download import repo_folder_name
 
     found = within(HUB_SECONDS, partial(get_hf_file_metadata, hf_hub_url(repository, name)))
-    if not re.fullmatch(r"[0-9a-f]{64}", found.etag or ""):
+    if not SHA256.fullmatch(found.etag or ""):
         raise UserError(f"{name} of {repository} comes without a SHA-256 to verify it by")
     folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"))
-    fetch(
-        [found.location],
-        folder / "blobs" / str(found.etag),
-        digest=f"sha256:{found.etag}",
-        max_bytes=found.size or LARGEST,
-    )
+    blob = folder / "blobs" / str(found.etag)
+    fetch([found.location], blob, digest=f"sha256:{found.etag}", max_bytes=found.size or LARGEST)
     return Path(
         within(HUB_SECONDS, partial(hf_hub_download, repository, name))
     )  # which finds the blob, and links to it
 
 
-def _is_intact(blob: Path) -> bool:
-    if not re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        return True  # named by a git hash, or copied there by hand: nothing to compare with
-    with blob.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == blob.name
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_file(path: Path) -> tuple[State, dict[str, Any]]:
@@ -177,17 +157,17 @@ def read_file(path: Path) -> tuple[State, dict[str, Any]]:
             that wraps one (MoCo v1 to v3, DeiT, BEiT, Swin, DINO); or a Lightning checkpoint, ours or another's.
 
     Returns:
-        The tensors, by the network's own names where the file is torchvision's, timm's or ours; and the options of the
-        run, if it is a checkpoint of ours.
+        The tensors by the network's own names, and the options of the run if it is a checkpoint of ours.
 
     Raises:
         UserError: The file is damaged, holds objects other than tensors and primitives, or no state dict.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # many publishers file their options beside
-            content: Any = (
-                load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-            )
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # many publishers file their options beside
+                content = torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not opened: it holds more than tensors, or is no file of weights.") from None
     except Exception as error:  # of any kind: the file may come from anywhere
@@ -199,34 +179,26 @@ def read_file(path: Path) -> tuple[State, dict[str, Any]]:
         tensors = content["state_dict"].items()
         content = {key.removeprefix(OWN_PREFIX): value for key, value in tensors if key.startswith(OWN_PREFIX)}
     else:
-        content = _unwrapped(content)
+        for key in WRAPPINGS:
+            if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+                content = content[key]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f"{path} is no state dict: save one with torch.save(network.state_dict(), FILE).")
     return dict(content) if saved else _renamed(content), saved
 
 
-def _unwrapped(content: Any) -> Any:
-    for key in WRAPPINGS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    return content
-
-
 def _renamed(state: Mapping[str, Tensor]) -> State:
     """Without the prefixes of wrappers; of several encoders the one that others continue from."""
-    named = dict(state)
-    changed = True
-    while changed:
-        changed = False
+    named, stripped = dict(state), True
+    while stripped:
+        stripped = False
         for prefix in PREFIXES:
             inner = {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
             if inner:
-                named, changed = inner, True
+                named, stripped = inner, True
     # As torchvision's own builder does for its files of DenseNet.
     old = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_mean|running_var))$")
-    for key in [key for key in named if old.match(key)]:
-        named[old.sub(r"\1\2", key)] = named.pop(key)
-    return named
+    return {old.sub(r"\1\2", key): value for key, value in named.items()}
 
 
 def load(network: nn.Module, state: State, heads: Sequence[str], source: str, unwanted: str = "") -> None:
@@ -236,7 +208,7 @@ def load(network: nn.Module, state: State, heads: Sequence[str], source: str, un
         network: As the weights have it, but for the outputs of its heads.
         state: Tensors by its names, or in a format that timm converts from.
         heads: Names of the layers that tell classes apart.
-        source: For messages.
+        source: What messages call the weights.
         unwanted: Why the head is not wanted even when it fits; empty if it is.
 
     Raises:
@@ -263,10 +235,10 @@ def load(network: nn.Module, state: State, heads: Sequence[str], source: str, un
     if bad:  # torchvision says of VGG16's IMAGENET1K_FEATURES that values are missing
         raise UserError(f"The weights {source} hold values that are no numbers, in {_some(bad)}: take others.")
     result = network.load_state_dict(usable, strict=False)
+    needless = tuple(f"{head}." for head in heads)
     dropped = "aux1.", "aux2.", "AuxLogits."  # of a network built without auxiliary heads
     wrong = {
-        "missing": {key for key in result.missing_keys if not key.startswith(tuple(f"{head}." for head in heads))}
-        - other,
+        "missing": {key for key in result.missing_keys if not key.startswith(needless)} - other,
         "unknown": {key for key in result.unexpected_keys if not key.startswith(dropped)},
         "of another shape": other,
     }
@@ -277,15 +249,12 @@ def load(network: nn.Module, state: State, heads: Sequence[str], source: str, un
 
 def _in_the_networks_format(network: nn.Module, state: State, expected: Mapping[str, Tensor]) -> State:
     """Converted by timm, which keeps a function beside each network for the formats of its publishers."""
-    if type(network).__module__.startswith("timm.") and {k: v.shape for k, v in state.items()} != {
-        k: v.shape for k, v in expected.items()
-    }:
-        convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-        if convert is not None:
-            try:
-                return dict(convert(dict(state), network))
-            except Exception:  # of any kind: not a format that it knows, and what does not fit will be named
-                return state
+    module = type(network).__module__
+    convert = getattr(sys.modules[module], "checkpoint_filter_fn", None) if module.startswith("timm.") else None
+    same = {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in expected.items()}
+    if convert and not same:
+        with suppress(Exception):  # of any kind: not a format that it knows, and what does not fit will be named
+            return dict(convert(dict(state), network))
     return state
 
 
