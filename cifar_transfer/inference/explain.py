@@ -39,7 +39,6 @@ def heat_map(model: TransferClassifier, pixels: np.ndarray) -> np.ndarray:
         UserError: No layer has places.
     """
     outputs: list[Tensor] = []
-    taken = model.geometry.input_size
 
     def keep(layer: nn.Module, inputs: tuple, output: object) -> None:
         if isinstance(output, Tensor):
@@ -48,27 +47,28 @@ def heat_map(model: TransferClassifier, pixels: np.ndarray) -> np.ndarray:
     hooks = [layer.register_forward_hook(keep) for layer in _trunk(model.network)]
     try:
         with torch.enable_grad():
-            # Its gradient is not used, but for it there are gradients also where all parameters are frozen.
+            # The gradient of the images is not used, but with it there are others where all parameters are frozen.
             images = to_float(torch.from_numpy(pixels)[None].to(model.device)).requires_grad_()
-            logits = model(images)
-            gradients = torch.autograd.grad(logits.max(), outputs, allow_unused=True)
+            gradients = torch.autograd.grad(model(images).max(), outputs, allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
+    size = model.geometry.input_size
+    layers = [
+        (_places(output.detach(), size), _places(gradient, size))
+        for output, gradient in zip(reversed(outputs), reversed(gradients), strict=True)
+        if gradient is not None
+    ]
     for side in SIDES:
-        for output, gradient in zip(reversed(outputs), reversed(gradients), strict=True):
+        for values, weights in layers:
             # Behind its last attention a ViT reads the token of the class alone, and the others have no gradient.
-            if gradient is None or (weights := _places(gradient, taken)) is None or not weights.any():
-                continue
-            values = _places(output.detach(), taken)
-            if values is None or min(values.shape[1:]) < side:
+            if values is None or weights is None or not weights.any() or min(values.shape[1:]) < side:
                 continue
             heat = (weights.mean((1, 2), keepdim=True) * values).sum(0).relu()
             heat = F.interpolate(heat[None, None], size=pixels.shape[1:], mode="bilinear")[0, 0]
             return (heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)).cpu().numpy()
-    raise UserError(
-        f"There is no heat map of {model.hparams['backbone']} at this size: no layer of it has 2 x 2 places or more."
-    )
+    name = model.hparams["backbone"]
+    raise UserError(f"There is no heat map of {name} at this size: no layer of it has 2 x 2 places or more.")
 
 
 def _trunk(network: nn.Module) -> Iterator[nn.Module]:
@@ -91,18 +91,15 @@ def _places(values: Tensor, size: Size) -> Tensor | None:
         size: Height and width in pixels of what the network takes, of the same proportion but for rounding.
     """
     values, (height, width) = values[0], size
-
-    def places(rows: int, columns: int) -> bool:
-        return abs(rows * width - columns * height) < max(size)
-
-    if values.ndim == 3 and places(*values.shape[1:]):
-        return values
-    if values.ndim == 3 and places(*values.shape[:2]):
-        return values.permute(2, 0, 1)
     if values.ndim == 2:
         rows = math.isqrt(len(values) * height // width)
         columns = rows * width // height
         return values[len(values) - rows * columns :].T.unflatten(1, (rows, columns))
+    for order in ((0, 1, 2), (2, 0, 1)) if values.ndim == 3 else ():
+        places = values.permute(order)
+        rows, columns = places.shape[1:]
+        if abs(rows * width - columns * height) < max(size):
+            return places
     return None
 
 

@@ -1,10 +1,10 @@
 """A trained checkpoint as a function from images to names: `Classifier.load(CHECKPOINT).predict(IMAGE)`."""
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any, NoReturn, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -21,10 +21,6 @@ from cifar_transfer.training.classifier import TransferClassifier
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 Prediction = tuple[str, float]
-
-
-def _raise(error: UserError) -> NoReturn:
-    raise error
 
 
 class Classifier:
@@ -72,9 +68,7 @@ class Classifier:
     @overload
     def predict(self, images: list[Any] | tuple[Any, ...], top_k: int = 5) -> list[list[Prediction]]: ...
     def predict(self, images: Any, top_k: int = 5) -> list[Prediction] | list[list[Prediction]]:
-        """The likeliest classes of one image or of several.
-
-        Each image is resized to cover `size`, and the centre cut out, as in training.
+        """The likeliest classes of one image or of several, each resized to cover `size` and the centre cut out.
 
         Args:
             images: A file, a PIL image of any mode, a uint8 array [H, W, 3], a tensor [3, H, W] of uint8 or of floats
@@ -96,11 +90,9 @@ class Classifier:
         images: Iterable[Picture],
         top_k: int = 5,
         batch_size: int = 64,
-        refuse: Callable[[UserError], object] = _raise,
+        refuse: Callable[[UserError], object] | None = None,
     ) -> Iterator[ImagePrediction]:
         """Predictions in the order of the images, however many these are: two batches are in memory.
-
-        Threads decode a batch while the network looks at the one before.
 
         Args:
             images: As `predict` takes them.
@@ -109,21 +101,27 @@ class Classifier:
             refuse: Called with the reason for an image that cannot be read, which is then left out.
 
         Raises:
-            UserError: `top_k` or `batch_size` is less than 1; and by default an image that cannot be read.
+            UserError: `top_k` or `batch_size` is less than 1; or, without `refuse`, an image that cannot be read.
         """
         for name, value in (("top_k", top_k), ("batch_size", batch_size)):
-            if value < 1:
-                raise UserError(f"{name} is {value}: take 1 or more.")
+            check(name, value, lambda n: n >= 1, "1 or more")
+        images = iter(images)
         with ThreadPoolExecutor(cores()) as pool:
-            for batch in _ahead(
-                images, batch_size, lambda image: pool.submit(_pixels, image, self.size, self.max_megapixels)
-            ):
+
+            def begin_batch() -> list:
+                taken = islice(images, batch_size)
+                return [(image, pool.submit(_pixels, image, self.size, self.max_megapixels)) for image in taken]
+
+            # Threads decode the next batch while the network looks at this one.
+            for batch, _ in pairwise(chain(iter(begin_batch, []), [[]])):
                 sources, shown = [], []
                 for source, reading in batch:
                     try:
                         shown.append(reading.result())
                         sources.append(source)
                     except UserError as error:
+                        if refuse is None:
+                            raise
                         refuse(error)
                 if shown:
                     yield from map(ImagePrediction, sources, shown, self._classes(np.stack(shown), top_k))
@@ -134,19 +132,6 @@ class Classifier:
         best = self.model(images).softmax(1).topk(min(top_k, len(self.names)))
         rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [[(self.names[i], share) for i, share in zip(*row, strict=True)] for row in rows]
-
-
-def _ahead(
-    images: Iterable[Picture], batch_size: int, read: Callable[[Picture], Future[np.ndarray]]
-) -> Iterator[list[tuple[Picture, Future[np.ndarray]]]]:
-    """Batches of images that are being read, the next one already while one is in use."""
-    images, waiting = iter(images), None
-    while batch := [(image, read(image)) for image in islice(images, batch_size)]:
-        if waiting:
-            yield waiting
-        waiting = batch
-    if waiting:
-        yield waiting
 
 
 def _pixels(image: Picture, size: Size, max_megapixels: float) -> np.ndarray:
@@ -164,11 +149,10 @@ def _pixels(image: Picture, size: Size, max_megapixels: float) -> np.ndarray:
         image = Image.fromarray(np.ascontiguousarray(image))
     if isinstance(image, Image.Image):
         return to_pixels(image, size)
-    what = " ".join(str(getattr(given, part)) for part in ("dtype", "shape") if hasattr(given, part))
+    what = [type(given).__name__, *(str(getattr(given, part)) for part in ("dtype", "shape") if hasattr(given, part))]
     raise UserError(
         f"An image is a path, a PIL image, a uint8 array [H, W, 3] or a tensor [3, H, W] of uint8 or of floats in "
-        f"[0, 1], not this {type(given).__name__} {what}".rstrip()
-        + "."
+        f"[0, 1], not this {' '.join(what)}."
     )
 
 
@@ -178,6 +162,5 @@ def _device(accelerator: str) -> torch.device:
         return found
     if accelerator in ("auto", "cpu"):
         return torch.device("cpu")
-    raise UserError(
-        f"There is no accelerator {accelerator!r} here: take auto, cpu{f' or {found.type}' if found else ''}."
-    )
+    kinds = f"auto, cpu or {found.type}" if found else "auto, cpu"
+    raise UserError(f"There is no accelerator {accelerator!r} here: take {kinds}.")
