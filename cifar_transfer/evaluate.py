@@ -64,17 +64,13 @@ def evaluate(
         for name, value in results.items():
             print(f"{name}  {value:.2%}" if name.endswith("acc") else f"{name} {value:.4f}")
         if collected:
-            _publish(Path(ckpt), checkpoint["global_step"], split, collected)
+            folder, step = Path(ckpt).parent, checkpoint["global_step"]
+            if (folder.parent / "config.yaml").is_file():
+                with SummaryWriter(str(folder.parent)) as board:
+                    publish(folder.parent, split, collected, board, step)
+            else:
+                publish(folder, split, collected, None, step)
     return results
-
-
-def _publish(ckpt: Path, step: int, split: str, collected: CollectPredictions) -> None:
-    run = ckpt.parent.parent
-    if not (run / "config.yaml").is_file():
-        publish(ckpt.parent, split, collected, None, step)
-        return
-    with SummaryWriter(str(run)) as board:
-        publish(run, split, collected, board, step)
 
 
 if __name__ == "__main__":
