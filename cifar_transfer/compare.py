@@ -11,9 +11,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -39,36 +38,14 @@ COLUMNS: dict[str, tuple[str, Callable[[Row], float]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Contestant:
+class Contestant(NamedTuple):
     """A backbone with its weights."""
 
     name: str
-    weights: str | None  # as `--model.weights` takes them, or None for what the recipe says
-
-    @property
-    def scratch(self) -> bool:
-        """Whether it starts without pretraining."""
-        return (self.weights or "").lower() == "none"
-
-    @property
-    def label(self) -> str:
-        """For people."""
-        if self.scratch:
-            return f"{self.name}, from scratch"
-        weights = Path(self.weights).stem.removeprefix(self.name).strip("-_.") if self.weights else ""
-        return f"{self.name}, {weights or 'pretrained'}"
-
-    @property
-    def folder(self) -> str:
-        """For the file system."""
-        return re.sub(r"[^\w.]+", "-", self.label)
-
-    @property
-    def options(self) -> list[str]:
-        """For `fit`; without pretraining there is nothing worth freezing."""
-        weights = [] if self.weights is None else [f"--model.weights={self.weights}"]
-        return [f"--model.backbone={self.name}", *weights, *(["--freeze.unfreeze_epoch=0"] if self.scratch else [])]
+    label: str  # for people
+    folder: str  # for the file system
+    scratch: bool  # whether it starts without pretraining
+    options: list[str]  # for `fit`
 
 
 def contestant(text: str) -> Contestant:
@@ -79,11 +56,19 @@ def contestant(text: str) -> Contestant:
     """
     name, _, weights = text.partition("=")
     catalog.check(name)
-    if weights and weights.lower() != "none" and weights not in ("DEFAULT", *catalog.weights(name)):
+    scratch = weights.lower() == "none"
+    if weights and not scratch and weights not in ("DEFAULT", *catalog.weights(name)):
         if not Path(weights).expanduser().is_file():
             raise UserError(f"{text}: {weights} is neither a file nor a name of {name}'s weights, nor none.")
         weights = str(Path(weights).expanduser().resolve())
-    return Contestant(name, weights or None)
+    kind = "from scratch" if scratch else Path(weights).stem.removeprefix(name).strip("-_.") or "pretrained"
+    label = f"{name}, {kind}"
+    options = [f"--model.backbone={name}"]
+    if weights:
+        options.append(f"--model.weights={weights}")
+    if scratch:
+        options.append("--freeze.unfreeze_epoch=0")  # there is nothing worth freezing
+    return Contestant(name, label, re.sub(r"[^\w.]+", "-", label), scratch, options)
 
 
 def compare(contestants: Sequence[Contestant], options: Sequence[str], out: Path) -> list[Row]:
@@ -92,10 +77,7 @@ def compare(contestants: Sequence[Contestant], options: Sequence[str], out: Path
     Args:
         contestants: Whom to compare.
         options: Of `fit`, for all alike.
-        out: Folder for the runs, `comparison.md`, `comparison.csv` and `comparison.png`.
-
-    Returns:
-        A row for each contestant: its scores, or what went wrong in "failed".
+        out: Folder of the runs, the tables and the figure.
 
     Raises:
         UserError: Two contestants are the same, or `out` holds a comparison under another recipe.

@@ -26,10 +26,10 @@ SIDES = (4, 2)  # positions along a side that are wanted, or else at least
 
 
 def heat_map(model: TransferClassifier, pixels: np.ndarray) -> np.ndarray:
-    """How much each place speaks for the likeliest class.
+    """How much each place of an image speaks for its likeliest class.
 
     Args:
-        model: In eval mode, on any device.
+        model: In eval mode.
         pixels: uint8 [3, H, W], RGB, of the size that the network was trained on.
 
     Returns:
@@ -84,11 +84,9 @@ def _trunk(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def _places(values: Tensor, size: Size) -> Tensor | None:
-    """What a layer gives for one image as [C, h, w], or None if it has no places.
+    """What a layer gives for an image of a size as [C, h, w] of the same proportion, or None if it has no places.
 
-    Args:
-        values: [1, C, h, w]; [1, h, w, C] (Swin); or [1, N, C], tokens behind a few of the class (ViT).
-        size: Height and width in pixels of what the network takes, of the same proportion but for rounding.
+    It gives [1, C, h, w]; [1, h, w, C] (Swin); or [1, N, C], tokens behind a few of the class (ViT).
     """
     values, (height, width) = values[0], size
     if values.ndim == 2:
@@ -106,11 +104,7 @@ def _places(values: Tensor, size: Size) -> Tensor | None:
 def explained(
     predictions: Iterable[ImagePrediction], model: TransferClassifier, folder: Path
 ) -> Iterator[ImagePrediction]:
-    """Pass predictions on, after a picture of each has been saved as `folder/NUMBER-NAME.png`.
-
-    Raises:
-        UserError: No heat map can be made.
-    """
+    """Pass predictions on, after the heat map of each has been drawn as `folder/NUMBER-NAME.png`."""
     for number, prediction in enumerate(predictions, 1):
         figure = gallery.heated(prediction, heat_map(model, prediction.pixels))
         figure.savefig(folder / f"{number:05d}-{Path(str(prediction.source)).stem[:60]}.png", dpi=plots.DPI)

@@ -21,6 +21,7 @@ from cifar_transfer.training.classifier import TransferClassifier
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 Prediction = tuple[str, float]
+Refuse = Callable[[UserError], object]
 
 
 class Classifier:
@@ -34,7 +35,7 @@ class Classifier:
     Attributes:
         model: The same, in eval mode, on the device.
         names: Of the classes, in the order of the network's outputs.
-        size: Height and width in pixels of the images that the network was trained on, to which each image is brought.
+        size: Height and width in pixels of the images trained on, to which each image is brought.
 
     Raises:
         UserError: There is no such accelerator, or a limit that is not positive.
@@ -56,11 +57,7 @@ class Classifier:
 
     @classmethod
     def load(cls, ckpt: str | Path, accelerator: str = "auto", max_megapixels: float = MAX_MEGAPIXELS) -> "Classifier":
-        """The classifier of a checkpoint of `fit`.
-
-        Raises:
-            UserError: It is missing, damaged or no such checkpoint; or as for the class.
-        """
+        """That of a checkpoint of `fit`; a `UserError` says that it is missing, damaged or none."""
         return cls(load_model(ckpt), accelerator, max_megapixels)
 
     @overload
@@ -86,11 +83,7 @@ class Classifier:
         return next(self.stream([images], top_k)).classes
 
     def stream(
-        self,
-        images: Iterable[Picture],
-        top_k: int = 5,
-        batch_size: int = 64,
-        refuse: Callable[[UserError], object] | None = None,
+        self, images: Iterable[Picture], top_k: int = 5, batch_size: int = 64, refuse: Refuse | None = None
     ) -> Iterator[ImagePrediction]:
         """Predictions in the order of the images, however many these are: two batches are in memory.
 
@@ -105,19 +98,15 @@ class Classifier:
         """
         for name, value in (("top_k", top_k), ("batch_size", batch_size)):
             check(name, value, lambda n: n >= 1, "1 or more")
-        images = iter(images)
         with ThreadPoolExecutor(cores()) as pool:
-
-            def begin_batch() -> list:
-                taken = islice(images, batch_size)
-                return [(image, pool.submit(_pixels, image, self.size, self.max_megapixels)) for image in taken]
-
+            reading = ((image, pool.submit(_pixels, image, self.size, self.max_megapixels)) for image in images)
+            batches = iter(lambda: list(islice(reading, batch_size)), [])
             # Threads decode the next batch while the network looks at this one.
-            for batch, _ in pairwise(chain(iter(begin_batch, []), [[]])):
+            for batch, _ in pairwise(chain(batches, [[]])):
                 sources, shown = [], []
-                for source, reading in batch:
+                for source, future in batch:
                     try:
-                        shown.append(reading.result())
+                        shown.append(future.result())
                         sources.append(source)
                     except UserError as error:
                         if refuse is None:

@@ -89,12 +89,10 @@ def smooth(values: np.ndarray, past: float = SMOOTHED) -> np.ndarray:
 
 
 def epochs(curves: dict[str, Curve], frozen: int, lr: Curve) -> Figure:
-    """Loss and accuracy per epoch, the first `frozen` shaded; where the learning rate changed in steps, that is marked.
+    """Loss and accuracy by epoch from 1: the first `frozen` are shaded, and steps of the learning rate marked.
 
     Args:
-        curves: `train/loss_epoch`, `val/loss`, `train/acc`, `val/acc`, by epoch from 1; what is missing is left out.
-        frozen: Epochs with a frozen backbone.
-        lr: Learning rate by epoch.
+        curves: Of `train/loss_epoch`, `val/loss`, `train/acc`, `val/acc`; what is missing is left out.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     changes = lr.x[1:][lr.y[1:] != lr.y[:-1]]

@@ -82,14 +82,11 @@ class Predictions:
 class CollectPredictions(Callback):
     """Gathers the network's predictions for a data module's images in a test, or in a validation outside of training.
 
+    On the first rank, once all is evaluated, it has them, and where `features` are wanted also these, float32 [M, D],
+    with the `thumbnails`, uint8 [M, 3, H, W], and the `classes`, int64 [M], of their images.
+
     Args:
         features: Also gather what comes into the head, for at most so many images from all over the split.
-
-    Attributes:
-        predictions: Of the whole split, on the first rank, once it is evaluated.
-        features: float32 [M, D] of these images, likewise; None if they are not asked for.
-        thumbnails: uint8 [M, 3, H, W], the images, where there are features.
-        classes: int64 [M], their labels.
     """
 
     thumbnails: Tensor
@@ -100,29 +97,19 @@ class CollectPredictions(Callback):
         self.predictions: Predictions | None = None
         self.features: Tensor | None = None
         self._wanted = features
-        self._seen: list[Tensor] = []  # by the head, in this batch
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """See what comes into the head, if that is wanted."""
-        if self._wanted:
-            head = pl_module.get_submodule(f"network.{pl_module.heads[0]}")  # type: ignore[index]
-            self._hook = head.register_forward_pre_hook(lambda _, inputs: self._seen.append(inputs[0]))
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look away."""
-        if self._wanted:
-            self._hook.remove()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, and forget the images that the module tried."""
-        self._seen.clear()
+        """Begin, and see what comes into the head, if that is wanted."""
         self._loader = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         # Of this process's images, in their order.
         self._rows = torch.tensor(list(self._loader.sampler), device=pl_module.device)
-        if self._wanted:
-            self._chosen = self._rows % math.ceil(len(self._loader.dataset) / self._wanted) == 0
         self._probabilities: list[Tensor] = []
         self._features: list[Tensor] = []
+        if self._wanted:
+            self._chosen = self._rows % math.ceil(len(self._loader.dataset) / self._wanted) == 0
+            self._seen: list[Tensor] = []  # in this batch
+            head = pl_module.get_submodule(f"network.{pl_module.heads[0]}")  # type: ignore[index]
+            self._hook = head.register_forward_pre_hook(lambda _, inputs: self._seen.append(inputs[0]))
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -139,6 +126,7 @@ class CollectPredictions(Callback):
         """Put it all in order."""
         _, probabilities = _in_order(trainer, self._rows, self._probabilities)
         if self._wanted:
+            self._hook.remove()
             chosen, features = _in_order(trainer, self._rows[self._chosen], self._features)
         if not trainer.is_global_zero:
             return

@@ -64,11 +64,9 @@ def prediction_plots(predictions: Predictions, split: str) -> dict[str, Figure]:
 
 
 def augmented(data: ImageDataModule, size: int | None) -> Figure:
-    """Training images as the network will see them, but for the normalisation; no draw of the training is disturbed.
+    """Training images as the network will see them, resized to `size` if not None, but for the normalisation.
 
-    Args:
-        data: After `setup`.
-        size: Side in pixels to which the network will resize them, or None.
+    No draw of the training is disturbed.
     """
     images = data.images["train"]
     rows = np.linspace(0, len(images) - 1, min(AUGMENTED, len(images))).astype(int)
@@ -101,9 +99,9 @@ def publish(run: Path, split: str, collected: CollectPredictions, board: Summary
     Args:
         run: Folder of the run.
         split: Of the images that were evaluated.
-        collected: The predictions, and perhaps features for the projector; none of both on any rank but the first.
+        collected: The predictions, and perhaps features for the projector; on other ranks than the first, neither.
         board: Writer into the run's folder, or None.
-        step: To which they belong.
+        step: Of the checkpoint.
     """
     if collected.predictions is None:
         return

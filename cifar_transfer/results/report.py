@@ -147,13 +147,7 @@ def _add_graph(trainer: Trainer, pl_module: Any, board: SummaryWriter) -> None:
 
 
 def draw_final(trainer: Trainer, split: str, collected: CollectPredictions) -> None:
-    """Draw a finished run, in its folder and in TensorBoard.
-
-    Args:
-        trainer: Of the run.
-        split: Of the images that the best checkpoint was evaluated on.
-        collected: Its predictions for them.
-    """
+    """Draw a finished run and its best checkpoint's predictions for a split, in its folder and in TensorBoard."""
     folder = trainer.log_dir  # asked for by all ranks together
     if folder is None or trainer.logger is None or not trainer.is_global_zero:
         return
@@ -166,7 +160,7 @@ def log_final(trainer: Trainer, hparams: dict[str, Any], scores: dict[str, float
     """Write the hyper-parameters with the run's final scores, so that TensorBoard compares runs by them.
 
     Args:
-        trainer: Of the finished run.
+        trainer: Of the run.
         hparams: Options; a group of options is written as one text.
         scores: Say `{"best/val_acc": 0.9, "best/test_acc": 0.89}`.
         test: `test/loss` and `test/acc` of the best checkpoint, or nothing; they are logged at the run's last step.
