@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import auto_cli
 from lightning import Trainer
@@ -51,14 +51,8 @@ def evaluate(
     data = load_data(checkpoint, **({"root": root} if root else {}))
     data.recorded = splits.read(ckpt)
     collected = CollectPredictions(PROJECTED if projector else 0) if figures else None
-    trainer = Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        precision=precision,  # type: ignore[arg-type] # Lightning checks it
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=sys.stdout.isatty(),
-    )
+    given: Any = {"accelerator": accelerator, "devices": devices, "precision": precision}  # Lightning checks them
+    trainer = Trainer(**given, logger=False, enable_checkpointing=False, enable_progress_bar=sys.stdout.isatty())
     results = evaluate_checkpoint(trainer, ckpt, data, split, collected, mirrored)
     if trainer.is_global_zero:
         for name, value in results.items():

@@ -80,11 +80,10 @@ def main(args: Sequence[str] | None = None) -> int:
         UserError: An unfit checkpoint or option, or a network without heat maps.
     """
     options = _parse(args)
-    ckpt = options.ckpt
-    if ckpt is None:
-        ckpt = newest_checkpoint()
-        print(f"The newest run's checkpoint: {ckpt}", file=sys.stderr)
-    classifier = Classifier.load(ckpt, options.accelerator, options.max_megapixels)
+    if options.ckpt is None:
+        options.ckpt = newest_checkpoint()
+        print(f"The newest run's checkpoint: {options.ckpt}", file=sys.stderr)
+    classifier = Classifier.load(options.ckpt, options.accelerator, options.max_megapixels)
     refused = predicted = 0
     first: list[ImagePrediction] = []
 

@@ -7,6 +7,7 @@ have one, or four, and say nothing of places.
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -38,25 +39,19 @@ def heat_map(model: TransferClassifier, pixels: np.ndarray) -> np.ndarray:
     Raises:
         UserError: No layer has places.
     """
-    outputs: list[Tensor] = []
-
-    def keep(layer: nn.Module, inputs: tuple, output: object) -> None:
-        if isinstance(output, Tensor):
-            outputs.append(output)
-
-    hooks = [layer.register_forward_hook(keep) for layer in _trunk(model.network)]
-    try:
-        with torch.enable_grad():
-            # The gradient of the images is not used, but with it there are others where all parameters are frozen.
-            images = to_float(torch.from_numpy(pixels)[None].to(model.device)).requires_grad_()
-            gradients = torch.autograd.grad(model(images).max(), outputs, allow_unused=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    outputs: list[object] = []
+    with torch.enable_grad(), ExitStack() as hooks:
+        for layer in _trunk(model.network):
+            hooks.enter_context(layer.register_forward_hook(lambda _, inputs, output: outputs.append(output)))
+        # The gradient of the images is not used, but with it there are others where all parameters are frozen.
+        images = to_float(torch.from_numpy(pixels)[None].to(model.device)).requires_grad_()
+        best = model(images).max()
+    tensors = [output for output in outputs if isinstance(output, Tensor)]
+    gradients = torch.autograd.grad(best, tensors, allow_unused=True)
     size = model.geometry.input_size
     layers = [
         (_places(output.detach(), size), _places(gradient, size))
-        for output, gradient in zip(reversed(outputs), reversed(gradients), strict=True)
+        for output, gradient in zip(reversed(tensors), reversed(gradients), strict=True)
         if gradient is not None
     ]
     for side in SIDES:
@@ -72,14 +67,11 @@ def heat_map(model: TransferClassifier, pixels: np.ndarray) -> np.ndarray:
 
 
 def _trunk(network: nn.Module) -> Iterator[nn.Module]:
-    """The layers through which everything passes one after the other; not those within branches of a block.
-
-    Nor poolings to a size of their own: VGG's makes 7 x 7 places of one, all alike.
-    """
+    """The layers through which everything passes one after the other; not those within branches of a block."""
     for layer in network.children():
         if isinstance(layer, nn.Sequential | nn.ModuleList | Encoder):
             yield from _trunk(layer)
-        elif not isinstance(layer, nn.AdaptiveAvgPool2d):
+        elif not isinstance(layer, nn.AdaptiveAvgPool2d):  # VGG's makes 7 x 7 places of one, all alike
             yield layer
 
 

@@ -28,12 +28,11 @@ class Classifier:
     """A trained network with its classes' names.
 
     Args:
-        model: The network, as `load_model` gives it.
+        model: As `load_model` gives it; put into eval mode, on the device.
         accelerator: "auto" for a GPU where there is one, "gpu" (or its kind, "cuda", "mps"), or "cpu".
         max_megapixels: A file of more million pixels is refused, before it is decoded.
 
     Attributes:
-        model: The same, in eval mode, on the device.
         names: Of the classes, in the order of the network's outputs.
         size: Height and width in pixels of the images trained on, to which each image is brought.
 
@@ -88,8 +87,7 @@ class Classifier:
         """Predictions in the order of the images, however many these are: two batches are in memory.
 
         Args:
-            images: As `predict` takes them.
-            top_k: As in `predict`.
+            images: As in `predict`, with `top_k`.
             batch_size: Images that the network sees at once.
             refuse: Called with the reason for an image that cannot be read, which is then left out.
 

@@ -22,9 +22,7 @@ LINE, GAP = 0.15, 0.4  # height of a line of text in inches, lines between two b
 def gallery(predictions: Sequence[ImagePrediction], count: int) -> Figure:
     """The first 24 images, each beside its likeliest classes, ten at most, on bars as long as their probabilities.
 
-    Args:
-        predictions: At least one.
-        count: Of all images, said above if there are more than are drawn.
+    Of more images than are drawn the `count` is said above.
     """
     predictions = predictions[:SHOWN]
     words = [(_place(one), [name for name, _ in one.classes[:BARS]]) for one in predictions]

@@ -52,11 +52,8 @@ def prediction_plots(predictions: Predictions, split: str) -> dict[str, Figure]:
         for truth, guess, share in zip(*kept, strict=True)
     ]
     right = predictions.correct[rows].numpy()
-    drawn = {
-        "confusion": plots.confusion(predictions),
-        "classes": plots.per_class(predictions),
-        "reliability": plots.reliability(predictions),
-    }
+    drawn = {"confusion": plots.confusion(predictions), "classes": plots.per_class(predictions)}
+    drawn["reliability"] = plots.reliability(predictions)
     for name, heading, chosen in (("mistakes", "The most confident mistakes", ~right), ("correct", "Correct", right)):
         if chosen.any():
             drawn[name] = plots.grid(images[chosen], [titles[place] for place in np.flatnonzero(chosen)], heading)
@@ -99,11 +96,11 @@ def publish(run: Path, split: str, collected: CollectPredictions, board: Summary
     Args:
         run: Folder of the run.
         split: Of the images that were evaluated.
-        collected: The predictions, and perhaps features for the projector; on other ranks than the first, neither.
+        collected: The predictions, and perhaps features for the projector.
         board: Writer into the run's folder, or None.
         step: Of the checkpoint.
     """
-    if collected.predictions is None:
+    if collected.predictions is None:  # another rank's business
         return
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)

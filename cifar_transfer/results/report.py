@@ -37,14 +37,11 @@ class Report(Callback):
             mistakes, as PNG and in TensorBoard.
         projector: Also write the features of 1,000 test images with their thumbnails for TensorBoard's
             projector (6 MB for ResNet18).
-
-    Attributes:
-        images_per_second: Speed of training in the last epoch, over all devices; validation does not count.
     """
 
     def __init__(self, figures: bool = True, projector: bool = False) -> None:
         self.figures, self.projector = figures, projector
-        self.images_per_second = 0.0
+        self.images_per_second = 0.0  # of training in the last epoch, over all devices; validation does not count
         self._earlier = 0.0  # seconds of the epochs before this one
         self._epoch = {"seconds": 0.0, "validation": 0.0, "images": 0.0}  # until the clock was last read
         self._read: float | None = None  # when that was; None between two epochs
@@ -163,7 +160,7 @@ def log_final(trainer: Trainer, hparams: dict[str, Any], scores: dict[str, float
         trainer: Of the run.
         hparams: Options; a group of options is written as one text.
         scores: Say `{"best/val_acc": 0.9, "best/test_acc": 0.89}`.
-        test: `test/loss` and `test/acc` of the best checkpoint, or nothing; they are logged at the run's last step.
+        test: `test/loss` and `test/acc` of the best checkpoint, logged at the run's last step, or nothing.
     """
     if test:
         for logger in trainer.loggers:
