@@ -144,7 +144,7 @@ def _pixels(image: Picture, size: Size, max_megapixels: float) -> np.ndarray:
 
 
 def _device(accelerator: str) -> torch.device:
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    found = torch.accelerator.current_accelerator(check_available=True)
     if found and accelerator in ("auto", "gpu", found.type):
         return found
     if accelerator in ("auto", "cpu"):

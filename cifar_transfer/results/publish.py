@@ -27,10 +27,8 @@ def curves(run: Path) -> dict[str, Figure]:
     """Loss by step, and loss and accuracy by epoch, from the run's event files and its configuration."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    found = {}
-    for tag in events.Tags()["scalars"]:
-        points = [(event.step, event.value) for event in events.Scalars(tag)]
-        found[tag] = plots.Curve(*np.array(points, np.float64).T)
+    points = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found = {tag: plots.Curve(*np.array(values, np.float64).T) for tag, values in points.items()}
     drawn = {}
     if "train/loss" in found:
         drawn["loss"] = plots.loss_by_step(found["train/loss"])
