@@ -6,25 +6,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from cifar_transfer.data.augment import Augment
-    from cifar_transfer.data.cifar import CIFAR10DataModule
-    from cifar_transfer.data.folder import ImageFolderDataModule
-    from cifar_transfer.data.module import ImageDataModule
-    from cifar_transfer.data.shapes import ShapesDataModule
-    from cifar_transfer.inference.predictor import Classifier
-    from cifar_transfer.training.classifier import TransferClassifier
-    from cifar_transfer.training.freeze import BackboneFreeze
-
-__all__ = [
-    "Augment",
-    "BackboneFreeze",
-    "CIFAR10DataModule",
-    "Classifier",
-    "ImageDataModule",
-    "ImageFolderDataModule",
-    "ShapesDataModule",
-    "TransferClassifier",
-]
+    from cifar_transfer.data.augment import Augment as Augment
+    from cifar_transfer.data.cifar import CIFAR10DataModule as CIFAR10DataModule
+    from cifar_transfer.data.folder import ImageFolderDataModule as ImageFolderDataModule
+    from cifar_transfer.data.module import ImageDataModule as ImageDataModule
+    from cifar_transfer.data.shapes import ShapesDataModule as ShapesDataModule
+    from cifar_transfer.inference.predictor import Classifier as Classifier
+    from cifar_transfer.training.classifier import TransferClassifier as TransferClassifier
+    from cifar_transfer.training.freeze import BackboneFreeze as BackboneFreeze
 
 # Imported when first used: a command that needs no network should not wait for torch.
 _ROOMS = {
@@ -37,6 +26,7 @@ _ROOMS = {
     "ShapesDataModule": "data.shapes",
     "TransferClassifier": "training.classifier",
 }
+__all__ = [*_ROOMS]
 
 
 def __getattr__(name: str) -> Any:

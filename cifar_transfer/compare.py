@@ -6,15 +6,13 @@ continues after a stop, and tries again what failed.
 
 import argparse
 import csv
-import io
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -26,45 +24,28 @@ from cifar_transfer.results.report import RESULT
 from cifar_transfer.training.checkpoint import LOGS
 from cifar_transfer.training.run import CONFIG
 
+Row = dict[str, Any]  # of the comparison: what `result.json` says, "backbone", "label" and "scratch", perhaps "failed"
+
 OUT = Path(LOGS, "comparison")
 MARKERS = "os^Dvph<>X"
+# Columns after the network's: how a value is written, and the value.
+COLUMNS: dict[str, tuple[str, Callable[[Row], float]]] = {
+    "parameters (M)": (".2f", lambda row: row["parameters"] / 1e6),
+    "test accuracy (%)": (".2f", lambda row: 100 * row["best/test_acc"]),
+    "validation accuracy (%)": (".2f", lambda row: 100 * row["best/val_acc"]),
+    "training time (min)": (".1f", lambda row: row["seconds"] / 60),
+    "images/s": (".0f", lambda row: row["images_per_second"]),
+}
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """A backbone with its weights.
-
-    Attributes:
-        name: Of the backbone.
-        weights: As `--model.weights` takes them, or None for what the recipe says.
-    """
+class Contestant(NamedTuple):
+    """A backbone with its weights."""
 
     name: str
-    weights: str | None
-
-    @property
-    def scratch(self) -> bool:
-        """Whether it starts without pretraining."""
-        return (self.weights or "").lower() == "none"
-
-    @property
-    def label(self) -> str:
-        """For people."""
-        if self.scratch:
-            return f"{self.name}, from scratch"
-        weights = Path(self.weights).stem.removeprefix(self.name).strip("-_.") if self.weights else ""
-        return f"{self.name}, {weights or 'pretrained'}"
-
-    @property
-    def folder(self) -> str:
-        """For the file system."""
-        return re.sub(r"[^\w.]+", "-", self.label)
-
-    @property
-    def options(self) -> list[str]:
-        """For `fit`; without pretraining there is nothing worth freezing."""
-        weights = [] if self.weights is None else [f"--model.weights={self.weights}"]
-        return [f"--model.backbone={self.name}", *weights, *(["--freeze.unfreeze_epoch=0"] if self.scratch else [])]
+    label: str  # for people
+    folder: str  # for the file system
+    scratch: bool  # whether it starts without pretraining
+    options: list[str]  # for `fit`
 
 
 def contestant(text: str) -> Contestant:
@@ -75,23 +56,28 @@ def contestant(text: str) -> Contestant:
     """
     name, _, weights = text.partition("=")
     catalog.check(name)
-    if weights and weights.lower() != "none" and weights not in ("DEFAULT", *catalog.weights(name)):
+    scratch = weights.lower() == "none"
+    if weights and not scratch and weights not in ("DEFAULT", *catalog.weights(name)):
         if not Path(weights).expanduser().is_file():
             raise UserError(f"{text}: {weights} is neither a file nor a name of {name}'s weights, nor none.")
         weights = str(Path(weights).expanduser().resolve())
-    return Contestant(name, weights or None)
+    kind = "from scratch" if scratch else Path(weights).stem.removeprefix(name).strip("-_.") or "pretrained"
+    label = f"{name}, {kind}"
+    options = [f"--model.backbone={name}"]
+    if weights:
+        options.append(f"--model.weights={weights}")
+    if scratch:
+        options.append("--freeze.unfreeze_epoch=0")  # there is nothing worth freezing
+    return Contestant(name, label, re.sub(r"[^\w.]+", "-", label), scratch, options)
 
 
-def compare(contestants: Sequence[Contestant], options: Sequence[str], out: Path) -> list[dict[str, Any]]:
+def compare(contestants: Sequence[Contestant], options: Sequence[str], out: Path) -> list[Row]:
     """Fit each that is not done yet, and write the tables and the figure after each.
 
     Args:
         contestants: Whom to compare.
         options: Of `fit`, for all alike.
-        out: Folder for the runs, `comparison.md`, `comparison.csv` and `comparison.png`.
-
-    Returns:
-        A row for each contestant: its scores, or what went wrong in "failed".
+        out: Folder of the runs, the tables and the figure.
 
     Raises:
         UserError: Two contestants are the same, or `out` holds a comparison under another recipe.
@@ -100,18 +86,18 @@ def compare(contestants: Sequence[Contestant], options: Sequence[str], out: Path
         raise UserError("Two of the backbones are the same: name each once.")
     out.mkdir(parents=True, exist_ok=True)
     _check_recipe(options, out / "recipe.json")
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for number, one in enumerate(contestants, 1):
         home = out / one.folder
         print(f"\n--- {number}/{len(contestants)} {one.label} ---", flush=True)
-        row: dict[str, Any] = {"backbone": one.name, "label": one.label, "scratch": one.scratch}
-        if (result := _result(home)) is None:
-            status = subprocess.run(_command(one, options, home), check=False).returncode
-            result = _result(home)
-            row |= {} if result else {"failed": f"failed with exit status {status}"}
-        else:
+        if result := _result(home):
             print("done before", flush=True)
-        rows.append(row | (result or {}))
+        else:
+            begun, new = _runs(home), [*options, *one.options, f"--trainer.default_root_dir={home}"]
+            ours = ["--resume", str(begun[-1])] if begun else new
+            done = subprocess.run([sys.executable, "-m", "cifar_transfer.fit", *ours], check=False)
+            result = _result(home) or {"failed": f"failed with exit status {done.returncode}"}
+        rows.append({"backbone": one.name, "label": one.label, "scratch": one.scratch} | result)
         write(rows, out)
     return rows
 
@@ -135,77 +121,51 @@ def _runs(home: Path) -> list[Path]:
     return [path.parent for path in sorted((home / LOGS).glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime)]
 
 
-def _result(home: Path) -> dict[str, Any] | None:
-    for run in _runs(home):
-        if (run / RESULT).is_file():
-            return {"run": str(run)} | json.loads((run / RESULT).read_text())
-    return None
+def _result(home: Path) -> Row:
+    """What the first run that is finished came to; empty without one."""
+    finished = [run for run in _runs(home) if (run / RESULT).is_file()]
+    return {"run": str(finished[0])} | json.loads((finished[0] / RESULT).read_text()) if finished else {}
 
 
-def _command(one: Contestant, options: Sequence[str], home: Path) -> list[str]:
-    if started := _runs(home):
-        ours: list[str] = ["--resume", str(started[-1])]
-    else:
-        ours = [*options, *one.options, f"--trainer.default_root_dir={home}"]
-    return [sys.executable, "-m", "cifar_transfer.fit", *ours]
-
-
-COLUMNS = {
-    "network": lambda row: row["label"],
-    "parameters (M)": lambda row: f"{row['parameters'] / 1e6:.2f}",
-    "test accuracy (%)": lambda row: f"{100 * row['best/test_acc']:.2f}" if "best/test_acc" in row else "",
-    "validation accuracy (%)": lambda row: f"{100 * row['best/val_acc']:.2f}",
-    "training time (min)": lambda row: f"{row['seconds'] / 60:.1f}",
-    "images/s": lambda row: f"{row['images_per_second']:.0f}",
-}
-
-
-def write(rows: Sequence[dict[str, Any]], out: Path) -> None:
+def write(rows: Sequence[Row], out: Path) -> None:
     """Write `comparison.md`, `comparison.csv` and `comparison.png` into `out`."""
-    cells = [
-        [f"{row['label']}: {row['failed']}", *[""] * (len(COLUMNS) - 1)]
-        if "failed" in row
-        else [cell(row) for cell in COLUMNS.values()]
-        for row in rows
-    ]
-    (out / "comparison.md").write_text(markdown([list(COLUMNS), *cells]))
-    text = io.StringIO()
-    csv.writer(text).writerows([list(COLUMNS), *cells])
-    (out / "comparison.csv").write_text(text.getvalue())
-    done = [row for row in rows if "failed" not in row]
-    if done:
+    table = [["network", *COLUMNS]]
+    for row in rows:
+        network = f"{row['label']}: {row['failed']}" if "failed" in row else row["label"]
+        table.append([network, *(_cell(row, column) for column in COLUMNS)])
+    (out / "comparison.md").write_text(markdown(table))
+    with (out / "comparison.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(table)
+    if done := [row for row in rows if "failed" not in row]:
         figure(done).savefig(out / "comparison.png", dpi=110, bbox_inches="tight")
 
 
-def figure(rows: Sequence[dict[str, Any]]) -> Figure:
+def _cell(row: Row, column: str) -> str:
+    form, value = COLUMNS[column]
+    try:
+        return format(value(row), form)
+    except KeyError:  # it failed, or was not tested
+        return ""
+
+
+def figure(rows: Sequence[Row]) -> Figure:
     """Accuracy against parameters, training time and speed; hollow without pretraining."""
     drawn = Figure(figsize=(12, 4.6), layout="constrained")
-    axes = drawn.subplots(1, 3, sharey=True)
     names = list(dict.fromkeys(row["backbone"] for row in rows))
-    metric = "best/test_acc" if all("best/test_acc" in row for row in rows) else "best/val_acc"
-    quantities = (
-        ("parameters (M)", lambda row: row["parameters"] / 1e6),
-        ("training time (min)", lambda row: row["seconds"] / 60),
-        ("training speed, everything unfrozen (images/s)", lambda row: row["images_per_second"]),
-    )
-    for axis, (label, value) in zip(axes, quantities, strict=True):
+    tested = all("best/test_acc" in row for row in rows)
+    accuracy = "test accuracy (%)" if tested else "validation accuracy (%)"
+    axes = drawn.subplots(1, 3, sharey=True)
+    axes[0].set_ylabel(accuracy)
+    for axis, column in zip(axes, ("parameters (M)", "training time (min)", "images/s"), strict=True):
         for row in rows:
             index = names.index(row["backbone"])
-            colour = COLOURS[index % len(COLOURS)]
-            axis.plot(
-                value(row),
-                100 * row[metric],
-                MARKERS[index % len(MARKERS)],
-                color=colour,
-                markerfacecolor="white" if row["scratch"] else colour,
-                markersize=10,
-                markeredgewidth=2,
-                label=row["label"],
-            )
-        axis.set_xlabel(label)
+            color, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+            face = "white" if row["scratch"] else color
+            x, y = (COLUMNS[name][1](row) for name in (column, accuracy))
+            axis.plot(x, y, marker, color=color, mfc=face, markersize=10, mew=2, label=row["label"])
+        axis.set_xlabel("training speed, everything unfrozen (images/s)" if column == "images/s" else column)
         axis.grid(alpha=0.3)
         axis.margins(0.12)
-    axes[0].set_ylabel("test accuracy (%)" if metric == "best/test_acc" else "validation accuracy (%)")
     handles, labels = axes[0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
     return drawn
@@ -219,13 +179,9 @@ def main() -> int:
         epilog="All other options are those of fit and hold for every backbone, say --trainer.max_epochs=10.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "backbones",
-        nargs="+",
-        metavar="NAME[=WEIGHTS]",
-        help="A backbone, with a name or a file of weights if not those of the recipe; NAME=none trains from scratch, "
-        "without frozen epochs.",
-    )
+    wanted = "A backbone, with a name or a file of weights if not those of the recipe"
+    scratch = "NAME=none trains from scratch, without frozen epochs."
+    parser.add_argument("backbones", nargs="+", metavar="NAME[=WEIGHTS]", help=f"{wanted}; {scratch}")
     parser.add_argument("--config", metavar="FILE", help="The recipe, as fit takes it.")
     parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help=f"Where to write (default: {OUT}).")
     options, of_fit = parser.parse_known_args()

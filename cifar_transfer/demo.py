@@ -20,10 +20,7 @@ CONFIGS = Path("configs")
 
 
 def run(name: str, options: list[str]) -> dict[str, Any]:
-    """One run of `fit`, in a process of its own, with the recipe `configs/demo-NAME.yaml`.
-
-    Returns:
-        What its `result.json` says, and its folder as "run".
+    """What `result.json` says of a `fit` with the recipe `configs/demo-NAME.yaml`, and its folder as "run".
 
     Raises:
         UserError: The recipes are not below the current folder, or the run keeps no result.

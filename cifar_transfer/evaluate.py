@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import auto_cli
 from lightning import Trainer
@@ -51,30 +51,20 @@ def evaluate(
     data = load_data(checkpoint, **({"root": root} if root else {}))
     data.recorded = splits.read(ckpt)
     collected = CollectPredictions(PROJECTED if projector else 0) if figures else None
-    trainer = Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        precision=precision,  # type: ignore[arg-type] # Lightning checks it
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=sys.stdout.isatty(),
-    )
+    given: Any = {"accelerator": accelerator, "devices": devices, "precision": precision}  # Lightning checks them
+    trainer = Trainer(**given, logger=False, enable_checkpointing=False, enable_progress_bar=sys.stdout.isatty())
     results = evaluate_checkpoint(trainer, ckpt, data, split, collected, mirrored)
     if trainer.is_global_zero:
         for name, value in results.items():
             print(f"{name}  {value:.2%}" if name.endswith("acc") else f"{name} {value:.4f}")
         if collected:
-            _publish(Path(ckpt), checkpoint["global_step"], split, collected)
+            folder, step = Path(ckpt).parent, checkpoint["global_step"]
+            if (folder.parent / "config.yaml").is_file():
+                with SummaryWriter(str(folder.parent)) as board:
+                    publish(folder.parent, split, collected, board, step)
+            else:
+                publish(folder, split, collected, None, step)
     return results
-
-
-def _publish(ckpt: Path, step: int, split: str, collected: CollectPredictions) -> None:
-    run = ckpt.parent.parent
-    if not (run / "config.yaml").is_file():
-        publish(ckpt.parent, split, collected, None, step)
-        return
-    with SummaryWriter(str(run)) as board:
-        publish(run, split, collected, board, step)
 
 
 if __name__ == "__main__":

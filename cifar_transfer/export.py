@@ -26,12 +26,7 @@ from cifar_transfer.training.checkpoint import load_model
 from cifar_transfer.training.classifier import TransferClassifier
 
 Format = Literal["state_dict", "safetensors", "onnx", "torch_export"]
-ENDINGS: dict[Format, str] = {
-    "state_dict": ".pth",
-    "safetensors": ".safetensors",
-    "onnx": ".onnx",
-    "torch_export": ".pt2",
-}
+ENDINGS = {"state_dict": ".pth", "safetensors": ".safetensors", "onnx": ".onnx", "torch_export": ".pt2"}
 GRAPHS = ("onnx", "torch_export")
 NOTES = "notes.json"  # a torch.export archive's file of what the other formats keep as metadata
 BATCHES = (1, 2, 5)  # sizes that the file is tried with
@@ -57,8 +52,9 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
         UserError: An unfit checkpoint, a missing package, a network that the format cannot hold, or a file that does
             not give the checkpoint's logits, which is then removed.
     """
-    if to == "onnx":
-        _require("onnx", "onnxscript")
+    missing = [package for package in ("onnx", "onnxscript") if find_spec(package) is None]
+    if to == "onnx" and missing:
+        raise UserError(f"ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
     model = load_model(ckpt)
     path = Path(out) if out else Path(ckpt).with_suffix(ENDINGS[to])
     if path.suffix != ENDINGS[to] or path.resolve() == Path(ckpt).resolve():
@@ -69,15 +65,16 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
             f"({'; '.join(model.changes)}): export it --to onnx or torch_export."
         )
     inside = preprocess and to in GRAPHS
-    trials = [_images(model, batch, inside) for batch in BATCHES]
-    notes = _notes(model, trials[0][1], inside)
+    images = [torch.rand(n, 3, *model.geometry.size, generator=torch.Generator().manual_seed(n)) for n in BATCHES]
+    taken = images if inside else [model.prepare(batch, model.geometry.input_side) for batch in images]
+    notes = _notes(model, taken[0], inside)
     partial = path.with_name(f"partial-{secrets.token_hex(8)}.{path.name}")
     print(f"Writing {path}, and trying it ...", file=sys.stderr)
     try:
         partial.touch()
-        _write(to, model if inside else model.network, trials[-1][1], notes, partial)
+        _write(to, model if inside else model.network, taken[-1], notes, partial)
         network = _read(to, model, partial)
-        difference = _difference(model, network, trials) if network else None
+        difference = _difference(model, images, network, taken) if network else None
         if to == "state_dict":
             path.with_suffix(".json").write_text(json.dumps(notes, ensure_ascii=False, indent=1) + "\n")
         os.replace(partial, path)
@@ -98,18 +95,6 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
     return difference
 
 
-def _require(*packages: str) -> None:
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        raise UserError(f"ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
-
-
-def _images(model: TransferClassifier, batch: int, inside: bool) -> tuple[Tensor, Tensor]:
-    """Random images of the size trained on, float32 [batch, 3, H, W] in [0, 1], and what the file takes of them."""
-    images = torch.rand(batch, 3, *model.geometry.size, generator=torch.Generator().manual_seed(batch))
-    return images, images if inside else model.prepare(images, model.geometry.input_side)
-
-
 def _notes(model: TransferClassifier, taken: Tensor, inside: bool) -> dict[str, Any]:
     """What a program needs to know beside the network."""
     options = model.hparams
@@ -125,10 +110,11 @@ def _notes(model: TransferClassifier, taken: Tensor, inside: bool) -> dict[str, 
 
 
 def _write(to: Format, network: nn.Module, example: Tensor, notes: dict[str, Any], path: Path) -> None:
+    def text(note: object) -> str:
+        return note if isinstance(note, str) else json.dumps(note, ensure_ascii=False)
+
     dynamic = ({0: torch.export.Dim("batch", min=1)},)
-    texts = {
-        key: note if isinstance(note, str) else json.dumps(note, ensure_ascii=False) for key, note in notes.items()
-    }
+    texts = {key: text(note) for key, note in notes.items()}
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     if to == "state_dict":
         torch.save(state, path)
@@ -139,17 +125,10 @@ def _write(to: Format, network: nn.Module, example: Tensor, notes: dict[str, Any
         with warnings.catch_warnings():
             # Of channels-last weights, which only other devices than the CPU might not get back.
             warnings.filterwarnings("ignore", "No complete tensor found")
-            torch.export.save(program, path, extra_files={NOTES: json.dumps(notes, ensure_ascii=False)})
+            torch.export.save(program, path, extra_files={NOTES: text(notes)})
     else:
-        onnx = torch.onnx.export(
-            network,
-            (example,),
-            dynamo=True,
-            dynamic_shapes=dynamic,
-            input_names=["images"],
-            output_names=["logits"],
-            verbose=False,
-        )
+        names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+        onnx = torch.onnx.export(network, (example,), dynamo=True, dynamic_shapes=dynamic, verbose=False, **names)
         assert onnx is not None
         onnx.model.metadata_props.update(texts)
         onnx.save(path, external_data=False)
@@ -160,24 +139,24 @@ def _read(to: Format, model: TransferClassifier, path: Path) -> Callable[[Tensor
     if to == "torch_export":
         return torch.export.load(path).module()
     if to == "onnx":
-        return _session(path) if find_spec("onnxruntime") else None
+        if find_spec("onnxruntime") is None:
+            return None
+        from onnxruntime import InferenceSession
+
+        session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
     options = model.hparams
     plain, _ = build.with_head(options["backbone"], options["num_classes"], options["aux_weight"] > 0, False)
     plain.load_state_dict(weights.read_file(path)[0])
     return plain.eval()
 
 
-def _session(path: Path) -> Callable[[Tensor], Tensor]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-
-
 @torch.inference_mode()
-def _difference(model: nn.Module, network: Callable[[Tensor], Tensor], trials: list[tuple[Tensor, Tensor]]) -> float:
+def _difference(
+    model: nn.Module, images: list[Tensor], network: Callable[[Tensor], Tensor], taken: list[Tensor]
+) -> float:
     """The largest absolute difference of a logit over batches of images and what `network` takes of them."""
-    wanted, given = (torch.cat(logits) for logits in zip(*((model(a), network(b)) for a, b in trials), strict=True))
+    wanted, given = torch.cat([*map(model, images)]), torch.cat([*map(network, taken)])
     difference, largest = float((wanted - given).abs().max()), float(wanted.abs().max())
     if not difference <= TOLERANCE * max(1.0, largest):  # nor is NaN
         raise UserError(

@@ -18,11 +18,8 @@ def figures(run: str) -> list[Path]:
     Args:
         run: Folder of the run.
 
-    Returns:
-        The pictures, in its folder `figures`.
-
     Raises:
-        UserError: It is no run's folder.
+        UserError: It is no run's folder, or a file of it is damaged.
     """
     folder = Path(run)
     if not (folder / "config.yaml").is_file():

@@ -45,12 +45,12 @@ def _cells(text: str) -> int:
 
 def as_json(predictions: Iterable[ImagePrediction], names: Sequence[str]) -> Iterator[str]:
     """One array, a line for each image: `{"image": FILE, "classes": [[NAME, PROBABILITY], ...]}`."""
-    separator = "["
+    before, after = "[\n", "[]\n"
     for prediction in predictions:
         classes = [(name, round(share, 6)) for name, share in prediction.classes]
-        yield f"{separator}\n" + json.dumps({"image": prediction.source, "classes": classes}, ensure_ascii=False)
-        separator = ","
-    yield "[]\n" if separator == "[" else "\n]\n"
+        yield before + json.dumps({"image": prediction.source, "classes": classes}, ensure_ascii=False)
+        before, after = ",\n", "\n]\n"
+    yield after
 
 
 def as_csv(predictions: Iterable[ImagePrediction], names: Sequence[str]) -> Iterator[str]:
@@ -73,9 +73,6 @@ FORMATS: dict[str, Format] = {"table": table, "json": as_json, "csv": as_csv}
 def main(args: Sequence[str] | None = None) -> int:
     """Classify what the options name and print it, image by image; draw what they ask for.
 
-    Args:
-        args: Options; None takes those of the command line.
-
     Returns:
         The exit status: 1 if an image could not be read, else 0.
 
@@ -83,11 +80,10 @@ def main(args: Sequence[str] | None = None) -> int:
         UserError: An unfit checkpoint or option, or a network without heat maps.
     """
     options = _parse(args)
-    ckpt = options.ckpt
-    if ckpt is None:
-        ckpt = newest_checkpoint()
-        print(f"The newest run's checkpoint: {ckpt}", file=sys.stderr)
-    classifier = Classifier.load(ckpt, options.accelerator, options.max_megapixels)
+    if options.ckpt is None:
+        options.ckpt = newest_checkpoint()
+        print(f"The newest run's checkpoint: {options.ckpt}", file=sys.stderr)
+    classifier = Classifier.load(options.ckpt, options.accelerator, options.max_megapixels)
     refused = predicted = 0
     first: list[ImagePrediction] = []
 
@@ -96,55 +92,41 @@ def main(args: Sequence[str] | None = None) -> int:
         refused += 1
         tqdm.write(f"error: {error}", file=sys.stderr)
 
-    def counted() -> Iterator[ImagePrediction]:
+    def predictions() -> Iterator[ImagePrediction]:
         nonlocal predicted
-        for predicted, prediction in enumerate(_predictions(classifier, options, refuse), 1):
+        stream = classifier.stream(find(options.images, refuse), options.top_k, options.batch_size, refuse)
+        if options.explain:
+            stream = explained(stream, classifier.model, options.explain)
+        # Lines that scroll by on a terminal are progress enough.
+        hidden = not sys.stderr.isatty() or sys.stdout.isatty()
+        total = None if hidden or "-" in options.images else sum(1 for _ in find(options.images, lambda error: None))
+        for prediction in tqdm(stream, total=total, unit=" images", delay=2, disable=hidden):
+            predicted += 1
             if predicted <= gallery.SHOWN:
                 first.append(prediction)
             yield prediction
 
-    for text in FORMATS[options.format](counted(), classifier.names):
+    for text in FORMATS[options.format](predictions(), classifier.names):
         print(text, end="", flush=True)
     if options.figure and first:
         gallery.gallery(first, predicted).savefig(options.figure, dpi=plots.DPI)
     return int(refused > 0)
 
 
-def _predictions(
-    classifier: Classifier, options: Namespace, refuse: Callable[[UserError], None]
-) -> Iterator[ImagePrediction]:
-    """Of all images that the options name, with heat maps and a progress bar if these are wanted."""
-    stream = classifier.stream(find(options.images, refuse), options.top_k, options.batch_size, refuse)
-    if options.explain:
-        stream = explained(stream, classifier.model, options.explain)
-    # Lines that scroll by on a terminal are progress enough.
-    hidden = not sys.stderr.isatty() or sys.stdout.isatty()
-    total = None if hidden or "-" in options.images else sum(1 for _ in find(options.images, lambda error: None))
-    return iter(tqdm(stream, total=total, unit=" images", delay=2, disable=hidden))
-
-
 def _parse(args: Sequence[str] | None) -> Namespace:
-    parser = ArgumentParser(
-        prog="python -m cifar_transfer.predict", description="The likeliest classes of images.", allow_abbrev=False
-    )
-    parser.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE",
-        help="Files, folders, patterns ('photos/**/*.jpg'); - reads them from standard input, one a line.",
-    )
-    parser.add_argument("--ckpt", help="Checkpoint; without, the best of the newest run in lightning_logs/.")
-    parser.add_argument("--top_k", type=int, default=5, help="How many classes to give for each image.")
-    parser.add_argument("--format", choices=list(FORMATS), default="table", help="Of what is printed.")
-    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="Draw the first 24 images with their classes.")
-    parser.add_argument(
-        "--explain", type=Path, metavar="FOLDER", help="Draw for each image where its class is seen (Grad-CAM)."
-    )
-    parser.add_argument("--batch_size", type=int, default=64, help="Images that the network sees at once.")
-    parser.add_argument("--accelerator", default="auto", help="auto takes a GPU where there is one; cpu, gpu.")
-    parser.add_argument(
-        "--max_megapixels", type=float, default=MAX_MEGAPIXELS, help="Larger images are refused before decoding."
-    )
+    about = "The likeliest classes of images."
+    parser = ArgumentParser(prog="python -m cifar_transfer.predict", description=about, allow_abbrev=False)
+    add = parser.add_argument
+    images = "Files, folders, patterns ('photos/**/*.jpg'); - reads them from standard input, one a line."
+    add("images", nargs="+", metavar="IMAGE", help=images)
+    add("--ckpt", help="Checkpoint; without, the best of the newest run in lightning_logs/.")
+    add("--top_k", type=int, default=5, help="How many classes to give for each image.")
+    add("--format", choices=list(FORMATS), default="table", help="Of what is printed.")
+    add("--figure", type=Path, metavar="FILE.png", help="Draw the first 24 images with their classes.")
+    add("--explain", type=Path, metavar="FOLDER", help="Draw for each image where its class is seen (Grad-CAM).")
+    add("--batch_size", type=int, default=64, help="Images that the network sees at once.")
+    add("--accelerator", default="auto", help="auto takes a GPU where there is one; cpu, gpu.")
+    add("--max_megapixels", type=float, default=MAX_MEGAPIXELS, help="Larger images are refused before decoding.")
     options = parser.parse_args(args)
     if options.figure and not (options.figure.suffix == ".png" and options.figure.parent.is_dir()):
         raise UserError(f"--figure {options.figure}: name a file that ends in .png, in a folder that exists.")

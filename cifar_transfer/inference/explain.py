@@ -7,6 +7,7 @@ have one, or four, and say nothing of places.
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,10 @@ SIDES = (4, 2)  # positions along a side that are wanted, or else at least
 
 
 def heat_map(model: TransferClassifier, pixels: np.ndarray) -> np.ndarray:
-    """How much each place speaks for the likeliest class.
+    """How much each place of an image speaks for its likeliest class.
 
     Args:
-        model: In eval mode, on any device.
+        model: In eval mode.
         pixels: uint8 [3, H, W], RGB, of the size that the network was trained on.
 
     Returns:
@@ -38,82 +39,64 @@ def heat_map(model: TransferClassifier, pixels: np.ndarray) -> np.ndarray:
     Raises:
         UserError: No layer has places.
     """
-    outputs: list[Tensor] = []
-    taken = model.geometry.input_size
-
-    def keep(layer: nn.Module, inputs: tuple, output: object) -> None:
-        if isinstance(output, Tensor):
-            outputs.append(output)
-
-    hooks = [layer.register_forward_hook(keep) for layer in _trunk(model.network)]
-    try:
-        with torch.enable_grad():
-            # Its gradient is not used, but for it there are gradients also where all parameters are frozen.
-            images = to_float(torch.from_numpy(pixels)[None].to(model.device)).requires_grad_()
-            logits = model(images)
-            gradients = torch.autograd.grad(logits.max(), outputs, allow_unused=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    outputs: list[object] = []
+    with torch.enable_grad(), ExitStack() as hooks:
+        for layer in _trunk(model.network):
+            hooks.enter_context(layer.register_forward_hook(lambda _, inputs, output: outputs.append(output)))
+        # The gradient of the images is not used, but with it there are others where all parameters are frozen.
+        images = to_float(torch.from_numpy(pixels)[None].to(model.device)).requires_grad_()
+        best = model(images).max()
+    tensors = [output for output in outputs if isinstance(output, Tensor)]
+    gradients = torch.autograd.grad(best, tensors, allow_unused=True)
+    size = model.geometry.input_size
+    layers = [
+        (_places(output.detach(), size), _places(gradient, size))
+        for output, gradient in zip(reversed(tensors), reversed(gradients), strict=True)
+        if gradient is not None
+    ]
     for side in SIDES:
-        for output, gradient in zip(reversed(outputs), reversed(gradients), strict=True):
+        for values, weights in layers:
             # Behind its last attention a ViT reads the token of the class alone, and the others have no gradient.
-            if gradient is None or (weights := _places(gradient, taken)) is None or not weights.any():
-                continue
-            values = _places(output.detach(), taken)
-            if values is None or min(values.shape[1:]) < side:
+            if values is None or weights is None or not weights.any() or min(values.shape[1:]) < side:
                 continue
             heat = (weights.mean((1, 2), keepdim=True) * values).sum(0).relu()
             heat = F.interpolate(heat[None, None], size=pixels.shape[1:], mode="bilinear")[0, 0]
             return (heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)).cpu().numpy()
-    raise UserError(
-        f"There is no heat map of {model.hparams['backbone']} at this size: no layer of it has 2 x 2 places or more."
-    )
+    name = model.hparams["backbone"]
+    raise UserError(f"There is no heat map of {name} at this size: no layer of it has 2 x 2 places or more.")
 
 
 def _trunk(network: nn.Module) -> Iterator[nn.Module]:
-    """The layers through which everything passes one after the other; not those within branches of a block.
-
-    Nor poolings to a size of their own: VGG's makes 7 x 7 places of one, all alike.
-    """
+    """The layers through which everything passes one after the other; not those within branches of a block."""
     for layer in network.children():
         if isinstance(layer, nn.Sequential | nn.ModuleList | Encoder):
             yield from _trunk(layer)
-        elif not isinstance(layer, nn.AdaptiveAvgPool2d):
+        elif not isinstance(layer, nn.AdaptiveAvgPool2d):  # VGG's makes 7 x 7 places of one, all alike
             yield layer
 
 
 def _places(values: Tensor, size: Size) -> Tensor | None:
-    """What a layer gives for one image as [C, h, w], or None if it has no places.
+    """What a layer gives for an image of a size as [C, h, w] of the same proportion, or None if it has no places.
 
-    Args:
-        values: [1, C, h, w]; [1, h, w, C] (Swin); or [1, N, C], tokens behind a few of the class (ViT).
-        size: Height and width in pixels of what the network takes, of the same proportion but for rounding.
+    It gives [1, C, h, w]; [1, h, w, C] (Swin); or [1, N, C], tokens behind a few of the class (ViT).
     """
     values, (height, width) = values[0], size
-
-    def places(rows: int, columns: int) -> bool:
-        return abs(rows * width - columns * height) < max(size)
-
-    if values.ndim == 3 and places(*values.shape[1:]):
-        return values
-    if values.ndim == 3 and places(*values.shape[:2]):
-        return values.permute(2, 0, 1)
     if values.ndim == 2:
         rows = math.isqrt(len(values) * height // width)
         columns = rows * width // height
         return values[len(values) - rows * columns :].T.unflatten(1, (rows, columns))
+    for order in ((0, 1, 2), (2, 0, 1)) if values.ndim == 3 else ():
+        places = values.permute(order)
+        rows, columns = places.shape[1:]
+        if abs(rows * width - columns * height) < max(size):
+            return places
     return None
 
 
 def explained(
     predictions: Iterable[ImagePrediction], model: TransferClassifier, folder: Path
 ) -> Iterator[ImagePrediction]:
-    """Pass predictions on, after a picture of each has been saved as `folder/NUMBER-NAME.png`.
-
-    Raises:
-        UserError: No heat map can be made.
-    """
+    """Pass predictions on, after the heat map of each has been drawn as `folder/NUMBER-NAME.png`."""
     for number, prediction in enumerate(predictions, 1):
         figure = gallery.heated(prediction, heat_map(model, prediction.pixels))
         figure.savefig(folder / f"{number:05d}-{Path(str(prediction.source)).stem[:60]}.png", dpi=plots.DPI)

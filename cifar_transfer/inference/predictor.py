@@ -1,10 +1,10 @@
 """A trained checkpoint as a function from images to names: `Classifier.load(CHECKPOINT).predict(IMAGE)`."""
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any, NoReturn, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -21,24 +21,20 @@ from cifar_transfer.training.classifier import TransferClassifier
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 Prediction = tuple[str, float]
-
-
-def _raise(error: UserError) -> NoReturn:
-    raise error
+Refuse = Callable[[UserError], object]
 
 
 class Classifier:
     """A trained network with its classes' names.
 
     Args:
-        model: The network, as `load_model` gives it.
+        model: As `load_model` gives it; put into eval mode, on the device.
         accelerator: "auto" for a GPU where there is one, "gpu" (or its kind, "cuda", "mps"), or "cpu".
         max_megapixels: A file of more million pixels is refused, before it is decoded.
 
     Attributes:
-        model: The same, in eval mode, on the device.
         names: Of the classes, in the order of the network's outputs.
-        size: Height and width in pixels of the images that the network was trained on, to which each image is brought.
+        size: Height and width in pixels of the images trained on, to which each image is brought.
 
     Raises:
         UserError: There is no such accelerator, or a limit that is not positive.
@@ -60,11 +56,7 @@ class Classifier:
 
     @classmethod
     def load(cls, ckpt: str | Path, accelerator: str = "auto", max_megapixels: float = MAX_MEGAPIXELS) -> "Classifier":
-        """The classifier of a checkpoint of `fit`.
-
-        Raises:
-            UserError: It is missing, damaged or no such checkpoint; or as for the class.
-        """
+        """That of a checkpoint of `fit`; a `UserError` says that it is missing, damaged or none."""
         return cls(load_model(ckpt), accelerator, max_megapixels)
 
     @overload
@@ -72,9 +64,7 @@ class Classifier:
     @overload
     def predict(self, images: list[Any] | tuple[Any, ...], top_k: int = 5) -> list[list[Prediction]]: ...
     def predict(self, images: Any, top_k: int = 5) -> list[Prediction] | list[list[Prediction]]:
-        """The likeliest classes of one image or of several.
-
-        Each image is resized to cover `size`, and the centre cut out, as in training.
+        """The likeliest classes of one image or of several, each resized to cover `size` and the centre cut out.
 
         Args:
             images: A file, a PIL image of any mode, a uint8 array [H, W, 3], a tensor [3, H, W] of uint8 or of floats
@@ -92,38 +82,33 @@ class Classifier:
         return next(self.stream([images], top_k)).classes
 
     def stream(
-        self,
-        images: Iterable[Picture],
-        top_k: int = 5,
-        batch_size: int = 64,
-        refuse: Callable[[UserError], object] = _raise,
+        self, images: Iterable[Picture], top_k: int = 5, batch_size: int = 64, refuse: Refuse | None = None
     ) -> Iterator[ImagePrediction]:
         """Predictions in the order of the images, however many these are: two batches are in memory.
 
-        Threads decode a batch while the network looks at the one before.
-
         Args:
-            images: As `predict` takes them.
-            top_k: As in `predict`.
+            images: As in `predict`, with `top_k`.
             batch_size: Images that the network sees at once.
             refuse: Called with the reason for an image that cannot be read, which is then left out.
 
         Raises:
-            UserError: `top_k` or `batch_size` is less than 1; and by default an image that cannot be read.
+            UserError: `top_k` or `batch_size` is less than 1; or, without `refuse`, an image that cannot be read.
         """
         for name, value in (("top_k", top_k), ("batch_size", batch_size)):
-            if value < 1:
-                raise UserError(f"{name} is {value}: take 1 or more.")
+            check(name, value, lambda n: n >= 1, "1 or more")
         with ThreadPoolExecutor(cores()) as pool:
-            for batch in _ahead(
-                images, batch_size, lambda image: pool.submit(_pixels, image, self.size, self.max_megapixels)
-            ):
+            reading = ((image, pool.submit(_pixels, image, self.size, self.max_megapixels)) for image in images)
+            batches = iter(lambda: list(islice(reading, batch_size)), [])
+            # Threads decode the next batch while the network looks at this one.
+            for batch, _ in pairwise(chain(batches, [[]])):
                 sources, shown = [], []
-                for source, reading in batch:
+                for source, future in batch:
                     try:
-                        shown.append(reading.result())
+                        shown.append(future.result())
                         sources.append(source)
                     except UserError as error:
+                        if refuse is None:
+                            raise
                         refuse(error)
                 if shown:
                     yield from map(ImagePrediction, sources, shown, self._classes(np.stack(shown), top_k))
@@ -134,19 +119,6 @@ class Classifier:
         best = self.model(images).softmax(1).topk(min(top_k, len(self.names)))
         rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [[(self.names[i], share) for i, share in zip(*row, strict=True)] for row in rows]
-
-
-def _ahead(
-    images: Iterable[Picture], batch_size: int, read: Callable[[Picture], Future[np.ndarray]]
-) -> Iterator[list[tuple[Picture, Future[np.ndarray]]]]:
-    """Batches of images that are being read, the next one already while one is in use."""
-    images, waiting = iter(images), None
-    while batch := [(image, read(image)) for image in islice(images, batch_size)]:
-        if waiting:
-            yield waiting
-        waiting = batch
-    if waiting:
-        yield waiting
 
 
 def _pixels(image: Picture, size: Size, max_megapixels: float) -> np.ndarray:
@@ -164,20 +136,18 @@ def _pixels(image: Picture, size: Size, max_megapixels: float) -> np.ndarray:
         image = Image.fromarray(np.ascontiguousarray(image))
     if isinstance(image, Image.Image):
         return to_pixels(image, size)
-    what = " ".join(str(getattr(given, part)) for part in ("dtype", "shape") if hasattr(given, part))
+    what = [type(given).__name__, *(str(getattr(given, part)) for part in ("dtype", "shape") if hasattr(given, part))]
     raise UserError(
         f"An image is a path, a PIL image, a uint8 array [H, W, 3] or a tensor [3, H, W] of uint8 or of floats in "
-        f"[0, 1], not this {type(given).__name__} {what}".rstrip()
-        + "."
+        f"[0, 1], not this {' '.join(what)}."
     )
 
 
 def _device(accelerator: str) -> torch.device:
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    found = torch.accelerator.current_accelerator(check_available=True)
     if found and accelerator in ("auto", "gpu", found.type):
         return found
     if accelerator in ("auto", "cpu"):
         return torch.device("cpu")
-    raise UserError(
-        f"There is no accelerator {accelerator!r} here: take auto, cpu{f' or {found.type}' if found else ''}."
-    )
+    kinds = f"auto, cpu or {found.type}" if found else "auto, cpu"
+    raise UserError(f"There is no accelerator {accelerator!r} here: take {kinds}.")

@@ -21,8 +21,7 @@ def find(names: Iterable[str], refuse: Callable[[UserError], None]) -> Iterator[
         names: Files, taken as they are, even if they do not exist; folders, for all images anywhere below them, sorted;
             patterns with `*`, `?`, `[...]` and `**`, for shells that do not expand them; "-" for names on standard
             input, one a line.
-        refuse: Called with the reason where a name stands for nothing: a URL, a pattern without matches, a folder
-            without images.
+        refuse: Called with the reason where a name stands for nothing.
     """
     for name in names:
         if name == "-":
@@ -32,7 +31,11 @@ def find(names: Iterable[str], refuse: Callable[[UserError], None]) -> Iterator[
         elif _URL.match(name):
             refuse(UserError(f"{name} is a URL, and only files are read: download it first, and name the file."))
         elif os.path.isdir(name):
-            yield from _folder(name, refuse)
+            path = None
+            for path in images_below(name, refuse):
+                yield path
+            if path is None:
+                refuse(UserError(f"{name} has no images, not below it either ({' '.join(IMG_EXTENSIONS)})."))
         elif glob.has_magic(name) and not os.path.lexists(name):
             # `**` has matched what is in the folders that it matched.
             matches = [m for m in glob.iglob(name, recursive=True) if "**" not in name or not os.path.isdir(m)]
@@ -41,12 +44,3 @@ def find(names: Iterable[str], refuse: Callable[[UserError], None]) -> Iterator[
             yield from find(sorted(matches), refuse)
         else:
             yield name
-
-
-def _folder(folder: str, refuse: Callable[[UserError], None]) -> Iterator[str]:
-    found = False
-    for path in images_below(folder, refuse):
-        found = True
-        yield path
-    if not found:
-        refuse(UserError(f"{folder} has no images, not below it either ({' '.join(IMG_EXTENSIONS)})."))

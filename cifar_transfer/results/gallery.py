@@ -1,7 +1,9 @@
 """Plots of single predictions: images beside bars of their likeliest classes, and images under a heat map."""
 
+import math
 import textwrap
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,33 +20,27 @@ LINE, GAP = 0.15, 0.4  # height of a line of text in inches, lines between two b
 
 
 def gallery(predictions: Sequence[ImagePrediction], count: int) -> Figure:
-    """Images, each beside the names of its likeliest classes, on bars as long as their probabilities.
+    """The first 24 images, each beside its likeliest classes, ten at most, on bars as long as their probabilities.
 
-    Args:
-        predictions: At least one; the first 24 are drawn, with their first ten classes.
-        count: Of all images, said above if there are more than are drawn.
+    Of more images than are drawn the `count` is said above.
     """
     predictions = predictions[:SHOWN]
-    letters = lettering(
-        text for one in predictions for text in (_place(one), *(name for name, _ in one.classes[:BARS]))
-    )
-    cells = []
-    for one in predictions:
-        names = [_wrap(letters.names[name], 32) for name, _ in one.classes[:BARS]]
-        cells.append([_wrap(letters.names[_place(one)], 38), *names])
+    words = [(_place(one), [name for name, _ in one.classes[:BARS]]) for one in predictions]
+    letters = lettering(chain.from_iterable([place, *names] for place, names in words))
+    cells = [
+        [_wrap(letters.names[place], 38), *(_wrap(letters.names[name], 32) for name in names)] for place, names in words
+    ]
     height = max(1.2, LINE * max(sum(len(text) + GAP for text in cell) for cell in cells))
     columns = min(3, len(predictions))
-    rows = -(-len(predictions) // columns)
+    rows = math.ceil(len(predictions) / columns)
     figure = Figure(figsize=(4.5 * columns, rows * (height + 0.15) + 0.4), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05, wspace=0, hspace=0)  # type: ignore[union-attr, call-arg]
     if count > len(predictions):
         figure.suptitle(f"The first {len(predictions)} of {count:,} images", fontsize=10)
-    axes = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1.2, 3] * columns).reshape(-1, 2)
-    for ax in axes[:, 1]:
+    axes = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1.2, 3] * columns)
+    for ax in axes.flat:
         ax.axis("off")
-    for ax in axes[len(predictions) :, 0]:
-        ax.axis("off")
-    for (left, right), one, cell in zip(axes, predictions, cells, strict=False):
+    for (left, right), one, cell in zip(axes.reshape(-1, 2), predictions, cells, strict=False):
         image(left, one.pixels)
         left.set_anchor("NE")
         right.set(xlim=(0, 1), ylim=(height / LINE, 0))
@@ -63,25 +59,22 @@ def _bars(axes: Axes, texts: Sequence[Sequence[str]], shares: Sequence[float], f
             axes.barh(middle, 1, height - 0.15, color=TRACK)
             axes.barh(middle, shares[number - 1], height - 0.15, color=SKY)
             axes.text(0.99, middle, f"{shares[number - 1]:.1%}", ha="right", va="center", fontsize=8)
-        words = axes.text(0.015, middle, "\n".join(text), va="center", fontsize=8, family=families)
-        words.set(color="k" if number else WORDS, linespacing=1.15)
+        color = "k" if number else WORDS
+        words = "\n".join(text)
+        axes.text(0.015, middle, words, va="center", color=color, fontsize=8, family=families, linespacing=1.15)
         top += height
 
 
 def heated(prediction: ImagePrediction, heat: np.ndarray) -> Figure:
-    """An image, and beside it in grey under the heat map of its likeliest class.
-
-    Args:
-        prediction: With at least one class.
-        heat: float [H, W] in [0, 1].
-    """
+    """An image, and beside it in grey under the heat map of its likeliest class, float [H, W] in [0, 1]."""
     (name, share), place = prediction.classes[0], _place(prediction)
     letters = lettering([name, place])
     title = _wrap(f"{letters.names[name]}   {share:.1%}", 56)
     figure = Figure(figsize=(6.4, 3.1 + 0.2 * len(title)), layout="constrained")
     figure.suptitle("\n".join(title), fontsize=11, family=letters.families)
     left, right = figure.subplots(1, 2)
-    right.axis("off")
+    for ax in (left, right):
+        ax.axis("off")
     image(left, prediction.pixels)
     left.set_title("\n".join(_wrap(letters.names[place], 28)), fontsize=8, family=letters.families, color=WORDS)
     right.imshow(prediction.pixels.mean(0), cmap="gray", vmin=0, vmax=255)

@@ -4,8 +4,8 @@ Class names in any script are drawn in an installed font that has their letters,
 as boxes. Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which the colour-blind tell apart.
 """
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from cifar_transfer.results.predictions import Predictions
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # all but yellow and black
 BLUE, ORANGE, SKY, GREY = COLOURS[0], COLOURS[1], COLOURS[5], "#999999"
 DPI = 100
+COLUMNS = 8  # images in a row
 NUMBERED = 20  # classes up to which a confusion matrix has numbers in its cells
 BY_EPOCH = ("train/loss_epoch", "val/loss", "train/acc", "val/acc", "lr")
 SMOOTHED = 0.95  # weight of the past in the smoothed loss, as TensorBoard's slider has it
@@ -32,30 +33,23 @@ BROAD = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Micro
 
 
 class Lettering(NamedTuple):
-    """How names are drawn.
+    """How names are drawn."""
 
-    Attributes:
-        families: Fonts for matplotlib, which takes each letter from the first that has it.
-        names: What is drawn for each name.
-        note: What was done to the names and why, or nothing.
-    """
-
-    families: list[str]
-    names: dict[str, str]
-    note: str
+    families: list[str]  # fonts for matplotlib, which takes each letter from the first that has it
+    names: dict[str, str]  # what is drawn for each name
+    note: str  # what was done to the names and why, or nothing
 
 
 def lettering(names: Iterable[str]) -> Lettering:
     """Find fonts for names in any script; without one for all its letters, a name is transliterated by anyascii."""
     names = list(names)
-    # The font of last resort, which comes with matplotlib, draws boxes.
-    fonts = [
-        f for f in font_manager.fontManager.ttflist if f.weight in (400, "regular") and "Last Resort" not in f.name
-    ]
     missing, families = set[str]().union(*names) - _letters(font_manager.findfont(BASE)), [BASE]
-    for font in sorted(fonts, key=lambda font: (font.name not in BROAD, font.name)):
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name not in BROAD, font.name)):
         if not missing:
             break
+        # The font of last resort, which comes with matplotlib, draws boxes.
+        if font.weight not in (400, "regular") or "Last Resort" in font.name:
+            continue
         if found := missing & _letters(font.fname):
             families.append(font.name)
             missing -= found
@@ -71,8 +65,7 @@ def _letters(path: str) -> frozenset[str]:
     return frozenset(map(chr, FT2Font(path).get_charmap()))
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """A logged figure: x (steps or epochs) and y, float64 [N] each."""
 
     x: np.ndarray
@@ -82,11 +75,10 @@ class Curve:
 def loss_by_step(loss: Curve) -> Figure:
     """Training loss per iteration, raw and smoothed."""
     figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.add_subplot()
+    axes = figure.subplots()
     axes.plot(loss.x, loss.y, color=BLUE, alpha=0.35, lw=0.8, label="loss of a batch")
     axes.plot(loss.x, smooth(loss.y), color=BLUE, lw=1.8, label="smoothed")
     _finish(axes, "optimizer step", "training loss")
-    axes.legend(frameon=False)
     return figure
 
 
@@ -97,58 +89,49 @@ def smooth(values: np.ndarray, past: float = SMOOTHED) -> np.ndarray:
 
 
 def epochs(curves: dict[str, Curve], frozen: int, lr: Curve) -> Figure:
-    """Loss and accuracy per epoch.
+    """Loss and accuracy by epoch from 1: the first `frozen` are shaded, and steps of the learning rate marked.
 
     Args:
-        curves: `train/loss_epoch`, `val/loss`, `train/acc`, `val/acc`, by epoch from 1; what is missing is left out.
-        frozen: Epochs with a frozen backbone, which are shaded.
-        lr: Learning rate by epoch; where it changed is marked, if it did so in steps.
+        curves: Of `train/loss_epoch`, `val/loss`, `train/acc`, `val/acc`; what is missing is left out.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     changes = lr.x[1:][lr.y[1:] != lr.y[:-1]]
     if len(changes) > len(lr.x) / 2:
         changes = changes[:0]  # a rate that always changes has no steps
-    for number, (title, scale, tags) in enumerate(
-        (("loss", 1, ("train/loss_epoch", "val/loss")), ("accuracy (%)", 100, ("train/acc", "val/acc")))
-    ):
-        axes = figure.add_subplot(1, 2, number + 1)
+    panels = ("loss", 1, ("train/loss_epoch", "val/loss")), ("accuracy (%)", 100, ("train/acc", "val/acc"))
+    for axes, (title, scale, tags) in zip(figure.subplots(1, 2), panels, strict=True):
         for tag, color, label, marker in zip(tags, (BLUE, ORANGE), ("training", "validation"), "os", strict=True):
             if tag in curves:
                 axes.plot(curves[tag].x, scale * curves[tag].y, marker + "-", color=color, ms=3, label=label)
         if frozen:
             axes.axvspan(0.5, frozen + 0.5, color=GREY, alpha=0.2, lw=0, label="backbone frozen")
-        for epoch in changes:
-            axes.axvline(
-                epoch - 0.5, color=GREY, ls=":", lw=1, label="learning rate changed" if epoch == changes[0] else None
-            )
+        for number, epoch in enumerate(changes):
+            axes.axvline(epoch - 0.5, color=GREY, ls=":", lw=1, label="" if number else "learning rate changed")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.02)
         _finish(axes, "epoch", title)
-        axes.legend(frameon=False)
     return figure
 
 
 def confusion(predictions: Predictions) -> Figure:
     """Counts, and shares of each class's images; numbers in the cells of up to 20 classes."""
     counts, letters = predictions.confusion(), lettering(predictions.names)
-    classes = len(counts)
+    classes, few = len(counts), len(counts) <= NUMBERED
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = min(16.0, max(4.0, 1.6 + (0.42 if classes <= NUMBERED else 0.13) * classes))
+    side = min(16.0, max(4.0, 1.6 + (0.42 if few else 0.13) * classes))
     # The room for long names below the axes is only reckoned roughly.
     figure = Figure(figsize=(2 * side + 1, side + 0.4), layout=ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.1))
-    for number, (title, values) in enumerate((("number of images", counts), ("% of the class", 100 * shares))):
-        axes = figure.add_subplot(1, 2, number + 1)
+    panels = ("number of images", counts), ("% of the class", 100 * shares)
+    for axes, (title, values) in zip(figure.subplots(1, 2), panels, strict=True):
         axes.imshow(values, cmap="Blues", vmin=0, vmax=max(1, values.max()))
-        size = 9 if classes <= NUMBERED else 5
+        axes.set_title(title)
         for axis, label in ((axes.xaxis, "predicted"), (axes.yaxis, "true")):
-            axis.set_ticks(range(classes), [*letters.names.values()], fontsize=size, family=letters.families)
+            axis.set_ticks(range(classes), letters.names.values(), fontsize=9 if few else 5, family=letters.families)
             axis.set_label_text(label)
         axes.tick_params(axis="x", rotation=90 if classes > 3 else 0)
-        axes.set_title(title)
-        if classes <= NUMBERED:
-            for (row, column), value in np.ndenumerate(values):
-                dark = value > values.max() / 2
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+        for (row, column), value in np.ndenumerate(values) if few else ():
+            color = "w" if value > values.max() / 2 else "k"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
     note(figure, letters)
     return figure
 
@@ -156,29 +139,23 @@ def confusion(predictions: Predictions) -> Figure:
 def per_class(predictions: Predictions) -> Figure:
     """A table of precision, recall, F1 and the number of images; the worst F1 first."""
     counts, letters = predictions.confusion(), lettering(predictions.names)
-    hits = counts.diagonal()
-    truth, said = counts.sum(1), counts.sum(0)
-    precision, recall = hits / np.maximum(said, 1), hits / np.maximum(truth, 1)
+    hits, truth, said = counts.diagonal(), counts.sum(1), counts.sum(0)
     f1 = 2 * hits / np.maximum(said + truth, 1)
     order = np.argsort(f1, kind="stable")
+    lines, names = range(len(order)), [letters.names[predictions.names[row]] for row in order]
     figure = Figure(figsize=(7, 0.9 + 0.24 * len(order)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.barh(range(len(order)), 100 * f1[order], color=BLUE, alpha=0.3, height=0.8)
-    axes.set_yticks(
-        range(len(order)), [letters.names[predictions.names[row]] for row in order], family=letters.families
-    )
+    axes = figure.subplots()
+    axes.barh(lines, 100 * f1[order], color=BLUE, alpha=0.3, height=0.8)
+    axes.set_yticks(lines, names, family=letters.families)
+    precision, recall = hits / np.maximum(said, 1), hits / np.maximum(truth, 1)
     columns = (("precision", 100 * precision), ("recall", 100 * recall), ("F1", 100 * f1), ("images", truth))
-    for place, (title, values) in enumerate(columns):
-        x = 106 + 20 * place
-        axes.text(x + 10, -1, title, ha="right", va="center", weight="bold")
-        for line, row in enumerate(order):
-            text = f"{values[row]:.0f}" if title == "images" else f"{values[row]:.1f}"
-            axes.text(x + 10, line, text, ha="right", va="center")
-    axes.set_xlim(0, 180)
-    axes.set_ylim(len(order) - 0.4, -1.6)
-    axes.set_xticks([0, 50, 100])
+    for x, (title, values) in zip(range(116, 180, 20), columns, strict=True):
+        axes.text(x, -1, title, ha="right", va="center", weight="bold")
+        for line, value in zip(lines, values[order], strict=True):
+            axes.text(x, line, f"{value:d}" if title == "images" else f"{value:.1f}", ha="right", va="center")
+    axes.set(xlim=(0, 180), ylim=(len(order) - 0.4, -1.6), xticks=[0, 50, 100])
     axes.set_xlabel("F1 (%)", loc="left")
-    axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
+    axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     note(figure, letters)
     return figure
@@ -189,14 +166,13 @@ def reliability(predictions: Predictions, bins: int = 15) -> Figure:
     confidences = predictions.confidences.numpy()
     place = np.minimum((confidences * bins).astype(int), bins - 1)
     count = np.bincount(place, minlength=bins)
-    accuracy = np.bincount(place, predictions.correct.numpy(), bins) / np.maximum(count, 1)
-    confidence = np.bincount(place, confidences, bins) / np.maximum(count, 1)
+    full, edges = count > 0, np.arange(bins) / bins
+    accuracy = np.bincount(place, predictions.correct.numpy(), bins)[full] / count[full]
+    confidence = np.bincount(place, confidences, bins)[full] / count[full]
     figure = Figure(figsize=(5, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    edges = np.arange(bins) / bins
-    full = count > 0
-    upper.bar(edges[full], accuracy[full], 1 / bins, align="edge", color=BLUE, alpha=0.6, edgecolor="w")
-    upper.plot(confidence[full], accuracy[full], "o", color=BLUE, ms=4)
+    upper.bar(edges[full], accuracy, 1 / bins, align="edge", color=BLUE, alpha=0.6, edgecolor="w")
+    upper.plot(confidence, accuracy, "o", color=BLUE, ms=4)
     upper.plot([0, 1], [0, 1], "--", color=GREY, lw=1)
     upper.set_title(f"expected calibration error {predictions.calibration_error(bins):.1%}")
     _finish(upper, "", "accuracy")
@@ -206,22 +182,14 @@ def reliability(predictions: Predictions, bins: int = 15) -> Figure:
     return figure
 
 
-def grid(images: np.ndarray, titles: Sequence[Sequence[str]], heading: str, columns: int = 8) -> Figure:
-    """Images with a few words above each.
-
-    Args:
-        images: uint8 [N, 3, H, W], RGB.
-        titles: N times the lines above an image.
-        heading: Above all.
-        columns: Images in a row.
-    """
+def grid(images: np.ndarray, titles: Sequence[Sequence[str]], heading: str) -> Figure:
+    """Images, uint8 [N, 3, H, W], RGB, eight in a row, with a few lines of words above each."""
     letters = lettering(line for lines in titles for line in lines)
-    lines = max(map(len, titles), default=0)
-    rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.35 * columns, 0.5 + rows * (1.3 + 0.17 * lines)), layout="constrained")
+    rows, lines = math.ceil(len(images) / COLUMNS), max(map(len, titles), default=0)
+    figure = Figure(figsize=(1.35 * COLUMNS, 0.5 + rows * (1.3 + 0.17 * lines)), layout="constrained")
     figure.suptitle(heading, fontsize=11)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for ax in axes[len(images) :]:
+    axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    for ax in axes:
         ax.axis("off")
     for ax, pixels, words in zip(axes, images, titles, strict=False):
         image(ax, pixels)
@@ -233,18 +201,19 @@ def grid(images: np.ndarray, titles: Sequence[Sequence[str]], heading: str, colu
 
 
 def image(axes: Axes, pixels: np.ndarray) -> None:
-    """Show uint8 [3, H, W] without a frame."""
-    axes.axis("off")
+    """Show uint8 [3, H, W], RGB."""
     axes.imshow(pixels.transpose(1, 2, 0), interpolation="nearest")
-
-
-def _finish(axes: Axes, x: str, y: str) -> None:
-    axes.set(xlabel=x, ylabel=y, axisbelow=True)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def note(figure: Figure, letters: Lettering) -> None:
     """Say below all else what was done to the names, if anything was."""
     if letters.note:
         figure.supxlabel(letters.note, fontsize=7, color=GREY)
+
+
+def _finish(axes: Axes, x: str, y: str) -> None:
+    axes.set(xlabel=x, ylabel=y, axisbelow=True)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False)

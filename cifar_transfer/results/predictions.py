@@ -1,5 +1,6 @@
 """What a network predicts for each image of a split: collected while it is evaluated, kept with the run."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,36 +24,22 @@ SPRITE = 32  # pixels, of those in TensorBoard's projector, which takes them in 
 
 
 class ImagePrediction(NamedTuple):
-    """What the network says of one image.
+    """What the network says of one image."""
 
-    Attributes:
-        source: The image as it was given, a path or something in memory.
-        pixels: What the network was shown, uint8 [3, H, W], RGB.
-        classes: The likeliest with their probabilities in [0, 1], the likeliest first.
-    """
-
-    source: Any
-    pixels: np.ndarray
-    classes: list[tuple[str, float]]
+    source: Any  # the image as it was given, a path or something in memory
+    pixels: np.ndarray  # what the network was shown, uint8 [3, H, W], RGB
+    classes: list[tuple[str, float]]  # the likeliest with their probabilities in [0, 1], the likeliest first
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The network's probabilities for N images of C classes, and some of the images.
+    """The network's probabilities for N images of C classes, and some of the images."""
 
-    Args:
-        names: The classes.
-        labels: int64 [N].
-        probabilities: float32 [N, C], rows of sum 1.
-        rows: int64 [K], the images that are kept: the most confident mistakes and some correct predictions.
-        images: uint8 [K, 3, H, W], RGB.
-    """
-
-    names: Sequence[str]
-    labels: Tensor
-    probabilities: Tensor
-    rows: Tensor
-    images: Tensor
+    names: Sequence[str]  # of the classes
+    labels: Tensor  # int64 [N]
+    probabilities: Tensor  # float32 [N, C], rows of sum 1
+    rows: Tensor  # int64 [K], the images that are kept: the most confident mistakes and some correct predictions
+    images: Tensor  # uint8 [K, 3, H, W], RGB
 
     @property
     def predicted(self) -> Tensor:
@@ -95,92 +82,64 @@ class Predictions:
 class CollectPredictions(Callback):
     """Gathers the network's predictions for a data module's images in a test, or in a validation outside of training.
 
+    On the first rank, once all is evaluated, it has them, and where `features` are wanted also these, float32 [M, D],
+    with the `thumbnails`, uint8 [M, 3, H, W], and the `classes`, int64 [M], of their images.
+
     Args:
         features: Also gather what comes into the head, for at most so many images from all over the split.
-
-    Attributes:
-        predictions: Of the whole split, on the first rank, once it is evaluated.
-        features: float32 [M, D] of these images, likewise.
-        thumbnails: uint8 [M, 3, H, W], the images.
-        classes: int64 [M], their labels.
     """
+
+    thumbnails: Tensor
+    classes: Tensor
+    _loader: Any
 
     def __init__(self, features: int = 0) -> None:
         self.predictions: Predictions | None = None
         self.features: Tensor | None = None
-        self.thumbnails: Tensor | None = None
-        self.classes: Tensor | None = None
         self._wanted = features
-        self._seen: Tensor | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """See what comes into the head, if that is wanted."""
-        if self._wanted:
-            head = pl_module.get_submodule(f"network.{pl_module.heads[0]}")  # type: ignore[index]
-            self._hook = head.register_forward_pre_hook(self._see)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look away."""
-        if self._wanted:
-            self._hook.remove()
-
-    def _see(self, head: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if self._seen is None:  # the mirror image comes second
-            self._seen = inputs[0].flatten(1).float()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin."""
-        self._begin(trainer.test_dataloaders, pl_module.device)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin."""
-        self._begin(trainer.val_dataloaders, pl_module.device)
-
-    def _begin(self, loader: Any, device: torch.device) -> None:
-        self._rows = torch.tensor(list(loader.sampler), device=device)  # of this process's images, in their order
-        stride = -(-len(loader.dataset) // self._wanted) if self._wanted else 0
-        self._chosen = self._rows % stride == 0 if stride else torch.zeros_like(self._rows, dtype=torch.bool)
-        self._seen, self._count = None, 0
+        """Begin, and see what comes into the head, if that is wanted."""
+        self._loader = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        # Of this process's images, in their order.
+        self._rows = torch.tensor(list(self._loader.sampler), device=pl_module.device)
         self._probabilities: list[Tensor] = []
         self._features: list[Tensor] = []
+        if self._wanted:
+            self._chosen = self._rows % math.ceil(len(self._loader.dataset) / self._wanted) == 0
+            self._seen: list[Tensor] = []  # in this batch
+            head = pl_module.get_submodule(f"network.{pl_module.heads[0]}")  # type: ignore[index]
+            self._hook = head.register_forward_pre_hook(lambda _, inputs: self._seen.append(inputs[0]))
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, _: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Gather a batch."""
         self._probabilities.append(outputs.float().softmax(1))
-        if self._seen is not None:
-            self._features.append(self._seen[self._chosen[self._count : self._count + len(outputs)]])
-            self._seen = None
-        self._count += len(outputs)
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, _: int = 0
-    ) -> None:
-        """Gather a batch."""
-        self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._wanted:
+            first = batch_idx * self._loader.batch_size
+            # The mirror images come second.
+            self._features.append(self._seen[0][self._chosen[first : first + len(outputs)]].flatten(1).float())
+            self._seen.clear()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put it all in order."""
-        self._end(trainer, trainer.test_dataloaders)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put it all in order."""
-        self._end(trainer, trainer.val_dataloaders)
-
-    def _end(self, trainer: Trainer, loader: Any) -> None:
         _, probabilities = _in_order(trainer, self._rows, self._probabilities)
         if self._wanted:
+            self._hook.remove()
             chosen, features = _in_order(trainer, self._rows[self._chosen], self._features)
         if not trainer.is_global_zero:
             return
-        images, labels = loader.dataset, torch.from_numpy(loader.dataset.labels)
+        images, labels = self._loader.dataset, torch.from_numpy(self._loader.dataset.labels)
         shown = _worth_seeing(labels, probabilities)
         names = trainer.datamodule.class_names  # type: ignore[attr-defined] # set when it is attached
         self.predictions = Predictions(names, labels, probabilities, shown, _thumbnails(images, shown, THUMBNAIL))
         if self._wanted:
             self.features, self.classes = features, labels[chosen]
             self.thumbnails = _thumbnails(images, chosen, SPRITE)
+
+    on_validation_start, on_validation_end = on_test_start, on_test_end
+    on_validation_batch_end = on_test_batch_end  # type: ignore[assignment] # of the name of an argument
 
 
 def _in_order(trainer: Trainer, rows: Tensor, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -206,8 +165,7 @@ def _thumbnails(images: Images, rows: Tensor, side: int) -> Tensor:
     if not len(rows):
         return torch.empty(0, 3, 1, 1, dtype=torch.uint8)
     pixels = images.__getitems__(rows.tolist())[0]
-    if max(pixels.shape[2:]) <= side:
+    if (longest := max(pixels.shape[2:])) <= side:
         return pixels
-    scale = side / max(pixels.shape[2:])
-    smaller = F.interpolate(pixels.float(), scale_factor=scale, mode="bilinear", antialias=True)
+    smaller = F.interpolate(pixels.float(), scale_factor=side / longest, mode="bilinear", antialias=True)
     return smaller.round().clamp(0, 255).byte()

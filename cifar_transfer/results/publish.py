@@ -3,7 +3,6 @@
 events.out.tfevents.* -> curves        figures/predictions-test.npz -> confusion, reliability, mistakes, ...
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +27,14 @@ def curves(run: Path) -> dict[str, Figure]:
     """Loss by step, and loss and accuracy by epoch, from the run's event files and its configuration."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    found = {}
-    for tag in events.Tags()["scalars"]:
-        points = [(event.step, event.value) for event in events.Scalars(tag)]
-        found[tag] = plots.Curve(*np.array(points, np.float64).T)
-    if "lr" in found and found["lr"].x[0] == 0:  # of version 0.1.0, which counted epochs from 0
-        epochs = {tag: plots.Curve(found[tag].x + 1, found[tag].y) for tag in plots.BY_EPOCH if tag in found}
-        found |= epochs
+    points = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found = {tag: plots.Curve(*np.array(values, np.float64).T) for tag, values in points.items()}
     drawn = {}
     if "train/loss" in found:
         drawn["loss"] = plots.loss_by_step(found["train/loss"])
     if "lr" in found:
+        if found["lr"].x[0] == 0:  # of version 0.1.0, which counted epochs from 0
+            found |= {tag: plots.Curve(found[tag].x + 1, found[tag].y) for tag in plots.BY_EPOCH if tag in found}
         freeze = yaml.safe_load((run / "config.yaml").read_text())["freeze"]
         frozen = min(freeze["unfreeze_epoch"], len(found["lr"].x))
         drawn["epochs"] = plots.epochs(found, frozen, found["lr"])
@@ -47,54 +43,48 @@ def curves(run: Path) -> dict[str, Figure]:
 
 def prediction_plots(predictions: Predictions, split: str) -> dict[str, Figure]:
     """Plots of the predictions of a split, by name."""
-    rows = predictions.rows
-    images = predictions.images.numpy()
-    names, labels, predicted = predictions.names, predictions.labels[rows], predictions.predicted[rows]
-    sure = predictions.confidences[rows]
-    right = predictions.correct[rows].numpy()
+    names, rows, images = predictions.names, predictions.rows, predictions.images.numpy()
+    kept = (part[rows].tolist() for part in (predictions.labels, predictions.predicted, predictions.confidences))
     titles = [
         (names[truth],) if truth == guess else (f"is {names[truth]}", f"said {names[guess]}", f"{share:.1%} sure")
-        for truth, guess, share in zip(labels.tolist(), predicted.tolist(), sure.tolist(), strict=True)
+        for truth, guess, share in zip(*kept, strict=True)
     ]
-    drawn = {
-        "confusion": plots.confusion(predictions),
-        "classes": plots.per_class(predictions),
-        "reliability": plots.reliability(predictions),
-    }
+    right = predictions.correct[rows].numpy()
+    drawn = {"confusion": plots.confusion(predictions), "classes": plots.per_class(predictions)}
+    drawn["reliability"] = plots.reliability(predictions)
     for name, heading, chosen in (("mistakes", "The most confident mistakes", ~right), ("correct", "Correct", right)):
         if chosen.any():
-            places = np.flatnonzero(chosen)
-            drawn[name] = plots.grid(images[places], [titles[place] for place in places], heading)
+            drawn[name] = plots.grid(images[chosen], [titles[place] for place in np.flatnonzero(chosen)], heading)
     return {f"{split}-{name}": figure for name, figure in drawn.items()}
 
 
 def augmented(data: ImageDataModule, size: int | None) -> Figure:
-    """Training images as the network will see them, but for the normalisation; no draw of the training is disturbed.
+    """Training images as the network will see them, resized to `size` if not None, but for the normalisation.
 
-    Args:
-        data: After `setup`.
-        size: Side in pixels to which the network will resize them, or None.
+    No draw of the training is disturbed.
     """
     images = data.images["train"]
     rows = np.linspace(0, len(images) - 1, min(AUGMENTED, len(images))).astype(int)
     batch, labels = images.__getitems__(rows.tolist())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step_seed(data.seed, 0, 0, 0))
-        seen = data.augment(batch)
-    seen = resize(seen, size)
+        seen = resize(data.augment(batch), size)
     shown = (255 * seen.clamp(0, 1)).round().byte().numpy()
     titles = [(data.class_names[label],) for label in labels.tolist()]
     return plots.grid(shown, titles, f"Training images as the network sees them, {pixels(shown.shape[2:])} pixels")
 
 
-def save(drawn: dict[str, Figure], folder: Path) -> list[Path]:
-    """Write each as a PNG of its name, each in one move."""
+def save(drawn: dict[str, Figure], folder: Path, board: SummaryWriter | None = None, step: int = 0) -> list[Path]:
+    """Write each as a PNG of its name, each in one move, and put it into TensorBoard's Images."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in drawn.items():
         paths.append(folder / f"{name}.png")
         with atomic_write(paths[-1]) as file:
             figure.savefig(file, dpi=plots.DPI, format="png")
+        if board is not None:
+            with Image.open(paths[-1]) as picture:
+                board.add_image(f"figures/{name}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
     return paths
 
 
@@ -106,25 +96,15 @@ def publish(run: Path, split: str, collected: CollectPredictions, board: Summary
         split: Of the images that were evaluated.
         collected: The predictions, and perhaps features for the projector.
         board: Writer into the run's folder, or None.
-        step: To which they belong.
+        step: Of the checkpoint.
     """
     if collected.predictions is None:  # another rank's business
         return
-    (run / FOLDER).mkdir(parents=True, exist_ok=True)
-    kept = run / FOLDER / f"predictions-{split}.npz"
-    collected.predictions.save(kept)
+    folder = run / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    collected.predictions.save(folder / f"predictions-{split}.npz")
     # Drawn from the file, so that drawing it again later gives the same pixels.
-    paths = save(prediction_plots(Predictions.load(kept), split), run / FOLDER)
-    if board is None:
-        return
-    show(paths, board, step)
-    if collected.features is not None and collected.classes is not None and collected.thumbnails is not None:
+    save(prediction_plots(Predictions.load(folder / f"predictions-{split}.npz"), split), folder, board, step)
+    if board is not None and collected.features is not None:
         names = [collected.predictions.names[label] for label in collected.classes.tolist()]
         board.add_embedding(collected.features, names, collected.thumbnails / 255, step, tag=f"{split} features")
-
-
-def show(paths: Sequence[Path], board: SummaryWriter, step: int) -> None:
-    """Put pictures into TensorBoard's Images."""
-    for path in paths:
-        with Image.open(path) as picture:
-            board.add_image(f"figures/{path.stem}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")

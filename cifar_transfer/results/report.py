@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer.console import counted, duration, say
 from cifar_transfer.errors import first_line
@@ -20,15 +21,11 @@ from cifar_transfer.results.predictions import CollectPredictions
 RESULT = "result.json"  # in a finished run's folder
 SLOW_GRAPH = 300  # modules, whose graph takes seconds to draw
 # TensorBoard's tab of custom scalars.
+CHARTS = {"loss": ["train/loss_epoch", "val/loss"], "accuracy": ["train/acc", "val/acc"]}
+SCHEDULE = {"learning rate": ["^lr$"], "trainable parameters": ["trainable_parameters"]}
 LAYOUT = {
-    "Training and validation": {
-        "loss": ["Multiline", ["train/loss_epoch", "val/loss"]],
-        "accuracy": ["Multiline", ["train/acc", "val/acc"]],
-    },
-    "Schedule": {
-        "learning rate": ["Multiline", ["^lr$"]],
-        "trainable parameters": ["Multiline", ["trainable_parameters"]],
-    },
+    group: {title: ["Multiline", tags] for title, tags in charts.items()}
+    for group, charts in (("Training and validation", CHARTS), ("Schedule", SCHEDULE))
 }
 
 
@@ -40,18 +37,14 @@ class Report(Callback):
             mistakes, as PNG and in TensorBoard.
         projector: Also write the features of 1,000 test images with their thumbnails for TensorBoard's
             projector (6 MB for ResNet18).
-
-    Attributes:
-        images_per_second: Speed of training in the last epoch, over all devices; validation does not count.
     """
 
     def __init__(self, figures: bool = True, projector: bool = False) -> None:
         self.figures, self.projector = figures, projector
-        self.images_per_second = 0.0
+        self.images_per_second = 0.0  # of training in the last epoch, over all devices; validation does not count
         self._earlier = 0.0  # seconds of the epochs before this one
         self._epoch = {"seconds": 0.0, "validation": 0.0, "images": 0.0}  # until the clock was last read
         self._read: float | None = None  # when that was; None between two epochs
-        self._validation_began = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, and show what can be shown before a run begins (one that continues has it already)."""
@@ -59,36 +52,16 @@ class Report(Callback):
         folder = trainer.log_dir  # asked for by all ranks together
         if not trainer.is_global_zero or trainer.ckpt_path or trainer.logger is None or folder is None:
             return
-        paths = []
-        data = getattr(trainer, "datamodule", None)
+        board, data = _board(trainer), getattr(trainer, "datamodule", None)
         if self.figures and data is not None:
             sizes = pl_module.hparams.get("train_sizes") or [pl_module.hparams.get("image_size")]
-            paths = publish.save({"augmented": publish.augmented(data, sizes[-1])}, Path(folder, publish.FOLDER))
-            say(trainer, f"The augmented images: {os.path.relpath(paths[0])}")
-        if isinstance(trainer.logger, TensorBoardLogger):
-            board = trainer.logger.experiment
+            drawn = {"augmented": publish.augmented(data, sizes[-1])}
+            (path,) = publish.save(drawn, Path(folder, publish.FOLDER), board)
+            say(trainer, f"The augmented images: {os.path.relpath(path)}")
+        if board is not None:
             board.add_custom_scalars(LAYOUT)
-            publish.show(paths, board, 0)
-            self._graph(trainer, pl_module)
-
-    def _graph(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        geometry = getattr(pl_module, "geometry", None)
-        if geometry is None:
-            return
-        network = pl_module.get_submodule("network")
-        modes = {module: module.training for module in network.modules()}
-        if len(modes) > SLOW_GRAPH:
-            say(trainer, f"Drawing the graph of {len(modes)} modules for TensorBoard ...")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes are constants in a picture of one size
-            try:
-                board = trainer.logger.experiment  # type: ignore[union-attr]
-                example = torch.zeros(1, 3, *geometry.input_size, device=pl_module.device)
-                board.add_graph(network.eval(), example.to(pl_module.dtype))
-            except Exception as error:  # of any kind, from tracing somebody's network: a picture must not cost the run
-                say(trainer, f"TensorBoard will have no graph of this network ({first_line(error)}).")
-        for module, training in modes.items():
-            module.training = training
+            if hasattr(pl_module, "geometry"):
+                _add_graph(trainer, pl_module, board)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the epoch's clock; not called for an epoch that is resumed."""
@@ -101,10 +74,12 @@ class Report(Callback):
         """Time of all epochs with their validation, also before the run was resumed."""
         return self._earlier + self._epoch["seconds"]
 
-    def _tick(self) -> None:
+    def _tick(self, *parts: str) -> None:
+        """Read the clock, and add the time since it was last read to these parts of the epoch."""
         if self._read is not None:
             now = time.monotonic()
-            self._epoch["seconds"] += now - self._read
+            for part in parts:
+                self._epoch[part] += now - self._read
             self._read = now
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -112,34 +87,33 @@ class Report(Callback):
         self._epoch["images"] += len(batch[1]) * trainer.world_size
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the time from here out of the speed of training."""
-        self._validation_began = time.monotonic()
+        """The time until here was training."""
+        self._tick("seconds")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Training goes on."""
-        self._epoch["validation"] += time.monotonic() - self._validation_began
+        """Leave the time until here out of the speed of training."""
+        self._tick("seconds", "validation")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch's scores."""
+        self._tick("seconds")
+        self._read = None
+        seconds, training = self._epoch["seconds"], self._epoch["seconds"] - self._epoch["validation"]
+        if self._epoch["images"]:
+            self.images_per_second = self._epoch["images"] / training
         scores = pl_module.epoch_scores()  # type: ignore[operator] # of our modules
         parts = [f"epoch {counted(trainer.current_epoch):>3}/{trainer.max_epochs}"]
         for split, loss in (("train", "train/loss_epoch"), ("val", "val/loss")):
             if loss in scores:
                 parts.append(f"{split} loss {scores[loss]:.3f} acc {scores[f'{split}/acc']:6.2%}")
-        parts.append(f"lr {trainer.optimizers[0].param_groups[0]['lr']:.2g}")
-        self._tick()
-        self._read = None
-        seconds, training = self._epoch["seconds"], self._epoch["seconds"] - self._epoch["validation"]
-        if self._epoch["images"]:
-            self.images_per_second = self._epoch["images"] / training
-        parts.append(f"{seconds:.1f} s")
+        parts += [f"lr {trainer.optimizers[0].param_groups[0]['lr']:.2g}", f"{seconds:.1f} s"]
         if (left := (trainer.max_epochs or 0) - trainer.current_epoch - 1) > 0:
             parts.append(f"{duration(left * seconds)} left")
         say(trainer, "   ".join(parts))
 
     def state_dict(self) -> dict[str, Any]:
         """The time so far, that of this epoch, and the last speed, for a run that is resumed."""
-        self._tick()
+        self._tick("seconds")
         return {"seconds": self.seconds, "images_per_second": self.images_per_second, "epoch": dict(self._epoch)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -149,32 +123,44 @@ class Report(Callback):
         self.images_per_second = state_dict["images_per_second"]
 
 
-def draw_final(trainer: Trainer, split: str, collected: CollectPredictions) -> None:
-    """Draw a finished run, in its folder and in TensorBoard.
+def _board(trainer: Trainer) -> SummaryWriter | None:
+    return trainer.logger.experiment if isinstance(trainer.logger, TensorBoardLogger) else None
 
-    Args:
-        trainer: Of the finished run.
-        split: Of the images that the best checkpoint was evaluated on.
-        collected: Its predictions for them.
-    """
+
+def _add_graph(trainer: Trainer, pl_module: Any, board: SummaryWriter) -> None:
+    network = pl_module.get_submodule("network")
+    modes = {module: module.training for module in network.modules()}
+    if len(modes) > SLOW_GRAPH:
+        say(trainer, f"Drawing the graph of {len(modes)} modules for TensorBoard ...")
+    example = torch.zeros(1, 3, *pl_module.geometry.input_size, device=pl_module.device, dtype=pl_module.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes are constants in a picture of one size
+        try:
+            board.add_graph(network.eval(), example)
+        except Exception as error:  # of any kind, from tracing somebody's network: a picture must not cost the run
+            say(trainer, f"TensorBoard will have no graph of this network ({first_line(error)}).")
+    for module, training in modes.items():
+        module.training = training
+
+
+def draw_final(trainer: Trainer, split: str, collected: CollectPredictions) -> None:
+    """Draw a finished run and its best checkpoint's predictions for a split, in its folder and in TensorBoard."""
     folder = trainer.log_dir  # asked for by all ranks together
     if folder is None or trainer.logger is None or not trainer.is_global_zero:
         return
-    board = trainer.logger.experiment if isinstance(trainer.logger, TensorBoardLogger) else None
-    paths = publish.save(publish.curves(Path(folder)), Path(folder, publish.FOLDER))
-    if board is not None:
-        publish.show(paths, board, trainer.global_step)
-    publish.publish(Path(folder), split, collected, board, trainer.global_step)
+    run, board = Path(folder), _board(trainer)
+    publish.save(publish.curves(run), run / publish.FOLDER, board, trainer.global_step)
+    publish.publish(run, split, collected, board, trainer.global_step)
 
 
 def log_final(trainer: Trainer, hparams: dict[str, Any], scores: dict[str, float], test: dict[str, float]) -> None:
     """Write the hyper-parameters with the run's final scores, so that TensorBoard compares runs by them.
 
     Args:
-        trainer: Of the finished run.
-        hparams: Options; whatever is not a number, a string or a flag is written as its text, in one column.
+        trainer: Of the run.
+        hparams: Options; a group of options is written as one text.
         scores: Say `{"best/val_acc": 0.9, "best/test_acc": 0.89}`.
-        test: `test/loss` and `test/acc` of the best checkpoint, or nothing; they are logged at the run's last step.
+        test: `test/loss` and `test/acc` of the best checkpoint, logged at the run's last step, or nothing.
     """
     if test:
         for logger in trainer.loggers:
@@ -189,14 +175,7 @@ def log_final(trainer: Trainer, hparams: dict[str, Any], scores: dict[str, float
 
 
 def write_result(trainer: Trainer, pl_module: LightningModule, scores: dict[str, float]) -> None:
-    """Write what a finished run came to into its folder, as `result.json`.
-
-    Args:
-        trainer: Of the finished run.
-        pl_module: What it trained.
-        scores: Its accuracies, as for `log_final`; beside them are written the number of parameters, the seconds of
-            training and the images trained with in a second.
-    """
+    """Write what a run came to into its folder, as `result.json`: scores as for `log_final`, size and speed."""
     folder = trainer.log_dir  # asked for by all ranks together
     if folder is None or not trainer.is_global_zero:
         return
