@@ -8,11 +8,7 @@ SHOWN_CLASSES = 10  # names in a message
 
 
 def check_classes(trained: Sequence[str], found: Sequence[str]) -> None:
-    """Refuse data whose labels mean other classes than those that a network was trained for.
-
-    Args:
-        trained: The names of the network's classes, in the order of its outputs.
-        found: Those of the data, in the order of the labels.
+    """Refuse data whose classes, in the order of the labels, are not those that a network was trained for.
 
     Raises:
         UserError: The names or their order differ; the message has both lists, of long ones what differs.

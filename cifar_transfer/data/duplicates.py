@@ -13,19 +13,10 @@ BEGINNING = 4096  # bytes, which tell almost all files of one size apart
 
 
 def find(train: Images, train_paths: Sequence[str], other: Images, other_paths: Sequence[str]) -> list[tuple[str, str]]:
-    """A training image for each image of another split that is the same.
+    """Pairs of a training file and a file of another split that are the same image.
 
     Cached images are compared by their pixels, at no cost, because their checksums are known. Others are compared as
     files: those of one size by their beginning, and only those that still agree by the whole.
-
-    Args:
-        train: Images of training.
-        train_paths: Their files.
-        other: Images of another split.
-        other_paths: Their files.
-
-    Returns:
-        Pairs of files, one of training and the other one.
     """
     if not (isinstance(train, ArrayImages) and isinstance(other, ArrayImages)):
         return _same_files(train_paths, other_paths)

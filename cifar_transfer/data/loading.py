@@ -11,17 +11,19 @@ from cifar_transfer.errors import UserError
 
 
 class WholeShard(DistributedSampler):
-    """Every image exactly once over all ranks: `DistributedSampler` without the repeats that make the ranks even.
+    """`DistributedSampler` without the repeats that make the ranks even, which would count twice in the metrics.
 
-    Repeats would count some images twice in the metrics. Nothing is exchanged per batch in evaluation, so the ranks
-    need not have the same number of batches.
+    Ranks may have different numbers of batches, because evaluation exchanges nothing per batch.
     """
 
+    def _shard(self) -> range:
+        return range(self.rank, len(self.dataset), self.num_replicas)  # type: ignore[arg-type]
+
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+        return iter(self._shard())
 
     def __len__(self) -> int:
-        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+        return len(self._shard())
 
 
 class Shuffled(DistributedSampler):
@@ -34,17 +36,11 @@ class Shuffled(DistributedSampler):
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """Training batches; a checkpoint written within an epoch continues after those that were given.
+    """Training batches; a checkpoint of the middle of an epoch, where Lightning keeps the state, goes on from there."""
 
-    Lightning keeps the state of every loader that has one.
-
-    Attributes:
-        given: How many batches of the epoch have been given.
-        epoch: Returns how many there are in an epoch, which the Trainer may limit.
-    """
-
-    given = 0
-    epoch: Callable[[], float]
+    given = 0  # batches of the epoch so far
+    epoch: Callable[[], float]  # how many there are in an epoch, which the Trainer may limit
+    _skipped = 0
 
     def state_dict(self) -> dict[str, int]:
         """How many batches to skip: none when the epoch is over."""
@@ -55,7 +51,7 @@ class ResumableLoader(DataLoader[Batch]):
         self._skipped = state["given"]
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # as loop and profilers use it
-        self.given, self._skipped = getattr(self, "_skipped", 0), 0
+        self.given, self._skipped = self._skipped, 0
         self.sampler.first = self.given * (self.batch_size or 1)  # type: ignore[attr-defined]
         for batch in super().__iter__():
             self.given += 1
@@ -63,15 +59,7 @@ class ResumableLoader(DataLoader[Batch]):
 
 
 def check_processes(images: Mapping[str, Images], world: int) -> None:
-    """Refuse splits of which a process would get no batch: it would fail, or the others would wait for it.
-
-    Args:
-        images: Of each split.
-        world: How many processes share them.
-
-    Raises:
-        UserError: A split is too small.
-    """
+    """Refuse, by a `UserError`, splits too small to give each of `world` processes a batch."""
     for split, found in images.items():
         least = 2 if split == "train" else 1  # batch-norm cannot train on one
         if len(found) < least * world:
@@ -106,12 +94,8 @@ def evaluation_loader(images: Images, batch_size: int, workers: int, rank: int, 
 
 
 def _reading(workers: int) -> dict:
-    return {
-        "num_workers": workers,
-        "persistent_workers": workers > 0,
-        "pin_memory": torch.cuda.is_available(),
-        "collate_fn": as_is,
-    }
+    pin = torch.cuda.is_available()
+    return dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=pin, collate_fn=as_is)
 
 
 def as_is(batch: Batch) -> Batch:
