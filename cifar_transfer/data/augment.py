@@ -7,9 +7,8 @@ The result is distributed as that of torchvision's pipeline, which works on one 
 
 (https://docs.pytorch.org/vision/stable/transforms.html; nearest interpolation, black fill). It takes two steps:
 
-1. The colours change in the uncropped image: crop and flip only move pixels. Two things depend on the crop: the mean
-   that contrast needs is a weighted sum over the source's pixels, and one extra pixel stands for black padding, which
-   is no longer black after a change of contrast.
+1. The colours change in the uncropped image, because crop and flip only move pixels. But the mean that contrast needs
+   is that of the crop, a weighted sum; and an extra pixel stands for the padding, which contrast turns from black.
 2. Crop, flip and rotation are one look-up by index: every output pixel is a copy of one source pixel. A second extra
    pixel, black, stands for what the rotation brings in from outside.
 
@@ -183,11 +182,6 @@ def _sources(images: Tensor, parameters: Parameters, padding_mode: PaddingMode) 
     return source.int().long()  # the direct conversion is several times slower on a CPU
 
 
-def _outside(position: Tensor, size: int) -> Tensor:
-    """1 for positions outside a row of `size` pixels, counted from its middle, 0 inside; float32."""
-    return position.abs().sub_((size - 1) / 2).clamp_(0, 1)  # faster than a comparison on a CPU
-
-
 def _crop_weights(images: Tensor, parameters: Parameters, padding_mode: PaddingMode) -> Tensor:
     """Weights of the source's pixels, float32 [B, H * W], whose weighted sum is the mean over the crop."""
     height, width = images.shape[-2:]
@@ -196,10 +190,10 @@ def _crop_weights(images: Tensor, parameters: Parameters, padding_mode: PaddingM
     for shift, size in zip(shifts, (height, width), strict=True):
         edge = (size - 1) / 2
         place = torch.arange(size, device=images.device) - edge
-        weight = 1 - _outside(place - shift, size)
+        weight = 1 - (place - shift).abs_().sub_(edge).clamp_(0, 1)  # faster than a comparison on a CPU
         if padding_mode == "reflect":  # a pixel may lie in the crop a second time, mirrored at either edge but its own
             for end in (-edge, edge):
-                weight += (1 - _outside(2 * end - place - shift, size)) * (place != end)
+                weight += (1 - (2 * end - place - shift).abs_().sub_(edge).clamp_(0, 1)) * (place != end)
         weights.append(weight / size)  # padding counts but adds 0: it is black until contrast, which comes once
     rows, columns = weights
     return (rows[:, :, None] * columns[:, None]).flatten(1)

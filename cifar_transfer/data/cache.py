@@ -32,7 +32,7 @@ VERSION = 3  # of what decoding gives: one more makes all caches anew. 2: turned
 
 
 def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Images]) -> Images:
-    """The images of `source` as one memory-mapped array, written the first time, by one process.
+    """The images of `source`, all of one size, as one memory-mapped array, written the first time, by one process.
 
     Each image is verified by its CRC-32, in 0.1 s for 60,000 of CIFAR-10, and a damaged cache is made again. Where none
     can be written, a warning says so, and the images are those of `source`.
@@ -40,8 +40,8 @@ def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Im
     Args:
         folder: The data's; the cache is a subfolder of it or, where nothing can be written, of the user's cache.
         name: Shown in the progress bar and used as the file's name.
-        fingerprint: JSON-serialisable; another fingerprint means another cache, so that changed files are read again.
-        source: Called when there is no cache yet. Its images must share one size.
+        fingerprint: JSON-serialisable; another one means that the files have changed, and makes another cache.
+        source: Called when there is no cache yet.
 
     Raises:
         UserError: A broken image; the message names it. Nothing is left behind.
@@ -75,15 +75,13 @@ def _open(pixels: Path, index: Path) -> Images | None:
     """The cached images, or None if there are none or damaged ones."""
     if not pixels.exists():
         return None
-    try:
+    with suppress(Exception):  # of any kind: what the readers of damaged files raise is not listed anywhere
         array = np.lib.format.open_memmap(pixels, mode="r")
         with zipfile.ZipFile(index), np.load(index, allow_pickle=False) as arrays:  # which is a zip, verified when read
             labels, sums = arrays["labels"], arrays["sums"]
         whole = array.dtype == np.uint8 and array.ndim == 4 and len(labels) == len(array)
         if whole and np.array_equal(_sums(array), sums):
             return ArrayImages(array, labels, sums)
-    except Exception:  # of any kind: what the readers of damaged files raise is not listed anywhere
-        pass
     rank_zero_warn(f"The decoded images in {pixels} are damaged, and are made again.")
     return None
 

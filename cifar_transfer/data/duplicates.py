@@ -22,12 +22,9 @@ def find(train: Images, train_paths: Sequence[str], other: Images, other_paths: 
         return _same_files(train_paths, other_paths)
     if train.sums is None or other.sums is None:
         return []
-    rows = {int(train.sums[row]): row for row in np.flatnonzero(np.isin(train.sums, other.sums)).tolist()}
-    return [
-        (train_paths[same], other_paths[row])
-        for row in np.flatnonzero(np.isin(other.sums, train.sums)).tolist()
-        if np.array_equal(train.array[same := rows[int(other.sums[row])]], other.array[row])
-    ]
+    rows = {value: row for row, value in enumerate(train.sums.tolist())}
+    pairs = [(rows[value], row) for row, value in enumerate(other.sums.tolist()) if value in rows]
+    return [(train_paths[a], other_paths[b]) for a, b in pairs if np.array_equal(train.array[a], other.array[b])]
 
 
 def _same_files(train: Sequence[str], other: Sequence[str]) -> list[tuple[str, str]]:

@@ -128,16 +128,15 @@ def class_files(folder: Path, classes: Sequence[str]) -> tuple[list[str], np.nda
     """The image files anywhere below `folder/<class>/`, and their labels, int64 [N], places in `classes`.
 
     Raises:
-        UserError: A folder is no class's, cannot be read, or has no images; of "train" each class needs some.
+        UserError: A folder is no class's, cannot be read, or has no images; outside "train" some class must have any.
     """
 
     def refuse(error: UserError) -> NoReturn:
         raise error
 
     if unknown := set(class_folders(folder)) - set(classes):
-        raise UserError(
-            f"{folder} has classes that training has not ({', '.join(sorted(unknown))}): remove or rename them."
-        )
+        names = ", ".join(sorted(unknown))
+        raise UserError(f"{folder} has classes that training has not ({names}): remove or rename them.")
     files = [list(images_below(str(folder / name), refuse)) if (folder / name).is_dir() else [] for name in classes]
     empty = [name for name, found in zip(classes, files, strict=True) if not found]
     if empty and (folder.name == "train" or len(empty) == len(classes)):
@@ -148,17 +147,7 @@ def class_files(folder: Path, classes: Sequence[str]) -> tuple[list[str], np.nda
 
 
 def folder_images(images: FileImages, folder: Path, split: str, limit_gb: float) -> Images:
-    """The images below `folder/split/`, by name: decoded once into the folder's cache, or on the fly above a limit.
-
-    Args:
-        images: Their files begin with `folder/split/`.
-        folder: Where the cache goes.
-        split: Also what the images are called in progress bars and file names.
-        limit_gb: Of the decoded images, in gigabytes (1e9 bytes).
-
-    Raises:
-        UserError: A file cannot be read; the message names it.
-    """
+    """Images of files below `folder/split/`, named; decoded on the fly if above `limit_gb` (1e9 bytes), else cached."""
     try:
         stats = [os.stat(path) for path in images.paths]
     except OSError as error:
@@ -177,10 +166,7 @@ def folder_images(images: FileImages, folder: Path, split: str, limit_gb: float)
 def images_below(
     folder: str, refuse: Callable[[UserError], None], above: frozenset[str] = frozenset()
 ) -> Iterator[str]:
-    """Files named as images, anywhere below a folder and sorted.
-
-    Hidden files, as the notes that systems leave beside images (`._cat.jpg`), pipes and devices are left out. A link
-    to nothing is a file that cannot be read.
+    """Files named as images, anywhere below a folder and sorted; none that are hidden, as `._cat.jpg`, and no pipes.
 
     Args:
         folder: Where to look.
@@ -200,5 +186,5 @@ def images_below(
         link = entry.is_symlink()
         if os.path.isdir(entry.path) if link else entry.is_dir():  # which fails for a link to itself
             yield from images_below(entry.path, refuse, above | {real})
-        elif entry.name.lower().endswith(IMG_EXTENSIONS) and (link or entry.is_file()):
+        elif entry.name.lower().endswith(IMG_EXTENSIONS) and (link or entry.is_file()):  # to read a broken link fails
             yield entry.path

@@ -3,10 +3,9 @@
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from cifar_transfer.data.geometry import Size, cover
 from cifar_transfer.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
-T = TypeVar("T")
 
 MAX_MEGAPIXELS = 100.0  # of an image that is decoded, unless somebody asks for more: 300 MB in memory
 LARGEST_SIDE = 4000  # pixels that an image may be asked to be brought to
@@ -27,13 +25,12 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `read_image` 
 
 
 def read_image(path: str | Path, size: Size | None = None, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
-    """Decode one image file of any mode that Pillow reads, upright as its EXIF says; of an animation the first frame.
+    """Decode an image file of any mode that Pillow reads, upright as its EXIF says; of an animation the first frame.
 
     Args:
         path: The file; its contents tell the format, not its name.
         size: What it is brought to, see `geometry.cover`; None keeps its own.
-        max_megapixels: An image of more million pixels is refused before it is decoded, because a file of a few
-            kilobytes may claim to be one that fills all memory.
+        max_megapixels: A larger one is refused undecoded: a file of kilobytes may claim to fill all memory.
 
     Returns:
         uint8 [3, H, W], RGB. Transparency is dropped, as torchvision's loader does.
@@ -41,21 +38,19 @@ def read_image(path: str | Path, size: Size | None = None, max_megapixels: float
     Raises:
         UserError: The file is too large or cannot be decoded; the message names it.
     """
-    return _opened(path, max_megapixels, lambda image: to_pixels(image, size))
+    with _opened(path, max_megapixels) as image:
+        return to_pixels(image, size)
 
 
 def read_size(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> Size:
     """Size of an image file, upright, by its header alone: nothing is decoded. Errors are as of `read_image`."""
-
-    def upright(image: Image.Image) -> Size:
-        # That of a PNG would decode the image, to find an EXIF after it.
-        turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return image.size if turned else image.size[::-1]
-
-    return _opened(path, max_megapixels, upright)
+    with _opened(path, max_megapixels) as image:
+        exif = Image.Image.getexif(image)  # that of a PNG would decode the image, to find an EXIF after it
+        return image.size if exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8) else image.size[::-1]
 
 
-def _opened(path: str | Path, max_megapixels: float, use: Callable[[Image.Image], T]) -> T:
+@contextmanager
+def _opened(path: str | Path, max_megapixels: float) -> Iterator[Image.Image]:
     most = max_megapixels * 1e6
     if Image.MAX_IMAGE_PIXELS is not None and most > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = int(min(most, sys.maxsize))  # never lowered, as other threads read too
@@ -65,7 +60,7 @@ def _opened(path: str | Path, max_megapixels: float, use: Callable[[Image.Image]
                 raise Image.DecompressionBombError
             if image.format == "EPS":
                 raise ValueError("a program, which is not run")  # Pillow would start Ghostscript
-            return use(image)
+            yield image
     except Image.DecompressionBombError:
         raise UserError(
             f"{path} has more than {max_megapixels:g} million pixels: make it smaller, or raise max_megapixels."

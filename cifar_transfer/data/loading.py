@@ -4,26 +4,11 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 
 import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, DistributedSampler
 
 from cifar_transfer.data.images import Batch, Images
 from cifar_transfer.errors import UserError
-
-
-class WholeShard(DistributedSampler):
-    """`DistributedSampler` without the repeats that make the ranks even, which would count twice in the metrics.
-
-    Ranks may have different numbers of batches, because evaluation exchanges nothing per batch.
-    """
-
-    def _shard(self) -> range:
-        return range(self.rank, len(self.dataset), self.num_replicas)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._shard())
-
-    def __len__(self) -> int:
-        return len(self._shard())
 
 
 class Shuffled(DistributedSampler):
@@ -71,16 +56,7 @@ def check_processes(images: Mapping[str, Images], world: int) -> None:
 
 
 def training_loader(images: Images, batch_size: int, workers: int, rank: int, world: int, seed: int) -> ResumableLoader:
-    """Shuffled batches of one process.
-
-    Args:
-        images: Of all processes.
-        batch_size: Images a batch.
-        workers: Processes that read.
-        rank: Of this process.
-        world: How many processes share the images.
-        seed: With the epoch it decides the order.
-    """
+    """Shuffled batches for process `rank` of `world`, read by `workers` processes; seed and epoch give the order."""
     sampler = Shuffled(images, num_replicas=world, rank=rank, shuffle=True, seed=seed)
     # Batch-norm cannot train on one value a channel, and a network may end in 1 x 1 pixels.
     last = len(sampler) % batch_size == 1
@@ -88,8 +64,8 @@ def training_loader(images: Images, batch_size: int, workers: int, rank: int, wo
 
 
 def evaluation_loader(images: Images, batch_size: int, workers: int, rank: int, world: int) -> DataLoader[Batch]:
-    """Batches in order, each image once over all processes; arguments as of `training_loader`."""
-    sampler = WholeShard(images, num_replicas=world, rank=rank, shuffle=False)
+    """Batches in order, each image once over all processes: repeats to make these even would count in the metrics."""
+    sampler = UnrepeatedDistributedSampler(images, num_replicas=world, rank=rank, shuffle=False)
     return DataLoader(images, batch_size, sampler=sampler, **_reading(workers))
 
 

@@ -53,7 +53,7 @@ class ImageDataModule(LightningDataModule):
         UserError: An option out of its range.
     """
 
-    statistics: str | None = None  # name of those that images are normalised with by default; None: of the weights
+    statistics: str | None = None  # name of the channel statistics, unless others are asked for; None: of the weights
     fixed_size: Size | None = None  # that images are decoded to, set before `setup` to that of a checkpoint
 
     def __init__(
@@ -76,7 +76,7 @@ class ImageDataModule(LightningDataModule):
         self.val_fraction, self.augment, self.num_workers, self.seed = val_fraction, augment, num_workers, seed
         self.size: Size | None = None  # that `load` brings images to
         self.images: dict[Split, Images] = {}
-        self.names: Names = {}
+        self.names: Names = {}  # of `images`
         self.recorded: Names | None = None  # the splits of a run that is continued or evaluated
         self._loaded: dict[Split, Images | None] = {}  # what `load` has said
 
@@ -197,7 +197,7 @@ class ImageDataModule(LightningDataModule):
         """Validate on the images that the run of a checkpoint has validated on, called after `setup`.
 
         Args:
-            checkpoint: The file; the run's record is looked for in its folder.
+            checkpoint: The file, in the folder of the run.
             saved: The options of the data module in it; older versions chose otherwise, and have no record.
 
         Raises:

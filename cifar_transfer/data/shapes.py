@@ -27,12 +27,12 @@ def _disc(x: np.ndarray, y: np.ndarray, radius: float, cx: float = 0.0) -> np.nd
 
 
 def _box(x: np.ndarray, y: np.ndarray, left: float, right: float, half: float) -> np.ndarray:
-    """From `left` to `right` along x, `half` to either side of the x axis."""
+    """A bar from `left` to `right` along x, `half` to either side of the x axis."""
     return np.maximum(np.abs(x - (left + right) / 2) - (right - left) / 2, np.abs(y) - half)
 
 
 def _cone(x: np.ndarray, y: np.ndarray, tip: float, slope: float) -> np.ndarray:
-    """Opens from (`tip`, 0) towards negative x, `slope` up and down for every unit."""
+    """A wedge that opens from (`tip`, 0) towards negative x, `slope` up and down for every unit."""
     return (np.abs(y) + slope * (x - tip)) / np.hypot(1, slope)
 
 
@@ -41,7 +41,7 @@ def _around(times: int, shape: _Shape) -> _Shape:
     sector = 2 * np.pi / times
 
     def folded(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        angle, radius = np.abs((np.arctan2(y, x) + sector / 2) % sector - sector / 2), np.hypot(x, y)
+        radius, angle = np.hypot(x, y), np.abs((np.arctan2(y, x) + sector / 2) % sector - sector / 2)
         return shape(radius * np.cos(angle), radius * np.sin(angle))
 
     return folded
@@ -148,12 +148,11 @@ def draw(task: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     if count < 1:
         raise UserError(f"cannot draw {count} images for the task {task!r} ({', '.join(TASKS)}): ask for at least 1.")
     rng = np.random.default_rng([seed, list(TASKS).index(task), count])
-    shapes = list(_SHAPES[task].values())
-    labels = rng.permutation(np.arange(count, dtype=np.int64) % len(shapes))
+    labels = rng.permutation(np.arange(count, dtype=np.int64) % len(TASKS[task]))
     images = np.empty((count, _SIDE, _SIDE, 3), np.uint8)
     for start in range(0, count, _CHUNK):
         chunk = slice(start, start + _CHUNK)
-        images[chunk] = _paint(shapes, labels[chunk], rng)
+        images[chunk] = _paint([*_SHAPES[task].values()], labels[chunk], rng)
     return images, labels
 
 
