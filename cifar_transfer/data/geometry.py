@@ -72,7 +72,7 @@ class Geometry:
         )
         if not inside:
             if self.input_size != self.size:
-                cut = "" if self.stretch or self.size[0] == self.size[1] else "Cut out the centre square. "
+                cut = "" if self.stretch or height == width else "Cut out the centre square. "
                 words += f" {cut}Resize (bilinear, antialiased) to {pixels(self.input_size)} pixels."
             words += " Subtract the mean of each channel and divide by its deviation."
         sizes = {"size": list(self.size), "input_size": list(self.size if inside else self.input_size)}
