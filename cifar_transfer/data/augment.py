@@ -7,11 +7,10 @@ The result is distributed as that of torchvision's pipeline, which works on one 
 
 (https://docs.pytorch.org/vision/stable/transforms.html; nearest interpolation, black fill). It takes two steps:
 
-1. The colours change first, in the uncropped image. Crop and flip only move pixels, so colour commutes with them, with
-   two exceptions. The mean that contrast needs is that of the cropped image: a weighted sum over the source's pixels.
-   The black that padding adds is no longer black after a change of contrast: one extra pixel stands for all of it.
-2. Crop, flip and rotation are then one look-up by index: every output pixel is a copy of one source pixel. A second
-   extra pixel, black, stands for what the rotation brings in from outside the cropped image.
+1. The colours change in the uncropped image, because crop and flip only move pixels. But the mean that contrast needs
+   is that of the crop, a weighted sum; and an extra pixel stands for the padding, which contrast turns from black.
+2. Crop, flip and rotation are one look-up by index: every output pixel is a copy of one source pixel. A second extra
+   pixel, black, stands for what the rotation brings in from outside.
 
 The parameters live on the host, so that no step waits for the device, and a seed draws the same ones on any device.
 """
@@ -28,29 +27,20 @@ from cifar_transfer.errors import UserError, check
 PaddingMode = Literal["constant", "reflect"]
 # Weights of red, green and blue in a grey value, as in torchvision's `rgb_to_grayscale` (ITU-R BT.601, rounded).
 GREY = (0.2989, 0.587, 0.114)
-LARGEST_COLOUR_STRENGTH = 1000.0
+LARGEST = dict(padding=LARGEST_SIDE, flip=1, brightness=1000, contrast=1000, saturation=1000, hue=0.5, degrees=360)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # in `Parameters.order`, as in torchvision's `ColorJitter`
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """What happens to each of B images; every tensor is on the CPU.
+    """What happens to each of B images; every tensor is on the CPU."""
 
-    Args:
-        shift: int64 [B, 2], rows and columns by which the crop lies below and right of the source image.
-        flip: bool [B], whether the cropped image is mirrored left to right.
-        angle: float32 [B], degrees by which the image turns counter-clockwise about its centre.
-        factors: float32 [B, 3], factors >= 0 of brightness, contrast and saturation; 1 changes nothing.
-        hue: float32 [B], by how many turns the hue moves, in [-0.5, 0.5]; 0 changes nothing.
-        order: int64 [B, 4], each row `BRIGHTNESS`, `CONTRAST`, `SATURATION` and `HUE` in the order they are applied.
-    """
-
-    shift: Tensor
-    flip: Tensor
-    angle: Tensor
-    factors: Tensor
-    hue: Tensor
-    order: Tensor
+    shift: Tensor  # int64 [B, 2], rows and columns by which the crop lies below and right of the source image
+    flip: Tensor  # bool [B], whether the cropped image is mirrored left to right
+    angle: Tensor  # float32 [B], degrees by which the image turns counter-clockwise about its centre
+    factors: Tensor  # float32 [B, 3], factors >= 0 of brightness, contrast and saturation; 1 changes nothing
+    hue: Tensor  # float32 [B], by how many turns the hue moves, in [-0.5, 0.5]; 0 changes nothing
+    order: Tensor  # int64 [B, 4], rows of BRIGHTNESS, CONTRAST, SATURATION, HUE in the order they are applied
 
     def __getitem__(self, images: Tensor) -> "Parameters":
         return Parameters(**{field.name: getattr(self, field.name)[images] for field in fields(self)})
@@ -88,22 +78,14 @@ class Augment:
     def __post_init__(self) -> None:
         if self.padding_mode not in ("constant", "reflect"):
             raise UserError(f"The augmentation's padding_mode is {self.padding_mode}; take constant or reflect.")
-        colours = dict.fromkeys(("brightness", "contrast", "saturation"), LARGEST_COLOUR_STRENGTH)
-        for name, most in {"padding": LARGEST_SIDE, "flip": 1, **colours, "hue": 0.5, "degrees": 360}.items():
-            wanted = f"0 (off) to {most:g}"
-            check(f"The augmentation's {name}", getattr(self, name), lambda x: 0 <= x <= most, wanted)  # noqa: B023 # called at once
+        for name, most in LARGEST.items():
+            value, wanted = getattr(self, name), f"0 (off) to {most:g}"
+            check(f"The augmentation's {name}", value, lambda x: 0 <= x <= most, wanted)  # noqa: B023 # called at once
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Augment each image with parameters of its own.
-
-        Args:
-            images: uint8 in 0..255 or floating point in [0, 1], [B, 3, H, W], on any device; left as it is.
-
-        Returns:
-            float32 [B, 3, H, W] in [0, 1], on the same device.
+        """Augment each image with parameters of its own; images, result and errors are those of `augment`.
 
         Raises:
-            ValueError: the shape is not [B, 3, H, W] with H * W < 2**24.
             UserError: an image is too small to be mirrored at its edge so far out.
         """
         if self.padding_mode == "reflect" and self.padding >= min(images.shape[-2:]):
@@ -114,7 +96,7 @@ class Augment:
         return augment(images, self.draw(len(images)), self.padding_mode)
 
     def draw(self, count: int) -> Parameters:
-        """Draw the parameters of `count` images independently from torch's global CPU generator."""
+        """Draw the parameters of `count` images from torch's global CPU generator."""
         strengths = (self.brightness, self.contrast, self.saturation)
         factors = [torch.empty(count).uniform_(max(0.0, 1 - strength), 1 + strength) for strength in strengths]
         return Parameters(
@@ -134,7 +116,16 @@ def augment(images: Tensor, parameters: Parameters, padding_mode: PaddingMode = 
     Equal to torchvision's functional `crop`, `hflip`, `adjust_*` and `rotate` one after the other on float tensors, up
     to rounding: colours to about 1e-6, and either of two source pixels as near to a rotated pixel's centre.
 
-    Arguments, result and errors are those of `Augment.__call__`, with one row of parameters for each image.
+    Args:
+        images: uint8 in 0..255 or floating point in [0, 1], [B, 3, H, W], on any device; left as it is.
+        parameters: of the B images.
+        padding_mode: what a crop finds beyond the image, as torchvision's `pad` before `crop`.
+
+    Returns:
+        float32 [B, 3, H, W] in [0, 1], on the images' device.
+
+    Raises:
+        ValueError: the shape is not [B, 3, H, W] with H * W < 2**24, beyond which float32 has gaps.
     """
     if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] * images.shape[3] >= 2**24:
         raise ValueError(f"expected images of shape [B, 3, H, W] with H * W < 2**24, got {list(images.shape)}")
@@ -157,15 +148,12 @@ def augment(images: Tensor, parameters: Parameters, padding_mode: PaddingMode = 
 
 
 def _upload(tensor: Tensor, images: Tensor) -> Tensor:
-    """From the host to the images' device, without waiting for the work queued there."""
+    """To the images' device, without waiting for the work queued there."""
     return tensor.to(images.device, non_blocking=True)
 
 
 def _sources(images: Tensor, parameters: Parameters, padding_mode: PaddingMode) -> Tensor:
-    """Where each output pixel comes from: its index in the flattened source image, int64 [B, H, W].
-
-    H * W stands for padding, H * W + 1 for what the rotation brings in from outside the cropped image.
-    """
+    """Each output pixel's index in the flattened source image, int64 [B, H, W]; H * W is padding, H * W + 1 black."""
     height, width = images.shape[-2:]
     angle, mirror = parameters.angle.deg2rad(), 1 - 2 * parameters.flip.float()
     shift = parameters.shift.t().float()
@@ -180,8 +168,9 @@ def _sources(images: Tensor, parameters: Parameters, padding_mode: PaddingMode) 
     y = (torch.arange(height, device=images.device) - (height - 1) / 2)[:, None]
     position = (by_x * x + (by_y * y + start)).round_()
 
-    if padding_mode == "reflect":
-        inside = _reflect(position - edge, edge).add_(edge)
+    if padding_mode == "reflect":  # folded at the edges, less than a row outside
+        middle = position - edge
+        inside = torch.copysign(edge - (middle.abs() - edge).abs(), middle).add_(edge)
         borders = [(edge + shift, height * width + 1)]
     else:
         inside = position
@@ -190,39 +179,22 @@ def _sources(images: Tensor, parameters: Parameters, padding_mode: PaddingMode) 
     for shift_back, outside in borders:
         distance = position.sub_(shift_back).abs().sub_(edge).clamp_(0, 1).amax(0)
         source.lerp_(torch.full((), float(outside), device=images.device), distance)
-    # By way of int32, as the direct conversion is several times slower on a CPU.
-    return source.int().long()
-
-
-def _reflect(position: Tensor, edge: Tensor) -> Tensor:
-    """Fold positions counted from the middle of a row back into it, if they are less than a row outside."""
-    return torch.copysign(edge - (position.abs() - edge).abs(), position)
-
-
-def _outside(position: Tensor, size: int) -> Tensor:
-    """1 for positions outside a row of `size` pixels, counted from its middle, 0 inside; float32.
-
-    Arithmetic, not a comparison, because torch does not vectorise operations on booleans on a CPU.
-    """
-    return position.abs().sub_((size - 1) / 2).clamp_(0, 1)
+    return source.int().long()  # the direct conversion is several times slower on a CPU
 
 
 def _crop_weights(images: Tensor, parameters: Parameters, padding_mode: PaddingMode) -> Tensor:
-    """Weights of the source's pixels, float32 [B, H * W], whose weighted sum is the mean over the crop.
-
-    Black padding counts in the mean but adds nothing to it, because it is black until contrast, which comes only once.
-    """
+    """Weights of the source's pixels, float32 [B, H * W], whose weighted sum is the mean over the crop."""
     height, width = images.shape[-2:]
     shifts = _upload(parameters.shift.t().contiguous(), images)[..., None]
     weights = []
     for shift, size in zip(shifts, (height, width), strict=True):
         edge = (size - 1) / 2
         place = torch.arange(size, device=images.device) - edge
-        weight = 1 - _outside(place - shift, size)
+        weight = 1 - (place - shift).abs_().sub_(edge).clamp_(0, 1)  # faster than a comparison on a CPU
         if padding_mode == "reflect":  # a pixel may lie in the crop a second time, mirrored at either edge but its own
             for end in (-edge, edge):
-                weight += (1 - _outside(2 * end - place - shift, size)) * (place != end)
-        weights.append(weight / size)
+                weight += (1 - (2 * end - place - shift).abs_().sub_(edge).clamp_(0, 1)) * (place != end)
+        weights.append(weight / size)  # padding counts but adds 0: it is black until contrast, which comes once
     rows, columns = weights
     return (rows[:, :, None] * columns[:, None]).flatten(1)
 
@@ -231,13 +203,12 @@ def _jitter(pixels: Tensor, weights: Tensor, parameters: Parameters) -> None:
     """Change brightness, contrast, saturation and hue in place, in each image's own order.
 
     Brightness, contrast and saturation are all of the form clamp(a * x + b * grey(x) + c * mean(grey(x))), so that
-    their order is only a matter of coefficients in three steps. Hue comes before, between or after these: the images
-    are sorted by that: a step before it changes the first few images only, a step after it the rest.
+    their order is only a matter of coefficients in three steps. Hue comes before, between or after these. The images
+    are sorted by its place, the last first: a step before hue changes the first few images only, one after it the rest.
 
     Args:
         pixels: float32 [3, B, N + 2] in [0, 1], the last two of each image black.
-        weights: float32 [B, N], whose weighted sum of an image's other pixels is the mean that contrast refers to.
-        parameters: in descending order of the place of hue.
+        weights: float32 [B, N], as of `_crop_weights`.
     """
     order = parameters.order
     places = order.argsort(1)[:, HUE]
@@ -249,8 +220,7 @@ def _jitter(pixels: Tensor, weights: Tensor, parameters: Parameters) -> None:
     before = [int((places > step).sum()) for step in range(3)]
     for count, values in zip(before, coefficients, strict=True):
         _mix(pixels[:, :count], weights[:count], values[:, :count, None])
-    # To go round the circle of hues costs a last digit, which a switched-off operation must not.
-    if parameters.hue.any():
+    if parameters.hue.any():  # the way to hues and back costs a last digit, even where they do not move
         _turn_hue(pixels, parameters.hue)
     for count, values in zip(before, coefficients, strict=True):
         _mix(pixels[:, count:], weights[count:], values[:, count:, None])
@@ -271,10 +241,6 @@ def _turn_hue(pixels: Tensor, turns: Tensor) -> None:
     On the hexagon of hues (https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative), in sixths of a turn, a
     channel falls from the largest of the three values to the smallest between 1 and 2 from its own corner. So only the
     hue's sixths are needed: from red they are 1 + (green + blue - red - smallest) / chroma, towards green or blue.
-
-    Args:
-        pixels: float32 [3, B, N] in [0, 1].
-        turns: float32 [B] on the host, in [-0.5, 0.5].
     """
     corners = torch.tensor([0.0, 2.0, 4.0])
     # In [-3, 3], as is the hue, so that their sum is at most once around and `abs` is enough to find the distance.

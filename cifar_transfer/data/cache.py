@@ -1,8 +1,7 @@
 """Decode once: images as one array on disk, verified whenever it is opened.
 
-CIFAR-10 is a tensor of 180 MB, not 60,000 files. So every source (python batches, a folder of images) ends as one
-memory-mapped `.npy` of shape [N, 3, H, W] beside the data: started in an instant, held once per machine however many
-processes read it, and indexed by whole batches. Only a folder too large for that is decoded on the fly.
+One memory-mapped `.npy` of shape [N, 3, H, W] beside the data is there in an instant, is held once per machine however
+many processes read it, and is indexed by whole batches.
 """
 
 import hashlib
@@ -14,6 +13,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm
 
 from cifar_transfer.data.images import ArrayImages, Images, cores
+from cifar_transfer.files import atomic_write
 
 CACHE_FOLDER = ".cifar_transfer"
 BATCH = 64  # images that a thread decodes at once
@@ -31,17 +32,16 @@ VERSION = 3  # of what decoding gives: one more makes all caches anew. 2: turned
 
 
 def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Images]) -> Images:
-    """The images of `source` as one memory-mapped array, written the first time.
+    """The images of `source`, all of one size, as one memory-mapped array, written the first time, by one process.
 
-    Of several processes one decodes, and the others wait for it. Each image is verified by its CRC-32, in 0.1 s for
-    60,000 of CIFAR-10, and a cache that is damaged is made again. Where none can be written a warning says so, and the
-    images are those of `source`, decoded on the fly if they are files.
+    Each image is verified by its CRC-32, in 0.1 s for 60,000 of CIFAR-10, and a damaged cache is made again. Where none
+    can be written, a warning says so, and the images are those of `source`.
 
     Args:
-        folder: The data's; the cache is a subfolder of it, or, where nothing can be written, of the user's cache.
-        name: Of the files, and in the progress bar.
-        fingerprint: JSON-serialisable; another fingerprint means another cache, so that changed files are read again.
-        source: Called when there is no cache yet. Its images must share one size.
+        folder: The data's; the cache is a subfolder of it or, where nothing can be written, of the user's cache.
+        name: Shown in the progress bar and used as the file's name.
+        fingerprint: JSON-serialisable; another one means that the files have changed, and makes another cache.
+        source: Called when there is no cache yet.
 
     Raises:
         UserError: A broken image; the message names it. Nothing is left behind.
@@ -52,7 +52,8 @@ def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Im
     pixels, index = directory / f"{name}-{key}.npy", directory / f"{name}-{key}.npz"
     with FileLock(directory / f"{name}.lock"):
         if (images := _open(pixels, index)) is None:
-            for stale in directory.glob(f"{name}-*"):  # of files that have changed since, damaged, or of a killed run
+            # Of files that have changed since, damaged, or of a killed run.
+            for stale in (*directory.glob(f"{name}-*"), *directory.glob(f".{name}-*.partial")):
                 stale.unlink()
             decoded = source()
             try:
@@ -74,15 +75,13 @@ def _open(pixels: Path, index: Path) -> Images | None:
     """The cached images, or None if there are none or damaged ones."""
     if not pixels.exists():
         return None
-    try:
+    with suppress(Exception):  # of any kind: what the readers of damaged files raise is not listed anywhere
         array = np.lib.format.open_memmap(pixels, mode="r")
         with zipfile.ZipFile(index), np.load(index, allow_pickle=False) as arrays:  # which is a zip, verified when read
             labels, sums = arrays["labels"], arrays["sums"]
         whole = array.dtype == np.uint8 and array.ndim == 4 and len(labels) == len(array)
         if whole and np.array_equal(_sums(array), sums):
             return ArrayImages(array, labels, sums)
-    except Exception:  # of any kind: what the readers of damaged files raise is not listed anywhere
-        pass
     rank_zero_warn(f"The decoded images in {pixels} are damaged, and are made again.")
     return None
 
@@ -94,34 +93,27 @@ def _sums(array: np.ndarray) -> np.ndarray:
 
 
 def _write(images: Images, name: str, pixels: Path, index: Path) -> None:
-    partial = pixels.with_suffix(".partial")
+    """The index first, so that where there are pixels there is all."""
     sums: list[np.ndarray] = []
-    try:
-        with (
-            partial.open("wb") as file,
-            tqdm(total=len(images), desc=f"decoding {name}", unit="img", disable=not sys.stderr.isatty()) as bar,
-        ):
-            for batch in _batches(images):
-                if not sums:
-                    shape = (len(images), *batch.shape[1:])
-                    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                # Not by way of a memory map, on which a full disk would kill the process without a word.
-                file.write(batch.data)
-                sums.append(_sums(batch))
-                bar.update(len(batch))
-            file.flush()
-            os.fsync(file.fileno())
+    hidden = not sys.stderr.isatty()
+    with (
+        atomic_write(pixels) as file,  # no memory map, on which a full disk would kill the process without a word
+        tqdm(total=len(images), desc=f"decoding {name}", unit="img", disable=hidden) as bar,
+    ):
+        for batch in _batches(images):
+            if not sums:
+                shape = (len(images), *batch.shape[1:])
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            file.write(batch.data)
+            sums.append(_sums(batch))
+            bar.update(len(batch))
         np.savez(index, labels=images.labels, sums=np.concatenate(sums))
-        os.replace(partial, pixels)  # last, so that a file of this name is whole
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _batches(images: Images) -> Iterator[np.ndarray]:
     """All images in order, uint8 [B, 3, H, W], decoded ahead by threads.
 
-    Not by processes: these would need shared memory, of which a container or a size limit may not grant enough, and a
-    DataLoader then waits for ever.
+    Processes would need shared memory, of which a container may not grant enough: a DataLoader then waits for ever.
     """
 
     def read(start: int) -> np.ndarray:
@@ -138,10 +130,8 @@ def _batches(images: Images) -> Iterator[np.ndarray]:
 def _writable(folder: Path) -> Path | None:
     own = hashlib.sha256(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]
     for place in (folder / CACHE_FOLDER, platformdirs.user_cache_path("cifar_transfer") / own):
-        try:
+        with suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
             if os.access(place, os.W_OK):
                 return place
-        except OSError:
-            continue
     return None

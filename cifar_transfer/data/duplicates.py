@@ -13,24 +13,18 @@ BEGINNING = 4096  # bytes, which tell almost all files of one size apart
 
 
 def find(train: Images, train_paths: Sequence[str], other: Images, other_paths: Sequence[str]) -> list[tuple[str, str]]:
-    """A training image for each image of another split that is the same.
+    """Pairs of a training file and a file of another split that are the same image.
 
     Cached images are compared by their pixels, at no cost, because their checksums are known. Others are compared as
     files: those of one size by their beginning, and only those that still agree by the whole.
-
-    Returns:
-        Pairs of files, one of training and the other one.
     """
     if not (isinstance(train, ArrayImages) and isinstance(other, ArrayImages)):
         return _same_files(train_paths, other_paths)
     if train.sums is None or other.sums is None:
         return []
-    rows = {int(train.sums[row]): row for row in np.flatnonzero(np.isin(train.sums, other.sums)).tolist()}
-    return [
-        (train_paths[same], other_paths[row])
-        for row in np.flatnonzero(np.isin(other.sums, train.sums)).tolist()
-        if np.array_equal(train.array[same := rows[int(other.sums[row])]], other.array[row])
-    ]
+    rows = {value: row for row, value in enumerate(train.sums.tolist())}
+    pairs = [(rows[value], row) for row, value in enumerate(other.sums.tolist()) if value in rows]
+    return [(train_paths[a], other_paths[b]) for a, b in pairs if np.array_equal(train.array[a], other.array[b])]
 
 
 def _same_files(train: Sequence[str], other: Sequence[str]) -> list[tuple[str, str]]:

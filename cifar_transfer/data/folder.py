@@ -55,7 +55,8 @@ class ImageFolderDataModule(ImageDataModule):
             check("decode_size", decode_size, lambda n: 1 <= n <= LARGEST_SIDE, f"1 to {LARGEST_SIDE} pixels")
         check("cache_limit_gb", cache_limit_gb, lambda x: x >= 0, "0 or more")
         check("max_megapixels", max_megapixels, lambda x: x > 0, "a positive number")
-        if not (train := self.root / "train").is_dir():
+        train = self.root / "train"
+        if not train.is_dir():
             raise UserError(f"{train} is missing: put the images of each class into {root}/train/<class>/.")
         self._classes = class_folders(train)
         if not self._classes:
@@ -76,43 +77,33 @@ class ImageFolderDataModule(ImageDataModule):
         """Decode, and warn of images that are in the training and in another split alike."""
         first = not self._loaded
         super().prepare_data()
+        train = self._loaded["train"]
         for split, images in self._loaded.items():
-            train = self._loaded["train"]
-            if first and train and images and images is not train:
-                self._warn_of_duplicates(split, train, images)
-
-    def _warn_of_duplicates(self, split: Split, train: Images, images: Images) -> None:
-        paths = self._listed(split)[0]
-        if pairs := duplicates.find(train, self._listed("train")[0], images, paths):
-            examples = "; ".join(printable(f"{other} is {trained}") for trained, other in pairs[:2])
-            rank_zero_warn(
-                f"{len(pairs):,} of {len(paths):,} {split} images are also among those of training ({examples}), so "
-                f"the {split} figure will be too good: remove them from either."
-            )
+            if not (first and train and images) or images is train:
+                continue
+            paths, _ = self._listed(split)
+            if pairs := duplicates.find(train, self._listed("train")[0], images, paths):
+                examples = "; ".join(printable(f"{other} is {trained}") for trained, other in pairs[:2])
+                rank_zero_warn(
+                    f"{len(pairs):,} of {len(paths):,} {split} images are also among those of training ({examples}), "
+                    f"so the {split} figure will be too good: remove them from either."
+                )
 
     def load(self, split: Split) -> Images | None:
         """The images of a split, or None where it has no folder."""
-        folder = self.root / split
-        if not folder.is_dir():
+        if not (self.root / split).is_dir():
             return None
         size = self.size or self.choose_size(None)
         if split == "train" and (other := sum(found != size for found in self._sizes)):
             rank_zero_info(
-                "Images become %s pixels when decoded, resized and cut to the centre: %s of %s looked at have another "
-                "size (decode_size=N makes them N x N)",
-                *(pixels(size), f"{other:,}", f"{len(self._sizes):,}"),
+                f"Images become {pixels(size)} pixels when decoded, resized and cut to the centre: {other:,} of "
+                f"{len(self._sizes):,} looked at have another size (decode_size=N makes them N x N)"
             )
-        paths, labels = self._listed(split)
-        images = folder_images(paths, labels, self.root, split, size, self.cache_limit_gb, self.max_megapixels)
-        images.names = names_below(folder, paths)
-        return images
+        images = FileImages(*self._listed(split), size, self.max_megapixels)
+        return folder_images(images, self.root, split, self.cache_limit_gb)
 
     def choose_size(self, largest: int | None) -> Size:
-        """`decode_size`, or what suits the training images and the network.
-
-        Raises:
-            UserError: A training file that was looked at is no image, or too large.
-        """
+        """`decode_size`, or what suits the training images and the network; a `UserError` names a file that is none."""
         if self.decode_size:
             return self.decode_size, self.decode_size
         if not self._sizes:
@@ -122,7 +113,7 @@ class ImageFolderDataModule(ImageDataModule):
         return choose_size(self._sizes, largest)
 
     def _listed(self, split: Split) -> tuple[list[str], np.ndarray]:
-        """Files and labels of a split; to look through a large folder takes seconds."""
+        """Files and labels of a split, kept, because to look through a large folder takes seconds."""
         if split not in self._files:
             self._files[split] = class_files(self.root / split, self._classes)
         return self._files[split]
@@ -134,20 +125,18 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def class_files(folder: Path, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """The image files anywhere below a split's `folder/<class>/`, and their labels in the order of `classes`.
+    """The image files anywhere below `folder/<class>/`, and their labels, int64 [N], places in `classes`.
 
     Raises:
-        UserError: A class of the folder is not among `classes`; or there are no images, in training of any class.
+        UserError: A folder is no class's, cannot be read, or has no images; outside "train" some class must have any.
     """
 
     def refuse(error: UserError) -> NoReturn:
         raise error
 
-    unknown = set(class_folders(folder)) - set(classes)
-    if unknown:
-        raise UserError(
-            f"{folder} has classes that training has not ({', '.join(sorted(unknown))}): remove or rename them."
-        )
+    if unknown := set(class_folders(folder)) - set(classes):
+        names = ", ".join(sorted(unknown))
+        raise UserError(f"{folder} has classes that training has not ({names}): remove or rename them.")
     files = [list(images_below(str(folder / name), refuse)) if (folder / name).is_dir() else [] for name in classes]
     empty = [name for name, found in zip(classes, files, strict=True) if not found]
     if empty and (folder.name == "train" or len(empty) == len(classes)):
@@ -157,54 +146,35 @@ def class_files(folder: Path, classes: Sequence[str]) -> tuple[list[str], np.nda
     return [path for found in files for path in found], np.repeat(np.arange(len(classes)), [*map(len, files)])
 
 
-def names_below(folder: Path, paths: Sequence[str]) -> list[str]:
-    """Paths below a folder, relative to it, with "/" on every system."""
-    return [path.removeprefix(f"{folder}{os.sep}").replace(os.sep, "/") for path in paths]
-
-
-def folder_images(
-    paths: Sequence[str],
-    labels: np.ndarray,
-    folder: Path,
-    name: str,
-    size: Size,
-    limit_gb: float,
-    max_megapixels: float = MAX_MEGAPIXELS,
-) -> Images:
-    """The images of files below a folder: decoded once into a cache there, or on the fly when that is beyond its limit.
-
-    Args:
-        paths: N files.
-        labels: int64 [N].
-        folder: Where the cache goes, in a subfolder of its own.
-        name: What the images are called in progress bars and file names, say "train".
-        size: Height and width that they are brought to.
-        limit_gb: Gigabytes (1e9 bytes) of decoded images.
-        max_megapixels: As in `read_image`.
-    """
+def folder_images(images: FileImages, folder: Path, split: str, limit_gb: float) -> Images:
+    """Images of files below `folder/split/`, named; decoded on the fly if above `limit_gb` (1e9 bytes), else cached."""
     try:
-        stats = [os.stat(path) for path in paths]
+        stats = [os.stat(path) for path in images.paths]
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend or remove it.") from None
-    below = f"{folder}{os.sep}"
-    content = [[p.removeprefix(below), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats, strict=True)]
-    images = FileImages(paths, labels, size, max_megapixels)
-    if 3 * size[0] * size[1] * len(paths) > limit_gb * 1e9:
-        rank_zero_info("%s: decoded on the fly, because all of it would take more than %g GB", name, limit_gb)
-        return images
-    return cached(folder, name, [content, size], lambda: images)
+    found: Images = images
+    if 3 * images.size[0] * images.size[1] * len(images) > limit_gb * 1e9:
+        rank_zero_info("%s: decoded on the fly, because all of it would take more than %g GB", split, limit_gb)
+    else:
+        paths = [path.removeprefix(f"{folder}{os.sep}") for path in images.paths]
+        content = [[path, file.st_size, file.st_mtime_ns] for path, file in zip(paths, stats, strict=True)]
+        found = cached(folder, split, [content, images.size], lambda: images)
+    found.names = [path.removeprefix(f"{folder / split}{os.sep}").replace(os.sep, "/") for path in images.paths]
+    return found
 
 
-def images_below(folder: str, refuse: Callable[[UserError], None]) -> Iterator[str]:
-    """Files named as images, anywhere below a folder and sorted; links are followed, but not in circles.
+def images_below(
+    folder: str, refuse: Callable[[UserError], None], above: frozenset[str] = frozenset()
+) -> Iterator[str]:
+    """Files named as images, anywhere below a folder and sorted; none that are hidden, as `._cat.jpg`, and no pipes.
 
-    What is hidden, as the notes that systems leave beside images (`._cat.jpg`), is left out, and so are pipes and
-    devices. A link to nothing is a file that cannot be read. `refuse` is told of a folder that cannot.
+    Args:
+        folder: Where to look.
+        refuse: Called with the reason where a folder cannot be read.
+        above: The real folders on the way here; links back to them are not followed.
     """
-    return _below(folder, frozenset([os.path.realpath(folder)]), refuse)
-
-
-def _below(folder: str, above: frozenset[str], refuse: Callable[[UserError], None]) -> Iterator[str]:
+    if (real := os.path.realpath(folder)) in above:
+        return
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -215,7 +185,6 @@ def _below(folder: str, above: frozenset[str], refuse: Callable[[UserError], Non
             continue
         link = entry.is_symlink()
         if os.path.isdir(entry.path) if link else entry.is_dir():  # which fails for a link to itself
-            if (real := os.path.realpath(entry.path)) not in above:
-                yield from _below(entry.path, above | {real}, refuse)
-        elif entry.name.lower().endswith(IMG_EXTENSIONS) and (link or entry.is_file()):
+            yield from images_below(entry.path, refuse, above | {real})
+        elif entry.name.lower().endswith(IMG_EXTENSIONS) and (link or entry.is_file()):  # to read a broken link fails
             yield entry.path

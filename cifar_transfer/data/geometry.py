@@ -33,28 +33,17 @@ STATISTICS = {
 
 @dataclass(frozen=True)
 class Geometry:
-    """What is done to an image on its way to the network.
+    """What is done to an image on its way to the network; all resizing is bilinear and antialiased."""
 
-    Attributes:
-        size: Height and width in pixels that images are decoded to: one of another size is resized (bilinear,
-            antialiased) so that it covers them, and the centre is cut out.
-        input_side: Side in pixels of the square that the network takes, to which decoded images are resized on the
-            device (bilinear, antialiased), of a rectangle its centre square; None: as decoded.
-        mean: Of each channel in [0, 1], R, G, B.
-        std: Deviation of each channel.
-        stretch: Rectangles are resized whole to `input_side`, out of proportion, as checkpoints without a geometry
-            were trained.
-    """
-
-    size: Size
-    input_side: int | None
-    mean: Sequence[float]
+    size: Size  # that images are decoded to: resized to cover it, and the centre cut out
+    input_side: int | None  # pixels, of the square that the network takes, resized on the device; None: as decoded
+    mean: Sequence[float]  # of R, G, B in [0, 1]
     std: Sequence[float]
-    stretch: bool = False
+    stretch: bool = False  # rectangles are squashed, not cut, to `input_side`, as before checkpoints had a geometry
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any]) -> "Geometry":
-        """That of a checkpoint; one without is derived from its options, such that it behaves as it was trained."""
+        """That of a checkpoint; of an old one that has none, by its options, such that it behaves as it was trained."""
         if saved := checkpoint.get(GEOMETRY_KEY):
             height, width = saved["size"]
             return cls(**saved | {"size": (height, width)})
@@ -70,7 +59,7 @@ class Geometry:
         return (self.input_side, self.input_side) if self.input_side else self.size
 
     def describe(self, inside: bool) -> dict[str, Any]:
-        """For a program that feeds an exported network: what it must do to an image, in words and numbers.
+        """What a program must do to an image for an exported network, in words and numbers.
 
         Args:
             inside: Whether the network itself resizes from `size` to `input_size` and normalises.
@@ -83,13 +72,13 @@ class Geometry:
         )
         if not inside:
             if self.input_size != self.size:
-                cut = "" if self.stretch or self.size[0] == self.size[1] else "Cut out the centre square. "
+                cut = "" if self.stretch or height == width else "Cut out the centre square. "
                 words += f" {cut}Resize (bilinear, antialiased) to {pixels(self.input_size)} pixels."
             words += " Subtract the mean of each channel and divide by its deviation."
         sizes = {"size": list(self.size), "input_size": list(self.size if inside else self.input_size)}
-        how = {"crop": "centre", "interpolation": "bilinear", "antialias": True, "range": [0, 1], "channels": "RGB"}
+        method = {"crop": "centre", "interpolation": "bilinear", "antialias": True, "range": [0, 1], "channels": "RGB"}
         own = {} if inside else {"mean": list(self.mean), "std": list(self.std)}
-        return {"preparation": words, "geometry": sizes | how, **own}
+        return {"preparation": words, "geometry": sizes | method, **own}
 
     def saved(self) -> dict[str, Any]:
         """As primitives, for a checkpoint."""
@@ -97,48 +86,40 @@ class Geometry:
 
 
 def choose_size(sizes: Sequence[Size], largest: int | None) -> Size:
-    """Height and width that images of these sizes are decoded to.
+    """The size that images are decoded to.
 
-    Images of which more than half share a size keep it, up to `LARGEST_KEPT`; others become squares of `MIXED_SIDE`, or
+    A size that more than half of them share is kept, up to `LARGEST_KEPT`; others become squares of `MIXED_SIDE`, or
     smaller ones if they are smaller.
 
     Args:
         sizes: Of a sample of the training images.
-        largest: Side of the largest square that the network will be given, or None if it takes images as they are.
-            Images are then decoded to squares: to this side, or to their own shorter side if they share a smaller one,
-            and are enlarged on the device.
+        largest: Side in pixels of the largest square that the network will be given, or None if it takes images as
+            they are. Images then become squares of this side, or of their own shorter side if they share a smaller
+            one, and are enlarged on the device.
     """
     size, count = Counter(sizes).most_common(1)[0]
     shared = 2 * count > len(sizes)
-    if shared and largest is None and max(size) <= LARGEST_KEPT:
-        return size
-    if largest is None:
-        side = min(MIXED_SIDE, sorted(map(min, sizes))[len(sizes) // 2])
-    else:
+    if largest is not None:
         side = min(largest, *size) if shared else largest
+    elif shared and max(size) <= LARGEST_KEPT:
+        return size
+    else:
+        side = min(MIXED_SIDE, sorted(map(min, sizes))[len(sizes) // 2])
     return side, side
 
 
 def cover(image: Image.Image, size: Size) -> Image.Image:
-    """An image resized to cover a size, and its centre: torchvision's `Resize` and `CenterCrop`, but for rounding.
-
-    Only what is cut out is resized, because the whole of an image of 1 x 60,000 pixels would become gigabytes.
-    """
+    """An image resized to cover a size, and its centre: torchvision's `Resize` and `CenterCrop`, but for rounding."""
     if image.size == size[::-1]:
         return image
+    # Only what is cut out is resized: the whole of an image of 1 x 60,000 pixels would become gigabytes.
     return ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
 
 
 def resize(images: Tensor, side: int | None, stretch: bool = False) -> Tensor:
-    """Images as squares, of rectangles the centre.
+    """Float images [B, 3, H, W] as squares [B, 3, side, side]: of rectangles the centre, or squashed if `stretch`.
 
-    Args:
-        images: float [B, 3, H, W].
-        side: In pixels; None leaves them as they are.
-        stretch: Take rectangles whole, out of proportion.
-
-    Returns:
-        float [B, 3, side, side].
+    A `side` of None leaves them as they are.
     """
     height, width = images.shape[-2:]
     if side is None or height == width == side:

@@ -4,24 +4,11 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 
 import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, DistributedSampler
 
 from cifar_transfer.data.images import Batch, Images
 from cifar_transfer.errors import UserError
-
-
-class WholeShard(DistributedSampler):
-    """Every image exactly once over all ranks: `DistributedSampler` without the repeats that make the ranks even.
-
-    Repeats would count some images twice in the metrics. Nothing is exchanged per batch in evaluation, so the ranks
-    need not have the same number of batches.
-    """
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
 
 
 class Shuffled(DistributedSampler):
@@ -34,17 +21,11 @@ class Shuffled(DistributedSampler):
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """Training batches; a checkpoint written within an epoch continues after those that were given.
+    """Training batches; a checkpoint of the middle of an epoch, where Lightning keeps the state, goes on from there."""
 
-    Lightning keeps the state of every loader that has one.
-
-    Attributes:
-        given: How many batches of the epoch have been given.
-        epoch: Returns how many there are in an epoch, which the Trainer may limit.
-    """
-
-    given = 0
-    epoch: Callable[[], float]
+    given = 0  # batches of the epoch so far
+    epoch: Callable[[], float]  # how many there are in an epoch, which the Trainer may limit
+    _skipped = 0
 
     def state_dict(self) -> dict[str, int]:
         """How many batches to skip: none when the epoch is over."""
@@ -55,7 +36,7 @@ class ResumableLoader(DataLoader[Batch]):
         self._skipped = state["given"]
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # as loop and profilers use it
-        self.given, self._skipped = getattr(self, "_skipped", 0), 0
+        self.given, self._skipped = self._skipped, 0
         self.sampler.first = self.given * (self.batch_size or 1)  # type: ignore[attr-defined]
         for batch in super().__iter__():
             self.given += 1
@@ -63,7 +44,7 @@ class ResumableLoader(DataLoader[Batch]):
 
 
 def check_processes(images: Mapping[str, Images], world: int) -> None:
-    """Refuse, as a `UserError`, splits of which one of `world` processes would get no batch: the others would wait."""
+    """Refuse, by a `UserError`, splits too small to give each of `world` processes a batch."""
     for split, found in images.items():
         least = 2 if split == "train" else 1  # batch-norm cannot train on one
         if len(found) < least * world:
@@ -73,7 +54,7 @@ def check_processes(images: Mapping[str, Images], world: int) -> None:
 
 
 def training_loader(images: Images, batch_size: int, workers: int, rank: int, world: int, seed: int) -> ResumableLoader:
-    """Shuffled batches of the process `rank` of `world`; the seed and the epoch decide the order."""
+    """Shuffled batches for process `rank` of `world`, read by `workers` processes; seed and epoch give the order."""
     sampler = Shuffled(images, num_replicas=world, rank=rank, shuffle=True, seed=seed)
     # Batch-norm cannot train on one value a channel, and a network may end in 1 x 1 pixels.
     last = len(sampler) % batch_size == 1
@@ -81,14 +62,14 @@ def training_loader(images: Images, batch_size: int, workers: int, rank: int, wo
 
 
 def evaluation_loader(images: Images, batch_size: int, workers: int, rank: int, world: int) -> DataLoader[Batch]:
-    """Batches in order, each image once over all processes."""
-    sampler = WholeShard(images, num_replicas=world, rank=rank, shuffle=False)
+    """Batches in order, each image once over all processes: repeats to make these even would count in the metrics."""
+    sampler = UnrepeatedDistributedSampler(images, num_replicas=world, rank=rank, shuffle=False)
     return DataLoader(images, batch_size, sampler=sampler, **_reading(workers))
 
 
 def _reading(workers: int) -> dict:
     pin = torch.cuda.is_available()
-    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin, "collate_fn": as_is}
+    return dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=pin, collate_fn=as_is)
 
 
 def as_is(batch: Batch) -> Batch:

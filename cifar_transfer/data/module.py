@@ -2,9 +2,8 @@
 
     images (uint8, on disk) -> batches (uint8) -> device -> float32 in [0, 1] -> augmentation while training -> network
 
-What the network's input must look like beyond [0, 1] (statistics, resolution) belongs to the network and is done there,
-so that a checkpoint can be used without the data module that trained it. The size that images are decoded to is decided
-here, once, from the training images and from what the network asks for (see `geometry`).
+Statistics and resolution of the network's input belong to the network, so that a checkpoint can be used without the
+data module that trained it. The size that images are decoded to is decided here, once (see `geometry`).
 """
 
 from collections.abc import Mapping
@@ -33,11 +32,10 @@ HASH, PERMUTATION = "hash", "permutation"  # how images are held out; checkpoint
 
 
 class ImageDataModule(LightningDataModule):
-    """What all data modules share; a subclass says which images a split has (`load`) and names the classes.
+    """What all data modules share; a subclass has `load` and `class_names`, and calls `record`.
 
-    Batches arrive on the device as float32 images [B, 3, H, W] in [0, 1] and int64 labels [B]. Those of training are
-    shuffled and augmented by draws that depend on seed, epoch, step and rank alone, so that a resumed run sees what it
-    would have seen.
+    Batches arrive on the device as float32 images [B, 3, H, W] in [0, 1] and int64 labels [B]. Shuffling and
+    augmentation depend on seed, epoch, step and rank alone, so that a resumed run sees what it would have seen.
 
     Args:
         batch_size: Images a step and process, at least 2 (batch-norm cannot normalise one).
@@ -51,18 +49,12 @@ class ImageDataModule(LightningDataModule):
             read by the process itself, which is faster.
         seed: Of the held-out images, the shuffling, the augmentation and dropout.
 
-    Attributes:
-        statistics: Name of the channel statistics that images are normalised with unless others are asked for; None
-            for those of the network's weights.
-        fixed_size: Height and width that images are decoded to, set before `setup` to those of a checkpoint; None
-            decides them anew.
-
     Raises:
         UserError: An option out of its range.
     """
 
-    statistics: str | None = None
-    fixed_size: Size | None = None
+    statistics: str | None = None  # name of the channel statistics, unless others are asked for; None: of the weights
+    fixed_size: Size | None = None  # that images are decoded to, set before `setup` to that of a checkpoint
 
     def __init__(
         self,
@@ -82,17 +74,14 @@ class ImageDataModule(LightningDataModule):
         check("seed", seed, lambda n: 0 <= n < 2**32, "a number from 0 to 4294967295")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_fraction, self.augment, self.num_workers, self.seed = val_fraction, augment, num_workers, seed
-        self.images: dict[Split, Images] = {}
-        self.names: Names = {}  # of the images of each split
-        self.recorded: Names | None = None  # the splits of a run that is continued or evaluated
-        self._loaded: dict[Split, Images | None] = {}
         self.size: Size | None = None  # that `load` brings images to
+        self.images: dict[Split, Images] = {}
+        self.names: Names = {}  # of `images`
+        self.recorded: Names | None = None  # the splits of a run that is continued or evaluated
+        self._loaded: dict[Split, Images | None] = {}  # what `load` has said
 
     def record(self, **options: str | int | float | None) -> None:
-        """Keep a subclass's options and those of this class with every checkpoint, as primitives.
-
-        A checkpoint loads `weights_only`, which admits no objects of ours.
-        """
+        """Keep these options and those of this class with every checkpoint, as primitives, for `weights_only`."""
         own = ("batch_size", "eval_batch_size", "val_fraction", "num_workers", "seed")
         shared = {name: getattr(self, name) for name in own} | {"augment": asdict(self.augment)}
         self.save_hyperparameters({"data": type(self).__name__, "held_out_by": HASH} | shared | options)
@@ -114,33 +103,24 @@ class ImageDataModule(LightningDataModule):
         return height, width
 
     def load(self, split: Split) -> Images | None:
-        """The images of a split, or None where the data have none of their own. Decodes when called first."""
+        """The images of a split, or None where the data have none of their own."""
         raise NotImplementedError
 
     def choose_size(self, largest: int | None) -> Size | None:
-        """Height and width that `load` brings images to; None where these come in a size of their own.
-
-        `largest` is the side of the largest square that the network will be given, None if it takes images as they are.
-        """
+        """The size that `load` brings images to; None: their own. Arguments as of `geometry.choose_size`."""
         return None
-
-    def _settle_size(self) -> None:
-        network = getattr(self.trainer, "lightning_module", None)
-        size = self.fixed_size or self.choose_size(getattr(network, "largest_side", None))
-        if size != self.size:  # also of a network that came later
-            self.size, self.images, self._loaded = size, {}, {}
 
     def prepare_data(self) -> None:
         """Download and decode: called once a machine, before `setup`."""
-        self._settle_size()
-        for split in SPLITS:
-            self._load_once(split)
+        self._load_all()
 
-    def _load_once(self, split: Split) -> Images | None:
-        """To look through the files of a large folder takes seconds, and `setup` follows `prepare_data`."""
-        if split not in self._loaded:
-            self._loaded[split] = self.load(split)
-        return self._loaded[split]
+    def _load_all(self) -> None:
+        """Once, as to look through a large folder takes seconds, but again for a network that asks for another size."""
+        network = getattr(self.trainer, "lightning_module", None)
+        size = self.fixed_size or self.choose_size(getattr(network, "largest_side", None))
+        if size != self.size or not self._loaded:
+            self.size, self.images, self._loaded = size, {}, {}
+            self._loaded = {split: self.load(split) for split in SPLITS}
 
     def setup(self, stage: str | None = None) -> None:
         """Open the images of every split and hold out those of validation.
@@ -148,7 +128,7 @@ class ImageDataModule(LightningDataModule):
         Raises:
             UserError: There is nothing to validate on, a label that is no class's, or too few images for the processes.
         """
-        self._settle_size()
+        self._load_all()
         if not self.images:
             self._split()
         if self.trainer:
@@ -156,37 +136,43 @@ class ImageDataModule(LightningDataModule):
             check_processes({s: found for s, found in self.images.items() if s in used}, self.trainer.world_size)
 
     def _split(self) -> None:
-        train, val, test = (self._load_once(split) for split in SPLITS)
-        if train is None or not len(train):
+        loaded = {split: images for split, images in self._loaded.items() if images is not None}
+        if not loaded.get("train"):
             raise UserError("There are no training images.")
-        for split, images in self._loaded.items():
-            labels = images.labels if images else np.array([0])
-            if not 0 <= labels.min() <= labels.max() < self.num_classes:
+        self.names = {}
+        for split, images in loaded.items():
+            labels = images.labels
+            if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
                 found, most = f"from {labels.min()} to {labels.max()}", self.num_classes - 1
                 raise UserError(
                     f"The {split} images have labels {found}, but the classes are numbered from 0 to {most}."
                 )
-        if val is None and self.val_fraction == 0:
-            if test is None:
+            # A number tells those apart that have no name: they are always the same ones in the same order.
+            names = images.names or [f"{self.class_names[label]}/{row}" for row, label in enumerate(labels)]
+            self.names[split] = [f"{split}/{name}" for name in names]
+        source: Split = "val" if "val" in loaded else "train"
+        if source == "train" and self.val_fraction == 0:
+            source = "test"
+            if source not in loaded:
                 raise UserError("There is nothing to validate on: set val_fraction or add a folder val/.")
             rank_zero_warn(
                 "val_fraction=0: validation uses the test images, so the schedule and the choice of the checkpoint "
                 "have seen them and the test figure is not clean."
             )
-        self.images = {split: images for split, images in self._loaded.items() if images is not None}
-        self.names = {split: self._names(split, images) for split, images in self.images.items()}
-        self._validate_on("val" if val is not None else "train" if self.val_fraction else "test")
-        self.images = {split: self.images[split] for split in SPLITS if split in self.images}
+        chosen = self._chosen(source, loaded[source])
+        shares: dict[Split, np.ndarray] = {"val": chosen}
+        if source == "train":
+            shares["train"] = ~chosen
+        images, all_names = loaded[source], np.array(self.names[source], dtype=object)
+        for split, rows in shares.items():
+            loaded[split] = images if rows.all() else images.subset(np.flatnonzero(rows))
+            self.names[split] = all_names[rows].tolist()
+        self.images = {split: loaded[split] for split in SPLITS if split in loaded}
         rank_zero_info("Images: %s", ", ".join(f"{len(images):,} {split}" for split, images in self.images.items()))
 
-    def _names(self, split: Split, images: Images) -> list[str]:
-        """Of images that have only a number it tells them apart: they are always the same ones in the same order."""
-        names = images.names or [f"{self.class_names[label]}/{row}" for row, label in enumerate(images.labels)]
-        return [f"{split}/{name}" for name in names]
-
-    def _validate_on(self, source: Split) -> None:
-        """Take the validation images from those of a split: the recorded ones, else those held out, or all."""
-        names, images = self.names[source], self.images[source]
+    def _chosen(self, source: Split, images: Images) -> np.ndarray:
+        """Which images of a split are validated on, bool [N]: the recorded ones, else those held out, or all."""
+        names = self.names[source]
         if self.recorded:
             known = set(self.recorded["val"])
             chosen = np.array([name in known for name in names])
@@ -194,29 +180,25 @@ class ImageDataModule(LightningDataModule):
                 rank_zero_info(said)
         elif source != "train":
             chosen = np.ones(len(images), dtype=bool)
-        elif self.hparams.get("held_out_by") != PERMUTATION:
+        elif self.hparams.get("held_out_by") == PERMUTATION:
+            chosen = splits.hold_out_as_before(images.labels, self.val_fraction, self.seed)
+        else:
             relative = [name.partition("/")[2] for name in names]
             chosen = splits.hold_out(relative, images.labels, self.val_fraction, self.seed)
-        else:
-            chosen = splits.hold_out_as_before(images.labels, self.val_fraction, self.seed)
         if not chosen.any():
             raise UserError(
                 "None of the images that the run validated on is left: put them back, or begin a new run."
                 if self.recorded
                 else f"val_fraction={self.val_fraction} of {len(images)} images holds out none: raise it."
             )
-        self.images["val"] = images if chosen.all() else images.subset(np.flatnonzero(chosen))
-        self.names["val"] = [name for name, one in zip(names, chosen, strict=True) if one]
-        if source == "train":
-            self.images["train"] = images.subset(np.flatnonzero(~chosen))
-            self.names["train"] = [name for name, one in zip(names, chosen, strict=True) if not one]
+        return chosen
 
     def continue_run(self, checkpoint: str | Path, saved: Mapping[str, Any]) -> None:
         """Validate on the images that the run of a checkpoint has validated on, called after `setup`.
 
         Args:
-            checkpoint: The file; the run's record is looked for in its folder.
-            saved: The options of the data module in it; those of an older version have another choice, and no record.
+            checkpoint: The file, in the folder of the run.
+            saved: The options of the data module in it; older versions chose otherwise, and have no record.
 
         Raises:
             UserError: The record is damaged, or none of its validation images is left.
@@ -236,31 +218,28 @@ class ImageDataModule(LightningDataModule):
         gone = {split: [name for name in before[split] if name not in here] for split in SPLITS}
         splits.write(folder, {split: self.names.get(split, []) + gone[split] for split in SPLITS})
 
-    def _images(self, split: Split) -> tuple[Images, int, int, int]:
-        """The images of a split, the processes that read them, this process and how many there are."""
+    def _shard(self, split: Split) -> dict[str, Any]:
+        """What a loader of this process needs to know of a split."""
         if split not in self.images:
             raise UserError(f"There are no {split} images: add a folder {split}/ with the same classes.")
-        images = self.images[split]
-        workers = (cores() if self.num_workers is None else self.num_workers) if images.on_the_fly else 0
+        workers = cores() if self.num_workers is None else self.num_workers
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return images, workers, rank, world
+        images = self.images[split]
+        return {"images": images, "workers": workers if images.on_the_fly else 0, "rank": rank, "world": world}
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled training batches, a shard a rank."""
-        images, workers, rank, world = self._images("train")
-        loader = training_loader(images, self.batch_size, workers, rank, world, self.seed)
+        loader = training_loader(batch_size=self.batch_size, seed=self.seed, **self._shard("train"))
         loader.epoch = lambda: self.trainer.num_training_batches if self.trainer else len(loader)
         return loader
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches in order, each image once over all ranks."""
-        images, *place = self._images("val")
-        return evaluation_loader(images, self.eval_batch_size, *place)
+        return evaluation_loader(batch_size=self.eval_batch_size, **self._shard("val"))
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Test batches in order, each image once over all ranks."""
-        images, *place = self._images("test")
-        return evaluation_loader(images, self.eval_batch_size, *place)
+        return evaluation_loader(batch_size=self.eval_batch_size, **self._shard("test"))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Bytes to float32 in [0, 1], and the augmentation while training, on the device the batch has come to."""

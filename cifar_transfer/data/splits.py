@@ -22,10 +22,10 @@ Names = dict[Split, list[str]]  # of the images of each split, as "train/cat/007
 def hold_out(names: Sequence[str], labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Choose images by a hash of their names, so that adding or removing some moves no other.
 
-    But of each class of two or more the image with the lowest hash is held out in any case, and the highest is not.
+    Except that of each class the lowest hash is always held out, and the highest (also of a class of one) never.
 
     Args:
-        names: N texts, different ones: class and name of each image.
+        names: Class and name of each of N images, all different.
         labels: int64 [N].
         fraction: Share to hold out, in (0, 1). Of n images it is met up to about `sqrt(n * fraction)`.
         seed: Another seed chooses other images.
@@ -45,7 +45,7 @@ def hold_out(names: Sequence[str], labels: np.ndarray, fraction: float, seed: in
 
 
 def hold_out_as_before(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """The choice of older runs, which are continued with it: by a permutation of each class; else as `hold_out`."""
+    """The choice of older runs, with which they continue: by a permutation of each class; else as `hold_out`."""
     rng = np.random.default_rng(seed)
     held_out = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
