@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from cifar_transfer.console import markdown
+from cifar_transfer.console import markdown, without_password
 from cifar_transfer.errors import UserError, one_sentence
 from cifar_transfer.network import catalog
 from cifar_transfer.results.plots import COLOURS
@@ -103,7 +103,7 @@ def compare(contestants: Sequence[Contestant], options: Sequence[str], out: Path
 
 
 def _check_recipe(options: Sequence[str], path: Path) -> None:
-    recipe = {"options": list(options)}
+    recipe = {"options": [without_password(option) for option in options]}
     for option in options:
         if option.startswith("--config="):
             config = Path(option.partition("=")[2])

@@ -18,7 +18,7 @@ WARNINGS = (
     ".*isinstance.treespec, LeafSpec.*",  # Lightning, of torch's own change
     ".*does not have many workers.*",  # cached images are read faster without
     ".*module.s. in eval mode at the start of training.*",  # the frozen backbone of a second fit
-    ".*recommended to use a single device.*",  # of repeated images, which `WholeShard` does not have
+    ".*recommended to use a single device.*",  # of repeated images, which the samplers here do not give
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
     ".*but have no logger configured.*",  # evaluation prints its figures
     ".*is smaller than the logging interval.*",  # the figures of epochs are logged all the same
@@ -93,6 +93,11 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
         heading, *cells = [f" {cell:>{width}} " if right else f" {cell:<{width}} " for cell in (heading, *cells)]
         columns.append([heading, "-" * (width + 1) + (":" if right else "-"), *cells])
     return "".join(f"|{'|'.join(row)}|\n" for row in zip(*columns, strict=True))
+
+
+def without_password(text: str) -> str:
+    """A text whose addresses (`https://name:password@host/`) have no user and password, to be kept or shown."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
 
 
 def printable(text: str) -> str:

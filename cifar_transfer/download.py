@@ -23,6 +23,7 @@ import requests
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from cifar_transfer.console import without_password
 from cifar_transfer.errors import UserError
 
 Result = TypeVar("Result")
@@ -82,7 +83,7 @@ def fetch(
         raise ValueError(f"digest must be md5: or sha256: and at least 8 hexadecimal digits, not {digest!r}")
     for url in urls:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-            raise UserError(f"cannot download {path.name} from {url!r}: not an http or https address")
+            raise UserError(f"cannot download {path.name} from {without_password(url)!r}: not an http or https address")
     with _writing_to(path.parent):
         if path.exists():
             return path

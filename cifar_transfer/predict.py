@@ -8,6 +8,7 @@ The exit status is 1 if an image could not be read; each such is named on stderr
 import csv
 import io
 import json
+import re
 import signal
 import sys
 import unicodedata
@@ -27,14 +28,18 @@ from cifar_transfer.results import gallery, plots
 from cifar_transfer.results.predictions import ImagePrediction
 from cifar_transfer.training.checkpoint import newest_checkpoint
 
+CONTROL = re.compile("[\x7f-\x9f]")  # characters that steer a terminal, and that JSON lets stand
+FORMULA = ("=", "+", "-", "@")  # how one begins (https://owasp.org/www-community/attacks/CSV_Injection)
 Format = Callable[[Iterable[ImagePrediction], Sequence[str]], Iterator[str]]
 
 
 def table(predictions: Iterable[ImagePrediction], names: Sequence[str]) -> Iterator[str]:
     """Classes and probabilities in columns, as wide as the longest of all `names`; the file, of any length, is last."""
-    wide = max(map(_cells, names))
+    shown = {name: printable(name) for name in names}
+    wide = max(map(_cells, shown.values()))
     for prediction in predictions:
-        columns = (f"{' ' * (wide - _cells(name))}{name} {share:6.1%}" for name, share in prediction.classes)
+        classes = ((shown[name], share) for name, share in prediction.classes)
+        columns = (f"{' ' * (wide - _cells(name))}{name} {share:6.1%}" for name, share in classes)
         yield "  ".join([*columns, f"{printable(str(prediction.source))}\n"])
 
 
@@ -48,7 +53,8 @@ def as_json(predictions: Iterable[ImagePrediction], names: Sequence[str]) -> Ite
     before, after = "[\n", "[]\n"
     for prediction in predictions:
         classes = [(name, round(share, 6)) for name, share in prediction.classes]
-        yield before + json.dumps({"image": prediction.source, "classes": classes}, ensure_ascii=False)
+        line = json.dumps({"image": prediction.source, "classes": classes}, ensure_ascii=False)
+        yield before + CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
         before, after = ",\n", "\n]\n"
     yield after
 
@@ -60,11 +66,17 @@ def as_csv(predictions: Iterable[ImagePrediction], names: Sequence[str]) -> Iter
     writer.writerow(["image", "rank", "class", "probability"])
     for prediction in predictions:
         for rank, (name, share) in enumerate(prediction.classes, 1):
-            writer.writerow([prediction.source, rank, name, f"{share:.6f}"])
+            writer.writerow([_cell(prediction.source), rank, _cell(name), f"{share:.6f}"])
         yield line.getvalue()
         line.seek(0)
         line.truncate()
     yield line.getvalue()
+
+
+def _cell(text: str) -> str:
+    """In one line, and with a quote before what a spreadsheet would take for a formula and execute."""
+    line = printable(text)
+    return f"'{line}" if line.startswith(FORMULA) else line
 
 
 FORMATS: dict[str, Format] = {"table": table, "json": as_json, "csv": as_csv}

@@ -109,7 +109,9 @@ def test_timms_weights_come_from_the_hub_and_a_damaged_file_is_fetched_once_more
     blob.write_bytes(content[:-100] + bytes(100))  # same size, other numbers
     with caplog.at_level("INFO"):
         again = TransferClassifier(name, "DEFAULT", num_classes=3, image_size=160)
-    assert "is damaged; it is downloaded again" in caplog.text
+    assert "is not the published file (SHA-256 " in caplog.text
+    (aside,) = blob.parent.glob("*.other-*")
+    assert aside.read_bytes() == content[:-100] + bytes(100), "it is kept"
     assert len(Hub.served) == 2
     assert blob.read_bytes() == content
     assert_arrived(again, model.network.state_dict())
@@ -253,7 +255,9 @@ def test_weights_in_torchs_cache_are_used_and_a_damaged_file_is_fetched_once_mor
         cached.write_bytes(content[:-1])
         with caplog.at_level("INFO"):
             assert weights._fetch(url).read_bytes() == content
-        assert f"{name} is damaged; it is downloaded again" in caplog.text
+        assert f"{name} is not the published file (SHA-256 " in caplog.text
+        (aside,) = cached.parent.glob("*.other-*")
+        assert aside.read_bytes() == content[:-1], "it is kept"
         server.shutdown()
     assert weights._fetch(url).read_bytes() == content, "without the server, from the cache"
     cached.write_bytes(content[:-1])

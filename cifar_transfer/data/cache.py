@@ -7,6 +7,8 @@ many processes read it, and is indexed by whole batches.
 import hashlib
 import json
 import os
+import re
+import stat
 import sys
 import zipfile
 import zlib
@@ -50,19 +52,29 @@ def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Im
     if (directory := _writable(folder)) is None:
         return _without(source(), f"neither {folder} nor the user's cache can be written")
     pixels, index = directory / f"{name}-{key}.npy", directory / f"{name}-{key}.npz"
-    with FileLock(directory / f"{name}.lock"):
+    try:
+        lock = FileLock(directory / f"{name}.lock").acquire()
+    except OSError as error:
+        return _without(source(), f"{directory / name}.lock is no lock of ours ({error.strerror})")
+    with lock:
         if (images := _open(pixels, index)) is None:
-            # Of files that have changed since, damaged, or of a killed run.
-            for stale in (*directory.glob(f"{name}-*"), *directory.glob(f".{name}-*.partial")):
-                stale.unlink()
+            _remove_stale(directory, name)
             decoded = source()
             try:
                 _write(decoded, name, pixels, index)
             except OSError as error:
-                index.unlink(missing_ok=True)
+                _remove_stale(directory, name)
                 return _without(decoded, f"{directory} cannot be written ({error.strerror})")
             images = _open(pixels, index) or _without(decoded, f"{directory} does not keep what is written")
     return images
+
+
+def _remove_stale(directory: Path, name: str) -> None:
+    """Remove caches of files that have changed since, damaged ones, and what a killed run has left; nothing else."""
+    ours = re.compile(rf"\.?{re.escape(name)}-[0-9a-f]{{16}}\.np[yz](\.[0-9a-f]{{16}}\.partial)?")
+    for path in directory.iterdir():
+        if ours.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()
 
 
 def _without(images: Images, why: str) -> Images:
@@ -127,11 +139,19 @@ def _batches(images: Images) -> Iterator[np.ndarray]:
             ahead.extend(pool.submit(read, start) for start in islice(starts, 1))
 
 
+def _ours(place: Path) -> bool:
+    """Whether nobody else decides what is in a folder: it is no link, and if it is another's only they may write."""
+    found = place.lstat()
+    if not hasattr(os, "getuid"):
+        return stat.S_ISDIR(found.st_mode)
+    return stat.S_ISDIR(found.st_mode) and (found.st_uid == os.getuid() or not found.st_mode & 0o022)
+
+
 def _writable(folder: Path) -> Path | None:
     own = hashlib.sha256(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]
     for place in (folder / CACHE_FOLDER, platformdirs.user_cache_path("cifar_transfer") / own):
         with suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
-            if os.access(place, os.W_OK):
+            if os.access(place, os.W_OK) and _ours(place):
                 return place
     return None

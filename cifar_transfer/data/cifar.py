@@ -15,6 +15,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from torchvision.datasets import CIFAR10
 
+from cifar_transfer.console import without_password
 from cifar_transfer.data.cache import cached
 from cifar_transfer.data.folder import class_files, folder_images
 from cifar_transfer.data.images import ArrayImages, FileImages, Images
@@ -50,7 +51,7 @@ class CIFAR10DataModule(ImageDataModule):
         super().__init__(**options)
         check("root", root, Path, "a folder")
         self.root, self.url = Path(root), url
-        self.record(root=root, url=url)
+        self.record(root=root, url=url and without_password(url))
 
     @property
     def class_names(self) -> list[str]:

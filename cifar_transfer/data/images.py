@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from cifar_transfer.data.geometry import Size, cover
 from cifar_transfer.errors import UserError
+from cifar_transfer.untrusted import open_regular
 
 Batch = tuple[Tensor, Tensor]
 
@@ -55,7 +56,7 @@ def _opened(path: str | Path, max_megapixels: float) -> Iterator[Image.Image]:
     if Image.MAX_IMAGE_PIXELS is not None and most > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = int(min(most, sys.maxsize))  # never lowered, as other threads read too
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file) as image:
             if image.width * image.height > most:
                 raise Image.DecompressionBombError
             if image.format == "EPS":

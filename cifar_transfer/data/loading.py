@@ -5,10 +5,15 @@ from itertools import islice
 
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from cifar_transfer.data.images import Batch, Images
+from cifar_transfer.data.images import Batch, Images, cores
 from cifar_transfer.errors import UserError
+
+RESERVED_FILES = 40  # that a process may have open beside
+FILES_A_WORKER = 6  # of its queues and pipes, and of the images in shared memory
+LOADERS = 2  # of training and validation, whose workers live side by side
 
 
 class Shuffled(DistributedSampler):
@@ -65,6 +70,19 @@ def evaluation_loader(images: Images, batch_size: int, workers: int, rank: int, 
     """Batches in order, each image once over all processes: repeats to make these even would count in the metrics."""
     sampler = UnrepeatedDistributedSampler(images, num_replicas=world, rank=rank, shuffle=False)
     return DataLoader(images, batch_size, sampler=sampler, **_reading(workers))
+
+
+def workers_within(asked: int | None) -> int:
+    """How many processes decode: so many, or one for each core, within the limit of open files."""
+    wanted = cores() if asked is None else asked
+    try:
+        import resource  # not on Windows, which has no such limit
+    except ImportError:
+        return wanted
+    most = max(0, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_FILES) // FILES_A_WORKER // LOADERS)
+    if wanted > most:
+        rank_zero_warn(f"{most} instead of {wanted} processes decode images, for `ulimit -n` admits few open files.")
+    return min(wanted, most)
 
 
 def _reading(workers: int) -> dict:

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from cifar_transfer.data import splits
 from cifar_transfer.data.augment import Augment
 from cifar_transfer.data.geometry import Size
-from cifar_transfer.data.images import Batch, Images, cores
-from cifar_transfer.data.loading import check_processes, evaluation_loader, training_loader
+from cifar_transfer.data.images import Batch, Images
+from cifar_transfer.data.loading import check_processes, evaluation_loader, training_loader, workers_within
 from cifar_transfer.data.splits import SPLITS, Names, Split
 from cifar_transfer.errors import UserError, check
 
@@ -222,10 +222,10 @@ class ImageDataModule(LightningDataModule):
         """What a loader of this process needs to know of a split."""
         if split not in self.images:
             raise UserError(f"There are no {split} images: add a folder {split}/ with the same classes.")
-        workers = cores() if self.num_workers is None else self.num_workers
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         images = self.images[split]
-        return {"images": images, "workers": workers if images.on_the_fly else 0, "rank": rank, "world": world}
+        workers = workers_within(self.num_workers) if images.on_the_fly else 0
+        return {"images": images, "workers": workers, "rank": rank, "world": world}
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled training batches, a shard a rank."""

@@ -12,10 +12,12 @@ import numpy as np
 
 from cifar_transfer.errors import UserError
 from cifar_transfer.files import atomic_write
+from cifar_transfer.untrusted import open_regular
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 RECORD = "splits.json.gz"  # in the folder of a run
+MOST_BYTES = 2**30  # of a record, unpacked: the names of some ten million images
 Names = dict[Split, list[str]]  # of the images of each split, as "train/cat/007.png": where it lies, class, name
 
 
@@ -72,7 +74,8 @@ def read(checkpoint: str | Path) -> Names | None:
     if path is None:
         return None
     try:
-        names = json.loads(gzip.decompress(path.read_bytes()))
+        with open_regular(path) as file, gzip.open(file) as unpacked:
+            names = json.loads(unpacked.read(MOST_BYTES))  # cut there, and so damaged, if it unpacks to more
         return {split: [str(name) for name in names[split]] for split in SPLITS}
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
         raise UserError(

@@ -18,9 +18,9 @@ class DenseConv2d(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Convolve float [B, C, H, W]."""
+        """Convolve float [B, C, H, W]; other shapes as `nn.Conv2d` does."""
         rows, columns = self._starts(input.shape[-2], 0), self._starts(input.shape[-1], 1)
-        if not (rows and columns):
+        if input.dim() != 4 or not (rows and columns):
             return super().forward(input)
         # Channels last, as the networks are kept: then nothing of this is a copy but the rows of the matrix.
         height, width = input.shape[-2:]
@@ -28,7 +28,7 @@ class DenseConv2d(nn.Conv2d):
         windows = torch.stack([kernel[:, y : y + height, x : x + width] for y in rows for x in columns])
         output = F.linear(input.permute(0, 2, 3, 1).flatten(1), windows.flatten(0, 1).flatten(1))
         output = output.unflatten(1, (len(rows), len(columns), -1)).permute(0, 3, 1, 2)
-        return output if self.bias is None else output + self.bias[:, None, None]
+        return output if self.bias is None else output + self.bias[:, None, None].to(output.dtype)
 
     def _starts(self, size: int, axis: int) -> list[int]:
         """Where in the kernel the input begins for each output pixel, along one axis; empty if one does not see all."""

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import hashlib
+import os
 import pickle
 import re
 import sys
@@ -22,6 +23,7 @@ from torchvision import models
 from cifar_transfer.download import fetch, within
 from cifar_transfer.errors import UserError, first_line
 from cifar_transfer.network import catalog
+from cifar_transfer.untrusted import check_archive
 
 State = dict[str, Tensor]
 OWN_PREFIX = "network."  # of the keys in our own checkpoints
@@ -90,15 +92,24 @@ def _fetch(url: str, mebibytes: float | None = None) -> Path:
             f"{url} names no hash to verify it by, so it is not downloaded unasked: download it to {path} if you "
             f"trust it, or take other weights."
         )
-    if path.is_file() and not _sha256(path).startswith(match[1]):
-        rank_zero_info(f"{path} is damaged; it is downloaded again.")
-        path.unlink()
+    if path.is_file() and not (found := _sha256(path)).startswith(match[1]):
+        _put_aside(path, path, match[1], found)
     try:
         most = int((mebibytes + 1) * 2**20) if mebibytes else LARGEST
         return fetch([url], path, digest=f"sha256:{match[1]}", max_bytes=most)
     except UserError as error:
         way_out = THREE_WAYS_OUT.format(place=path)
         raise UserError(f"The pretrained weights are not on this machine: {error}. {way_out}") from None
+
+
+def _put_aside(file: Path, name: Path, wanted: str, found: str) -> None:
+    """Make room for a download, and keep what is there: it may be damaged, or somebody's other weights."""
+    aside = file.with_name(f"{file.name}.other-{found[:8]}")
+    os.replace(file, aside)
+    rank_zero_info(
+        f"{name} is not the published file (SHA-256 {found[: len(wanted)]}, expected {wanted}): it is kept as "
+        f"{aside.name}, and the published one is downloaded."
+    )
 
 
 def _from_hub(entry: catalog.Weights) -> Path:
@@ -112,11 +123,10 @@ def _from_hub(entry: catalog.Weights) -> Path:
         with suppress(LocalEntryNotFoundError):
             path = Path(hf_hub_download(repository, name, local_files_only=True))
             blob = path.resolve()  # not named by a SHA-256 if it was copied there by hand: nothing to compare with
-            if not SHA256.fullmatch(blob.name) or _sha256(blob) == blob.name:
+            if not SHA256.fullmatch(blob.name) or (found := _sha256(blob)) == blob.name:
                 return path
-            rank_zero_info(f"{path} is damaged; it is downloaded again.")
-            blob.unlink()
-            path.unlink()
+            _put_aside(blob, path, blob.name, found)
+            path.unlink(missing_ok=True)  # the Hub's link to it
     rank_zero_info(f"Fetching the weights {repository} from {constants.ENDPOINT} ...")
     try:
         try:
@@ -162,6 +172,7 @@ def read_file(path: Path) -> tuple[State, dict[str, Any]]:
     Raises:
         UserError: The file is damaged, holds objects other than tensors and primitives, or no state dict.
     """
+    check_archive(path)
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)

@@ -16,7 +16,9 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from cifar_transfer.data.images import Images
 from cifar_transfer.files import atomic_write
+from cifar_transfer.untrusted import check_archive
 
+MOST_BYTES = 2**31  # of a file of predictions, unpacked: those of a million images for a thousand classes
 SHOWN = 32  # mistakes, and as many correct predictions, whose images are kept
 THUMBNAIL = 96  # pixels, the longest side of those
 PROJECTED = 1000  # images in TensorBoard's projector
@@ -74,6 +76,7 @@ class Predictions:
     @classmethod
     def load(cls, path: Path) -> "Predictions":
         """Read what `save` has written."""
+        check_archive(path, MOST_BYTES)
         with np.load(path, allow_pickle=False) as arrays:
             read = {name: torch.from_numpy(arrays[name]) for name in ("labels", "rows", "images", "probabilities")}
             return cls(arrays["names"].tolist(), **read | {"probabilities": read["probabilities"].float()})

@@ -18,6 +18,7 @@ from cifar_transfer.data.module import ImageDataModule, step_seed
 from cifar_transfer.files import atomic_write
 from cifar_transfer.results import plots
 from cifar_transfer.results.predictions import CollectPredictions, Predictions
+from cifar_transfer.untrusted import read_yaml
 
 FOLDER = "figures"  # in that of the run
 AUGMENTED = 32  # images shown of the training's
@@ -35,7 +36,7 @@ def curves(run: Path) -> dict[str, Figure]:
     if "lr" in found:
         if found["lr"].x[0] == 0:  # of version 0.1.0, which counted epochs from 0
             found |= {tag: plots.Curve(found[tag].x + 1, found[tag].y) for tag in plots.BY_EPOCH if tag in found}
-        freeze = yaml.safe_load((run / "config.yaml").read_text())["freeze"]
+        freeze = yaml.safe_load(read_yaml(run / "config.yaml"))["freeze"]
         frozen = min(freeze["unfreeze_epoch"], len(found["lr"].x))
         drawn["epochs"] = plots.epochs(found, frozen, found["lr"])
     return drawn

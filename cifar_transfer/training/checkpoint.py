@@ -1,7 +1,9 @@
 """Trained checkpoints: read once, checked, and turned into a network and its data."""
 
+import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -9,18 +11,22 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 from lightning.fabric.plugins import TorchCheckpointIO
+from torch import Tensor
 
 from cifar_transfer import __version__
 from cifar_transfer.data.augment import Augment
 from cifar_transfer.data.cifar import CIFAR10DataModule
 from cifar_transfer.data.folder import ImageFolderDataModule
-from cifar_transfer.data.geometry import Geometry
+from cifar_transfer.data.geometry import GEOMETRY_KEY, Geometry
+from cifar_transfer.data.images import LARGEST_SIDE
 from cifar_transfer.data.module import PERMUTATION, ImageDataModule
 from cifar_transfer.data.shapes import ShapesDataModule
 from cifar_transfer.errors import UserError, first_line
 from cifar_transfer.files import atomic_write
 from cifar_transfer.training.classifier import VERSION_KEY, TransferClassifier
+from cifar_transfer.untrusted import check_archive
 
+SHOWN = 80  # letters of a value in a message
 LOGS = "lightning_logs"  # where runs are, in the current folder
 DATA_MODULES: dict[str, type[ImageDataModule]] = {
     module.__name__: module for module in (CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule)
@@ -46,6 +52,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise UserError(f"The checkpoint {path} does not exist: a run keeps its own in RUN/checkpoints/best.ckpt.")
+    check_archive(path)
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -63,7 +70,42 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} is of version {checkpoint.get(VERSION_KEY, '0.1.0')} of this project and has options that are "
             f"unknown here, in {__version__}: {', '.join(unknown)}. Read it with that version."
         )
+    for name, (value, fits) in _fields(checkpoint).items():
+        if not fits:
+            shown = repr(value) if len(repr(value)) <= SHOWN else f"{repr(value)[:SHOWN]}..."
+            raise UserError(f"{path} is damaged or was altered: its {name} cannot be {shown}.")
     return checkpoint
+
+
+def _fields(checkpoint: dict[str, Any]) -> dict[str, tuple[Any, bool]]:
+    """What is used of a checkpoint as it is: each value, and whether a run can have written it."""
+
+    def side(value: Any) -> bool:
+        return type(value) is int and 1 <= value <= LARGEST_SIDE
+
+    def each(value: Any, fits: Callable[[Any], bool], count: int | None) -> bool:
+        return isinstance(value, list | tuple) and count in (None, len(value)) and all(map(fits, value))
+
+    def number(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value)
+
+    options, weights, geometry = checkpoint["hyper_parameters"], checkpoint["state_dict"], checkpoint.get(GEOMETRY_KEY)
+    count, names, image_size = (options.get(name) for name in ("num_classes", "class_names", "image_size"))
+    size, step = checkpoint.get("input_size"), checkpoint.get("global_step")
+    shape = {"size": (side, 2), "mean": (number, 3), "std": (lambda x: number(x) and x > 0, 3)}
+    known = isinstance(geometry, dict) and geometry.keys() == {field.name for field in fields(Geometry)}
+    whole = known and all(each(geometry[name], *kind) for name, kind in shape.items())  # type: ignore[index]
+    tensors = isinstance(weights, Mapping) and all(isinstance(value, Tensor) for value in weights.values())
+    wrong = [name for name, value in weights.items() if not value.isfinite().all()] if tensors else weights
+    return {
+        "num_classes": (count, count is None or (type(count) is int and count >= 2)),
+        "class_names": (names, names is None or each(names, lambda name: type(name) is str, count)),
+        "image_size": (image_size, image_size is None or side(image_size)),
+        "input_size": (size, size is None or each(size, side, 2)),
+        GEOMETRY_KEY: (geometry, geometry is None or (whole and geometry["input_side"] in (None, image_size))),
+        "global_step": (step, type(step) is int and step >= 0),
+        "weights, NaN or infinite in": (wrong, not wrong),
+    }
 
 
 def load_model(path: str | Path) -> TransferClassifier:

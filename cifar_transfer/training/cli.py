@@ -30,6 +30,7 @@ from cifar_transfer.training.finite_loss import Guard
 from cifar_transfer.training.freeze import BackboneFreeze
 from cifar_transfer.training.interrupt import Interrupt
 from cifar_transfer.training.logger import RunLogger
+from cifar_transfer.untrusted import read_yaml
 
 HELP = """\
 usage: python -m cifar_transfer.fit [--config FILE] [--option=VALUE ...]
@@ -126,19 +127,23 @@ class FitCLI(LightningCLI):
         """Put the configuration of a run to resume before the options, so that these override it."""
         resume = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         resume.add_argument("--resume")
+        resume.add_argument("--config", action="append", default=[])
         resume.error = parser.error  # type: ignore[method-assign]
-        run = resume.parse_known_args(args)[0].resume
+        given = resume.parse_known_args(args)[0]
+        run, files = given.resume, given.config
         if run:
             config = Path(run, runs.CONFIG)
             if not config.is_file():
                 raise UserError(f"--resume {run}: there is no {config}: name the folder of a run, {LOGS}/version_0.")
             runs.import_nothing_else(args)
-            args = ["--config", str(config), *args]
+            args, files = ["--config", str(config), *args], [config, *files]
+        for file in filter(os.path.isfile, files):
+            read_yaml(file)
         self.config = parser.parse_args(args)
         kept = self.config.clone()  # the configuration as given, but for what continues another run
         for name in ("resume", "ckpt_path"):
             kept.pop(name)
-        self.config_text = self.parser.dump(kept, skip_unset=False)
+        self.config_text = console.without_password(self.parser.dump(kept, skip_unset=False))
         root = Path(self.config.trainer.default_root_dir or ".")
         self.resumed = Path(run).resolve() if run else None
         if self.config.resume and not run:  # of a configuration that an earlier version wrote when its run continued
@@ -173,6 +178,8 @@ class FitCLI(LightningCLI):
             ours = caused_by_us(error)
             raise (self.named_as_options(ours) if ours else UserError(account(str(error)))) from None
         self.model.hparams["weights"] = self._weights
+        if self.resumed:
+            runs.check_places(self.trainer, self.resumed)
         if self._continued:
             keep_size(self.datamodule, self.model, self._continued)
         self.folder.lock(self.trainer)

@@ -35,6 +35,20 @@ def import_nothing_else(args: Sequence[str]) -> None:
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["cifar_transfer", "lightning", *named])
 
 
+def check_places(trainer: Trainer, run: Path) -> None:
+    """Refuse a run's own configuration that has files written elsewhere than in its folder or in those beside it.
+
+    It may be somebody else's, and name any place.
+    """
+    writers = [*trainer.callbacks, trainer.profiler, *trainer.loggers]  # type: ignore[attr-defined]
+    places = [getattr(writer, name, None) for writer in writers for name in ("dirpath", "log_dir")]
+    for place in filter(None, places):
+        if not Path(place).resolve().is_relative_to(run.parent):
+            raise UserError(
+                f"{run / CONFIG} has files written to {place}, outside of the run: take that out of it first."
+            )
+
+
 class RunCheckpoint(ModelCheckpoint):
     """A file of a run, replaced in one move: the best is written at the validation that finds it so, with the weights
     that were validated; the latest when an epoch is over and the schedule has stepped.
