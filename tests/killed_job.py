@@ -11,6 +11,7 @@ from cifar_transfer import TransferClassifier, files
 from cifar_transfer.data import cache
 from cifar_transfer.fit import fit
 from cifar_transfer.training import run as runs
+from cifar_transfer.training.cli import FitCLI
 from cifar_transfer.training.freeze import BackboneFreeze
 
 
@@ -50,6 +51,7 @@ def moving(left, name):
 
 
 MOMENTS = {
+    "start-up": lambda n: at(FitCLI, "before_instantiate_classes", n),
     "decoding": lambda n: at(cache.tqdm, "update", n),
     "writing the configuration": lambda n: moving(n, runs.CONFIG),
     "mid-step": lambda n: at(torch.optim.Adam, "step", n),

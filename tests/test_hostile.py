@@ -7,9 +7,12 @@ import os
 import re
 import resource
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,8 @@ import pytest
 import torch
 import yaml
 from conftest import RUN, untouched, write_images
+from matplotlib.text import Text
+from PIL import Image
 
 from cifar_transfer import Classifier, ImageFolderDataModule, predict
 from cifar_transfer.compare import _check_recipe
@@ -29,6 +34,7 @@ from cifar_transfer.figures import figures
 from cifar_transfer.fit import fit
 from cifar_transfer.network import weights
 from cifar_transfer.network.dense_conv import DenseConv2d
+from cifar_transfer.results import plots
 from cifar_transfer.results.predictions import ImagePrediction, Predictions
 from cifar_transfer.training.checkpoint import read_checkpoint
 from cifar_transfer.training.cli import FitCLI
@@ -158,7 +164,7 @@ def test_weights_that_are_nan_are_refused_instead_of_answering_nan(others, bad):
     name = next(name for name in whole["state_dict"] if name.endswith("weight"))
     whole["state_dict"][name][(0,) * whole["state_dict"][name].dim()] = bad
     torch.save(whole, best)
-    with pytest.raises(UserError, match=f"NaN or infinite in cannot be .*{re.escape(name)}"):
+    with pytest.raises(UserError, match=f"weights are NaN or infinite, first in {re.escape(name)}"):
         Classifier.load(best, "cpu")
 
 
@@ -313,3 +319,50 @@ def test_a_dense_convolution_with_a_bias_is_a_convolution_in_half_precision_too(
     assert one.dtype == other.dtype == torch.bfloat16
     assert torch.allclose(one, other, atol=0.02)
     assert torch.allclose(plain(images), dense(images), atol=1e-6)
+
+
+def bomb(kind):
+    """A small image file that stands for a gigabyte, or holds thousands of images."""
+    out = io.BytesIO()
+    image = Image.new("RGB", (8, 8), (200, 10, 10))
+    if kind in ("GIF", "TIFF", "WEBP"):
+        image.save(
+            out, kind, save_all=True, append_images=[Image.new("RGB", (8, 8), (n, 0, 0)) for n in range(250)] * 4
+        )
+        return out.getvalue()
+    image.save(out, "PNG")
+    png, packed = out.getvalue(), zlib.compress(bytes(2**30), 9)
+    name, before = {"ICC profile": (b"iCCP", b"x\0\0"), "text": (b"zTXt", b"x\0\0"), "pixels": (b"IDAT", b"")}[kind]
+    body = name + before + packed
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    at = png.index(b"IDAT") - 4
+    return png[:at] + chunk + png[at:] if name != b"IDAT" else png[:at] + chunk + png[-12:]
+
+
+@pytest.mark.parametrize("kind", ["ICC profile", "text", "pixels", "GIF", "TIFF", "WEBP"])
+def test_small_files_that_stand_for_gigabytes_take_no_memory(tmp_path, kind):
+    path = tmp_path / "x.png"
+    path.write_bytes(bomb(kind))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with suppress(UserError):
+        assert read_image(path).shape == (3, 8, 8), "the first image"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kilobytes"
+
+
+def test_figures_of_a_thousand_classes_show_those_with_the_most_mistakes(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(2000) % 1000
+    probabilities = torch.nn.functional.one_hot(labels, 1000) * 0.5 + torch.rand(2000, 1000, generator=generator) / 1000
+    probabilities[labels == 7] = probabilities[labels == 8]  # always mistaken
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    seen = Predictions([f"class {n}" for n in range(1000)], labels, probabilities, torch.tensor([0]), images)
+    for draw, words in ((plots.confusion, "most mistakes"), (plots.per_class, "lowest F1")):
+        figure = draw(seen)
+        names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        assert len(names) == plots.MOST_CLASSES
+        assert {"class 7", "class 8"} <= set(names)
+        assert any(f"100 of 1,000 classes with the {words}" in text.get_text() for text in figure.findobj(Text))
+
+
+def test_names_that_are_no_text_are_drawn_as_escapes():
+    assert plots.lettering(["a\nb", "\x1b[2J"]).names == {"a\nb": r"a\nb", "\x1b[2J": r"\x1b[2J"}

@@ -18,6 +18,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from cifar_transfer.console import printable
 from cifar_transfer.results.predictions import Predictions
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # all but yellow and black
@@ -25,6 +26,7 @@ BLUE, ORANGE, SKY, GREY = COLOURS[0], COLOURS[1], COLOURS[5], "#999999"
 DPI = 100
 COLUMNS = 8  # images in a row
 NUMBERED = 20  # classes up to which a confusion matrix has numbers in its cells
+MOST_CLASSES = 100  # in a figure; of more, those with the most mistakes
 BY_EPOCH = ("train/loss_epoch", "val/loss", "train/acc", "val/acc", "lr")
 SMOOTHED = 0.95  # weight of the past in the smoothed loss, as TensorBoard's slider has it
 BASE = "DejaVu Sans"  # comes with matplotlib
@@ -42,8 +44,8 @@ class Lettering(NamedTuple):
 
 def lettering(names: Iterable[str]) -> Lettering:
     """Find fonts for names in any script; without one for all its letters, a name is transliterated by anyascii."""
-    names = list(names)
-    missing, families = set[str]().union(*names) - _letters(font_manager.findfont(BASE)), [BASE]
+    texts = {name: printable(name) for name in names}
+    missing, families = set[str]().union(*texts.values()) - _letters(font_manager.findfont(BASE)), [BASE]
     for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name not in BROAD, font.name)):
         if not missing:
             break
@@ -53,8 +55,8 @@ def lettering(names: Iterable[str]) -> Lettering:
         if found := missing & _letters(font.fname):
             families.append(font.name)
             missing -= found
-    drawn = {name: anyascii(name).strip() if missing.intersection(name) else name for name in names}
-    latin = any(name != shown for name, shown in drawn.items())
+    drawn = {name: anyascii(text).strip() if missing.intersection(text) else text for name, text in texts.items()}
+    latin = any(drawn[name] != text for name, text in texts.items())
     note = "Names in Latin letters: no font here has theirs (Noto Sans CJK has many)." if latin else ""
     # A dollar sign would begin a formula.
     return Lettering(families, {name: shown.replace("$", r"\$") for name, shown in drawn.items()}, note)
@@ -115,9 +117,12 @@ def epochs(curves: dict[str, Curve], frozen: int, lr: Curve) -> Figure:
 
 def confusion(predictions: Predictions) -> Figure:
     """Counts, and shares of each class's images; numbers in the cells of up to 20 classes."""
-    counts, letters = predictions.confusion(), lettering(predictions.names)
-    classes, few = len(counts), len(counts) <= NUMBERED
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    counts = predictions.confusion()
+    mistakes = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
+    shown = np.sort(np.argsort(-mistakes, kind="stable")[:MOST_CLASSES])
+    shares = (counts / np.maximum(counts.sum(1, keepdims=True), 1))[np.ix_(shown, shown)]
+    every, counts = len(counts), counts[np.ix_(shown, shown)]
+    letters, classes, few = lettering(predictions.names[row] for row in shown), len(shown), len(shown) <= NUMBERED
     side = min(16.0, max(4.0, 1.6 + (0.42 if few else 0.13) * classes))
     # The room for long names below the axes is only reckoned roughly.
     figure = Figure(figsize=(2 * side + 1, side + 0.4), layout=ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.1))
@@ -126,22 +131,26 @@ def confusion(predictions: Predictions) -> Figure:
         axes.imshow(values, cmap="Blues", vmin=0, vmax=max(1, values.max()))
         axes.set_title(title)
         for axis, label in ((axes.xaxis, "predicted"), (axes.yaxis, "true")):
-            axis.set_ticks(range(classes), letters.names.values(), fontsize=9 if few else 5, family=letters.families)
+            names = [letters.names[predictions.names[row]] for row in shown]
+            axis.set_ticks(range(classes), names, fontsize=9 if few else 5, family=letters.families)
             axis.set_label_text(label)
         axes.tick_params(axis="x", rotation=90 if classes > 3 else 0)
         for (row, column), value in np.ndenumerate(values) if few else ():
             color = "w" if value > values.max() / 2 else "k"
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
+    if classes < every:
+        figure.suptitle(f"The {classes} of {every:,} classes with the most mistakes")
     note(figure, letters)
     return figure
 
 
 def per_class(predictions: Predictions) -> Figure:
     """A table of precision, recall, F1 and the number of images; the worst F1 first."""
-    counts, letters = predictions.confusion(), lettering(predictions.names)
+    counts = predictions.confusion()
     hits, truth, said = counts.diagonal(), counts.sum(1), counts.sum(0)
     f1 = 2 * hits / np.maximum(said + truth, 1)
-    order = np.argsort(f1, kind="stable")
+    order = np.argsort(f1, kind="stable")[:MOST_CLASSES]
+    letters = lettering(predictions.names[row] for row in order)
     lines, names = range(len(order)), [letters.names[predictions.names[row]] for row in order]
     figure = Figure(figsize=(7, 0.9 + 0.24 * len(order)), layout="constrained")
     axes = figure.subplots()
@@ -155,6 +164,8 @@ def per_class(predictions: Predictions) -> Figure:
             axes.text(x, line, f"{value:d}" if title == "images" else f"{value:.1f}", ha="right", va="center")
     axes.set(xlim=(0, 180), ylim=(len(order) - 0.4, -1.6), xticks=[0, 50, 100])
     axes.set_xlabel("F1 (%)", loc="left")
+    if len(order) < len(counts):
+        axes.set_title(f"The {len(order)} of {len(counts):,} classes with the lowest F1", fontsize=10)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     note(figure, letters)

@@ -13,6 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from cifar_transfer.console import printable
 from cifar_transfer.data.geometry import pixels, resize
 from cifar_transfer.data.module import ImageDataModule, step_seed
 from cifar_transfer.files import atomic_write
@@ -107,5 +108,5 @@ def publish(run: Path, split: str, collected: CollectPredictions, board: Summary
     # Drawn from the file, so that drawing it again later gives the same pixels.
     save(prediction_plots(Predictions.load(folder / f"predictions-{split}.npz"), split), folder, board, step)
     if board is not None and collected.features is not None:
-        names = [collected.predictions.names[label] for label in collected.classes.tolist()]
+        names = [printable(collected.predictions.names[label]) for label in collected.classes.tolist()]
         board.add_embedding(collected.features, names, collected.thumbnails / 255, step, tag=f"{split} features")
