@@ -1,11 +1,14 @@
 """What several tests share: a tiny job, real data where it is at hand."""
 
 import copy
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import jsonargparse._common
 import numpy as np
@@ -37,12 +40,46 @@ TINY = [
 ]
 
 
+# A server that has imported what takes seconds, and of which each run of `run_fit` is a fork. That `python -m` does the
+# same is seen wherever a test starts a process by itself.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["cifar_transfer.training.cli", "cifar_transfer.training.find_lr", "cifar_transfer.inference.predictor"]
+)
+
+
+class Done(NamedTuple):
+    """A process that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def _module(folder, module, options, environment):
+    multiprocessing.set_start_method("fork", force=True)  # as it is in a process of its own
+    os.chdir(folder)
+    os.environ |= environment
+    for number, name, flags in ((0, os.devnull, os.O_RDONLY), (1, "out", os.O_WRONLY), (2, "err", os.O_WRONLY)):
+        os.dup2(os.open(environment["RUN_FIT"] + name if number else name, flags), number)
+    sys.argv[1:] = options
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
 def run_fit(folder, *options, module="cifar_transfer.fit", expect=0, timeout=300):
     """Run an entry point in a process of its own, in `folder`."""
-    command = [sys.executable, "-m", module, *map(str, options)]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
-    )
+    with TemporaryDirectory() as place:
+        streams = [Path(place, name) for name in ("out", "err")]
+        for stream in streams:
+            stream.touch()
+        environment = os.environ | {"RUN_FIT": f"{place}{os.sep}"}
+        process = FORKS.Process(target=_module, args=(folder, module, [*map(str, options)], environment))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            pytest.fail(f"{module} takes more than {timeout} s")
+        done = Done(process.exitcode, *(stream.read_text(errors="replace") for stream in streams))
     assert done.returncode == expect, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
