@@ -1,5 +1,4 @@
 import hashlib
-import multiprocessing
 import os
 import random
 import re
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import FORKS
 
 from cifar_transfer.download import fetch
 from cifar_transfer.errors import UserError
@@ -134,36 +134,33 @@ def test_an_existing_file_is_neither_read_nor_replaced(server: BrokenServer, tmp
     assert not server.hits
 
 
-def test_of_four_processes_one_downloads(
-    server: BrokenServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def _fetch_and_say(said: Path, *args: object, **options: object) -> None:
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    fetch(*args, **options)  # type: ignore[arg-type]
+
+
+def test_of_four_processes_one_downloads(server: BrokenServer, tmp_path: Path) -> None:
     server.slow_rate = 40_000
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cifar_transfer.download"])  # otherwise each imports for seconds, one by one
-    processes = [
-        context.Process(target=fetch, args=([server.url("/slow/file")], tmp_path / "x.bin"), kwargs={"digest": SHA256})
-        for _ in range(4)
-    ]
+    folder, said = tmp_path / "there", tmp_path / "said"
+    args = (said, [server.url("/slow/file")], folder / "x.bin")
+    processes = [FORKS.Process(target=_fetch_and_say, args=args, kwargs={"digest": SHA256}) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 4
     assert server.hits == {"/slow/file": 1}
-    assert (tmp_path / "x.bin").read_bytes() == DATA
-    assert os.listdir(tmp_path) == ["x.bin"]
-    said = capfd.readouterr().err
-    assert said.count("waiting for another process to download x.bin\n") == 3
-    assert said.count("downloaded x.bin: 150kB in") == 1
+    assert (folder / "x.bin").read_bytes() == DATA
+    assert os.listdir(folder) == ["x.bin"]
+    assert said.read_text().count("waiting for another process to download x.bin\n") == 3
+    assert said.read_text().count("downloaded x.bin: 150kB in") == 1
 
 
 def test_a_killed_download_leaves_nothing_under_the_name_and_the_next_succeeds(
     server: BrokenServer, tmp_path: Path
 ) -> None:
     path = tmp_path / "x.bin"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cifar_transfer.download"])
-    killed = context.Process(
+    killed = FORKS.Process(
         target=fetch, args=([server.url("/stall/file")], path), kwargs={"digest": MD5, "stall_seconds": 60}
     )
     killed.start()
