@@ -196,8 +196,3 @@ def once(tmp_path_factory, name, make):
 def run(tmp_path_factory):
     options = [*TINY, "--trainer.max_epochs=1", "--freeze.unfreeze_epoch=0", "--report.figures=true"]
     return once(tmp_path_factory, "run", lambda folder: run_fit(folder, *options))
-
-
-def pytest_xdist_auto_num_workers(config):
-    """One more than there are cores, because many tests wait for processes and servers."""
-    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else None

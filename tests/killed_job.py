@@ -1,4 +1,4 @@
-"""A run that is killed at a moment of its own: `python killed_job.py MOMENT N [options of fit]`, at the N-th time."""
+"""A run that is killed at a moment of its own: `MOMENT N [options of fit]`, at the N-th time."""
 
 import io
 import os

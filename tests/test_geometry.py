@@ -73,11 +73,18 @@ CASES = {
 }
 # Of the others the graphs are no different.
 EXPORTED = ("one of 33 pixels among 32", "rectangles", "rectangles, larger", "decoded to a size")
+WHOLE = [
+    pytest.param(*case, id=f"{name}, onnx", marks=pytest.mark.whole if name != "rectangles, larger" else ())
+    for name, case in CASES.items()
+    if name in EXPORTED
+]
 
 
-@pytest.mark.parametrize(("images", "model", "data", "size"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    ("images", "model", "data", "size"), [*(pytest.param(*case, id=name) for name, case in CASES.items()), *WHOLE]
+)
 def test_the_same_images_give_the_same_everywhere(tmp_path, request, record_property, images, model, data, size):
-    exported = request.node.callspec.id in EXPORTED
+    name = request.node.callspec.id
     trained = fit(folder(tmp_path / "run", **images), model, **data)
     ckpt = tmp_path / "run" / "best.ckpt"
     assert read_checkpoint(ckpt)["input_size"] == list(size)
@@ -95,11 +102,12 @@ def test_the_same_images_give_the_same_everywhere(tmp_path, request, record_prop
     pixels = torch.stack([torch.from_numpy(read_image(file, size)) for file in files]) / 255
     with torch.no_grad():
         worst["training"] = float((trained.eval()(pixels).softmax(1) - shares).abs().max())
-    if exported:
-        onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is an optional extra")
+    if name in EXPORTED:
         export(str(ckpt), "torch_export")
         graph = torch.export.load(ckpt.with_suffix(".pt2")).module()
         worst["torch_export"] = float((graph(pixels).detach().softmax(1) - shares).abs().max())
+    if name.endswith("onnx"):
+        onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is an optional extra")
         export(str(ckpt), "onnx")
         session = onnxruntime.InferenceSession(ckpt.with_suffix(".onnx"), providers=["CPUExecutionProvider"])
         logits = torch.from_numpy(session.run(None, {"images": pixels.numpy()})[0])

@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import TINY, assert_same_weights, curves, run_fit, write_images
 
-JOB = Path(__file__).with_name("killed_job.py")
 RUN = "lightning_logs/version_0"
 LAST = f"{RUN}/checkpoints/last.ckpt"
 
@@ -58,9 +57,7 @@ def killed(folder, moment, number, options, chance):
     resume = [f"--resume={run}"] if run else options
     if moment == "any":
         moment, number = chance.choice(("mid-step", "validation", "moving last.ckpt")), chance.randint(1, 3)
-    command = [sys.executable, JOB, moment, str(number), *resume]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == -signal.SIGKILL, f"{moment} never came:\n{done.stdout}{done.stderr}"
+    run_fit(folder, moment, number, *resume, module="killed_job", expect=-signal.SIGKILL)
     for path in folder.rglob("*.ckpt"):
         assert "state_dict" in torch.load(path, "cpu", weights_only=True), "whole, whatever happened"
 
