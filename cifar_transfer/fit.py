@@ -25,15 +25,10 @@ from cifar_transfer.training.interrupt import end_with_the_first
 
 
 class Outcome(NamedTuple):
-    """What a run came to.
+    """What a run came to."""
 
-    Attributes:
-        scores: `best/val_acc` and, where there are test images, `best/test_acc`, as shares of 1.
-        best: The checkpoint with the best validation accuracy.
-    """
-
-    scores: dict[str, float]
-    best: Path
+    scores: dict[str, float]  # `best/val_acc` and, where there are test images, `best/test_acc`, as shares of 1
+    best: Path  # the checkpoint with the best validation accuracy
 
 
 def fit(args: Sequence[str]) -> Outcome | None:

@@ -27,8 +27,7 @@ def evaluate_checkpoint(
     Args:
         trainer: May have trained before; it is left as it was.
         ckpt: The checkpoint, which every process reads.
-        data: Has the split's images.
-        split: "val" or "test".
+        data: Has the images of `split`, "val" or "test".
         collect: Keeps the predictions.
         mirrored: Also score each image and its mirror image together.
 

@@ -32,23 +32,14 @@ PLOT = "find_lr.png"
 
 
 class Curve(NamedTuple):
-    """What a range test saw.
+    """What a range test saw."""
 
-    Attributes:
-        title: What was trained.
-        option: Of `fit`, the one that the rate is for.
-        rates: Of the batches, rising.
-        losses: Of the batches.
-        smooth: The losses' mean around each rate.
-        suggestion: The learning rate to begin with, or None if the loss fell at none.
-    """
-
-    title: str
-    option: str
-    rates: list[float]
+    title: str  # what was trained
+    option: str  # of `fit`, the one that the rate is for
+    rates: list[float]  # of the batches, rising
     losses: list[float]
-    smooth: list[float]
-    suggestion: float | None
+    smooth: list[float]  # the losses' mean around each rate
+    suggestion: float | None  # the learning rate to begin with, or None if the loss fell at none
 
     def __str__(self) -> str:
         """The option as `fit` takes it."""
@@ -97,8 +88,7 @@ def find_lr(trainer: Trainer, model: TransferClassifier, data: LightningDataModu
 
     Args:
         trainer: With `settings` and the run's `BackboneFreeze`.
-        model: Whose weights stay as they are.
-        data: For training.
+        model: Its weights stay as they are.
 
     Returns:
         The curve of the frozen phase, if the run has one, and that of the whole network.
@@ -135,15 +125,10 @@ def _run(trainer: Trainer, model: TransferClassifier, data: LightningDataModule,
 
 
 def suggest(rates: Sequence[float], losses: Sequence[float]) -> tuple[list[float], float | None]:
-    """The losses' mean around each rate, and the learning rate that they suggest.
+    """The mean around each rate of losses, some of which may be NaN or infinite, and the rate that they suggest.
 
-    Args:
-        rates: Rising from `LOWEST`.
-        losses: As many; some may be NaN or infinite.
-
-    Returns:
-        Means under a bell that falls to a half within 0.3 decades, and the suggestion, or None if they fall by no more
-        than the losses at the lowest rates differ among themselves.
+    The mean is under a bell that falls to a half within 0.3 decades. There is no suggestion if it falls by no more than
+    the losses at the lowest rates differ among themselves.
     """
     at, values = np.log10(rates), np.array(losses)
     bell = np.exp(-(((at[:, None] - at) / 0.25) ** 2) / 2) * np.isfinite(values)

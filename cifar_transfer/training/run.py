@@ -189,9 +189,9 @@ class RunFolder(Callback):
 
 
 def requeued_run(logs: Path, config: str) -> Path | None:
-    """The run that a requeued SLURM job continues: its first unfinished one with this configuration, or finished one.
+    """The run that a requeued SLURM job continues, told from others of the job by its configuration, or None.
 
-    Several fits in one job are told apart by their configurations. None if there is none, or it was not requeued.
+    An unfinished one comes before a finished one.
     """
     if (job := slurm_job()) is None or int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0:
         return None
