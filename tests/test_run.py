@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import curves, run_fit, untouched
+from conftest import curves, run_fit, untouched, write_images
 from lightning.pytorch.callbacks import Callback
 
 from cifar_transfer.errors import UserError
@@ -143,6 +143,17 @@ def test_a_run_belongs_to_one_process(tmp_path, again):
 def test_a_change_that_would_spoil_the_run_is_refused(tmp_path, again, way, options, words):
     with untouched(tmp_path), pytest.raises(UserError, match=words):
         fit([*SMALL, way.format(again), "--trainer.max_epochs=3", *options])
+
+
+def test_a_resume_is_refused_before_anything_is_decoded(tmp_path):
+    write_images(tmp_path / "photos" / "train", 12)
+    options = ["--model.backbone=lenet5", "--model.weights=none", "--data=ImageFolderDataModule", "--data.root=photos"]
+    options += ["--data.batch_size=8", "--report.figures=false", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
+    run = fit(options).best.parents[1]
+    shutil.rmtree(tmp_path / "photos" / ".cifar_transfer")
+    for change in ("--model.lr=0.5", "--data.val_fraction=0.5"):
+        with untouched(tmp_path), pytest.raises(UserError, match="the checkpoint"):
+            fit([f"--resume={run}", change])
 
 
 def test_other_changes_are_said_with_their_effect(again, caplog):

@@ -249,7 +249,7 @@ class TransferClassifier(SizedModule):
             data.continue_run(self.trainer.ckpt_path, options)
         if self._trainer.state.fn != TrainerFn.FITTING:
             return
-        for change in resume.compare_checkpoint(self.trainer, self.hparams, checkpoint):
+        for change in resume.compare_checkpoint(self.trainer, self, data, checkpoint):
             rank_zero_info(change)
         mine, given = self.state_dict(), checkpoint["state_dict"]
         if other := [key for key in mine if key in given and mine[key].shape != given[key].shape]:

@@ -30,6 +30,7 @@ from cifar_transfer.training.finite_loss import Guard
 from cifar_transfer.training.freeze import BackboneFreeze
 from cifar_transfer.training.interrupt import Interrupt
 from cifar_transfer.training.logger import RunLogger
+from cifar_transfer.training.resume import compare_checkpoint
 from cifar_transfer.untrusted import read_yaml
 
 HELP = """\
@@ -181,6 +182,7 @@ class FitCLI(LightningCLI):
         if self.resumed:
             runs.check_places(self.trainer, self.resumed)
         if self._continued:
+            compare_checkpoint(self.trainer, self.model, self.datamodule, self._continued)  # before anything is decoded
             keep_size(self.datamodule, self.model, self._continued)
         self.folder.lock(self.trainer)
 

@@ -81,14 +81,13 @@ def compare(saved: Mapping[str, Any], asked: Mapping[str, Any], within_epoch: bo
     return sorted(changes)
 
 
-def compare_checkpoint(trainer: Trainer, options: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> list[str]:
-    """What differs between a checkpoint and the run that continues from it; see `compare`."""
+def compare_checkpoint(trainer: Trainer, model: Any, data: Any, checkpoint: Mapping[str, Any]) -> list[str]:
+    """What differs between a checkpoint and the run of these that continues from it; see `compare`."""
     loops = checkpoint["loops"]["fit_loop"]
-    data = getattr(trainer.datamodule, "hparams", {})  # type: ignore[attr-defined]
     run = checkpoint["callbacks"].get("RunFolder", {})
     saved_data = checkpoint.get("datamodule_hyper_parameters", {})
     saved = flat(model=checkpoint.get("hyper_parameters", {}), data=saved_data) | run
-    asked = flat(model=options, data=data)
+    asked = flat(model=model.hparams, data=getattr(data, "hparams", {}))
     asked |= {"processes": trainer.world_size, "max_epochs": trainer.max_epochs}
     within = not loops["epoch_loop.batch_progress"]["is_last_batch"]
     return compare(saved, asked, within_epoch=within, unfrozen=False)
