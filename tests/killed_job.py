@@ -54,7 +54,7 @@ MOMENTS = {
     "start-up": lambda n: at(FitCLI, "before_instantiate_classes", n),
     "decoding": lambda n: at(cache.tqdm, "update", n),
     "writing the configuration": lambda n: moving(n, runs.CONFIG),
-    "mid-step": lambda n: at(torch.optim.Adam, "step", n),
+    "mid-step": lambda n: at(TransferClassifier, "optimizer_step", n),  # of any optimizer
     "half of best.ckpt": lambda n: half_written(n, "best.ckpt"),
     "half of last.ckpt": lambda n: half_written(n, "last.ckpt"),
     "moving last.ckpt": lambda n: moving(n, "last.ckpt"),
