@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from PIL import Image
 
 from cifar_transfer import Classifier, ImageFolderDataModule, predict
 from cifar_transfer.compare import _check_recipe
-from cifar_transfer.data import cifar, splits
+from cifar_transfer.data import cifar, loading, splits
 from cifar_transfer.data.cache import CACHE_FOLDER, cached
 from cifar_transfer.data.images import ArrayImages, read_image, read_size
 from cifar_transfer.data.loading import workers_within
@@ -288,11 +289,21 @@ def test_fewer_processes_decode_where_few_files_may_be_open():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
-        with pytest.warns(UserWarning, match="2 instead of 8 processes decode images"):
-            assert workers_within(8) == 2
+        with pytest.warns(UserWarning, match="2 instead of 8 processes decode images, because `ulimit"):
+            assert workers_within(8, 1) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert workers_within(8) == 8
+    assert workers_within(8, 1) == 8
+
+
+def test_fewer_processes_decode_where_shared_memory_is_small(monkeypatch):
+    """Docker's 64 MB, and batches of 256 images of 64 pixels; all files that one likes may be open."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda _: SimpleNamespace(free=64_000_000))
+    with pytest.warns(UserWarning, match=r"3 instead of 8 processes .* /dev/shm has 64 MB"):
+        assert workers_within(8, 3 * 64 * 64 * 256) == 3
+    with pytest.warns(UserWarning, match="0 instead of 8 processes"):
+        assert workers_within(8, 3 * 512 * 512 * 256) == 0
 
 
 @pytest.mark.whole

@@ -1,7 +1,10 @@
 """Loaders: which images each process reads, in which order, and from where a resumed epoch goes on."""
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
@@ -13,6 +16,8 @@ from cifar_transfer.errors import UserError
 
 RESERVED_FILES = 40  # that a process may have open beside
 FILES_A_WORKER = 6  # of its queues and pipes, and of the images in shared memory
+SHARED_MEMORY = Path("/dev/shm")  # through which torch's workers pass their batches
+BATCHES_AHEAD = 3  # of a worker: two that wait, and one that is being made
 LOADERS = 2  # of training and validation, whose workers live side by side
 
 
@@ -72,17 +77,28 @@ def evaluation_loader(images: Images, batch_size: int, workers: int, rank: int, 
     return DataLoader(images, batch_size, sampler=sampler, **_reading(workers))
 
 
-def workers_within(asked: int | None) -> int:
-    """How many processes decode: so many, or one for each core, within the limit of open files."""
-    wanted = cores() if asked is None else asked
-    try:
-        import resource  # not on Windows, which has no such limit
-    except ImportError:
-        return wanted
-    most = max(0, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_FILES) // FILES_A_WORKER // LOADERS)
-    if wanted > most:
-        rank_zero_warn(f"{most} instead of {wanted} processes decode images, for `ulimit -n` admits few open files.")
-    return min(wanted, most)
+def workers_within(asked: int | None, batch_bytes: int) -> int:
+    """How many processes decode: so many, or one for each core, within what the system admits.
+
+    Without files to open a loader fails in mid-epoch, and without shared memory, of which Docker gives 64 MB, it waits
+    for ever. `batch_bytes` are those of the largest batch.
+    """
+    wanted, limits = cores() if asked is None else asked, {}
+    with suppress(ImportError):  # on Windows, which has no such limit
+        import resource
+
+        if (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) != resource.RLIM_INFINITY:
+            limits["`ulimit -n` admits few open files"] = (files - RESERVED_FILES) // FILES_A_WORKER
+    if SHARED_MEMORY.is_dir():
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        limits[f"{SHARED_MEMORY} has {free / 1e6:.0f} MB (docker run --shm-size)"] = free // (
+            BATCHES_AHEAD * batch_bytes
+        )
+    for why, most in limits.items():
+        if wanted > (most := max(0, most // LOADERS)):
+            rank_zero_warn(f"{most} instead of {wanted} processes decode images, because {why}.")
+            wanted = most
+    return wanted
 
 
 def _reading(workers: int) -> dict:

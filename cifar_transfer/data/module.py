@@ -224,7 +224,11 @@ class ImageDataModule(LightningDataModule):
             raise UserError(f"There are no {split} images: add a folder {split}/ with the same classes.")
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         images = self.images[split]
-        workers = workers_within(self.num_workers) if images.on_the_fly else 0
+        workers = 0
+        if images.on_the_fly:
+            height, width = self.size or self.image_size
+            largest = 3 * height * width * max(self.batch_size, self.eval_batch_size)
+            workers = workers_within(self.num_workers, largest)
         return {"images": images, "workers": workers, "rank": rank, "world": world}
 
     def train_dataloader(self) -> DataLoader[Batch]:
