@@ -91,9 +91,8 @@ def workers_within(asked: int | None, batch_bytes: int) -> int:
             limits["`ulimit -n` admits few open files"] = (files - RESERVED_FILES) // FILES_A_WORKER
     if SHARED_MEMORY.is_dir():
         free = shutil.disk_usage(SHARED_MEMORY).free
-        limits[f"{SHARED_MEMORY} has {free / 1e6:.0f} MB (docker run --shm-size)"] = free // (
-            BATCHES_AHEAD * batch_bytes
-        )
+        room = f"{SHARED_MEMORY} has {free / 1e6:.0f} MB (docker run --shm-size)"
+        limits[room] = free // (BATCHES_AHEAD * batch_bytes)
     for why, most in limits.items():
         if wanted > (most := max(0, most // LOADERS)):
             rank_zero_warn(f"{most} instead of {wanted} processes decode images, because {why}.")

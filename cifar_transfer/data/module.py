@@ -227,8 +227,8 @@ class ImageDataModule(LightningDataModule):
         workers = 0
         if images.on_the_fly:
             height, width = self.size or self.image_size
-            largest = 3 * height * width * max(self.batch_size, self.eval_batch_size)
-            workers = workers_within(self.num_workers, largest)
+            largest = 3 * height * width * max(self.batch_size, self.eval_batch_size)  # bytes of a batch
+            workers = workers_within(self.num_workers, largest * world)  # as all share the memory
         return {"images": images, "workers": workers, "rank": rank, "world": world}
 
     def train_dataloader(self) -> DataLoader[Batch]:
