@@ -238,7 +238,7 @@ def test_an_old_run_goes_on_as_it_began(tmp_path, monkeypatch):
     checkpoint["datamodule_hyper_parameters"]["root"] = "photos"
     torch.save(checkpoint, "old.ckpt")
     options = [f"--model.backbone={TINY}", "--model.image_size=24", "--trainer.accelerator=cpu", "--ckpt_path=old.ckpt"]
-    options += ["--data=ImageFolderDataModule", "--data.root=photos"]
+    options += ["--data=ImageFolderDataModule", "--data.root=photos", "--data.val_fraction=0.4", "--model.lr=0.05"]
     assert FitCLI(options).datamodule.fixed_size == (40, 40)
     assert FitCLI([*options, "--data.decode_size=32"]).datamodule.fixed_size is None
 

@@ -121,6 +121,10 @@ def test_a_resumed_configuration_may_name_lightnings_classes_and_what_the_comman
         "from cifar_transfer import ShapesDataModule\nclass Mine(ShapesDataModule):\n    pass\n"
     )
     text = config.read_text().replace("cifar_transfer.ShapesDataModule", "mine.Mine")
+    last = tmp_path / RUN / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["datamodule_hyper_parameters"]["data"] = "Mine"
+    torch.save(checkpoint, last)
     assert "mine.Mine" in text
     stopping = "{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/loss}}"
     config.write_text(text.replace("callbacks: null", f"callbacks: [{stopping}]"))
