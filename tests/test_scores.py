@@ -72,7 +72,9 @@ def predicted(best, split):
     return sum(right) / len(right)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.whole] * (case == "EMA, twice an epoch")) for case in CASES]
+)
 def test_the_scores_of_a_run_are_those_of_its_best_checkpoint(tmp_path, monkeypatch, capsys, case):
     monkeypatch.chdir(tmp_path)
     outcome = fit([*JOB, *CASES[case]])
