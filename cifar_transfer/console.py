@@ -97,7 +97,7 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 
 def without_password(text: str) -> str:
     """A text whose addresses (`https://name:password@host/`) have no user and password, to be kept or shown."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 def printable(text: str) -> str:

@@ -26,6 +26,7 @@ from PIL import Image
 
 from cifar_transfer import Classifier, ImageFolderDataModule, predict
 from cifar_transfer.compare import _check_recipe
+from cifar_transfer.console import without_password
 from cifar_transfer.data import cifar, loading, splits
 from cifar_transfer.data.cache import CACHE_FOLDER, cached
 from cifar_transfer.data.images import ArrayImages, read_image, read_size
@@ -283,6 +284,8 @@ def test_the_password_of_an_address_is_kept_nowhere(tmp_path, monkeypatch):
     assert "http://127.0.0.1:9" in cli.config_text
     _check_recipe([f"--data.url={secret}"], tmp_path / "recipe.json")
     assert "pa55word" not in (tmp_path / "recipe.json").read_text()
+    said = without_password("a: http://me:p@ss@host/x?y=1 b: https://token@host, c: http://host/a@b")
+    assert said == "a: http://host/x?y=1 b: https://host, c: http://host/a@b"
 
 
 def test_fewer_processes_decode_where_few_files_may_be_open():
