@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cifar_transfer.inference.predictor import Classifier as Classifier
     from cifar_transfer.training.classifier import TransferClassifier as TransferClassifier
     from cifar_transfer.training.freeze import BackboneFreeze as BackboneFreeze
+    from cifar_transfer.training.phases import Phase as Phase
 
 # Imported when first used: a command that needs no network should not wait for torch.
 _ROOMS = {
@@ -23,6 +24,7 @@ _ROOMS = {
     "Classifier": "inference.predictor",
     "ImageDataModule": "data.module",
     "ImageFolderDataModule": "data.folder",
+    "Phase": "training.phases",
     "ShapesDataModule": "data.shapes",
     "TransferClassifier": "training.classifier",
 }

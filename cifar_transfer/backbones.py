@@ -12,6 +12,7 @@ from cifar_transfer.errors import UserError, first_line, one_sentence
 from cifar_transfer.network import build, catalog
 from cifar_transfer.network.catalog import LENET, TIMM
 from cifar_transfer.network.small_images import ASSUMED
+from cifar_transfer.network.stages import stages
 
 COLUMNS = {
     "name": "name",
@@ -72,6 +73,7 @@ def detail(name: str, size: int | None) -> str:
         f"{name} at {stock.image_size} pixels",
         f"  stem    {stem}: {network.get_submodule(stem)}",
         *(f"  head    {head}: {network.get_submodule(head)}" for head in stock.heads),
+        f"  stages  {', '.join(stages(network, stock.heads))}",
         f"  frozen  {total - free:,} of {total:,} parameters while only the head trains",
     ]
     for entry in catalog.weights(name).values():

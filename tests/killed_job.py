@@ -10,9 +10,9 @@ import torch
 from cifar_transfer import TransferClassifier, files
 from cifar_transfer.data import cache
 from cifar_transfer.fit import fit
+from cifar_transfer.training import optimizer
 from cifar_transfer.training import run as runs
 from cifar_transfer.training.cli import FitCLI
-from cifar_transfer.training.freeze import BackboneFreeze
 
 
 def at(owner, name, left, when=lambda *args: True):
@@ -59,7 +59,7 @@ MOMENTS = {
     "half of last.ckpt": lambda n: half_written(n, "last.ckpt"),
     "moving last.ckpt": lambda n: moving(n, "last.ckpt"),
     "trimming the curves": lambda n: at(runs, "trim_events", n),
-    "unfreezing": lambda n: at(BackboneFreeze, "_start_afresh", n),
+    "unfreezing": lambda n: at(optimizer, "start_afresh", n),
     "validation": lambda n: at(
         TransferClassifier, "validation_step", n, lambda model, *_: not model.trainer.sanity_checking
     ),

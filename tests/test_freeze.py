@@ -40,6 +40,8 @@ class Watch(Callback):
                     "lr": trainer.optimizers[0].param_groups[0]["lr"],
                     "bad": trainer.lr_scheduler_configs[0].scheduler.num_bad_epochs,
                     "training": batch_norm.training,
+                    "trains": {name for name, p in module.named_parameters() if p.requires_grad},
+                    "eval": {name for name, child in module.named_modules() if not child.training},
                 }
             )
 
@@ -93,11 +95,12 @@ def test_beyond_the_last_epoch_only_the_head_trains(tmp_path):
 
 def test_patterns_freeze_only_what_they_name(tmp_path):
     freeze = BackboneFreeze(unfreeze_epoch=99, frozen=[r"network\.(conv1|stage2)\."])
-    _, module = fit(tmp_path, freeze, 1)
-    for name, parameter in module.named_parameters():
-        assert parameter.requires_grad != name.startswith(("network.conv1.", "network.stage2.")), name
-    assert not module.network.stage2[0].branch1[1].training
-    assert module.network.stage3[0].branch1[1].training
+    rows, module = fit(tmp_path, freeze, 1)
+    names = {name for name, _ in module.named_parameters()}
+    assert names - rows[0]["trains"] == {n for n in names if n.startswith(("network.conv1.", "network.stage2."))}
+    assert {"network.conv1", "network.stage2", "network.stage2.0.branch1.1"} <= rows[0]["eval"]
+    assert not {"network", "network.stage3", "network.stage3.0.branch1.1"} & rows[0]["eval"]
+    assert all(parameter.requires_grad for parameter in module.parameters()), "given back as it was"
 
 
 def test_a_pattern_that_matches_nothing_is_refused(tmp_path):
@@ -114,7 +117,7 @@ def test_a_module_without_a_named_head_is_not_frozen_as_a_whole(tmp_path):
     module, _ = make()
     del module.heads
     with pytest.raises(UserError, match="names no head"):
-        BackboneFreeze().setup(quiet_trainer(default_root_dir=tmp_path), module, "fit")
+        BackboneFreeze().on_fit_start(quiet_trainer(default_root_dir=tmp_path), module)
 
 
 @pytest.mark.parametrize("bad", [{"unfreeze_epoch": -1}, {"unfrozen_lr": 0.0}])
@@ -125,7 +128,7 @@ def test_options_out_of_range_are_refused(bad):
 
 def test_strategies_that_shard_are_refused(tmp_path):
     module, _ = make()
-    trainer = SimpleNamespace(strategy=Mock(spec=FSDPStrategy))
+    trainer = SimpleNamespace(strategy=Mock(spec=FSDPStrategy), callbacks=[])
     with pytest.raises(UserError, match=r"shards.*strategy=ddp"):
         BackboneFreeze().setup(trainer, module, "fit")
 
@@ -173,7 +176,7 @@ def test_resumed_in_the_middle_of_the_epoch_of_unfreezing_stays_unfrozen(tmp_pat
     fit(tmp_path, BackboneFreeze(unfreeze_epoch=1), 2, keep)
     assert torch.load(tmp_path / "step=8.ckpt", weights_only=True)["callbacks"]["BackboneFreeze"]["unfrozen"]
     rows, module = fit(tmp_path, BackboneFreeze(unfreeze_epoch=1), 3, ckpt_path=tmp_path / "step=8.ckpt")
-    assert all(parameter.requires_grad for parameter in module.parameters())
+    assert rows[-1]["trains"] == {name for name, _ in module.named_parameters()}
     assert rows[-1]["training"]
     assert rows[-1]["lr"] == 1e-4
 

@@ -13,6 +13,7 @@ import numpy as np
 from anyascii import anyascii
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -112,6 +113,25 @@ def epochs(curves: dict[str, Curve], frozen: int, lr: Curve) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.02)
         _finish(axes, "epoch", title)
+    return figure
+
+
+def rates_by_stage(rates: np.ndarray, stages: Sequence[str]) -> Figure:
+    """Which stage trains when, and how fast: learning rates, float [stages, epochs], 0 while frozen; last on top."""
+    shown = np.ma.masked_equal(rates, 0)[::-1]
+    height = 1.6 + 0.28 * len(stages)
+    figure = Figure(figsize=(10, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_facecolor("#dddddd")
+    low, high = (shown.min(), shown.max()) if shown.count() else (1.0, 1.0)
+    colours = LogNorm(low, high if high > low else 2 * low)
+    picture = axes.imshow(
+        shown, "viridis", norm=colours, aspect="auto", extent=(0.5, rates.shape[1] + 0.5, len(stages), 0)
+    )
+    axes.set_yticks(np.arange(len(stages)) + 0.5, [printable(stage) for stage in reversed(stages)], fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="epoch", title="Learning rate by stage (grey: frozen)")
+    figure.colorbar(picture, ax=axes, pad=0.01)
     return figure
 
 

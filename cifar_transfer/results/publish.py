@@ -22,11 +22,12 @@ from cifar_transfer.results.predictions import CollectPredictions, Predictions
 from cifar_transfer.untrusted import read_yaml
 
 FOLDER = "figures"  # in that of the run
+STAGES = "stages/"  # before the name of a stage in the tag of its learning rate
 AUGMENTED = 32  # images shown of the training's
 
 
 def curves(run: Path) -> dict[str, Figure]:
-    """Loss by step, and loss and accuracy by epoch, from the run's event files and its configuration."""
+    """Loss by step, loss and accuracy by epoch, rates by stage, from the run's event files and its configuration."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     points = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
@@ -38,8 +39,15 @@ def curves(run: Path) -> dict[str, Figure]:
         if found["lr"].x[0] == 0:  # of version 0.1.0, which counted epochs from 0
             found |= {tag: plots.Curve(found[tag].x + 1, found[tag].y) for tag in plots.BY_EPOCH if tag in found}
         freeze = yaml.safe_load(read_yaml(run / "config.yaml"))["freeze"]
-        frozen = min(freeze["unfreeze_epoch"], len(found["lr"].x))
-        drawn["epochs"] = plots.epochs(found, frozen, found["lr"])
+        stages = [tag for tag in found if tag.startswith(STAGES)]
+        rates = np.array([found[tag].y for tag in stages])
+        frozen = freeze["unfreeze_epoch"]
+        if freeze.get("phases"):
+            count = (rates > 0).sum(0)
+            frozen = int((count == count[0]).argmin())  # epochs of the first phase, 0 if it is the only one
+        drawn["epochs"] = plots.epochs(found, min(frozen, len(found["lr"].x)), found["lr"])
+        if stages:
+            drawn["stages"] = plots.rates_by_stage(rates, [tag.removeprefix(STAGES) for tag in stages])
     return drawn
 
 

@@ -22,7 +22,7 @@ RESULT = "result.json"  # in a finished run's folder
 SLOW_GRAPH = 300  # modules, whose graph takes seconds to draw
 # TensorBoard's tab of custom scalars.
 CHARTS = {"loss": ["train/loss_epoch", "val/loss"], "accuracy": ["train/acc", "val/acc"]}
-SCHEDULE = {"learning rate": ["^lr$"], "trainable parameters": ["trainable_parameters"]}
+SCHEDULE = {"learning rate": ["^lr$"], "rate by stage": [publish.STAGES], "parameters": ["trainable_parameters"]}
 LAYOUT = {
     group: {title: ["Multiline", tags] for title, tags in charts.items()}
     for group, charts in (("Training and validation", CHARTS), ("Schedule", SCHEDULE))
@@ -106,7 +106,7 @@ class Report(Callback):
         for split, loss in (("train", "train/loss_epoch"), ("val", "val/loss")):
             if loss in scores:
                 parts.append(f"{split} loss {scores[loss]:.3f} acc {scores[f'{split}/acc']:6.2%}")
-        parts += [f"lr {trainer.optimizers[0].param_groups[0]['lr']:.2g}", f"{seconds:.1f} s"]
+        parts += [f"lr {pl_module.learning_rate:.2g}", f"{seconds:.1f} s"]
         if (left := (trainer.max_epochs or 0) - trainer.current_epoch - 1) > 0:
             parts.append(f"{duration(left * seconds)} left")
         say(trainer, "   ".join(parts))

@@ -13,12 +13,15 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from cifar_transfer import __version__
+from cifar_transfer.console import counted
 from cifar_transfer.data.classes import check_classes
 from cifar_transfer.data.geometry import pixels
 from cifar_transfer.data.images import LARGEST_SIDE, Batch
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.errors import UserError, check
 from cifar_transfer.network import build
+from cifar_transfer.network.stages import stages
+from cifar_transfer.results.publish import STAGES
 from cifar_transfer.training import optimizer, resume
 from cifar_transfer.training.optimizer import LARGEST_RATE
 from cifar_transfer.training.sizing import SizedModule
@@ -58,6 +61,8 @@ class TransferClassifier(SizedModule):
         optimizer: "adam", "adamw" or "sgd" (with Nesterov's momentum).
         lr: Learning rate, until the unfreezing or the schedule changes it.
         head_lr: Learning rate of the heads, also after the unfreezing; None: they have the backbone's.
+        layer_decay: Each stage of the backbone learns at this share of the rate of the stage above it (ELECTRA,
+            https://arxiv.org/abs/2003.10555; the head at the whole rate); None: all at the same.
         weight_decay: Adam's L2 penalty, as SGD's; with "adamw" decoupled.
         momentum: Of "sgd".
         schedule: "plateau" lowers the rate when `val/loss` no longer falls; "linear" and "cosine" take it from step to
@@ -93,6 +98,7 @@ class TransferClassifier(SizedModule):
         optimizer: optimizer.Kind = "adam",
         lr: float = 1e-3,
         head_lr: float | None = None,
+        layer_decay: float | None = None,
         weight_decay: float = 1e-4,
         momentum: float = 0.9,
         schedule: optimizer.Schedule = "plateau",
@@ -115,6 +121,7 @@ class TransferClassifier(SizedModule):
         built = build.build(backbone, weights, num_classes, class_names, **form, auxiliary=aux_weight > 0)
         self.network = built.network.to(memory_format=torch.channels_last)  # faster on CPUs and on GPUs' tensor cores
         self.heads, self.changes = built.heads, built.changes
+        self.stages = stages(self.network, self.heads)
         if normalize == "weights":
             if built.normalize is None:
                 raise UserError(f"{backbone} has no published weights, so normalize=weights says nothing: name others.")
@@ -133,6 +140,7 @@ class TransferClassifier(SizedModule):
             ("label_smoothing", lambda x: 0 <= x < 1, "a share in [0, 1)"),
             ("lr", lambda x: 0 < x <= LARGEST_RATE, f"a positive rate up to {LARGEST_RATE}"),
             ("head_lr", lambda x: x is None or 0 < x <= LARGEST_RATE, f"a positive rate up to {LARGEST_RATE}"),
+            ("layer_decay", lambda x: x is None or 0 < x <= 1, "a share in (0, 1], or null"),
             ("weight_decay", lambda x: 0 <= x <= LARGEST_RATE, f"0 to {LARGEST_RATE}"),
             ("momentum", lambda x: 0 <= x < 1, "a share in [0, 1)"),
             ("warmup_epochs", lambda x: 0 <= x < math.inf, "0 epochs or more"),
@@ -226,8 +234,14 @@ class TransferClassifier(SizedModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over all parameters, frozen or not: groups added later would break resuming."""
-        heads = [parameter for head in self.heads for parameter in self.network.get_submodule(head).parameters()]
-        return optimizer.configure(self.trainer, list(self.parameters()), heads, self.hparams)
+        return optimizer.configure(self.trainer, self.network, self.stages, self.hparams)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the rate of each stage, too: 0 while it is frozen."""
+        rates = optimizer.rates(self.trainer.optimizers, self.network, self.stages)
+        for logger in self.loggers:
+            logger.log_metrics({f"{STAGES}{stage}": rate for stage, rate in rates.items()}, counted(self.current_epoch))
+        super().on_train_epoch_end()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what prediction needs to know of the images, and whose options these are."""

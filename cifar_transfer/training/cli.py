@@ -198,6 +198,10 @@ class FitCLI(LightningCLI):
         """Add logger, checkpoints and terminal unless the options name others or want none."""
         options = self.config_init.trainer
         _check_trainer(options)
+        if any(isinstance(callback, BackboneFreeze) for callback in _listed(options.callbacks)):
+            raise UserError(
+                "trainer.callbacks names a second BackboneFreeze: give the first one phases, --freeze.phases."
+            )
         root = Path(options.default_root_dir or ".").resolve()
         ours = options.logger is None or options.logger is True
         if self.config.find_lr or options.default_root_dir:

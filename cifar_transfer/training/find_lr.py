@@ -55,18 +55,22 @@ class RangeTest(Callback):
         self.freeze = freeze
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Freeze before DDP wraps the module."""
+        """Refuse what cannot be frozen."""
         self.freeze.setup(trainer, pl_module, stage)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Freeze."""
+        self.freeze.on_fit_start(trainer, pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Freeze; nothing unfreezes later, whatever the epoch."""
+        """Put frozen modules into eval mode; nothing unfreezes later, whatever the epoch."""
         self.freeze.on_train_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Set the rate of all parameters, whatever a schedule has set."""
         self.rates.append(LOWEST * (HIGHEST / LOWEST) ** (len(self.rates) / (STEPS - 1)))
         for group in trainer.optimizers[0].param_groups:
-            group["lr"] = self.rates[-1]
+            group["lr"] = self.rates[-1] * group.get("lr_scale", 1.0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -97,7 +101,7 @@ def find_lr(trainer: Trainer, model: TransferClassifier, data: LightningDataModu
     head_lr = "--model.lr" if model.hparams["head_lr"] is None else "--model.head_lr"
     phases = [("while frozen", head_lr, freeze), ("everything", "--freeze.unfrozen_lr", BackboneFreeze(0))]
     curves = []
-    for title, option, frozen in [("everything", "--model.lr", freeze)] if freeze.unfrozen else phases:
+    for title, option, frozen in [("everything", "--model.lr", freeze)] if not freeze.freezes else phases:
         test = RangeTest(frozen)
         _run(trainer, model, data, test)
         curves.append(Curve(title, option, test.rates, test.losses, *suggest(test.rates, test.losses)))

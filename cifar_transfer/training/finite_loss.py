@@ -62,7 +62,7 @@ class Guard(Callback):
             self._stop(trainer, f"validation loss of epoch {counted(trainer.current_epoch)}")
 
     def _stop(self, trainer: Trainer, what: str) -> None:
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        lr = trainer.lightning_module.learning_rate
         full = trainer.precision in ("32-true", "64-true")
         raise UserError(
             f"The {what} is NaN or infinite (epoch {counted(trainer.current_epoch)}, learning rate {lr:.2g}), so the "
@@ -75,10 +75,12 @@ class Guard(Callback):
         self.check(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """When the backbone's last frozen epoch is over, warn if it taught the head nothing."""
+        """When the last epoch of the first phase is over, warn if it taught the head nothing."""
         freeze = next((c for c in trainer.callbacks if isinstance(c, BackboneFreeze)), None)  # type: ignore[attr-defined]
         data = getattr(trainer, "datamodule", None)
-        if freeze is None or data is None or counted(trainer.current_epoch) != freeze.unfreeze_epoch:
+        if freeze is None or data is None or len(freeze.plan) == 1:
+            return
+        if counted(trainer.current_epoch) != freeze.plan[1].beginning(trainer.max_epochs):
             return
         loss = float(trainer.callback_metrics["train/loss_epoch"])
         counts = np.bincount(data.images["train"].labels)

@@ -1,34 +1,42 @@
-"""`BackboneFreeze`: train the head first, then everything.
+"""`BackboneFreeze`: what trains when, and at which rate.
 
 Why not Lightning's `BaseFinetuning`. It thaws parameters that `DistributedDataParallel` was not told of when it wrapped
 the model, so their gradients are never averaged and the ranks drift apart without a word (pytorch-lightning #20340); it
 stays frozen when resumed after the unfreezing (#21901); and frozen batch-norm keeps learning (#21531). Here
 
-* all parameters are in the optimizer from the start, only `requires_grad` changes;
-* under DDP the model is wrapped anew at the unfreezing, so that the frozen epochs send the head's gradients alone and
-  the later ones run in plain DDP, without `find_unused_parameters` and its search of the graph in every step;
-* whether it has unfrozen is in the checkpoint, and one idempotent function puts the model into that state.
+* the optimizer is made while everything is trainable, so that it has all parameters; then only `requires_grad` changes;
+* under DDP the model is wrapped anew when a phase begins, so that each sends gradients of what trains, in plain DDP
+  without `find_unused_parameters` and its search of the graph in every step;
+* the phase is in the checkpoint, and one idempotent function puts the model into it.
 """
 
+import math
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cifar_transfer.console import counted
 from cifar_transfer.errors import UserError, check
-from cifar_transfer.training import resume
-from cifar_transfer.training.optimizer import HEAD, LARGEST_RATE
+from cifar_transfer.network.stages import HEAD
+from cifar_transfer.training import optimizer, resume
+from cifar_transfer.training import phases as plans
+from cifar_transfer.training.phases import EVERYTHING, Phase
 
 
 class BackboneFreeze(Callback):
-    """Keep parameters frozen for the first epochs, then unfreeze them at another learning rate.
+    """Keep parameters frozen for the first epochs, then unfreeze them at another learning rate, in two or more phases.
+
+    Parameters that the module itself has fixed stay fixed, and after the fit the others train as before it.
 
     Args:
         unfreeze_epoch: How many epochs the parameters stay frozen. 0 never freezes and leaves the learning rate
@@ -38,13 +46,18 @@ class BackboneFreeze(Callback):
             schedule of steps keeps its curve, which now leads up to this rate.
         frozen: Regular expressions; parameters whose name one of them matches from the start are frozen, for example
             `network\\.(conv1|bn1|layer[12])\\.`. None freezes all but the heads, which the module names in
-            `heads` (submodules of its `network`).
+            `heads` (submodules of its `network`, or its own).
         batch_norm: "eval" keeps frozen modules in eval mode, so that batch-norm uses and keeps the pretrained
             statistics and dropout is off; "train" lets the statistics follow the new data.
+        phases: In place of `unfreeze_epoch` and `frozen`, a list of phases; or "gradual", which unfreezes a stage an
+            epoch, from the head down, at `unfrozen_lr` (ULMFiT, https://arxiv.org/abs/1801.06146). What is in no phase
+            stays frozen.
+        monitor: The figure that a phase's `patience` looks at, logged in validation.
+        mode: Whether its best is the lowest or the highest.
 
     Raises:
-        UserError: A pattern that matches nothing, a strategy that shards parameters, or options that a resumed
-            checkpoint would silently undo.
+        UserError: A pattern that matches nothing, a strategy that shards parameters, a schedule that would undo a rate,
+            or options that a resumed checkpoint would silently undo.
 
     Example::
 
@@ -62,122 +75,223 @@ class BackboneFreeze(Callback):
         unfrozen_lr: float | None = 1e-4,
         frozen: list[str] | None = None,
         batch_norm: Literal["eval", "train"] = "eval",
+        phases: list[Phase] | Literal["gradual"] | None = None,
+        monitor: str = "val/loss",
+        mode: Literal["min", "max"] = "min",
     ) -> None:
         check("unfreeze_epoch", unfreeze_epoch, lambda n: n >= 0, "0 (never frozen) or a later epoch")
-        if unfrozen_lr is not None:
-            wanted = f"a positive rate up to {LARGEST_RATE}, or null to leave the rate as it is"
-            check("unfrozen_lr", unfrozen_lr, lambda x: 0 < x <= LARGEST_RATE, wanted)
-        for pattern in frozen or ():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(f"frozen has {pattern!r}, which is not a regular expression ({error}).") from None
+        check("unfrozen_lr", unfrozen_lr, lambda x: x is None or 0 < x <= optimizer.LARGEST_RATE, plans.RATE)
+        plans.check_patterns("frozen", frozen or ())
         if frozen == []:
             raise UserError("frozen is []: name what is to be frozen, or freeze nothing with unfreeze_epoch=0.")
+        if phases is not None and (frozen or not phases):
+            raise UserError("phases name what trains: give one or more, and no frozen; or leave phases out.")
+        if isinstance(phases, list):
+            plans.check_order(phases)
         self.unfreeze_epoch, self.unfrozen_lr = unfreeze_epoch, unfrozen_lr
         self.frozen, self.batch_norm = frozen, batch_norm
-        self.unfrozen = unfreeze_epoch == 0
+        self.phases, self.monitor, self.mode = phases, monitor, mode
+        self._forget()
+
+    def _forget(self) -> None:
+        self.phase = 0  # its number
+        self.plan: list[Phase] = []  # known when a fit starts, as it depends on the network
+        self._begins: dict[str, int] = {}  # in which phase parameters and buffers begin to train, by name
+        self._held: list[tuple[nn.Parameter, int]] = []  # the same of the parameters that the module has not fixed
+        self._resting: set[nn.Module] = set()  # modules that are in eval mode because of this callback
+        self._best, self._bad = math.inf, 0  # the figure in this phase, and the epochs since then
+        self._figure: float | None = None  # of this epoch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Freeze before the strategy wraps the model: DDP then leaves the backbone out."""
+        """Begin anew, for the same object may serve several fits; refuse a strategy before it shards the parameters."""
         if stage != "fit":
             return
-        if self.unfreeze_epoch and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        self._forget()
+        if sum(isinstance(callback, BackboneFreeze) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise UserError("The Trainer has several BackboneFreeze callbacks: give one of them phases.")
+        if self.freezes and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise UserError(
                 f"BackboneFreeze works on one device and under DDP, not under {type(trainer.strategy).__name__}, which "
                 f"shards parameters when it wraps the model and cannot unfreeze some later: use strategy=ddp."
             )
-        if self.frozen is None and not hasattr(pl_module, "heads"):
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Freeze, now that the optimizer has everything that trains at some time."""
+        stages = plans.own_stages(pl_module)
+        self.plan = self._planned(pl_module, stages)
+        self._begins = plans.begins(pl_module, [phase.train for phase in self.plan], stages)
+        first: dict[nn.Parameter, int] = {}
+        for name, parameter in pl_module.named_parameters():
+            if parameter.requires_grad:
+                first[parameter] = self._begins[name]
+        if 0 not in first.values():
+            raise UserError(
+                f"{f'frozen={self.frozen}' if self.frozen else 'The first phase'} freezes every parameter, also the "
+                f"head's, so nothing would train: name fewer."
+            )
+        self._held = list(first.items())
+        for phase in self.plan[1:]:
+            phase.beginning(trainer.max_epochs)
+            optimizer.check_rates(trainer, phase.lr, phase.factor)
+        if any(phase.from_best for phase in self.plan) and not _best_kept(trainer):
+            raise UserError("from_best needs a ModelCheckpoint that monitors a figure among the Trainer's callbacks.")
+        self._require_grad(trainer, pl_module)
+
+    def _planned(self, pl_module: LightningModule, stages: dict[str, list[str]]) -> list[Phase]:
+        if isinstance(self.phases, list):
+            return self.phases
+        if self.phases is None and self.unfreeze_epoch == 0:
+            return [Phase([EVERYTHING])]
+        first = HEAD
+        if self.frozen:
+            first = f"(?!{'|'.join(f'(?:{pattern})' for pattern in self.frozen)})"
+            if all(re.match(first, name) for name, _ in pl_module.named_parameters()):
+                raise UserError(
+                    f"No parameter's name begins with any of {self.frozen}: see the module's named_parameters()."
+                )
+        elif HEAD not in stages:
             raise UserError(
                 f"{type(pl_module).__name__} names no head, so all of it would be frozen: give BackboneFreeze the "
-                f"names of what to freeze, frozen=[...], or the module an attribute `heads`."
+                f"names of what to freeze, frozen=[...], or the module an attribute `heads`, the names of its layers."
             )
-        if next(self._frozen_parameters(pl_module), None) is None:
-            raise UserError(
-                f"No parameter's name begins with any of {self.frozen}: see the module's named_parameters()."
-            )
-        self._require_grad(pl_module)
-        if not _trainable(pl_module):
-            raise UserError(
-                f"frozen={self.frozen} freezes every parameter, also the head's, so nothing would train: name fewer."
-            )
+        if self.phases is None:
+            return [Phase([first]), Phase([EVERYTHING], epoch=self.unfreeze_epoch, lr=self.unfrozen_lr)]
+        later = [[stage] for stage in reversed(stages) if stage != HEAD]
+        later[-1] = [EVERYTHING]  # also what is in no stage, if there is a module around the network
+        rates = [self.unfrozen_lr, *(None for _ in later)]
+        return [Phase([HEAD]), *(Phase(train, epoch + 1, lr=rates[epoch]) for epoch, train in enumerate(later))]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state, which may come from a checkpoint: a run resumed within an epoch skips its start."""
         self._apply(trainer, pl_module)
-        total = sum(p.numel() for p in pl_module.parameters())
-        until = f"backbone frozen for {self.unfreeze_epoch} epochs" if not self.unfrozen else "nothing frozen"
-        rank_zero_info(f"Trainable parameters: {_trainable(pl_module):,} of {total:,} ({until}).")
+        plan, total = self.plan, sum(p.numel() for p in pl_module.parameters())
+        state = "nothing frozen"
+        if len(plan) > 2:
+            state = f"phase {self.phase + 1} of {len(plan)}"
+        elif self.phase < len(plan) - 1 and (epoch := plan[-1].beginning(trainer.max_epochs)):
+            state = f"backbone frozen for {epoch} epochs"
+        rank_zero_info(f"Trainable parameters: {_trainable(pl_module):,} of {total:,} ({state}).")
+        optimized = [p for each in trainer.optimizers for group in each.param_groups for p in group["params"]]
+        ours = [parameter for parameter, _ in self._held]
+        for said in plans.never_train(pl_module, self._begins, len(self.plan), ours, optimized):
+            rank_zero_info(said)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Unfreeze when the epoch has come."""
+        """Begin a phase when its epoch has come."""
         self._apply(trainer, pl_module)
 
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        transition = not self.unfrozen and trainer.current_epoch >= self.unfreeze_epoch
-        self.unfrozen = self.unfrozen or transition
-        changed, strategy = self._require_grad(pl_module), trainer.strategy
+        before = self.phase
+        for number, phase in enumerate(self.plan[before + 1 :], before + 1):
+            epoch = phase.beginning(trainer.max_epochs)
+            waited = number == before + 1 and self._bad >= (phase.patience or math.inf)
+            if waited if epoch is None else trainer.current_epoch >= epoch:
+                self.phase = number
+        self._require_grad(trainer, pl_module)
+        self._set_modes(pl_module)
+        if begun := self.plan[before + 1 : self.phase + 1]:
+            self._best, self._bad = math.inf, 0
+            optimizer.start_afresh(trainer)
+            for phase in begun:
+                optimizer.set_rates(trainer, phase.lr, phase.factor)
+            self._tell(begun, counted(trainer.current_epoch), _trainable(pl_module))
+            if any(phase.from_best for phase in begun):
+                _load_best(trainer, pl_module)
+
+    def _tell(self, begun: Iterable[Phase], epoch: int, count: int) -> None:
+        names = [name for phase in begun for name in phase.train if name != EVERYTHING]
+        changes = [(", learning rate", phase.lr) if phase.lr else (", rates times", phase.factor) for phase in begun]
+        rates = [f"{what} {value:g}" for what, value in changes if value]
+        what = f"{', '.join(names)} unfrozen" if names else "unfrozen"
+        rank_zero_info(f"Epoch {epoch}: {what}{''.join(rates)}; trainable {count:,} parameters.")
+
+    def _require_grad(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        changed = False
+        for parameter, first in self._held:
+            trains = first <= self.phase
+            changed |= parameter.requires_grad != trains
+            parameter.requires_grad_(trains)
+        strategy = trainer.strategy
         if changed and isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
             strategy.model = pl_module  # the old wrapper, and with it its hooks on the gradients, goes
             strategy.configure_ddp()
-        self._set_mode(pl_module)
-        if transition:
-            self._start_afresh(trainer)
-            rate = "" if self.unfrozen_lr is None else f", learning rate {self.unfrozen_lr:g}"
-            epoch, count = counted(trainer.current_epoch), _trainable(pl_module)
-            rank_zero_info(f"Epoch {epoch}: unfrozen{rate}; trainable {count:,} parameters.")
 
-    def _require_grad(self, pl_module: LightningModule) -> bool:
-        changed = False
-        for _, parameter in self._frozen_parameters(pl_module):
-            changed |= parameter.requires_grad != self.unfrozen
-            parameter.requires_grad_(self.unfrozen)
-        return changed
-
-    def _set_mode(self, pl_module: LightningModule) -> None:
-        if self.batch_norm == "train" or self.unfreeze_epoch == 0:
+    def _set_modes(self, pl_module: LightningModule) -> None:
+        if self.batch_norm == "train":
             return
-        names = {name for name, _ in self._frozen_parameters(pl_module)}
-        for prefix, module in pl_module.named_modules():
-            own = {f"{prefix}.{name}" for name, _ in module.named_parameters()}
-            if own and own <= names:  # all of a block is frozen, so that its stochastic depth rests too
-                module.train(self.unfrozen)
+        frozen = plans.resting(pl_module, self._begins, self.phase)
+        self._resting |= {module for module in frozen if module.training}  # and not those that their author has in eval
+        for module in self._resting:
+            module.training = module not in frozen
+        self._resting &= frozen
 
-    def _start_afresh(self, trainer: Trainer) -> None:
-        for config in trainer.lr_scheduler_configs:
-            scheduler = config.scheduler
-            if isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.best, scheduler.num_bad_epochs, scheduler.cooldown_counter = scheduler.mode_worse, 0, 0
-        if self.unfrozen_lr is None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the figure that phases wait for; all processes take that of the first."""
+        if trainer.sanity_checking or not any(phase.patience for phase in self.plan):
             return
-        for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
-            if group.get("name") != HEAD:
-                group["lr"] = self.unfrozen_lr * group["lr"] / group.get("initial_lr", group["lr"])
-        for config in trainer.lr_scheduler_configs:
-            if hasattr(scheduler := config.scheduler, "base_lrs"):
-                groups = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True)
-                scheduler.base_lrs = [rate if group.get("name") == HEAD else self.unfrozen_lr for group, rate in groups]
+        if self.monitor not in trainer.callback_metrics:
+            logged = ", ".join(trainer.callback_metrics)
+            raise UserError(f"monitor={self.monitor} is not logged in validation, which a phase waits for: {logged}.")
+        self._figure = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
 
-    def _frozen_parameters(self, pl_module: LightningModule) -> Iterator[tuple[str, nn.Parameter]]:
-        heads = tuple(f"network.{head}." for head in getattr(pl_module, "heads", ()))
-        for name, parameter in pl_module.named_parameters():
-            if any(re.match(pattern, name) for pattern in self.frozen) if self.frozen else not name.startswith(heads):
-                yield name, parameter
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the epochs without a better figure."""
+        if self._figure is not None:
+            figure = self._figure if self.mode == "min" else -self._figure
+            self._best, self._bad = (figure, 0) if figure < self._best else (self._best, self._bad + 1)
+            self._figure = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module back as it was."""
+        for parameter, _ in self._held:
+            parameter.requires_grad_(True)
+        for module in self._resting:
+            module.training = True
+        self._held, self._resting = [], set()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As `teardown`, which Lightning then leaves out."""
+        self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether it has unfrozen, and how it was told to."""
-        return {"unfrozen": self.unfrozen} | self._settings()
+        """The phase, what the next one waits for, and how it was told to."""
+        begun = {"phase": self.phase, "unfrozen": self.phase > 0 or len(self.plan) == 1}
+        return begun | {"best": self._best, "bad": self._bad, "figure": self._figure} | self._settings()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue in the checkpoint's phase; a `UserError` if it has unfrozen already, under other settings."""
+        """Continue in the checkpoint's phase; a `UserError` if it is a later one that began under other settings."""
         saved, asked = resume.flat(freeze=state_dict), resume.flat(freeze=self._settings())
         for change in resume.compare(saved, asked, within_epoch=False, unfrozen=state_dict["unfrozen"]):
             rank_zero_info(change)
-        self.unfrozen = state_dict["unfrozen"]
+        self.phase = state_dict.get("phase", int(state_dict["unfrozen"] and self.freezes))
+        self._best, self._bad = state_dict.get("best", math.inf), state_dict.get("bad", 0)
+        self._figure = state_dict.get("figure")
+
+    @property
+    def freezes(self) -> bool:
+        """Whether anything is frozen at first."""
+        return bool(self.phases or self.unfreeze_epoch)
 
     def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("unfreeze_epoch", "unfrozen_lr", "frozen", "batch_norm")}
+        names = ("unfreeze_epoch", "unfrozen_lr", "frozen", "batch_norm", "phases", "monitor", "mode")
+        settings = {name: getattr(self, name) for name in names}
+        if isinstance(self.phases, list):
+            settings["phases"] = [asdict(phase) for phase in self.phases]
+        return settings
 
 
 def _trainable(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def _best_kept(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each.monitor]
+
+
+def _load_best(trainer: Trainer, pl_module: LightningModule) -> None:
+    path = _best_kept(trainer)[0].best_model_path
+    best = torch.load(path, "cpu", weights_only=True)["state_dict"] if path and trainer.is_global_zero else None
+    best = trainer.strategy.broadcast(best)  # of the first process, as others may see other files
+    if best is not None:
+        pl_module.load_state_dict(best)
+        rank_zero_info(f"It begins with the weights of {os.path.relpath(path)}.")

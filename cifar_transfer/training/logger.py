@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from cifar_transfer.files import atomic_write
+from cifar_transfer.results.publish import STAGES
 from cifar_transfer.training.scoring import EPOCH_SCORES
 
 EPOCH_TAGS = {*EPOCH_SCORES, "lr", "trainable_parameters"}
@@ -113,6 +114,7 @@ def trim_events(run: Path, epochs: int, steps: int) -> None:
             for event in LegacyEventFileLoader(str(path)).Load():  # stops before a record that was cut short
                 tags = {value.tag for value in event.summary.value}
                 final = any(tag.startswith("best/") for tag in tags)
-                kept = event.step <= epochs if tags & EPOCH_TAGS else event.step < steps
+                by_epoch = tags & EPOCH_TAGS or any(tag.startswith(STAGES) for tag in tags)
+                kept = event.step <= epochs if by_epoch else event.step < steps
                 if not tags or (kept and not final):
                     writer.write(event.SerializeToString())

@@ -1,15 +1,15 @@
 """The optimizer, and its learning rate from step to step."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from lightning import Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from cifar_transfer.errors import UserError
 
@@ -17,6 +17,7 @@ Kind = Literal["adam", "adamw", "sgd"]
 Schedule = Literal["plateau", "linear", "cosine"]
 LARGEST_RATE = 1000  # of learning and of decay; nothing learns beyond it, and soon float32 ends
 HEAD = "head"  # the parameter group of heads that have a learning rate of their own
+ABSOLUTE = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # rates in a group, of torch's schedules
 
 
 def optimizer(kind: Kind, groups: list[dict[str, Any]], weight_decay: float, momentum: float, fused: bool) -> Optimizer:
@@ -44,27 +45,108 @@ def curve(schedule: Schedule, warmup: float, steps: float) -> Callable[[int], fl
     return share
 
 
+def _parts(scheduler: Any) -> Iterator[Any]:
+    """A scheduler, and those that it is made of; torch has no public name for them."""
+    yield scheduler
+    for part in getattr(scheduler, "_schedulers", ()):
+        yield from _parts(part)
+
+
+def _curves(trainer: Trainer) -> list[Any]:
+    return [part for config in trainer.lr_scheduler_configs for part in _parts(config.scheduler)]
+
+
+def check_rates(trainer: Trainer, lr: float | None, factor: float | None) -> None:
+    """Refuse, by a `UserError`, what would undo the rate of a phase, or fail when other parameters begin to train."""
+    for curve in _curves(trainer) if lr or factor else ():
+        name = type(curve).__name__
+        if not isinstance(curve, LRScheduler):
+            raise UserError(f"{name} is not of torch, so that a phase cannot set its rate: give the phases no lr.")
+        if lr and (lowest := getattr(curve, "eta_min", 0)) > lr:
+            raise UserError(f"{name} goes to eta_min={lowest:g}, which is above the rate of a phase, {lr:g}: lower it.")
+    for group in (group for each in trainer.optimizers for group in each.param_groups):
+        if group.get("fused") and group.get("momentum") and group.get("dampening"):
+            raise UserError("Fused SGD with dampening cannot begin to train parameters later: take fused=False.")
+
+
+def start_afresh(trainer: Trainer) -> None:
+    """Have plateaus forget the losses of what was trained before, and fused SGD take parameters without a momentum."""
+    for curve in _curves(trainer):
+        if isinstance(curve, ReduceLROnPlateau):
+            curve.best, curve.num_bad_epochs, curve.cooldown_counter = curve.mode_worse, 0, 0
+    for each in trainer.optimizers:
+        for group in each.param_groups:
+            if group.get("fused") and group.get("momentum"):  # torch's kernel wants all of them or none
+                for parameter in group["params"]:
+                    each.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+def set_rates(trainer: Trainer, lr: float | None, factor: float | None) -> None:
+    """Set the rate, `lr` times a group's `lr_scale` or `factor` as much, of all groups but heads with their own.
+
+    Schedules keep their curve, for every absolute rate that they go by changes by the same factor.
+    """
+    for each in trainer.optimizers if lr or factor else ():
+        curves = [curve for curve in _curves(trainer) if curve.optimizer is each]
+        for place, group in enumerate(each.param_groups):
+            if group.get("name") == HEAD:
+                continue
+            highest = [curve.max_lrs[place] for curve in curves if hasattr(curve, "max_lrs")]
+            base = float(highest[0] if highest else group.get("max_lr", group.get("initial_lr", group["lr"])))
+            new = lr * group.get("lr_scale", 1.0) if lr else base * (factor or 1.0)
+            places: list[tuple[Any, Any]] = [(group, key) for key in ABSOLUTE if key in group]
+            places += [
+                (rates, place) for c in curves for name in ("base_lrs", "max_lrs") if (rates := getattr(c, name, None))
+            ]
+            for where, key in places:
+                rate = new if where[key] == base else new * float(where[key]) / base
+                if isinstance(where[key], Tensor):  # as capturable and compiled optimizers have it
+                    where[key].fill_(rate)
+                else:
+                    where[key] = rate
+
+
+def rates(optimizers: Sequence[Optimizer], module: nn.Module, stages: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """The highest learning rate in each stage of a module; 0 where all is frozen."""
+    rate = {p: float(group["lr"]) for each in optimizers for group in each.param_groups for p in group["params"]}
+    named = {name: rate.get(p, 0.0) * p.requires_grad for name, p in module.named_parameters(remove_duplicate=False)}
+    return {stage: max(named.get(name, 0.0) for name in names) for stage, names in stages.items()}
+
+
+def _groups(
+    network: nn.Module, stages: Mapping[str, Sequence[str]], options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    heads, decay = {HEAD} if options["head_lr"] is not None else set(), options["layer_decay"]
+    named, last = dict(network.named_parameters()), len(stages) - 1
+    groups: dict[Any, dict[str, Any]] = {}
+    for depth, (stage, names) in enumerate(stages.items()):
+        if stage in heads:
+            fields = {"lr": options["head_lr"], "name": HEAD}
+        elif decay is None:
+            fields = {"lr": options["lr"]}
+        else:
+            scale = decay ** (last - depth)
+            fields = {"lr": options["lr"] * scale, "lr_scale": scale, "stage": stage}
+        group = groups.setdefault(fields.get("stage", fields.get("name")), fields | {"params": []})
+        group["params"] += [named[name] for name in names if name in named]  # and no buffers
+    return list(groups.values())
+
+
 def configure(
-    trainer: Trainer, parameters: Sequence[nn.Parameter], heads: Sequence[nn.Parameter], options: Mapping[str, Any]
+    trainer: Trainer, network: nn.Module, stages: Mapping[str, Sequence[str]], options: Mapping[str, Any]
 ) -> OptimizerLRScheduler:
     """What `LightningModule.configure_optimizers` returns.
 
     Args:
         trainer: Says how many steps there will be.
-        parameters: All of the network.
-        heads: Those of them with the rate `head_lr`, if that is not None.
+        network: All of its parameters are optimized.
+        stages: Names of its parameters, from stem to head.
         options: Those of `TransferClassifier`.
 
     Raises:
         UserError: A schedule without an end, or a warm-up longer than the run.
     """
-    groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": options["lr"]}]
-    if options["head_lr"] is not None:
-        apart = set(heads)
-        groups = [
-            {"params": [parameter for parameter in parameters if parameter not in apart], "lr": options["lr"]},
-            {"params": list(heads), "lr": options["head_lr"], "name": HEAD},
-        ]
+    groups = _groups(network, stages, options)
     # A fused optimizer unscales gradients itself, so mixed precision cannot clip them before (Lightning #21435).
     fused = not trainer.gradient_clip_val
     made = optimizer(options["optimizer"], groups, options["weight_decay"], options["momentum"], fused)

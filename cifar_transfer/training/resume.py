@@ -10,15 +10,16 @@ from cifar_transfer.errors import UserError
 _UNDONE = "would be undone by the checkpoint"
 _SPLIT = "would make validation images of images that were trained on"
 _SKIPPED = "would skip images of the epoch that the checkpoint is in, or repeat them"
-_UNFROZEN = "would have no effect, because everything is unfrozen already"
+_UNFROZEN = "would have no effect, because the unfreezing has begun"
 REFUSED = {
     **{f"model.{name}": _UNDONE for name in ("backbone", "num_classes", "small_images", "patch_size", "aux_weight")},
-    **{f"model.{name}": _UNDONE for name in ("optimizer", "lr", "head_lr", "weight_decay", "momentum")},
+    **{f"model.{name}": _UNDONE for name in ("optimizer", "lr", "head_lr", "layer_decay", "weight_decay", "momentum")},
     **{f"model.{name}": _UNDONE for name in ("schedule", "lr_factor", "lr_patience")},
     **{f"data.{name}": _SPLIT for name in ("data", "seed", "val_fraction", "task", "train_images")},
 }
 REFUSED_WITHIN_AN_EPOCH = {"data.batch_size": _SKIPPED, "processes": _SKIPPED}
-REFUSED_UNFROZEN = {f"freeze.{name}": _UNFROZEN for name in ("unfreeze_epoch", "unfrozen_lr", "frozen", "batch_norm")}
+_FREEZE = ("unfreeze_epoch", "unfrozen_lr", "frozen", "batch_norm", "phases", "monitor", "mode")
+REFUSED_UNFROZEN = {f"freeze.{name}": _UNFROZEN for name in _FREEZE}
 CHANGED = {
     "model.image_size": "the network sees images of another size",
     "model.train_sizes": "the sizes are shared out over the run anew",
@@ -34,6 +35,9 @@ CHANGED = {
     "freeze.unfrozen_lr": "this is the rate after the unfreezing",
     "freeze.frozen": "other parameters are frozen until the unfreezing",
     "freeze.batch_norm": "frozen modules are in that mode until the unfreezing",
+    "freeze.phases": "phases that have not begun follow the new plan",
+    "freeze.monitor": "the next phase waits for that figure",
+    "freeze.mode": "this is the better figure",
     "processes": "a step has another number of images",
     "max_epochs": "the run ends after that many epochs",
 }

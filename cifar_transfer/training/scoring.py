@@ -35,6 +35,12 @@ class ScoredModule(LightningModule):
         self.mirrored = False
         self._val_scores: dict[str, float] = {}  # of the last validation of this epoch
 
+    @property
+    def learning_rate(self) -> float:
+        """That of the first parameter group, without the share that `layer_decay` leaves it."""
+        group = self.trainer.optimizers[0].param_groups[0]
+        return float(group["lr"]) / group.get("lr_scale", 1.0)
+
     def epoch_scores(self) -> dict[str, float]:
         """Scores of the epoch that ends; all processes must call it together.
 
@@ -90,7 +96,7 @@ class ScoredModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the epoch's scores against the epoch, and show the plateau schedule the validation loss."""
         scores = self.epoch_scores()
-        scores["lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        scores["lr"] = self.learning_rate
         scores["trainable_parameters"] = float(sum(p.numel() for p in self.parameters() if p.requires_grad))
         for logger in self.loggers:
             logger.log_metrics(scores, step=counted(self.current_epoch))

@@ -1,0 +1,257 @@
+"""`BackboneFreeze` for modules that are nobody's but the reader's: any LightningModule and optimizer.
+
+The nine cases that Lightning's tests of its own finetuning callbacks describe are among them.
+"""
+
+import copy
+import logging
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning import seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from others import STEPS, Net, fit, freeze, trainable
+from torch import nn
+from torch.optim import SGD, Adam
+
+from cifar_transfer import BackboneFreeze, Phase
+from cifar_transfer.errors import UserError
+
+
+def test_an_optimizer_of_what_requires_grad_has_what_is_unfrozen_later():
+    watch = fit(Net(optimizer=trainable), freeze())
+    assert watch.moved("backbone.0.weight") == [False, True, True]
+    assert [rates[0] for rates in watch.rates] == [0.01] * STEPS + [1e-4] * (2 * STEPS + 1)
+
+
+def test_what_no_optimizer_has_is_told_at_the_start(caplog):
+    caplog.set_level(logging.INFO)
+    watch = fit(Net(optimizer=lambda module: SGD(module.head.parameters(), 0.01)), freeze())
+    told = "6 tensors of parameters, such as backbone.0.weight, never train, because no optimizer has them."
+    assert caplog.messages.count(told) == 1
+    assert watch.moved("backbone.0.weight") == [False] * 3
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_what_its_author_has_fixed_stays_fixed(epoch, caplog):
+    caplog.set_level(logging.INFO)
+    module = Net()
+    module.backbone[0].weight.requires_grad_(False)
+    watch = fit(module, freeze(epoch))
+    assert watch.moved("backbone.0.weight") == [False] * 3
+    assert watch.moved("backbone.3.weight") == [epoch == 0, True, True]
+    assert not module.backbone[0].weight.requires_grad
+    assert any("the module itself has fixed them" in message for message in caplog.messages) == (epoch > 0)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_fused_sgd_takes_up_what_is_unfrozen(nesterov):
+    def make(fused):
+        return lambda module: SGD(module.parameters(), 0.01, momentum=0.9, nesterov=nesterov, fused=fused)
+
+    seed_everything(0)
+    module = Net()
+    same = copy.deepcopy(module)
+    module.make, same.make = make(True), make(False)
+    fused, plain = fit(module, freeze()), fit(same, freeze())
+    assert fused.moved("backbone.0.weight") == [False, True, True]
+    torch.testing.assert_close(fused.weights[-1], plain.weights[-1])
+
+
+def test_fused_sgd_with_dampening_is_refused_before_the_first_step():
+    def make(module):
+        return SGD(module.parameters(), 0.01, momentum=0.9, dampening=0.1, fused=True)
+
+    with pytest.raises(UserError, match="Fused SGD with dampening"):
+        fit(Net(optimizer=make), freeze())
+
+
+def test_frozen_modules_without_parameters_rest_too():
+    backbone = nn.Sequential(
+        *(nn.Linear(8, 16), nn.BatchNorm1d(16, affine=False), nn.ReLU(), nn.Dropout(0.5)),
+        *(nn.Linear(16, 16), nn.Dropout(0.5)),
+    )
+    head = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(16, affine=False), nn.Linear(16, 3))
+    watch = fit(Net(backbone, head), freeze())
+    assert watch.moved("backbone.1.running_mean") == [False, True, True]
+    assert watch.moved("head.1.running_mean") == [True] * 3
+    assert watch.eval[0] == {"backbone", *(f"backbone.{n}" for n in range(6))}
+    assert watch.eval[STEPS] == set()
+
+
+def test_a_dropout_rests_with_the_layer_that_follows_it_and_an_augmentation_does_not():
+    class Augment(nn.Module):
+        def forward(self, images):
+            return images + torch.randn_like(images) if self.training else images
+
+    class Flat(Net):
+        def __init__(self):
+            super().__init__(nn.Identity(), nn.Identity())
+            self.augment, self.first, self.drop1 = Augment(), nn.Linear(8, 16), nn.Dropout(0.5)
+            self.second, self.drop2, self.last = nn.Linear(16, 16), nn.Dropout(0.5), nn.Linear(16, 3)
+
+        def training_step(self, batch, batch_idx):
+            hidden = self.second(self.drop1(self.first(self.augment(batch[0]))))
+            return F.cross_entropy(self.last(self.drop2(hidden)), batch[1])
+
+    watch = fit(Flat(), freeze(frozen=["first", "second"]))
+    assert watch.eval[0] == {"first", "drop1", "second"}
+    assert watch.eval[STEPS] == set()
+
+
+def test_modules_that_their_author_keeps_in_eval_mode_stay_there():
+    module = Net()
+    module.backbone[1].eval()
+    watch = fit(module, freeze())
+    assert watch.moved("backbone.1.running_mean") == [False] * 3
+    assert watch.eval[STEPS] == {"backbone.1"}
+
+
+def test_tied_weights_train_as_soon_as_one_of_their_names_does():
+    class Tied(Net):
+        def __init__(self):
+            super().__init__(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 8))
+            self.head.weight = self.backbone[2].weight
+
+    watch = fit(Tied(), freeze())
+    assert watch.moved("backbone.2.weight") == [True] * 3
+    assert watch.moved("backbone.2.bias") == [False, True, True]
+
+
+@pytest.mark.parametrize("heads", [["head"], ("head",)])
+def test_heads_of_a_module_without_a_network_are_its_own(heads):
+    module = Net()
+    module.heads = heads
+    assert fit(module, BackboneFreeze(1)).trains[0] == {"head.weight", "head.bias"}
+
+
+def test_heads_that_are_no_submodules_are_refused():
+    module = Net()
+    module.heads = ["classifier"]
+    with pytest.raises(UserError, match="heads names 'classifier', which is none of its submodules"):
+        fit(module, BackboneFreeze(1))
+    module.heads = nn.ModuleList()  # of that name for another reason
+    with pytest.raises(UserError, match="names no head"):
+        fit(module, BackboneFreeze(1))
+
+
+def test_one_object_serves_a_fit_after_the_other():
+    """Cross-validation; also of one module, and after a callback that has never unfrozen it."""
+    callback, module = freeze(), Net()
+    first = fit(module, callback)
+    for _ in range(2):
+        again = fit(Net(), callback)
+        assert again.moved("backbone.0.weight") == first.moved("backbone.0.weight") == [False, True, True]
+        assert again.rates == first.rates
+        assert again.eval == first.eval
+    fit(module, freeze(99))
+    with pytest.raises(ZeroDivisionError, match="by Fault"):
+        fit(module, freeze(99), callbacks=[Fault()])
+    assert fit(module, freeze(0)).moved("backbone.0.weight") == [True] * 3
+
+
+class Fault(Callback):
+    def on_train_batch_end(self, *args):
+        raise ZeroDivisionError("by Fault")
+
+
+def test_two_in_one_trainer_are_refused():
+    class Mine(BackboneFreeze):
+        pass
+
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type"):
+        fit(Net(), freeze(), callbacks=[freeze()])
+    with pytest.raises(UserError, match="several BackboneFreeze callbacks: give one of them phases"):
+        fit(Net(), freeze(), callbacks=[Mine(1, frozen=["backbone"])])
+
+
+def test_several_optimizers_by_hand():
+    class Manual(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self):
+            return [Adam(self.backbone.parameters(), 0.01), Adam(self.head.parameters(), 0.02)]
+
+        def training_step(self, batch, batch_idx):
+            optimizers = self.optimizers()
+            for each in optimizers:
+                each.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            for each in optimizers:
+                each.step()
+
+    watch = fit(Manual(), freeze())
+    assert watch.moved("backbone.0.weight") == [False, True, True]
+    assert watch.rates[0] == [0.01, 0.02]
+    assert watch.rates[STEPS] == [1e-4, 1e-4]
+
+
+@pytest.mark.parametrize("kind", ["LBFGS", "LayerNorm", "weight_norm", "spectral_norm", "shared", "compiled"])
+def test_others_modules_and_optimizers_are_kept_right(kind):
+    layer = nn.Linear(16, 16)
+    parts = {
+        "LayerNorm": [nn.LayerNorm(16), layer],
+        "weight_norm": [nn.utils.parametrizations.weight_norm(layer)],
+        "spectral_norm": [nn.utils.parametrizations.spectral_norm(layer)],
+        "shared": [layer, nn.ReLU(), layer],
+    }.get(kind, [layer])
+    module = Net(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), *parts))
+    if kind == "LBFGS":
+        module.make = lambda module: torch.optim.LBFGS(module.parameters(), 0.01)
+    if kind == "compiled":
+        module.backbone.compile(backend="aot_eager")
+    watch = fit(module, freeze())
+    names = [name for name, _ in module.named_parameters() if name.startswith("backbone")]
+    assert [watch.moved(name) for name in names] == [[False, True, True]] * len(names)
+    buffers = [name for name, _ in module.named_buffers() if name.startswith("backbone")]  # of power iterations
+    assert [watch.moved(name)[0] for name in buffers] == [False] * len(buffers)
+
+
+def test_layer_by_layer_and_on_for_longer_than_there_are_layers(tmp_path):
+    """Lightning's callback ends with an IndexError when such a run is continued."""
+    sizes = [8, 16, 16, 16, 16]
+    plan = [Phase(["head"]), *(Phase([rf"backbone\.{layer}\."], 4 - layer) for layer in (3, 2, 1, 0))]
+
+    def layers():
+        return Net(nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes))), optimizer=trainable)
+
+    keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    whole = fit(layers(), BackboneFreeze(phases=plan), 7, [keep])
+    assert [len(names) // 2 for names in whole.trains[::STEPS]] == [1, 2, 3, 4, 5, 5, 5, 5]
+    rest = fit(layers(), BackboneFreeze(phases=plan), 7, ckpt_path=tmp_path / "epoch=2.ckpt")
+    assert [len(names) // 2 for names in rest.trains[::STEPS]] == [4, 5, 5, 5, 5]
+    for name, value in whole.weights[-1].items():
+        assert torch.equal(value, rest.weights[-1][name]), name
+
+
+def test_modules_that_have_parameters_and_submodules():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleDict({"linear": nn.Linear(8, 16), "act": nn.ReLU()})
+            self.shift = nn.Parameter(torch.zeros(1))
+            self.norm = nn.BatchNorm1d(16)
+
+        def forward(self, images):
+            return self.norm(self.parts["act"](self.parts["linear"](images)) + self.shift)
+
+    watch = fit(Net(nn.Sequential(Block())), freeze())
+    for name in ("parts.linear.weight", "shift", "norm.weight", "norm.running_var"):
+        assert watch.moved(f"backbone.0.{name}") == [False, True, True], name
+
+
+def test_parameters_of_configure_model_are_frozen_too():
+    class Late(Net):
+        def configure_model(self):
+            if not hasattr(self, "late"):
+                self.late = nn.Linear(8, 8)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step((self.late(batch[0]), batch[1]), batch_idx)
+
+    watch = fit(Late(), freeze(frozen=["late", "backbone"]))
+    assert watch.moved("late.weight") == [False, True, True]
