@@ -19,6 +19,7 @@ import torch
 from conftest import RUN, TINY, run_fit
 
 import cifar_transfer
+from cifar_transfer.training.average import RAW, STEPS
 
 FILE = Path(__file__).with_name("contract.json")
 COMMANDS = ("fit", "evaluate", "predict", "export", "compare", "backbones", "figures", "demo")
@@ -63,6 +64,7 @@ def contract(run):
         "public names": sorted(cifar_transfer.__all__),
         "commands": commands,
         "checkpoint": sorted(checkpoint),
+        "checkpoint with ema": [RAW, STEPS],
         "checkpoint hyper_parameters": sorted(checkpoint["hyper_parameters"]),
         "checkpoint datamodule_hyper_parameters": sorted(checkpoint["datamodule_hyper_parameters"]),
         "checkpoint callbacks": callbacks,

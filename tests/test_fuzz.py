@@ -48,6 +48,7 @@ OPTIONS = {
     "model.warmup_epochs": ("0", "0.5", "1"),
     "model.lr_factor": ("0.5", "0.1"),
     "model.lr_patience": ("0", "2"),
+    "model.ema": ("0", "0.999", "null"),
     "model.compile": ("false",),
     "freeze.unfreeze_epoch": ("0", "1", "5", "1000000"),
     "freeze.unfrozen_lr": ("1e-4", "null"),

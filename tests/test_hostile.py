@@ -38,6 +38,7 @@ from cifar_transfer.network import weights
 from cifar_transfer.network.dense_conv import DenseConv2d
 from cifar_transfer.results import plots
 from cifar_transfer.results.predictions import ImagePrediction, Predictions
+from cifar_transfer.training.average import RAW
 from cifar_transfer.training.checkpoint import read_checkpoint
 from cifar_transfer.training.cli import FitCLI
 from cifar_transfer.untrusted import MOST_BYTES, read_yaml
@@ -141,6 +142,7 @@ TAMPERED = {
     "geometry, mean": ("geometry", "mean", [0.5, float("nan"), 0.5]),
     "geometry, std": ("geometry", "std", [0.5, 0, 0.5]),
     "global_step": ("global_step", None, "\x1b[2J"),
+    "averaged_steps": ("averaged_steps", None, -1),
 }
 
 
@@ -159,12 +161,13 @@ def test_fields_that_no_run_writes_are_refused_by_name(others, field, key, value
     assert "\x1b" not in str(error.value)
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_weights_that_are_nan_are_refused_instead_of_answering_nan(others, bad):
+@pytest.mark.parametrize(("part", "bad"), [("state_dict", torch.nan), ("state_dict", torch.inf), (RAW, torch.nan)])
+def test_weights_that_are_nan_are_refused_instead_of_answering_nan(others, part, bad):
     best = others / "checkpoints" / "best.ckpt"
     whole = torch.load(best, weights_only=True)
-    name = next(name for name in whole["state_dict"] if name.endswith("weight"))
-    whole["state_dict"][name][(0,) * whole["state_dict"][name].dim()] = bad
+    whole[part] = {name: value.clone() for name, value in whole["state_dict"].items()}
+    name = next(name for name in whole[part] if name.endswith("weight"))
+    whole[part][name][(0,) * whole[part][name].dim()] = bad
     torch.save(whole, best)
     with pytest.raises(UserError, match=f"weights are NaN or infinite, first in {re.escape(name)}"):
         Classifier.load(best, "cpu")

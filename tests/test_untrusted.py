@@ -99,7 +99,7 @@ def test_a_checkpoint_of_the_first_version_is_used_and_continued(tmp_path, run):
     shutil.copytree(run / "lightning_logs", tmp_path / "lightning_logs")
     path = tmp_path / RUN / "checkpoints/last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
-    later = "momentum warmup_epochs patch_size aux_weight schedule compile label_smoothing small_images head_lr"
+    later = "momentum warmup_epochs patch_size aux_weight schedule ema compile label_smoothing small_images head_lr"
     for name in [*later.split(), "train_sizes", "optimizer"]:
         del checkpoint["hyper_parameters"][name]
     del checkpoint["datamodule_hyper_parameters"]["augment"]["padding_mode"]

@@ -23,6 +23,7 @@ from cifar_transfer.data.module import PERMUTATION, ImageDataModule
 from cifar_transfer.data.shapes import ShapesDataModule
 from cifar_transfer.errors import UserError, first_line
 from cifar_transfer.files import atomic_write
+from cifar_transfer.training.average import RAW, STEPS
 from cifar_transfer.training.classifier import VERSION_KEY, TransferClassifier
 from cifar_transfer.untrusted import check_archive
 
@@ -74,13 +75,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if not fits:
             shown = repr(value) if len(repr(value)) <= SHOWN else f"{repr(value)[:SHOWN]}..."
             raise UserError(f"{path} is damaged or was altered: its {name} cannot be {shown}.")
-    weights = checkpoint["state_dict"]
-    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{path} is damaged or was altered: its state_dict holds more than tensors.")
-    for name, value in weights.items():
-        stored = value.nbytes <= value.untyped_storage().nbytes()  # else one value stands for many, without end
-        if stored and not value.isfinite().all():
-            raise UserError(f"{path} cannot be used: its weights are NaN or infinite, first in {name}.")
+    for key in ("state_dict", RAW):
+        weights = checkpoint.get(key, {})
+        if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+            raise UserError(f"{path} is damaged or was altered: its {key} holds more than tensors.")
+        for name, value in weights.items():
+            stored = value.nbytes <= value.untyped_storage().nbytes()  # else one value stands for many, without end
+            if stored and not value.isfinite().all():
+                raise UserError(f"{path} cannot be used: its weights are NaN or infinite, first in {name}.")
     return checkpoint
 
 
@@ -98,7 +100,7 @@ def _fields(checkpoint: dict[str, Any]) -> dict[str, tuple[Any, bool]]:
 
     options, geometry = checkpoint["hyper_parameters"], checkpoint.get(GEOMETRY_KEY)
     count, names, image_size = (options.get(name) for name in ("num_classes", "class_names", "image_size"))
-    size, step = checkpoint.get("input_size"), checkpoint.get("global_step")
+    size, step, averaged = (checkpoint.get(name) for name in ("input_size", "global_step", STEPS))
     shape = {"size": (side, 2), "mean": (number, 3), "std": (lambda x: number(x) and x > 0, 3)}
     known = isinstance(geometry, dict) and geometry.keys() == {field.name for field in fields(Geometry)}
     whole = known and all(each(geometry[name], *kind) for name, kind in shape.items())  # type: ignore[index]
@@ -109,6 +111,7 @@ def _fields(checkpoint: dict[str, Any]) -> dict[str, tuple[Any, bool]]:
         "input_size": (size, size is None or each(size, side, 2)),
         GEOMETRY_KEY: (geometry, geometry is None or (whole and geometry["input_side"] in (None, image_size))),
         "global_step": (step, type(step) is int and step >= 0),
+        STEPS: (averaged, averaged is None or (type(averaged) is int and averaged >= 0)),
     }
 
 

@@ -23,13 +23,13 @@ from cifar_transfer.network import build
 from cifar_transfer.network.stages import stages
 from cifar_transfer.results.publish import STAGES
 from cifar_transfer.training import optimizer, resume
+from cifar_transfer.training.average import AveragedModule
 from cifar_transfer.training.optimizer import LARGEST_RATE
-from cifar_transfer.training.sizing import SizedModule
 
 VERSION_KEY = "cifar_transfer_version"  # in checkpoints
 
 
-class TransferClassifier(SizedModule):
+class TransferClassifier(AveragedModule):
     """A pretrained network with a new head, fine-tuned with cross-entropy, Adam and `ReduceLROnPlateau` or others.
 
     `network` is the library's plain network; `heads` names its layers that tell the classes apart, mostly one; all the
@@ -70,6 +70,8 @@ class TransferClassifier(SizedModule):
         warmup_epochs: Epochs, also parts of one, on the way up; not for "plateau".
         lr_factor: What "plateau" multiplies the learning rate with.
         lr_patience: Epochs without a lower `val/loss` that "plateau" lets pass.
+        ema: Decay of an exponential moving average of the weights, in [0, 1), say 0.999, warmed up as in timm. It is
+            validated, tested and in checkpoints; training goes on from the raw weights. None: no average.
         compile: Run the network through `torch.compile` (inductor); the first steps take a minute longer. Checkpoints
             stay the same.
 
@@ -105,6 +107,7 @@ class TransferClassifier(SizedModule):
         warmup_epochs: float = 0.0,
         lr_factor: float = 0.5,
         lr_patience: int = 2,
+        ema: float | None = None,
         compile: bool = False,
     ) -> None:
         num_classes = len(class_names or range(10)) if num_classes is None else num_classes
@@ -147,6 +150,7 @@ class TransferClassifier(SizedModule):
             ("warmup_epochs", lambda x: not (x and self.hparams["schedule"] == "plateau"), "0 for a plateau"),
             ("lr_factor", lambda x: 0 < x < 1, "a factor between 0 and 1"),
             ("lr_patience", lambda n: n >= 0, "0 epochs or more"),
+            ("ema", lambda x: x is None or 0 <= x < 1, "a decay in [0, 1), or null"),
         ):
             check(name, self.hparams[name], fits, wanted)
 
@@ -205,7 +209,8 @@ class TransferClassifier(SizedModule):
             self.network.compile()  # in place, so that the names in its state dict stay
 
     def on_fit_start(self) -> None:
-        """Count the steps that `train_sizes` are shared out over."""
+        """Count the steps that `train_sizes` are shared out over, and begin to average."""
+        super().on_fit_start()
         if self.hparams["train_sizes"]:
             if self.trainer.estimated_stepping_batches == float("inf"):
                 raise UserError("train_sizes are shared out over the run: set --trainer.max_epochs.")
@@ -272,6 +277,7 @@ class TransferClassifier(SizedModule):
                 f"checkpoint ({other[0]}): leave it out to continue that run, or begin a new one from its weights with "
                 f"--model.weights=CHECKPOINT."
             )
+        self.take_up_average(checkpoint)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> "TransferClassifier":  # type: ignore[override]

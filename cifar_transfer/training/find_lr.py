@@ -120,7 +120,7 @@ def find_lr(trainer: Trainer, model: TransferClassifier, data: LightningDataModu
 
 def _run(trainer: Trainer, model: TransferClassifier, data: LightningDataModule, test: RangeTest) -> None:
     copy, bar = deepcopy(model), trainer.progress_bar_callback
-    copy.hparams["compile"] = False  # which would take longer than all else
+    copy.hparams.update(compile=False, ema=None)  # the first would take longer than all else
     trainer.callbacks = [test, *([bar] if bar else [])]  # type: ignore[attr-defined]
     beginning = deepcopy(trainer.fit_loop.state_dict())
     trainer.fit(copy, data)

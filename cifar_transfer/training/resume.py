@@ -10,11 +10,13 @@ from cifar_transfer.errors import UserError
 _UNDONE = "would be undone by the checkpoint"
 _SPLIT = "would make validation images of images that were trained on"
 _SKIPPED = "would skip images of the epoch that the checkpoint is in, or repeat them"
+_AVERAGE = "would score other weights than the run has so far"
 _UNFROZEN = "would have no effect, because the unfreezing has begun"
 REFUSED = {
     **{f"model.{name}": _UNDONE for name in ("backbone", "num_classes", "small_images", "patch_size", "aux_weight")},
     **{f"model.{name}": _UNDONE for name in ("optimizer", "lr", "head_lr", "layer_decay", "weight_decay", "momentum")},
     **{f"model.{name}": _UNDONE for name in ("schedule", "lr_factor", "lr_patience")},
+    "model.ema": _AVERAGE,
     **{f"data.{name}": _SPLIT for name in ("data", "seed", "val_fraction", "task", "train_images")},
 }
 REFUSED_WITHIN_AN_EPOCH = {"data.batch_size": _SKIPPED, "processes": _SKIPPED}
