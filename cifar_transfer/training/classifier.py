@@ -77,6 +77,8 @@ class TransferClassifier(SizedModule):
         logits = model(torch.rand(8, 3, 32, 32))  # float32 [8, 10]
     """
 
+    _class_weights: Tensor | None = None  # in the loss, float32 [num_classes]
+
     def __init__(
         self,
         backbone: str = "resnet18",
@@ -160,6 +162,8 @@ class TransferClassifier(SizedModule):
             rank_zero_info(f"{self.hparams['backbone']} adapted: {'; '.join(self.changes)}.")
         data = getattr(self.trainer, "datamodule", None)
         self.settle_statistics(data)
+        if isinstance(data, ImageDataModule):
+            self.unequal = stage != "fit" and data.unequal("val" if stage == "validate" else "test")
         if data is None or not hasattr(data, "num_classes"):  # or it is of somebody else
             return
         if (names := self.hparams["class_names"]) and hasattr(data, "class_names"):
@@ -197,7 +201,10 @@ class TransferClassifier(SizedModule):
             self.network.compile()  # in place, so that the names in its state dict stay
 
     def on_fit_start(self) -> None:
-        """Count the steps that `train_sizes` are shared out over."""
+        """Take the classes' weights, and count the steps that `train_sizes` are shared out over."""
+        data = getattr(self.trainer, "datamodule", None)
+        weights = data.loss_weights() if isinstance(data, ImageDataModule) else None
+        self._class_weights = None if weights is None else weights.to(self.device)
         if self.hparams["train_sizes"]:
             if self.trainer.estimated_stepping_batches == float("inf"):
                 raise UserError("train_sizes are shared out over the run: set --trainer.max_epochs.")
@@ -209,16 +216,26 @@ class TransferClassifier(SizedModule):
         return sizes[min(len(sizes) * self.trainer.global_step // self._steps, len(sizes) - 1)]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean cross-entropy of a batch, with that of the auxiliary heads if they train."""
+        """Mean cross-entropy of a batch, with that of the auxiliary heads if they train.
+
+        Each image's, smoothed or not, counts with the weight of its class if the data module weighs classes.
+        """
         images, labels = batch
         if not self.sized:  # no data module has said it
             self.settle_size((images.shape[2], images.shape[3]))
         logits, *auxiliary = self._all_logits(images, self._train_size())
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"])
+        loss = self._loss(logits, labels, self.hparams["label_smoothing"])
         for other in auxiliary:
-            loss = loss + self.hparams["aux_weight"] * F.cross_entropy(other, labels)
+            loss = loss + self.hparams["aux_weight"] * self._loss(other, labels)
         self.count(loss, logits, labels)
         return loss
+
+    def _loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+        if self._class_weights is None:
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        # torch's own weights divide by their sum in the batch: means of processes would not be that of the joint batch.
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+        return (losses * self._class_weights[labels]).mean()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Probabilities of a batch, float [B, num_classes]."""

@@ -17,7 +17,7 @@ REFUSED = {
     **{f"model.{name}": _UNDONE for name in ("schedule", "lr_factor", "lr_patience")},
     **{f"data.{name}": _SPLIT for name in ("data", "seed", "val_fraction", "task", "train_images")},
 }
-REFUSED_WITHIN_AN_EPOCH = {"data.batch_size": _SKIPPED, "processes": _SKIPPED}
+REFUSED_WITHIN_AN_EPOCH = {name: _SKIPPED for name in ("data.batch_size", "data.sampler", "processes")}
 REFUSED_UNFROZEN = {f"freeze.{name}": _UNFROZEN for name in ("unfreeze_epoch", "unfrozen_lr", "frozen", "batch_norm")}
 CHANGED = {
     "model.image_size": "the network sees images of another size",
@@ -26,6 +26,8 @@ CHANGED = {
     "model.label_smoothing": "the training loss is another one",
     "model.warmup_epochs": "the learning rate follows another curve",
     "data.batch_size": "an epoch has another number of steps",
+    "data.class_weights": "the training loss is another one",
+    "data.sampler": "an epoch draws other images",
     "data.augment": "training images are augmented in another way",
     "data.root": "the images are read from there",
     "data.decode_size": "the images are decoded at another size",
