@@ -258,8 +258,8 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled training batches, a shard a rank."""
-        options = {"batch_size": self.batch_size, "seed": self.seed, "balanced": self.sampler is not None}
-        loader = training_loader(**options, **self._shard("train"))
+        options = {"seed": self.seed, "balanced": self.sampler is not None} | self._shard("train")
+        loader = training_loader(batch_size=self.batch_size, **options)
         loader.epoch = lambda: self.trainer.num_training_batches if self.trainer else len(loader)
         return loader
 
