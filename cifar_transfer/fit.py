@@ -23,6 +23,8 @@ from cifar_transfer.training.evaluation import evaluate_checkpoint
 from cifar_transfer.training.find_lr import find_lr
 from cifar_transfer.training.interrupt import end_with_the_first
 
+SCORES = {"acc": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1"}
+
 
 class Outcome(NamedTuple):
     """What a run came to."""
@@ -85,8 +87,8 @@ def _job(cli: FitCLI) -> Outcome | None:
         draw_final(trainer, split, collect)
     run, checkpoint = _here(trainer.log_dir), _here(best)
     for name, value in scores.items():
-        words = f"{name.removeprefix('best/')} ".replace("_acc ", "_accuracy ").replace("_", " ")
-        say(trainer, f"{words}{value:.2%} with the best checkpoint")
+        split, _, score = name.removeprefix("best/").partition("_")
+        say(trainer, f"{split} {SCORES[score]} {value:.2%} with the best checkpoint")
     say(trainer, f"run         {run}")
     say(trainer, f"look at it  tensorboard --logdir {run.parent}")
     say(trainer, f"predict     python -m cifar_transfer.predict IMAGE --ckpt {checkpoint}")
