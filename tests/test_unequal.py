@@ -28,8 +28,7 @@ from cifar_transfer.fit import fit
 from cifar_transfer.training.resume import compare
 from cifar_transfer.training.scoring import ByClass
 
-SHAPES = ("drop", "tee", "flower")  # their places among the shapes are 1, 3, 5
-PLACES = {name: place for name, place in zip(SHAPES, (1, 3, 5), strict=True)}
+SHAPES = {"drop": 1, "tee": 3, "flower": 5}  # and their places among all
 JOB = ["--model.backbone=lenet5", "--model.weights=none", "--freeze.unfreeze_epoch=0", "--trainer.accelerator=cpu"]
 JOB += ["--report.figures=false", "--data=ImageFolderDataModule", "--data.batch_size=16"]
 
@@ -39,7 +38,7 @@ def write_shapes(folder, counts, seed=0):
     images, labels = draw("downstream", 10 * max(counts), seed)
     for name, count in zip(SHAPES, counts, strict=True):
         (folder / name).mkdir(parents=True)
-        for number, pixels in enumerate(images[labels == PLACES[name]][:count]):
+        for number, pixels in enumerate(images[labels == SHAPES[name]][:count]):
             Image.fromarray(pixels).save(folder / name / f"{number:04}.png")
 
 
@@ -69,9 +68,7 @@ def test_balanced_weights_are_those_of_scikit_learn(caplog, photos):
     data.setup()
     counts = np.bincount(data.images["train"].labels)
     assert counts.sum() < 156, "held-out images do not count"
-    torch.testing.assert_close(
-        data.loss_weights().double(), torch.tensor(counts.sum() / (3 * counts)), rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(data.loss_weights(), torch.tensor(counts.sum() / (3 * counts), dtype=torch.float32))
     assert f"Classes of {counts[1]} (flower) to {counts[0]} (drop) training images, with weights from 0." in caplog.text
     assert counts[1] < counts[2] < counts[0]
 
@@ -119,7 +116,6 @@ def epochs(count, world, labels, batch_size=4):
     for epoch in range(count):
         for loader in loaders:
             loader.sampler.set_epoch(epoch)
-            loader.epoch = lambda: 1
         read.append([list(chain(*loader.batch_sampler)) for loader in loaders])
     return read
 
@@ -130,9 +126,9 @@ def test_each_class_and_of_a_class_each_image_is_drawn_equally_often(world, size
     labels = np.random.default_rng(0).permutation(np.repeat(range(len(sizes)), sizes))
     total, so_far = Counter(), np.zeros(len(sizes), int)
     for shards in epochs(5, world, labels):
-        assert len(set(map(len, shards))) == 1
         each = -(-len(labels) // world)
-        assert len(shards[0]) == each - (each % 4 == 1), "as many as without the sampler, which drops a batch of one"
+        each -= each % 4 == 1  # as without the sampler, a batch of one is left out
+        assert [len(shard) for shard in shards] == [each] * world
         rows = np.array([*chain(*shards)])
         drawn = np.bincount(labels[rows], minlength=len(sizes))
         assert drawn.max() - drawn.min() <= 1
@@ -197,7 +193,7 @@ def test_a_change_on_resuming_is_said_and_within_an_epoch_other_images_are_refus
 def test_a_run_that_is_stopped_and_resumed_is_one_never_stopped(tmp_path, photos, monkeypatch):
     job = [*JOB, f"--data.root={photos}", "--data.sampler=balanced", "--data.class_weights=[1, 2, 0.5]"]
     job += ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=1"]
-    folders = [tmp_path / name for name in ("whole", "stopped")]
+    folders = [tmp_path / "whole", tmp_path / "stopped"]
     step, steps = TransferClassifier.training_step, []
 
     def stop(self, batch, batch_idx):
@@ -207,12 +203,12 @@ def test_a_run_that_is_stopped_and_resumed_is_one_never_stopped(tmp_path, photos
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr("sys.argv", ["fit"])
-    for folder in folders:
+    for folder, way in zip(folders, (step, stop), strict=True):
         folder.mkdir()
         monkeypatch.chdir(folder)
-        if folder.name == "whole":
+        monkeypatch.setattr(TransferClassifier, "training_step", way)
+        if way is step:
             fit(job)
-    monkeypatch.setattr(TransferClassifier, "training_step", stop)
     with pytest.raises(SystemExit, match="143"):
         fit(job)
     monkeypatch.setattr(TransferClassifier, "training_step", step)
@@ -226,8 +222,7 @@ def test_a_run_that_is_stopped_and_resumed_is_one_never_stopped(tmp_path, photos
 
 def test_a_step_of_two_processes_has_the_gradients_of_their_joint_batch(tmp_path):
     """The processes' batches weigh differently, so that a mean by weights would be another."""
-    job = Path(__file__).with_name("ddp_job.py")
-    command = [sys.executable, job, tmp_path, "auto", "2", "balanced"]
+    command = [sys.executable, Path(__file__).with_name("ddp_job.py"), tmp_path, "auto", "2", "balanced"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
     steps = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)["steps"][1] for rank in range(2)]
@@ -250,14 +245,13 @@ def test_a_step_of_two_processes_has_the_gradients_of_their_joint_batch(tmp_path
 def test_scores_by_class_are_those_of_torchmetrics_and_leave_out_classes_without_images():
     torch.manual_seed(0)
     logits, labels = torch.randn(300, 5), torch.randint(0, 5, (300,)) % 4
-    for kept, names in ((labels < 9, range(5)), (labels > 1, (2, 3))):
-        has = torch.tensor([name for name in names if (labels[kept] == name).any()])
+    for kept in (labels < 9, labels > 1):
         for f1, reference in ((False, multiclass_accuracy), (True, multiclass_f1_score)):
             score = ByClass(5, f1)
             for part in torch.arange(len(labels))[kept].split(64):
                 score.update(logits[part], labels[part])
             each = reference(logits[kept], labels[kept], 5, average="none")
-            torch.testing.assert_close(score.compute(), each[has].mean())
+            torch.testing.assert_close(score.compute(), each[labels[kept].unique()].mean())
 
 
 def test_reports_count_classes_alike_where_they_are_unequal(here, photos, capsys):
@@ -297,7 +291,7 @@ def test_rare_classes_are_told_better(tmp_path):
         images, _ = draw("downstream", sum(counts), counts[0])
         for number, (label, pixels) in enumerate(zip(np.repeat(range(3), counts), images, strict=True)):
             brighter = (0.3 * pixels + rng.normal(60 + 40 * label, 25)).clip(0, 255).astype(np.uint8)
-            path = tmp_path / split / SHAPES[label] / f"{number:03}.png"
+            path = tmp_path / split / "abc"[label] / f"{number:03}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(brighter).save(path)
     still = Augment(padding=0, brightness=0, contrast=0, saturation=0, hue=0, degrees=0)
@@ -309,6 +303,4 @@ def test_rare_classes_are_told_better(tmp_path):
         trainer = quiet_trainer(max_epochs=10, limit_val_batches=0)
         trainer.fit(model, data)
         accuracies.append(trainer.test(model, data, verbose=False)[0]["test/acc"])  # balanced, as the test is
-    plain, weighted, sampled = accuracies
-    assert weighted > plain + 0.1, accuracies
-    assert sampled > plain + 0.1, accuracies
+    assert min(accuracies[1:]) > accuracies[0] + 0.1, accuracies
