@@ -43,8 +43,9 @@ def evaluate(
         projector: Also give TensorBoard's projector the features of 1,000 images.
 
     Returns:
-        `test/loss` and `test/acc`, or `val/loss` and `val/acc`, and with `mirrored` also `test/mirrored_acc`; accuracy
-        as a share of 1.
+        `test/loss` and `test/acc`, or `val/loss` and `val/acc`. Where classes are unequal also `test/balanced_accuracy`
+        and `test/macro_f1`, the mean recall and F1 of the classes that have images. With `mirrored` also
+        `test/mirrored_acc`. All but the loss are shares of 1.
     """
     console.hush()
     checkpoint = read_checkpoint(ckpt)
@@ -56,7 +57,7 @@ def evaluate(
     results = evaluate_checkpoint(trainer, ckpt, data, split, collected, mirrored)
     if trainer.is_global_zero:
         for name, value in results.items():
-            print(f"{name}  {value:.2%}" if name.endswith("acc") else f"{name} {value:.4f}")
+            print(f"{name} {value:.4f}" if name.endswith("loss") else f"{name}  {value:.2%}")
         if collected:
             folder, step = Path(ckpt).parent, checkpoint["global_step"]
             if (folder.parent / "config.yaml").is_file():

@@ -23,11 +23,14 @@ from cifar_transfer.training.evaluation import evaluate_checkpoint
 from cifar_transfer.training.find_lr import find_lr
 from cifar_transfer.training.interrupt import end_with_the_first
 
+SCORES = {"acc": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1"}
+
 
 class Outcome(NamedTuple):
     """What a run came to."""
 
-    scores: dict[str, float]  # `best/val_acc` and, where there are test images, `best/test_acc`, as shares of 1
+    # Of `best/val_acc`, where there are test images `best/test_acc`, where classes are unequal `best/val_macro_f1`, ...
+    scores: dict[str, float]  # shares of 1
     best: Path  # the checkpoint with the best validation accuracy
 
 
@@ -71,19 +74,21 @@ def _job(cli: FitCLI) -> Outcome | None:
     _train(cli)
     if (best := _best(cli)) is None:
         return None
-    options, scores = cli.config.report, {}
+    options = cli.config.report
+    scores: dict[str, float] = {}
     tested = "test" in data.images and trainer.limit_test_batches != 0
     for split in ("val", "test") if tested else ("val",):
         collect = CollectPredictions(PROJECTED if options.projector else 0) if options.figures else None
         found = evaluate_checkpoint(trainer, best, data, split, collect)
-        scores[f"best/{split}_acc"] = found[f"{split}/acc"]
+        scores |= {f"best/{name.replace('/', '_')}": found[name] for name in found if not name.endswith("loss")}
     log_final(trainer, {**data.hparams, **model.hparams}, scores, found if split == "test" else {})
     write_result(trainer, model, scores)
     if collect:
         draw_final(trainer, split, collect)
     run, checkpoint = _here(trainer.log_dir), _here(best)
     for name, value in scores.items():
-        say(trainer, f"{name.removeprefix('best/').replace('_acc', ' accuracy')} {value:.2%} with the best checkpoint")
+        split, _, score = name.removeprefix("best/").partition("_")
+        say(trainer, f"{split} {SCORES[score]} {value:.2%} with the best checkpoint")
     say(trainer, f"run         {run}")
     say(trainer, f"look at it  tensorboard --logdir {run.parent}")
     say(trainer, f"predict     python -m cifar_transfer.predict IMAGE --ckpt {checkpoint}")

@@ -1,4 +1,7 @@
-"""A job that the tests of DDP start: `python ddp_job.py FOLDER STRATEGY DEVICES`. Every rank writes what it saw."""
+"""A job that the tests of DDP start: `python ddp_job.py FOLDER STRATEGY DEVICES [CLASS_WEIGHTS]`.
+
+Every rank writes what it saw.
+"""
 
 import gc
 import sys
@@ -39,11 +42,13 @@ class Witness(Callback):
             self.steps[-1]["gradients"] = {n: p.grad.clone() for n, p in named if p.grad is not None}
 
 
-def main(folder, strategy, devices):
+def main(folder, strategy, devices, class_weights=None):
     torch.set_num_threads(1)
     seed_everything(0)
     off = Augment(padding=0, flip=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, degrees=0.0)
-    data = ShapesDataModule(train_images=160, test_images=45, batch_size=16, augment=off)
+    images = {"train_images": 157, "val_fraction": 0.4} if class_weights else {"train_images": 160}
+    images |= {"test_images": 45, "class_weights": class_weights}
+    data = ShapesDataModule(**images, batch_size=16, augment=off)
     model = TransferClassifier("shufflenet_v2_x0_5", "none", class_names=data.class_names)
     witness = Witness()
     trainer = Trainer(

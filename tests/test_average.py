@@ -73,10 +73,10 @@ class Witness(Callback):
             self.trained.append(same(copy(module), self.steps[-1]))
 
 
-def train(*callbacks, backbone="shufflenet_v2_x0_5", epochs=3, change=lambda model: None, compile=False, **trainer):
+def train(*callbacks, backbone="shufflenet_v2_x0_5", epochs=3, change=lambda model: None, more=None, **trainer):
     seed_everything(0)
     data = ShapesDataModule(train_images=170, test_images=40, batch_size=32)
-    model = TransferClassifier(backbone, "none", class_names=data.class_names, ema=DECAY, compile=compile)
+    model = TransferClassifier(backbone, "none", class_names=data.class_names, ema=DECAY, **more or {})
     change(model)
     freeze = BackboneFreeze(unfreeze_epoch=1)
     trainer = quiet_trainer(max_epochs=epochs, callbacks=[*callbacks, freeze], **trainer)
@@ -92,7 +92,8 @@ CASES = {
     "plain": {},
     "two batches a step": {"accumulate_grad_batches": 2},
     "bf16-mixed": {"precision": "bf16-mixed"},
-    "compiled": {"compile": True, "backbone": "lenet5"},
+    "compiled": {"more": {"compile": True}, "backbone": "lenet5"},
+    "growing images": {"more": {"train_sizes": [16, 32], "image_size": 32}},
     "shared weights": {"change": tie},
     "validated twice an epoch": {"val_check_interval": 0.5},
     "no validation at the end": {"check_val_every_n_epoch": 2},

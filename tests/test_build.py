@@ -123,7 +123,7 @@ def test_auxiliary_heads_count_in_the_loss(name, heads):
     torch.manual_seed(1)
     loss = model.training_step((images, labels), 0)
     torch.manual_seed(1)
-    outputs = model._all_logits(images, size)
+    outputs = model.all_logits(images, size)
     main, *auxiliary = (nn.functional.cross_entropy(logits, labels) for logits in outputs)
     torch.testing.assert_close(loss, main + 0.5 * sum(auxiliary), rtol=1e-4, atol=1e-4)
     assert len(outputs) == len(heads)

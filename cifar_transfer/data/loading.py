@@ -6,6 +6,7 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_warn
@@ -28,6 +29,26 @@ class Shuffled(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         return islice(super().__iter__(), self.first, None)
+
+
+class Balanced(Shuffled):
+    """Draws each class as often as any other, to one image in an epoch of `each` images a process.
+
+    Classes take turns, and each goes round its images in a fixed order: an epoch takes up where the one before has
+    ended, and is shuffled. So each image of a class comes k or k + 1 times, within an epoch and over all of them.
+    `labels`, int64 [N], are those of the images of all processes.
+    """
+
+    def __init__(self, labels: np.ndarray, each: int, num_replicas: int, rank: int, seed: int) -> None:
+        super().__init__(range(each * num_replicas), num_replicas, rank, seed=seed)  # type: ignore[arg-type] # its length counts
+        mixed = np.random.default_rng(seed).permutation(len(labels))
+        mixed = mixed[np.argsort(labels[mixed], kind="stable")]
+        self.rounds = np.split(mixed, np.flatnonzero(np.diff(labels[mixed])) + 1)  # rows of each class
+
+    def __iter__(self) -> Iterator[int]:
+        for place in super().__iter__():
+            turn, label = divmod(self.epoch * self.total_size + place, len(self.rounds))
+            yield int(self.rounds[label][turn % len(self.rounds[label])])
 
 
 class ResumableLoader(DataLoader[Batch]):
@@ -63,11 +84,15 @@ def check_processes(images: Mapping[str, Images], world: int) -> None:
             raise UserError(f"{few}: take fewer devices, or add images.")
 
 
-def training_loader(images: Images, batch_size: int, workers: int, rank: int, world: int, seed: int) -> ResumableLoader:
+def training_loader(
+    images: Images, batch_size: int, workers: int, rank: int, world: int, seed: int, balanced: bool = False
+) -> ResumableLoader:
     """Shuffled batches for process `rank` of `world`, read by `workers` processes; seed and epoch give the order."""
     sampler = Shuffled(images, num_replicas=world, rank=rank, shuffle=True, seed=seed)
     # Batch-norm cannot train on one value a channel, and a network may end in 1 x 1 pixels.
     last = len(sampler) % batch_size == 1
+    if balanced:
+        sampler = Balanced(images.labels, len(sampler) - last, world, rank, seed)
     return ResumableLoader(images, batch_size, sampler=sampler, drop_last=last, **_reading(workers))
 
 

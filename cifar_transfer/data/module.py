@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from cifar_transfer.data import splits
 from cifar_transfer.data.augment import Augment
+from cifar_transfer.data.classes import Balance, loss_weights
 from cifar_transfer.data.geometry import Size
 from cifar_transfer.data.images import Batch, Images
 from cifar_transfer.data.loading import check_processes, evaluation_loader, training_loader, workers_within
@@ -45,6 +46,11 @@ class ImageDataModule(LightningDataModule):
             With 0, validation uses the test images, and the test figure is then not clean. Not used when the data have
             their own validation images.
         augment: Training augmentation; its options switch each operation off at 0.
+        class_weights: Of images in the training loss: "balanced", which is N / (classes * images of the class) as in
+            scikit-learn, or a positive number for each class, of which only the ratios matter, as they are scaled to a
+            mean of 1 over the images drawn. The weighted losses of a batch are divided by the number of its images, so
+            that several processes take the step of one with their joint batch. `val/loss` has no weights.
+        sampler: "balanced" draws each class equally often, in epochs of the same length, see `loading.Balanced`.
         num_workers: Processes that decode images that are not cached; None takes one for each core. Cached images are
             read by the process itself, which is faster.
         seed: Of the held-out images, the shuffling, the augmentation and dropout.
@@ -62,6 +68,8 @@ class ImageDataModule(LightningDataModule):
         eval_batch_size: int = 256,
         val_fraction: float = 0.1,
         augment: Augment = Augment(),  # noqa: B008 # frozen
+        class_weights: Balance | list[float] | None = None,
+        sampler: Balance | None = None,
         num_workers: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -69,11 +77,18 @@ class ImageDataModule(LightningDataModule):
         check("batch_size", batch_size, lambda n: 2 <= n <= LARGEST_BATCH, f"2 to {LARGEST_BATCH} images")
         check("eval_batch_size", eval_batch_size, lambda n: 1 <= n <= LARGEST_BATCH, f"1 to {LARGEST_BATCH} images")
         check("val_fraction", val_fraction, lambda x: 0 <= x < 1, "a share of the training images in [0, 1)")
+        if class_weights not in (None, "balanced"):
+            wanted = "balanced, or a number from 1e-6 to 1e6 for each class"
+            check("class_weights", class_weights, lambda ws: ws and all(1e-6 <= w <= 1e6 for w in ws), wanted)
+        check("sampler", sampler, lambda name: name in (None, "balanced"), "balanced, or null")
+        if sampler and class_weights == "balanced":
+            raise UserError("class_weights=balanced and sampler=balanced make up for the same twice: take one of them.")
         if num_workers is not None:
             check("num_workers", num_workers, lambda n: 0 <= n <= MOST_WORKERS, f"0 to {MOST_WORKERS} processes")
         check("seed", seed, lambda n: 0 <= n < 2**32, "a number from 0 to 4294967295")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_fraction, self.augment, self.num_workers, self.seed = val_fraction, augment, num_workers, seed
+        self.class_weights, self.sampler = class_weights, sampler
         self.size: Size | None = None  # that `load` brings images to
         self.images: dict[Split, Images] = {}
         self.names: Names = {}  # of `images`
@@ -82,7 +97,7 @@ class ImageDataModule(LightningDataModule):
 
     def record(self, **options: str | int | float | None) -> None:
         """Keep these options and those of this class with every checkpoint, as primitives, for `weights_only`."""
-        own = ("batch_size", "eval_batch_size", "val_fraction", "num_workers", "seed")
+        own = ("batch_size", "eval_batch_size", "val_fraction", "num_workers", "seed", "class_weights", "sampler")
         shared = {name: getattr(self, name) for name in own} | {"augment": asdict(self.augment)}
         self.save_hyperparameters({"data": type(self).__name__, "held_out_by": HASH} | shared | options)
 
@@ -135,6 +150,15 @@ class ImageDataModule(LightningDataModule):
             used = {"validate": ["val"], "test": ["test"]}.get(stage or "", SPLITS)  # a fit ends with the test
             check_processes({s: found for s, found in self.images.items() if s in used}, self.trainer.world_size)
 
+    def loss_weights(self) -> Tensor | None:
+        """What `classes.loss_weights` makes of `class_weights`; its errors are that one's. Called after `setup`."""
+        return loss_weights(self.images["train"].labels, self.class_names, self.class_weights, self.sampler)
+
+    def unequal(self, split: Split) -> bool:
+        """Whether the classes of a split differ in size; of images held out, the classes that they are a sample of."""
+        images = self._loaded.get(self._source if split == "val" else split)
+        return images is not None and len(set(np.bincount(images.labels, minlength=self.num_classes))) > 1
+
     def _split(self) -> None:
         loaded = {split: images for split, images in self._loaded.items() if images is not None}
         if not loaded.get("train"):
@@ -159,6 +183,7 @@ class ImageDataModule(LightningDataModule):
                 "val_fraction=0: validation uses the test images, so the schedule and the choice of the checkpoint "
                 "have seen them and the test figure is not clean."
             )
+        self._source = source
         chosen = self._chosen(source, loaded[source])
         shares: dict[Split, np.ndarray] = {"val": chosen}
         if source == "train":
@@ -233,7 +258,8 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled training batches, a shard a rank."""
-        loader = training_loader(batch_size=self.batch_size, seed=self.seed, **self._shard("train"))
+        options = {"seed": self.seed, "balanced": self.sampler is not None} | self._shard("train")
+        loader = training_loader(batch_size=self.batch_size, **options)
         loader.epoch = lambda: self.trainer.num_training_batches if self.trainer else len(loader)
         return loader
 

@@ -37,6 +37,7 @@ class AveragedModule(SizedModule):
 
     def on_fit_start(self) -> None:
         """Begin with the weights as they are on their device, or take up the average of the run that continues."""
+        super().on_fit_start()
         self._other, self._in_use = {}, False
         if self.hparams["ema"] is None:
             return

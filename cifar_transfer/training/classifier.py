@@ -1,6 +1,5 @@
 """The network with its new head, its loss, optimizer and schedule."""
 
-import copy
 import math
 from typing import Any, Literal
 
@@ -84,6 +83,8 @@ class TransferClassifier(AveragedModule):
         logits = model(torch.rand(8, 3, 32, 32))  # float32 [8, 10]
     """
 
+    _class_weights: Tensor | None = None  # in the loss, float32 [num_classes]
+
     def __init__(
         self,
         backbone: str = "resnet18",
@@ -156,9 +157,9 @@ class TransferClassifier(AveragedModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float [B, num_classes], of images, float [B, 3, H, W] in [0, 1], RGB."""
-        return self._all_logits(images, self.geometry.input_side)[0]
+        return self.all_logits(images, self.geometry.input_side)[0]
 
-    def _all_logits(self, images: Tensor, side: int | None) -> tuple[Tensor, ...]:
+    def all_logits(self, images: Tensor, side: int | None) -> tuple[Tensor, ...]:
         """The main logits, and while auxiliary heads train, theirs."""
         # bf16-true and 16-true convert the network, and lose too much in the images and the loss.
         images = self.prepare(images, side).to(self.dtype)
@@ -172,6 +173,8 @@ class TransferClassifier(AveragedModule):
             rank_zero_info(f"{self.hparams['backbone']} adapted: {'; '.join(self.changes)}.")
         data = getattr(self.trainer, "datamodule", None)
         self.settle_statistics(data)
+        if isinstance(data, ImageDataModule):
+            self.unequal = stage != "fit" and data.unequal("val" if stage == "validate" else "test")
         if data is None or not hasattr(data, "num_classes"):  # or it is of somebody else
             return
         if (names := self.hparams["class_names"]) and hasattr(data, "class_names"):
@@ -185,23 +188,7 @@ class TransferClassifier(AveragedModule):
         if stage == "fit" and min(self.geometry.size) < (self.largest_side or 0):
             side = self.largest_side
             rank_zero_info(f"Images of {pixels(self.geometry.size)} are enlarged to {side} x {side} on the device.")
-        self._try_sizes()
-
-    def _try_sizes(self) -> None:
-        training, size = self.training, self.geometry.size
-        try:
-            with torch.no_grad():
-                for side in {self.hparams["image_size"], *(self.hparams["train_sizes"] or [])}:
-                    self.eval()._all_logits(torch.zeros(1, 3, *size, device=self.device), side)
-                if self.hparams["aux_weight"]:  # auxiliary heads need larger images, and answer only while training
-                    images = torch.zeros(2, 3, *self.geometry.input_size, device=self.device)
-                    copy.deepcopy(self.network).train()(images)
-        except (RuntimeError, AssertionError) as error:
-            name, why = self.hparams["backbone"], str(error).splitlines()[0]
-            raise UserError(
-                f"{name} cannot take images of {side or pixels(size)} pixels ({why}): {build.size_hint(name)}"
-            ) from None
-        self.train(training)
+        self.try_sizes()
 
     def on_train_start(self) -> None:
         """Compile the network, now that its graph is drawn."""
@@ -209,29 +196,33 @@ class TransferClassifier(AveragedModule):
             self.network.compile()  # in place, so that the names in its state dict stay
 
     def on_fit_start(self) -> None:
-        """Count the steps that `train_sizes` are shared out over, and begin to average."""
+        """Take the weights of the classes in the loss."""
         super().on_fit_start()
-        if self.hparams["train_sizes"]:
-            if self.trainer.estimated_stepping_batches == float("inf"):
-                raise UserError("train_sizes are shared out over the run: set --trainer.max_epochs.")
-            self._steps = int(self.trainer.estimated_stepping_batches)
-
-    def _train_size(self) -> int | None:
-        if not (sizes := self.hparams["train_sizes"]):
-            return self.geometry.input_side
-        return sizes[min(len(sizes) * self.trainer.global_step // self._steps, len(sizes) - 1)]
+        data = getattr(self.trainer, "datamodule", None)
+        weights = data.loss_weights() if isinstance(data, ImageDataModule) else None
+        self._class_weights = None if weights is None else weights.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean cross-entropy of a batch, with that of the auxiliary heads if they train."""
+        """Mean cross-entropy of a batch, with that of the auxiliary heads if they train.
+
+        Each image's, smoothed or not, counts with the weight of its class if the data module weighs classes.
+        """
         images, labels = batch
         if not self.sized:  # no data module has said it
             self.settle_size((images.shape[2], images.shape[3]))
-        logits, *auxiliary = self._all_logits(images, self._train_size())
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"])
+        logits, *auxiliary = self.all_logits(images, self.train_side())
+        loss = self._loss(logits, labels, self.hparams["label_smoothing"])
         for other in auxiliary:
-            loss = loss + self.hparams["aux_weight"] * F.cross_entropy(other, labels)
+            loss = loss + self.hparams["aux_weight"] * self._loss(other, labels)
         self.count(loss, logits, labels)
         return loss
+
+    def _loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+        if self._class_weights is None:
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        # torch's own weights divide by their sum in the batch: means of processes would not be that of the joint batch.
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+        return (losses * self._class_weights[labels]).mean()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Probabilities of a batch, float [B, num_classes]."""

@@ -32,7 +32,8 @@ def evaluate_checkpoint(
         mirrored: Also score each image and its mirror image together.
 
     Returns:
-        `SPLIT/loss` and `SPLIT/acc`, and with `mirrored` also `SPLIT/mirrored_acc`; accuracy as a share of 1.
+        `SPLIT/loss` and `SPLIT/acc`, where classes are unequal also `SPLIT/balanced_accuracy` and `SPLIT/macro_f1`, and
+        with `mirrored` also `SPLIT/mirrored_acc`; all but the loss as shares of 1.
 
     Raises:
         UserError: The checkpoint cannot be read or is unfit for the data.

@@ -19,7 +19,7 @@ REFUSED = {
     "model.ema": _AVERAGE,
     **{f"data.{name}": _SPLIT for name in ("data", "seed", "val_fraction", "task", "train_images")},
 }
-REFUSED_WITHIN_AN_EPOCH = {"data.batch_size": _SKIPPED, "processes": _SKIPPED}
+REFUSED_WITHIN_AN_EPOCH = {name: _SKIPPED for name in ("data.batch_size", "data.sampler", "processes")}
 _FREEZE = ("unfreeze_epoch", "unfrozen_lr", "frozen", "batch_norm", "phases", "monitor", "mode")
 REFUSED_UNFROZEN = {f"freeze.{name}": _UNFROZEN for name in _FREEZE}
 CHANGED = {
@@ -29,6 +29,8 @@ CHANGED = {
     "model.label_smoothing": "the training loss is another one",
     "model.warmup_epochs": "the learning rate follows another curve",
     "data.batch_size": "an epoch has another number of steps",
+    "data.class_weights": "the training loss is another one",
+    "data.sampler": "an epoch draws other images",
     "data.augment": "training images are augmented in another way",
     "data.root": "the images are read from there",
     "data.decode_size": "the images are decoded at another size",

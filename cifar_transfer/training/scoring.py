@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from cifar_transfer.console import counted
@@ -18,11 +19,36 @@ EPOCH_KEY = "epoch_so_far"  # in checkpoints that are written before the epoch i
 COUNTED = ("train_acc", "train_loss")
 
 
+class ByClass(Metric):
+    """Mean recall (balanced accuracy) or F1 of the classes that have images, in [0, 1].
+
+    torchmetrics' macro averages count a class without images as 0 once it is predicted.
+    """
+
+    def __init__(self, num_classes: int, f1: bool) -> None:
+        super().__init__()
+        self.f1 = f1
+        self.counts: Tensor  # of the images of each class, of those taken for it, and of those that are both
+        self.add_state("counts", torch.zeros(3, num_classes, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Count logits [B, num_classes] and labels [B]."""
+        guesses = logits.argmax(1)
+        for count, found in zip(self.counts, (labels, guesses, labels[guesses == labels]), strict=True):
+            count += torch.bincount(found, minlength=len(count))
+
+    def compute(self) -> Tensor:
+        """The mean."""
+        true, said, both = self.counts
+        return (2 * both / (true + said) if self.f1 else both / true)[true > 0].mean()
+
+
 class ScoredModule(LightningModule):
     """A classifier that scores itself; a subclass gives logits when called, and has `count` see each step.
 
     Attributes:
         mirrored: Whether evaluation also gives the accuracy of an image and its mirror image together.
+        unequal: Whether it also gives `balanced_accuracy` and `macro_f1`.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -32,7 +58,10 @@ class ScoredModule(LightningModule):
         self.train_acc, self.val_acc, self.test_acc, self.mirrored_acc = (
             MulticlassAccuracy(num_classes, average="micro", validate_args=False) for _ in range(4)
         )
-        self.mirrored = False
+        self.by_class = nn.ModuleDict(
+            {"balanced_accuracy": ByClass(num_classes, f1=False), "macro_f1": ByClass(num_classes, f1=True)}
+        )
+        self.mirrored = self.unequal = False
         self._val_scores: dict[str, float] = {}  # of the last validation of this epoch
 
     @property
@@ -82,6 +111,9 @@ class ScoredModule(LightningModule):
         # The loss steers the schedule, so every rank must see the same.
         self.log(f"{split}/loss", loss, batch_size=len(labels), prog_bar=True, logger=logger, sync_dist=True)
         self.log(f"{split}/acc", accuracy, prog_bar=True, logger=logger)
+        for name, score in self.by_class.items() if self.unequal else ():
+            score.update(logits, labels)  # type: ignore[operator] # a metric
+            self.log(f"{split}/{name}", score, logger=logger)  # type: ignore[arg-type]
         if self.mirrored:
             self.mirrored_acc.update(logits.softmax(1) + self(images.flip(3)).softmax(1), labels)
             self.log(f"{split}/mirrored_acc", self.mirrored_acc, logger=logger)

@@ -1,14 +1,16 @@
 """The geometry of a classifier's images: settled when training begins, kept in its checkpoints."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 
 from cifar_transfer.data.geometry import DEFAULT_SIDE, GEOMETRY_KEY, Geometry, Size, pixels, resize, statistics
 from cifar_transfer.errors import UserError
+from cifar_transfer.network import build
 from cifar_transfer.training.scoring import ScoredModule
 
 
@@ -19,8 +21,11 @@ class SizedModule(ScoredModule):
 
     Attributes:
         geometry: How an image becomes the network's input.
+        network: The plain network.
         sized: Whether `geometry.size` is that of the images trained on; until training begins it is a guess.
     """
+
+    network: nn.Module
 
     def begin_geometry(self, weights_statistics: str | list[list[float]]) -> None:
         """Begin with what the options say, and the channel statistics that the weights were trained with."""
@@ -43,6 +48,41 @@ class SizedModule(ScoredModule):
         """Side in pixels of the largest square that the network is given; None: it takes images as they are."""
         size = self.hparams["image_size"]
         return size and max([size, *(self.hparams["train_sizes"] or [])])
+
+    def all_logits(self, images: Tensor, side: int | None) -> tuple[Tensor, ...]:
+        """The logits, and those of auxiliary heads while they train, of images that are given at this side."""
+        raise NotImplementedError
+
+    def on_fit_start(self) -> None:
+        """Count the steps that `train_sizes` are shared out over."""
+        super().on_fit_start()
+        if self.hparams["train_sizes"]:
+            if self.trainer.estimated_stepping_batches == float("inf"):
+                raise UserError("train_sizes are shared out over the run: set --trainer.max_epochs.")
+            self._all_steps = int(self.trainer.estimated_stepping_batches)
+
+    def train_side(self) -> int | None:
+        """The side that images have in this step of the training."""
+        if not (sizes := self.hparams["train_sizes"]):
+            return self.geometry.input_side
+        return sizes[min(len(sizes) * self.trainer.global_step // self._all_steps, len(sizes) - 1)]
+
+    def try_sizes(self) -> None:
+        """Refuse, by a `UserError`, sizes that the network cannot take."""
+        training, size = self.training, self.geometry.size
+        try:
+            with torch.no_grad():
+                for side in {self.hparams["image_size"], *(self.hparams["train_sizes"] or [])}:
+                    self.eval().all_logits(torch.zeros(1, 3, *size, device=self.device), side)
+                if self.hparams["aux_weight"]:  # auxiliary heads need larger images, and answer only while training
+                    images = torch.zeros(2, 3, *self.geometry.input_size, device=self.device)
+                    copy.deepcopy(self.network).train()(images)
+        except (RuntimeError, AssertionError) as error:
+            name, why = self.hparams["backbone"], str(error).splitlines()[0]
+            raise UserError(
+                f"{name} cannot take images of {side or pixels(size)} pixels ({why}): {build.size_hint(name)}"
+            ) from None
+        self.train(training)
 
     def settle_statistics(self, data: object) -> None:
         """Take the statistics of the data module, or else of the weights, if none were asked for."""
