@@ -70,7 +70,6 @@ def test_balanced_weights_are_those_of_scikit_learn(caplog, photos):
     assert counts.sum() < 156, "held-out images do not count"
     torch.testing.assert_close(data.loss_weights(), torch.tensor(counts.sum() / (3 * counts), dtype=torch.float32))
     assert f"Classes of {counts[1]} (flower) to {counts[0]} (drop) training images, with weights from 0." in caplog.text
-    assert counts[1] < counts[2] < counts[0]
 
 
 def test_given_weights_keep_their_ratios_and_have_a_mean_of_one_over_the_images_drawn(photos):
@@ -124,20 +123,16 @@ def epochs(count, world, labels, batch_size=4):
 @pytest.mark.parametrize("sizes", [(40, 7, 3), (9, 1, 13), (5, 5, 7, 2)])
 def test_each_class_and_of_a_class_each_image_is_drawn_equally_often(world, sizes):
     labels = np.random.default_rng(0).permutation(np.repeat(range(len(sizes)), sizes))
-    total, so_far = Counter(), np.zeros(len(sizes), int)
+    total = Counter()
     for shards in epochs(5, world, labels):
         each = -(-len(labels) // world)
         each -= each % 4 == 1  # as without the sampler, a batch of one is left out
         assert [len(shard) for shard in shards] == [each] * world
         rows = np.array([*chain(*shards)])
-        drawn = np.bincount(labels[rows], minlength=len(sizes))
-        assert drawn.max() - drawn.min() <= 1
-        so_far += drawn
-        assert so_far.max() - so_far.min() <= 1, "another class has one more in the next epoch"
-        for counts in (Counter(rows.tolist()), total := total + Counter(rows.tolist())):
-            for label in range(len(sizes)):
-                seen = [counts[row] for row in np.flatnonzero(labels == label)]
-                assert max(seen) - min(seen) <= 1, "none twice more than another, in an epoch and over epochs"
+        for counts in (Counter(rows.tolist()), total := total + Counter(rows.tolist())):  # in an epoch, and over epochs
+            seen = [[counts[row] for row in np.flatnonzero(labels == label)] for label in range(len(sizes))]
+            assert np.ptp([sum(of_class) for of_class in seen]) <= 1
+            assert all(max(of_class) - min(of_class) <= 1 for of_class in seen)
 
 
 def test_processes_share_the_order_of_one_which_is_another_in_each_epoch():
@@ -221,7 +216,6 @@ def test_a_run_that_is_stopped_and_resumed_is_one_never_stopped(tmp_path, photos
 
 
 def test_a_step_of_two_processes_has_the_gradients_of_their_joint_batch(tmp_path):
-    """The processes' batches weigh differently, so that a mean by weights would be another."""
     command = [sys.executable, Path(__file__).with_name("ddp_job.py"), tmp_path, "auto", "2", "balanced"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -231,8 +225,7 @@ def test_a_step_of_two_processes_has_the_gradients_of_their_joint_batch(tmp_path
     data.setup()
     weights = data.loss_weights()
     sums = [float(weights[step["labels"]].sum()) for step in steps]
-    assert abs(sums[0] / sums[1] - 1) > 0.01
-    assert weights.max() > 1.5 * weights.min()
+    assert abs(sums[0] / sums[1] - 1) > 0.01, "or a mean by weights would be the same"
     model = TransferClassifier("shufflenet_v2_x0_5", "none", normalize="cifar10")
     model.load_state_dict(steps[0]["before"])
     model.eval()
@@ -287,10 +280,10 @@ def test_reports_of_equal_classes_do_not_repeat_the_accuracy(here, tmp_path, cap
 def test_rare_classes_are_told_better(tmp_path):
     """Drawn images, the brighter the rarer their class, but overlapping, so that how many there are decides."""
     rng = np.random.default_rng(0)
-    for split, counts in (("train", (400, 40, 20)), ("test", (100, 100, 100))):
+    for split, counts in (("train", (600, 30, 15)), ("test", (150, 150, 150))):
         images, _ = draw("downstream", sum(counts), counts[0])
         for number, (label, pixels) in enumerate(zip(np.repeat(range(3), counts), images, strict=True)):
-            brighter = (0.3 * pixels + rng.normal(60 + 40 * label, 25)).clip(0, 255).astype(np.uint8)
+            brighter = (0.3 * pixels + rng.normal(60 + 40 * label, 35)).clip(0, 255).astype(np.uint8)
             path = tmp_path / split / "abc"[label] / f"{number:03}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(brighter).save(path)
@@ -300,7 +293,7 @@ def test_rare_classes_are_told_better(tmp_path):
         seed_everything(0)
         data = ImageFolderDataModule(str(tmp_path), batch_size=32, augment=still, **option)
         model = TransferClassifier("lenet5", "none", num_classes=3, lr=0.003)
-        trainer = quiet_trainer(max_epochs=10, limit_val_batches=0)
+        trainer = quiet_trainer(max_epochs=6, limit_val_batches=0)
         trainer.fit(model, data)
         accuracies.append(trainer.test(model, data, verbose=False)[0]["test/acc"])  # balanced, as the test is
     assert min(accuracies[1:]) > accuracies[0] + 0.1, accuracies
