@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, once, run_fit, weights
+from conftest import TINY, once, quiet_trainer, run_fit, weights
 
-from cifar_transfer import TransferClassifier
+from cifar_transfer import ShapesDataModule, TransferClassifier
 
 JOB = Path(__file__).with_name("ddp_job.py")
 
@@ -74,11 +74,16 @@ def test_a_step_has_the_gradients_of_one_process_on_the_joint_batch(plain, epoch
 
 
 def test_every_test_image_counts_once(tmp_path, plain):
-    """45 images over two ranks: repeats that make the ranks even would change the figure."""
-    _, figures = plain
+    """45 images over two ranks: repeats that make the ranks even would change accuracy and loss."""
+    ranks, figures = plain
     assert figures[0] == figures[1]
     correct = figures[0]["test/acc"] * 45
     assert abs(correct - round(correct)) < 1e-4
+    data = ShapesDataModule(train_images=160, test_images=45)
+    model = TransferClassifier("shufflenet_v2_x0_5", "none", class_names=data.class_names)
+    model.load_state_dict(ranks[0]["state"])
+    alone = quiet_trainer(default_root_dir=tmp_path).test(model, data, verbose=False)[0]
+    assert figures[0] == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.whole

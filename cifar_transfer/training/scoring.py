@@ -54,7 +54,7 @@ class ScoredModule(LightningModule):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         # Their checks would make every step wait for the device.
-        self.train_loss = MeanMetric(nan_strategy="disable")
+        self.train_loss, self.eval_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
         self.train_acc, self.val_acc, self.test_acc, self.mirrored_acc = (
             MulticlassAccuracy(num_classes, average="micro", validate_args=False) for _ in range(4)
         )
@@ -108,8 +108,9 @@ class ScoredModule(LightningModule):
         logits = self(images)
         accuracy.update(logits, labels)
         loss = F.cross_entropy(logits, labels)
-        # The loss steers the schedule, so every rank must see the same.
-        self.log(f"{split}/loss", loss, batch_size=len(labels), prog_bar=True, logger=logger, sync_dist=True)
+        # Not by Lightning's `sync_dist`, which divides by the processes' mean of images as a whole number.
+        self.eval_loss.update(loss, len(labels))
+        self.log(f"{split}/loss", self.eval_loss, prog_bar=True, logger=logger)
         self.log(f"{split}/acc", accuracy, prog_bar=True, logger=logger)
         for name, score in self.by_class.items() if self.unequal else ():
             score.update(logits, labels)  # type: ignore[operator] # a metric
