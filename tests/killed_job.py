@@ -1,4 +1,4 @@
-"""A run that is killed at a moment of its own: `MOMENT N [options of fit]`, at the N-th time."""
+"""A run that is killed, or told to stop, at a moment of its own: `MOMENT N [options of fit]`, at the N-th time."""
 
 import io
 import os
@@ -15,15 +15,15 @@ from cifar_transfer.training import run as runs
 from cifar_transfer.training.cli import FitCLI
 
 
-def at(owner, name, left, when=lambda *args: True):
-    """Kill this process when `owner.name` is called for the N-th time with arguments of that kind."""
+def at(owner, name, left, when=lambda *args: True, number=signal.SIGKILL):
+    """Send this process a signal when `owner.name` is called for the N-th time with arguments of that kind."""
     real = getattr(owner, name)
 
     def deadly(*args, **kwargs):
         nonlocal left
         left -= bool(when(*args))
         if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return real(*args, **kwargs)
 
     setattr(owner, name, deadly)
@@ -55,6 +55,7 @@ MOMENTS = {
     "decoding": lambda n: at(cache.tqdm, "update", n),
     "writing the configuration": lambda n: moving(n, runs.CONFIG),
     "mid-step": lambda n: at(TransferClassifier, "optimizer_step", n),  # of any optimizer
+    "told to stop": lambda n: at(TransferClassifier, "optimizer_step", n, number=signal.SIGTERM),
     "half of best.ckpt": lambda n: half_written(n, "best.ckpt"),
     "half of last.ckpt": lambda n: half_written(n, "last.ckpt"),
     "moving last.ckpt": lambda n: moving(n, "last.ckpt"),

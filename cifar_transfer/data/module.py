@@ -89,6 +89,7 @@ class ImageDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_fraction, self.augment, self.num_workers, self.seed = val_fraction, augment, num_workers, seed
         self.class_weights, self.sampler = class_weights, sampler
+        self.resumed: list[dict[str, int]] = []  # the state of the next training loader, if a run continues
         self.size: Size | None = None  # that `load` brings images to
         self.images: dict[Split, Images] = {}
         self.names: Names = {}  # of `images`
@@ -261,6 +262,9 @@ class ImageDataModule(LightningDataModule):
         options = {"seed": self.seed, "balanced": self.sampler is not None} | self._shard("train")
         loader = training_loader(batch_size=self.batch_size, **options)
         loader.epoch = lambda: self.trainer.num_training_batches if self.trainer else len(loader)
+        for state in self.resumed:
+            loader.load_state_dict(state)
+        self.resumed = []
         return loader
 
     def val_dataloader(self) -> DataLoader[Batch]:

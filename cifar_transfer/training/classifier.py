@@ -261,6 +261,8 @@ class TransferClassifier(AveragedModule):
             return
         for change in resume.compare_checkpoint(self.trainer, self, data, checkpoint):
             rank_zero_info(change)
+        if isinstance(data, ImageDataModule):  # Lightning has no effect on a loader that its count of steps has made
+            data.resumed = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         mine, given = self.state_dict(), checkpoint["state_dict"]
         if other := [key for key in mine if key in given and mine[key].shape != given[key].shape]:
             raise UserError(
