@@ -11,7 +11,7 @@ _UNDONE = "would be undone by the checkpoint"
 _SPLIT = "would make validation images of images that were trained on"
 _SKIPPED = "would skip images of the epoch that the checkpoint is in, or repeat them"
 _AVERAGE = "would score other weights than the run has so far"
-_UNFROZEN = "would have no effect, because the unfreezing has begun"
+_UNFROZEN = "would have no effect, because parameters are unfrozen already"
 REFUSED = {
     **{f"model.{name}": _UNDONE for name in ("backbone", "num_classes", "small_images", "patch_size", "aux_weight")},
     **{f"model.{name}": _UNDONE for name in ("optimizer", "lr", "head_lr", "layer_decay", "weight_decay", "momentum")},
