@@ -5,18 +5,21 @@ The nine cases that Lightning's tests of its own finetuning callbacks describe a
 
 import copy
 import logging
+import textwrap
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning import seed_everything
+from conftest import quiet_trainer
+from lightning import LightningModule, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from others import STEPS, Net, fit, freeze, trainable
 from torch import nn
 from torch.optim import SGD, Adam
+from torchvision import models
 
-from cifar_transfer import BackboneFreeze, Phase
+from cifar_transfer import BackboneFreeze, Phase, ShapesDataModule
 from cifar_transfer.errors import UserError
 
 
@@ -255,3 +258,13 @@ def test_parameters_of_configure_model_are_frozen_too():
 
     watch = fit(Late(), freeze(frozen=["late", "backbone"]))
     assert watch.moved("late.weight") == [False, True, True]
+
+
+def test_the_example_of_the_docstring_runs_as_it_stands_there(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO)
+    example = textwrap.dedent(BackboneFreeze.__doc__.partition("Example::")[2])
+    names = {"torch": torch, "nn": nn, "F": F, "models": models, "LightningModule": LightningModule}
+    names |= {"BackboneFreeze": BackboneFreeze, "ShapesDataModule": ShapesDataModule, "Trainer": quiet_trainer}
+    exec(example, names)
+    assert any(message.startswith("Epoch 2: unfrozen, learning rate 0.0001") for message in caplog.messages)

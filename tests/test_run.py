@@ -135,7 +135,10 @@ def test_a_run_belongs_to_one_process(tmp_path, again):
         (["--seed_everything=1"], "seed_everything=1 would make validation images"),
         (["--data.train_images=120"], "data.train_images=120 would make"),
         (["--model.lr=0.5"], "model.lr=0.5 would be undone by the checkpoint, which was written with 0.001"),
-        (["--freeze.unfreeze_epoch=3"], "freeze.unfreeze_epoch=3 would have no effect, because parameters are unfrozen already"),
+        (
+            ["--freeze.unfreeze_epoch=3"],
+            "freeze.unfreeze_epoch=3 would have no effect, because parameters are unfrozen",
+        ),
         (["--freeze.batch_norm=train"], "freeze.batch_norm=train would have no effect"),
     ],
 )

@@ -12,7 +12,6 @@ stays frozen when resumed after the unfreezing (#21901); and frozen batch-norm k
 
 import math
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, Literal
@@ -27,7 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cifar_transfer.console import counted
 from cifar_transfer.errors import UserError, check
-from cifar_transfer.network.stages import HEAD
 from cifar_transfer.training import optimizer, resume
 from cifar_transfer.training import phases as plans
 from cifar_transfer.training.phases import EVERYTHING, Phase
@@ -61,12 +59,21 @@ class BackboneFreeze(Callback):
 
     Example::
 
-        from lightning import Trainer
-        from cifar_transfer import BackboneFreeze, CIFAR10DataModule, TransferClassifier
+        class Mine(LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.backbone = models.resnet18(num_classes=64)  # with weights="DEFAULT" and without its own head
+                self.head = nn.Linear(64, 10)
 
-        freeze = BackboneFreeze(unfreeze_epoch=5, unfrozen_lr=1e-4)
-        trainer = Trainer(max_epochs=40, callbacks=[freeze], devices=2)
-        trainer.fit(TransferClassifier("resnet18"), CIFAR10DataModule("data"))
+            def training_step(self, batch, batch_idx):
+                images, labels = batch
+                return F.cross_entropy(self.head(self.backbone(images)), labels)
+
+            def configure_optimizers(self):
+                return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+        freeze = BackboneFreeze(unfreeze_epoch=1, unfrozen_lr=1e-4, frozen=["backbone"])
+        Trainer(max_epochs=2, callbacks=[freeze]).fit(Mine(), ShapesDataModule(train_images=100))
     """
 
     def __init__(
@@ -118,7 +125,7 @@ class BackboneFreeze(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze, now that the optimizer has everything that trains at some time."""
         stages = plans.own_stages(pl_module)
-        self.plan = self._planned(pl_module, stages)
+        self.plan = plans.planned(pl_module, stages, self.phases or self.frozen, self.unfreeze_epoch, self.unfrozen_lr)
         self._begins = plans.begins(pl_module, [phase.train for phase in self.plan], stages)
         first: dict[nn.Parameter, int] = {}
         for name, parameter in pl_module.named_parameters():
@@ -136,30 +143,6 @@ class BackboneFreeze(Callback):
         if any(phase.from_best for phase in self.plan) and not _best_kept(trainer):
             raise UserError("from_best needs a ModelCheckpoint that monitors a figure among the Trainer's callbacks.")
         self._require_grad(trainer, pl_module)
-
-    def _planned(self, pl_module: LightningModule, stages: dict[str, list[str]]) -> list[Phase]:
-        if isinstance(self.phases, list):
-            return self.phases
-        if self.phases is None and self.unfreeze_epoch == 0:
-            return [Phase([EVERYTHING])]
-        first = HEAD
-        if self.frozen:
-            first = f"(?!{'|'.join(f'(?:{pattern})' for pattern in self.frozen)})"
-            if all(re.match(first, name) for name, _ in pl_module.named_parameters()):
-                raise UserError(
-                    f"No parameter's name begins with any of {self.frozen}: see the module's named_parameters()."
-                )
-        elif HEAD not in stages:
-            raise UserError(
-                f"{type(pl_module).__name__} names no head, so all of it would be frozen: give BackboneFreeze the "
-                f"names of what to freeze, frozen=[...], or the module an attribute `heads`, the names of its layers."
-            )
-        if self.phases is None:
-            return [Phase([first]), Phase([EVERYTHING], epoch=self.unfreeze_epoch, lr=self.unfrozen_lr)]
-        later = [[stage] for stage in reversed(stages) if stage != HEAD]
-        later[-1] = [EVERYTHING]  # also what is in no stage, if there is a module around the network
-        rates = [self.unfrozen_lr, *(None for _ in later)]
-        return [Phase([HEAD]), *(Phase(train, epoch + 1, lr=rates[epoch]) for epoch, train in enumerate(later))]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state, which may come from a checkpoint: a run resumed within an epoch skips its start."""

@@ -9,10 +9,11 @@ from lightning import LightningModule
 from torch import nn
 
 from cifar_transfer.errors import UserError, check
-from cifar_transfer.network.stages import stages
+from cifar_transfer.network.stages import HEAD, stages
 from cifar_transfer.training.optimizer import LARGEST_RATE
 
 EVERYTHING = "all"
+GRADUAL = "gradual"
 RATE = f"a positive rate up to {LARGEST_RATE}, or null to leave the rate as it is"
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -104,6 +105,49 @@ def own_stages(module: LightningModule) -> dict[str, list[str]]:
     if unknown := [head for head in heads if head not in known]:
         raise UserError(f"{type(module).__name__}.heads names {unknown[0]!r}, which is none of its submodules.")
     return {stage: [prefix + name for name in names] for stage, names in stages(network, heads).items()}
+
+
+def planned(
+    module: LightningModule,
+    stages: dict[str, list[str]],
+    given: Sequence[Phase] | Sequence[str] | None,
+    epoch: int,
+    lr: float | None,
+) -> list[Phase]:
+    """All phases of a run.
+
+    Args:
+        module: Whose parameters.
+        stages: As of `own_stages`.
+        given: The phases, or "gradual", or expressions of what is frozen until `epoch`; None: all but the head is.
+        epoch: When the second phase of two begins; 0: there is one.
+        lr: The rate from then on.
+
+    Raises:
+        UserError: It is not known what is to be frozen.
+    """
+    if given and isinstance(given, list) and isinstance(given[0], Phase):
+        return given
+    if given != GRADUAL and epoch == 0:
+        return [Phase([EVERYTHING])]
+    first = HEAD
+    if given and given != GRADUAL:
+        first = f"(?!{'|'.join(f'(?:{pattern})' for pattern in given)})"
+        if all(re.match(first, name) for name, _ in module.named_parameters()):
+            raise UserError(f"No parameter's name begins with any of {given}: see the module's named_parameters().")
+    elif HEAD not in stages:
+        raise UserError(
+            f"{type(module).__name__} names no head, so all of it would be frozen: give BackboneFreeze the names of "
+            f"what to freeze, frozen=[...], or the module an attribute `heads`, the names of its layers."
+        )
+    if given != GRADUAL:
+        return [Phase([first]), Phase([EVERYTHING], epoch=epoch, lr=lr)]
+    later = [[stage] for stage in reversed(stages) if stage != HEAD]
+    later[-1] = [EVERYTHING]  # also what is in no stage, if there is a module around the network
+    return [
+        Phase([HEAD]),
+        *(Phase(each, number, lr=lr if number == 1 else None) for number, each in enumerate(later, 1)),
+    ]
 
 
 def begins(module: nn.Module, phases: Sequence[Sequence[str]], stages: Mapping[str, list[str]]) -> dict[str, int]:
