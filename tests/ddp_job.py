@@ -1,4 +1,4 @@
-"""A job that the tests of DDP start: `python ddp_job.py FOLDER STRATEGY DEVICES [CLASS_WEIGHTS]`.
+"""A job that the tests of DDP start: `python ddp_job.py FOLDER STRATEGY DEVICES [phases|balanced]`.
 
 Every rank writes what it saw.
 """
@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import Callback
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from cifar_transfer import Augment, BackboneFreeze, ShapesDataModule, TransferClassifier
+from cifar_transfer import Augment, BackboneFreeze, Phase, ShapesDataModule, TransferClassifier
 
-UNFREEZE = 1
+PHASES = [Phase(["head"]), Phase(["stage4", "conv5"], epoch=1, lr=2e-4), Phase(["all"], epoch=2)]
 
 
 class Witness(Callback):
@@ -42,13 +42,14 @@ class Witness(Callback):
             self.steps[-1]["gradients"] = {n: p.grad.clone() for n, p in named if p.grad is not None}
 
 
-def main(folder, strategy, devices, class_weights=None):
+def main(folder, strategy, devices, case=None):
     torch.set_num_threads(1)
     seed_everything(0)
     off = Augment(padding=0, flip=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, degrees=0.0)
-    images = {"train_images": 157, "val_fraction": 0.4} if class_weights else {"train_images": 160}
-    images |= {"test_images": 45, "class_weights": class_weights}
-    data = ShapesDataModule(**images, batch_size=16, augment=off)
+    images = {"train_images": 160}
+    if case == "balanced":
+        images = {"train_images": 157, "val_fraction": 0.4, "class_weights": case}
+    data = ShapesDataModule(**images, test_images=45, batch_size=16, augment=off)
     model = TransferClassifier("shufflenet_v2_x0_5", "none", class_names=data.class_names)
     witness = Witness()
     trainer = Trainer(
@@ -60,7 +61,7 @@ def main(folder, strategy, devices, class_weights=None):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[BackboneFreeze(unfreeze_epoch=UNFREEZE), witness],
+        callbacks=[BackboneFreeze(1, phases=PHASES if case == "phases" else None), witness],
         default_root_dir=folder,
     )
     trainer.fit(model, data)

@@ -15,8 +15,8 @@ from cifar_transfer import ShapesDataModule, TransferClassifier
 JOB = Path(__file__).with_name("ddp_job.py")
 
 
-def run(folder, strategy, devices):
-    command = [sys.executable, JOB, folder, strategy, str(devices)]
+def run(folder, strategy, devices, *plan):
+    command = [sys.executable, JOB, folder, strategy, str(devices), *plan]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -55,9 +55,26 @@ def test_ranks_are_equal_under_the_named_strategies(tmp_path, strategy):
     assert_equal_ranks(ranks)
 
 
-@pytest.mark.parametrize(("epoch", "what"), [(0, "frozen"), (1, "just unfrozen"), (2, "later")])
-def test_a_step_has_the_gradients_of_one_process_on_the_joint_batch(plain, epoch, what):
-    steps = [rank["steps"][epoch] for rank in plain[0]]
+@pytest.fixture(scope="module")
+def phases(tmp_path_factory):
+    """Three phases: the head, then two stages more, then everything."""
+    return results(once(tmp_path_factory, "ddp-phases", lambda folder: run(folder, "auto", 2, "phases")), 2)
+
+
+HEAD, MIDDLE, ALL = ("network.fc.",), ("network.fc.", "network.stage4.", "network.conv5."), ("network.",)
+
+
+@pytest.mark.parametrize(
+    ("job", "epoch", "trains"),
+    [
+        *(("plain", 0, HEAD), ("plain", 1, ALL), ("plain", 2, ALL)),
+        *(("phases", 0, HEAD), ("phases", 1, MIDDLE), ("phases", 2, ALL)),
+    ],
+)
+def test_a_step_has_the_gradients_of_one_process_on_the_joint_batch(request, job, epoch, trains):
+    ranks, _ = request.getfixturevalue(job)
+    assert_equal_ranks(ranks)
+    steps = [rank["steps"][epoch] for rank in ranks]
     assert not torch.equal(steps[0]["images"], steps[1]["images"]), "each rank has its own images"
     assert [list(step["gradients"]) for step in steps] == [list(steps[0]["gradients"])] * 2
     model = TransferClassifier("shufflenet_v2_x0_5", "none", normalize="cifar10")
@@ -66,8 +83,8 @@ def test_a_step_has_the_gradients_of_one_process_on_the_joint_batch(plain, epoch
     images, labels = (torch.cat([step[key] for step in steps]) for key in ("images", "labels"))
     F.cross_entropy(model(images), labels).backward()
     for name, parameter in model.named_parameters():
-        if epoch == 0 and not name.startswith("network.fc."):
-            assert name not in steps[0]["gradients"], "nothing is computed or sent for the frozen backbone"
+        if not name.startswith(trains):
+            assert name not in steps[0]["gradients"], "nothing is computed or sent for what is frozen"
             continue
         for step in steps:
             torch.testing.assert_close(step["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
