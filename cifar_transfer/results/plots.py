@@ -7,7 +7,8 @@ as boxes. Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/),
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from anyascii import anyascii
@@ -19,6 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from cifar_transfer.console import printable
+from cifar_transfer.files import atomic_write
 from cifar_transfer.results.predictions import Predictions
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # all but yellow and black
@@ -65,6 +67,12 @@ def lettering(names: Iterable[str]) -> Lettering:
 @lru_cache(maxsize=256)
 def _letters(path: str) -> frozenset[str]:
     return frozenset(map(chr, FT2Font(path).get_charmap()))
+
+
+def save(figure: Figure, path: Path, **options: Any) -> None:
+    """Write a figure as a PNG, in one move, with options of matplotlib's `savefig`."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", **{"dpi": DPI} | options)
 
 
 class Curve(NamedTuple):

@@ -16,7 +16,6 @@ from torch.utils.tensorboard import SummaryWriter
 from cifar_transfer.console import printable
 from cifar_transfer.data.geometry import pixels, resize
 from cifar_transfer.data.module import ImageDataModule, step_seed
-from cifar_transfer.files import atomic_write
 from cifar_transfer.results import plots
 from cifar_transfer.results.predictions import CollectPredictions, Predictions
 from cifar_transfer.untrusted import read_yaml
@@ -82,8 +81,7 @@ def save(drawn: dict[str, Figure], folder: Path, board: SummaryWriter | None = N
     paths = []
     for name, figure in drawn.items():
         paths.append(folder / f"{name}.png")
-        with atomic_write(paths[-1]) as file:
-            figure.savefig(file, dpi=plots.DPI, format="png")
+        plots.save(figure, paths[-1])
         if board is not None:
             with Image.open(paths[-1]) as picture:
                 board.add_image(f"figures/{name}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
