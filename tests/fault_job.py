@@ -2,7 +2,8 @@
 
 From the NUMBER-th EVENT on a path that matches PATTERN, the system's call fails with ERROR. Events are those of
 Python's audit hooks (https://docs.python.org/3/library/audit_events), by which also the libraries' files are seen;
-"fsync"; and "full": from when such a file is opened to be written, no file can grow beyond 10 bytes, as on a full disk.
+"fsync"; "then", at which ERROR is a command for the shell, run when such a file is opened; and "full": from when such a
+file is opened to be written, no file can grow beyond 10 bytes, as on a full disk.
 """
 
 import errno
@@ -14,7 +15,7 @@ import sys
 
 
 def fail(event, pattern, number, error):
-    left, code = int(number), getattr(errno, error)
+    left, code = int(number), getattr(errno, error, 0)
 
     def matches(*values):
         nonlocal left
@@ -30,6 +31,9 @@ def fail(event, pattern, number, error):
             written = happened == "open" and isinstance(args[0], str | bytes) and args[2] & (os.O_WRONLY | os.O_RDWR)
             if written and matches(args[0]):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+        elif event == "then":
+            if happened == "open" and left > 0 and isinstance(args[0], str) and matches(args[0]):
+                os.system(error)
         elif happened == event:
             values = [value for value in args if isinstance(value, str | bytes) or event.startswith("fcntl")]
             if matches(*values[: 2 if event == "os.rename" else 1]) and not (event == "fcntl.flock" and args[1] == 8):

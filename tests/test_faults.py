@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -159,3 +160,52 @@ def test_a_cache_that_cannot_be_made_costs_no_run(tmp_path, event, name, error):
         options += ["--data=ImageFolderDataModule", "--data.root=photos", "--data.batch_size=4"]
         done = run_fit(tmp_path, event, name, 1, error, "cifar_transfer.fit", *options, module="fault_job")
     assert "Images are not cached but decoded anew" in done.stderr
+
+
+IMAGE = "photos/train/cat/007.png"
+GONE = f"{IMAGE} (does not exist|cannot be read \\(No such file)"
+
+
+@pytest.mark.parametrize("on_the_fly", [False, True])
+@pytest.mark.parametrize(
+    ("moment", "damage", "words"),
+    [
+        (2, f"rm {IMAGE}", GONE),  # after the first image was looked at for its size
+        *(
+            pytest.param(*case, marks=pytest.mark.whole)
+            for case in [
+                (2, f"truncate -s 40 {IMAGE}", f"{IMAGE} cannot be decoded as an image"),
+                (2, f"rm {IMAGE}; mkfifo {IMAGE}", f"{IMAGE} cannot be read \\(is no regular file"),
+                (2, "rm -r photos/train/cat", "photos/train/cat/.* (does not exist|cannot be read)"),
+                (4, f"mv {IMAGE} {IMAGE}.moved", GONE),  # on the fly, in the first epoch
+                (2, f"cp other.png {IMAGE}", ""),
+                (2, f"cp {IMAGE} photos/train/cat/new.png", ""),
+            ]
+        ),
+    ],
+)
+def test_images_that_change_while_they_are_read_are_named(tmp_path, moment, damage, words, on_the_fly):
+    for split, count in (("train", 12), ("test", 4)):
+        write_images(tmp_path / "photos" / split, count, seed=count)
+    write_images(tmp_path, 1, size=(50, 40), classes=["other"])
+    (tmp_path / "other" / "000.png").rename(tmp_path / "other.png")
+    options = [option for option in JOB if not option.startswith(("--data", "--trainer.max_epochs"))]
+    options += ["--data=ImageFolderDataModule", "--data.root=photos", "--data.batch_size=4", "--trainer.max_epochs=2"]
+    options += ["--data.cache_limit_gb=0"] if on_the_fly else []
+    fault = ("then", "train/cat/000.png", moment, damage, "cifar_transfer.fit")
+    refused = bool(words) and (on_the_fly or moment == 2)
+    done = run_fit(tmp_path, *fault, *options, module="fault_job", expect=2 * refused)
+    assert "Traceback" not in done.stderr
+    assert re.search(words if refused else "", done.stderr.splitlines()[-1])
+    assert not list((tmp_path / "photos" / ".cifar_transfer").glob("train-*")) or not refused
+
+
+@pytest.mark.parametrize("command", ["cifar_transfer", "cifar_transfer.backbones"])
+def test_a_reader_that_leaves_is_no_error(command):
+    """As `head` does, here before the first line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", command], stdout=writer, stderr=subprocess.PIPE, cwd=TESTS.parent)
+    os.close(writer)
+    assert done.stderr == b""
+    assert done.returncode in (128 + signal.SIGPIPE, -signal.SIGPIPE)
