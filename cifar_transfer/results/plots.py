@@ -75,6 +75,11 @@ def save(figure: Figure, path: Path, **options: Any) -> None:
         figure.savefig(file, format="png", **{"dpi": DPI} | options)
 
 
+def shortened(name: str, most: int = 40) -> str:
+    """A name of at most so many letters: a folder's may have 255, beside which nothing else has room."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
 class Curve(NamedTuple):
     """A logged figure: x (steps or epochs) and y, float64 [N] each."""
 
@@ -139,7 +144,7 @@ def confusion(predictions: Predictions) -> Figure:
         axes.imshow(values, cmap="Blues", vmin=0, vmax=max(1, values.max()))
         axes.set_title(title)
         for axis, label in ((axes.xaxis, "predicted"), (axes.yaxis, "true")):
-            names = [letters.names[predictions.names[row]] for row in shown]
+            names = [shortened(letters.names[predictions.names[row]]) for row in shown]
             axis.set_ticks(range(classes), names, fontsize=9 if few else 5, family=letters.families)
             axis.set_label_text(label)
         axes.tick_params(axis="x", rotation=90 if classes > 3 else 0)
@@ -159,7 +164,7 @@ def per_class(predictions: Predictions) -> Figure:
     f1 = 2 * hits / np.maximum(said + truth, 1)
     order = np.argsort(f1, kind="stable")[:MOST_CLASSES]
     letters = lettering(predictions.names[row] for row in order)
-    lines, names = range(len(order)), [letters.names[predictions.names[row]] for row in order]
+    lines, names = range(len(order)), [shortened(letters.names[predictions.names[row]]) for row in order]
     figure = Figure(figsize=(7, 0.9 + 0.24 * len(order)), layout="constrained")
     axes = figure.subplots()
     axes.barh(lines, 100 * f1[order], color=BLUE, alpha=0.3, height=0.8)
@@ -212,8 +217,7 @@ def grid(images: np.ndarray, titles: Sequence[Sequence[str]], heading: str) -> F
         ax.axis("off")
     for ax, pixels, words in zip(axes, images, titles, strict=False):
         image(ax, pixels)
-        shown = (letters.names[line] for line in words)
-        text = "\n".join(name if len(name) <= 16 else f"{name[:15]}…" for name in shown)
+        text = "\n".join(shortened(letters.names[line], 16) for line in words)
         ax.set_title(text, fontsize=8, family=letters.families, pad=3)
     note(figure, letters)
     return figure

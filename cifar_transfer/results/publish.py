@@ -28,7 +28,10 @@ def curves(run: Path) -> dict[str, Figure]:
     """Loss by step, and loss and accuracy by epoch, from the run's event files and its configuration."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    points = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    # Sorted, because a clock that was set back puts the file of a resumed run before that of its beginning.
+    points = {
+        tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in events.Tags()["scalars"]
+    }
     found = {tag: plots.Curve(*np.array(values, np.float64).T) for tag, values in points.items()}
     drawn = {}
     if "train/loss" in found:
