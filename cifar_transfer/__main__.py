@@ -1,6 +1,7 @@
 """The list of commands: `python -m cifar_transfer`."""
 
 import ast
+import signal
 from pathlib import Path
 
 COMMANDS = ("fit", "evaluate", "predict", "export", "compare", "backbones", "figures", "demo")
@@ -14,4 +15,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may stop, as `head` does
     main()

@@ -5,6 +5,7 @@ continues after a stop, and tries again what failed.
 """
 
 import argparse
+import codecs
 import csv
 import json
 import re
@@ -18,8 +19,9 @@ from matplotlib.figure import Figure
 
 from cifar_transfer.console import markdown, without_password
 from cifar_transfer.errors import UserError, one_sentence
+from cifar_transfer.files import atomic_write
 from cifar_transfer.network import catalog
-from cifar_transfer.results.plots import COLOURS
+from cifar_transfer.results import plots
 from cifar_transfer.results.report import RESULT
 from cifar_transfer.training.checkpoint import LOGS
 from cifar_transfer.training.run import CONFIG
@@ -114,7 +116,8 @@ def _check_recipe(options: Sequence[str], path: Path) -> None:
         raise UserError(
             f"{path.parent} holds a comparison under another recipe ({path}): name another folder with --out."
         )
-    path.write_text(json.dumps(recipe, indent=1))
+    with atomic_write(path) as file:
+        file.write(json.dumps(recipe, indent=1).encode())
 
 
 def _runs(home: Path) -> list[Path]:
@@ -133,11 +136,12 @@ def write(rows: Sequence[Row], out: Path) -> None:
     for row in rows:
         network = f"{row['label']}: {row['failed']}" if "failed" in row else row["label"]
         table.append([network, *(_cell(row, column) for column in COLUMNS)])
-    (out / "comparison.md").write_text(markdown(table))
-    with (out / "comparison.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(table)
+    with atomic_write(out / "comparison.md") as file:
+        file.write(markdown(table).encode())
+    with atomic_write(out / "comparison.csv") as file:
+        csv.writer(codecs.getwriter("utf-8")(file)).writerows(table)
     if done := [row for row in rows if "failed" not in row]:
-        figure(done).savefig(out / "comparison.png", dpi=110, bbox_inches="tight")
+        plots.save(figure(done), out / "comparison.png", dpi=110, bbox_inches="tight")
 
 
 def _cell(row: Row, column: str) -> str:
@@ -159,7 +163,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     for axis, column in zip(axes, ("parameters (M)", "training time (min)", "images/s"), strict=True):
         for row in rows:
             index = names.index(row["backbone"])
-            color, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+            color, marker = plots.COLOURS[index % len(plots.COLOURS)], MARKERS[index % len(MARKERS)]
             face = "white" if row["scratch"] else color
             x, y = (COLUMNS[name][1](row) for name in (column, accuracy))
             axis.plot(x, y, marker, color=color, mfc=face, markersize=10, mew=2, label=row["label"])

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from cifar_transfer.console import without_password
 from cifar_transfer.errors import UserError
+from cifar_transfer.files import sync
 
 Result = TypeVar("Result")
 
@@ -138,7 +139,9 @@ def _from_any(urls: Sequence[str], wanted: _Wanted, attempts: int, min_bytes_per
                 if isinstance(failure, _TooSlow):
                     pending.append(url)
                     break
-    tried = "; ".join(f"{_host(url)} ({', then '.join(dict.fromkeys(why))})" for url, why in failures.items())
+    tried = "; ".join(
+        f"{_host(url)}{through_proxy(url)} ({', then '.join(dict.fromkeys(why))})" for url, why in failures.items()
+    )
     raise UserError(f"could not download {wanted.path.name}: {tried or 'no source is known'}")
 
 
@@ -160,10 +163,10 @@ class _Attempt:
         try:
             with part.open("wb") as file:
                 self._watch(_started(lambda: self._receive(file)), slowest)
-                if not self.hasher.hexdigest().startswith(self.prefix):
-                    raise _SourceFailed(f"{_size(self.received)} of wrong bytes")
-                file.flush()
-                os.fsync(file.fileno())
+                if not (found := self.hasher.hexdigest()).startswith(self.prefix):
+                    sums = f"{self.hasher.name} {found[: len(self.prefix)]}, expected {self.prefix}"
+                    raise _SourceFailed(f"{_size(self.received)} of wrong bytes: {sums}")
+                sync(file)
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -259,6 +262,12 @@ def _writing_to(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(f"cannot write to {folder}: {reason}") from error
+
+
+def through_proxy(url: str) -> str:
+    """Words for the proxy by which the environment has an address asked, without its password; empty if none."""
+    proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url, no_proxy=None))
+    return f" through the proxy {proxy.rpartition('@')[2]!r}" if proxy else ""
 
 
 def _host(url: str) -> str:

@@ -5,6 +5,7 @@
 """
 
 import errno
+import os
 import signal
 import sys
 import traceback
@@ -21,7 +22,12 @@ BY_THE_WAY = (
     *("Does not validate against any", "Subtypes:", "Errors:", "Given value type:"),
     *("Given value: Namespace(", "Given value: NestedArg("),
 )
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of a disk that fails, is read-only or somebody else's, or that a network has lost or does not serve in full.
+FAILING = (
+    *(errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EXDEV),
+    *(errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP),
+)
 
 
 class UserError(Exception):
@@ -66,6 +72,18 @@ def caused_by_us(error: BaseException | None) -> "UserError | None":
     return error
 
 
+def disk_fault(error: BaseException | None) -> str | None:
+    """What an error says of a disk that is full or fails, also if a library has wrapped it in its own; else None."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    if error is None or error.errno not in FULL + FAILING:
+        return None
+    what = error.filename or "A file"
+    if error.errno in FULL:
+        return f"{what} cannot be written ({error.strerror}): make room."
+    return f"{what} cannot be read or written ({error.strerror}): see to its disk and its permissions."
+
+
 def first_line(error: BaseException) -> str:
     """What an error of somebody else's says, in a line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -73,23 +91,27 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Turn a `UserError`, Lightning's own word on a wrong setting or a full disk into a line on stderr and status 2.
+    """Turn a `UserError`, Lightning's own word on a wrong setting or a disk's fault into a line on stderr and status 2.
 
     Lightning's comes in several classes, and is known by where it is raised. A signal ends with the shell's status for
     it, 130 or 143.
     """
     try:
-        yield
-    except (UserError, MisconfigurationException, ValueError, TypeError) as error:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads what is printed has had enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # lest the end of the program complains
+        sys.exit(128 + 13)  # as the shell has it for SIGPIPE
+    except (UserError, MisconfigurationException, ValueError, TypeError, OSError) as error:
         *_, (last, _) = traceback.walk_tb(error.__traceback__)
         ours = isinstance(error, UserError | MisconfigurationException)
-        if not ours and not last.f_globals.get("__name__", "").startswith("lightning."):
+        fault = None if ours else disk_fault(error)
+        if not (ours or fault or last.f_globals.get("__name__", "").startswith("lightning.")):
             raise
-        _end(f"error: {' '.join(str(error).split())}", 2)
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        _end(f"error: {error.filename or 'A file'} cannot be written ({error.strerror}): make room.", 2)
+        _end(f"error: {' '.join((fault or str(error)).split())}", 2)
     except KeyboardInterrupt:
         _end("Interrupted.", 128 + signal.SIGINT)
     except SIGTERMException:

@@ -5,6 +5,7 @@ needs none of this project's code and takes any number of images at once. Each f
 logits of the checkpoint before it gets its name.
 """
 
+import io
 import json
 import os
 import secrets
@@ -21,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from cifar_transfer.errors import UserError, first_line, one_sentence
+from cifar_transfer.files import atomic_write
 from cifar_transfer.network import build, weights
 from cifar_transfer.training.checkpoint import load_model
 from cifar_transfer.training.classifier import TransferClassifier
@@ -76,7 +78,8 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
         network = _read(to, model, partial)
         difference = _difference(model, images, network, taken) if network else None
         if to == "state_dict":
-            path.with_suffix(".json").write_text(json.dumps(notes, ensure_ascii=False, indent=1) + "\n")
+            with atomic_write(path.with_suffix(".json")) as file:
+                file.write((json.dumps(notes, ensure_ascii=False, indent=1) + "\n").encode())
         os.replace(partial, path)
     except UserError:
         raise
@@ -116,8 +119,10 @@ def _write(to: Format, network: nn.Module, example: Tensor, notes: dict[str, Any
     dynamic = ({0: torch.export.Dim("batch", min=1)},)
     texts = {key: text(note) for key, note in notes.items()}
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    packed = io.BytesIO()  # because torch, when it writes a file itself, ends the process on a full disk
     if to == "state_dict":
-        torch.save(state, path)
+        torch.save(state, packed)
+        path.write_bytes(packed.getvalue())
     elif to == "safetensors":
         path.write_bytes(save(state, texts))  # `save_file` would let nobody else read it
     elif to == "torch_export":
@@ -125,7 +130,8 @@ def _write(to: Format, network: nn.Module, example: Tensor, notes: dict[str, Any
         with warnings.catch_warnings():
             # Of channels-last weights, which only other devices than the CPU might not get back.
             warnings.filterwarnings("ignore", "No complete tensor found")
-            torch.export.save(program, path, extra_files={NOTES: text(notes)})
+            torch.export.save(program, packed, extra_files={NOTES: text(notes)})
+        path.write_bytes(packed.getvalue())
     else:
         names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
         onnx = torch.onnx.export(network, (example,), dynamo=True, dynamic_shapes=dynamic, verbose=False, **names)

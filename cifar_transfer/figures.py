@@ -7,7 +7,7 @@ from zipfile import BadZipFile
 import yaml
 from jsonargparse import auto_cli
 
-from cifar_transfer.errors import UserError, first_line, one_sentence
+from cifar_transfer.errors import UserError, disk_fault, first_line, one_sentence
 from cifar_transfer.results.predictions import Predictions
 from cifar_transfer.results.publish import FOLDER, curves, prediction_plots, save
 
@@ -30,6 +30,8 @@ def figures(run: str) -> list[Path]:
             split = kept.stem.rpartition("-")[2]
             paths += save(prediction_plots(Predictions.load(kept), split), folder / FOLDER)
     except (OSError, ValueError, KeyError, TypeError, BadZipFile, yaml.YAMLError) as error:
+        if disk_fault(error):
+            raise
         raise UserError(f"{folder} cannot be drawn because a file of it is damaged ({first_line(error)}).") from None
     print("\n".join(map(str, paths)))
     return paths

@@ -1,5 +1,6 @@
 """Files that are complete or not there, whatever happens while they are written."""
 
+import errno
 import os
 import re
 import secrets
@@ -28,9 +29,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     try:
         with partial.open("xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename in (None, str(partial)):
+            error.filename = str(path)  # the name that its reader knows
+        raise
     finally:
         with suppress(OSError):  # after the move there is none
             partial.unlink()
@@ -40,6 +44,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             os.fsync(folder)  # so that the move outlives a power failure
         finally:
             os.close(folder)
+
+
+def sync(file: BinaryIO) -> None:
+    """Have what was written on the disk, where the file system knows how: some of a network refuse to be asked."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 def remove_partial(folder: Path, name: str | None = None, age: float = 0) -> None:

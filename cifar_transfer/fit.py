@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed import DistError
 
 from cifar_transfer.console import say
-from cifar_transfer.errors import UNWRITABLE, UserError, one_sentence
+from cifar_transfer.errors import UserError, disk_fault, one_sentence
 from cifar_transfer.results.predictions import PROJECTED, CollectPredictions
 from cifar_transfer.results.report import draw_final, log_final, write_result
 from cifar_transfer.training.cli import FitCLI
@@ -52,10 +52,10 @@ def fit(args: Sequence[str]) -> Outcome | None:
         return _job(cli)
     except UserError as error:
         raise cli.named_as_options(error) from error
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
+    except (OSError, ValueError) as error:  # Lightning's of a curve that cannot be written
+        if (fault := disk_fault(error)) is None:
             raise
-        raise UserError(f"The run cannot write ({error.strerror}): make room. {_advice(cli)}") from error
+        raise UserError(f"{fault} {_advice(cli)}") from error
     except RuntimeError as error:
         # Of NCCL and of gloo, which has no class of its own.
         if not isinstance(error, DistError) and "gloo" not in str(error):

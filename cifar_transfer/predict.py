@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import re
-import signal
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -121,7 +120,7 @@ def main(args: Sequence[str] | None = None) -> int:
     for text in FORMATS[options.format](predictions(), classifier.names):
         print(text, end="", flush=True)
     if options.figure and first:
-        gallery.gallery(first, predicted).savefig(options.figure, dpi=plots.DPI)
+        plots.save(gallery.gallery(first, predicted), options.figure)
     return int(refused > 0)
 
 
@@ -151,8 +150,6 @@ def _parse(args: Sequence[str] | None) -> Namespace:
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may stop, as `head` does
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     with one_sentence():

@@ -66,7 +66,9 @@ class Behaviours(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.site.hits[self.path] += 1
         _, first, *rest = self.path.split("/")
-        if self.path in self.site.files:
+        if self.path.endswith("/refused"):
+            self.send_error(407)  # of a proxy that knows nobody
+        elif self.path in self.site.files:
             self.ok(self.site.files[self.path])
         elif (data := self.site.files.get("/" + "/".join(rest))) is not None and first in BEHAVIOURS:
             BEHAVIOURS[first](self, data)

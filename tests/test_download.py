@@ -53,8 +53,8 @@ BROKEN = {
     "trickle": (rf"silent for {STALL:g} s", 10),
     "reset": (r"broken off after [\d.]+k?B", 5),
     "truncated": (r"broken off after [\d.]+kB", 5),
-    "truncated_unsaid": (r"75\.0kB of wrong bytes", 5),
-    "wrong": (r"150kB of wrong bytes", 5),
+    "truncated_unsaid": (r"75\.0kB of wrong bytes: md5 [0-9a-f]{32}, expected [0-9a-f]{32}", 5),
+    "wrong": (rf"150kB of wrong bytes: md5 [0-9a-f]{{32}}, expected {MD5[4:]}", 5),
     "missing": (r"HTTP status 404", 5),
     "loop": (r"endless redirects", 10),
     "to_a_file": (r"unusable answer, InvalidSchema", 5),
@@ -105,7 +105,9 @@ def test_a_host_without_a_server_is_left(server: BrokenServer, tmp_path: Path) -
 
 
 def test_every_source_and_reason_is_told(server: BrokenServer, tmp_path: Path) -> None:
-    said = f"could not download x.bin: {server.host} (HTTP status 404); {server.host} (150kB of wrong bytes)"
+    wrong = hashlib.md5(bytes(byte ^ 1 for byte in DATA)).hexdigest()
+    wrong = f"150kB of wrong bytes: md5 {wrong}, expected {MD5[4:]}"
+    said = f"could not download x.bin: {server.host} (HTTP status 404); {server.host} ({wrong})"
     with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
         get(server, tmp_path / "x.bin", "/missing/file", "/wrong/file")
 
@@ -274,3 +276,53 @@ def test_a_slow_source_alone_is_never_left_and_a_terminal_shows_a_bar(
     assert f"x.bin from {server.host}: " in (said := capsys.readouterr().err)
     assert "k/150k [" in said
     assert server.hits == {"/slow/file": 1}
+
+
+@pytest.fixture
+def proxy(server: BrokenServer, monkeypatch: pytest.MonkeyPatch) -> BrokenServer:
+    """The server as a proxy for all addresses, which are then what it is asked for."""
+    for name in ("no_proxy", "NO_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", f"http://me:secret@{server.host}")
+    server.files["http://mirror.test/file"] = DATA
+    return server
+
+
+def test_a_proxy_is_used_unless_the_environment_excepts_the_host(
+    proxy: BrokenServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = fetch(["http://mirror.test/file"], tmp_path / "x.bin", digest=MD5, stall_seconds=STALL)
+    assert path.read_bytes() == DATA
+    assert proxy.hits == {"http://mirror.test/file": 1}
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    assert get(proxy, tmp_path / "y.bin", "/file").read_bytes() == DATA
+    assert proxy.hits["/file"] == 1
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "ALL_PROXY"])
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("http://me:secret@127.0.0.1:9", "the proxy failed"),
+        ("http://me:secret@SERVER", "HTTP status 407"),
+        ("me:secret@127.0.0.1:9", "unusable answer, InvalidProxyURL"),
+        ("http://me:secret@127.0.0.1:none", "unusable answer, InvalidURL"),
+        ("no address", "unusable answer, InvalidURL"),
+    ],
+)
+def test_a_proxy_that_does_not_serve_is_named_without_its_password(
+    proxy: BrokenServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+    variable: str,
+    value: str,
+    why: str,
+) -> None:
+    monkeypatch.delenv("HTTP_PROXY")
+    monkeypatch.setenv(variable, value := value.replace("SERVER", proxy.host))
+    address = value.rpartition("@")[2]
+    words = rf"mirror\.test through the proxy '{address}' \({why}\)"
+    with pytest.raises(UserError, match=words) as told:
+        fetch(["http://mirror.test/refused"], tmp_path / "x.bin", digest=MD5, stall_seconds=STALL)
+    assert "secret" not in f"{told.value}{capfd.readouterr()}"

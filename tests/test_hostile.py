@@ -238,7 +238,7 @@ def test_what_is_no_lock_is_told(tmp_path, kind):
     folder.mkdir(parents=True)
     lock = folder / "train.lock"
     lock.mkdir() if kind == "folder" else lock.symlink_to(tmp_path / "elsewhere")
-    with pytest.warns(UserWarning, match=r"not cached .*train\.lock is no lock of ours"):
+    with pytest.warns(UserWarning, match=r"not cached .*train\.lock cannot be locked"):
         assert cached(folder.parent, "train", 1, lambda: images) is images
     assert not (tmp_path / "elsewhere").exists()
 

@@ -10,6 +10,7 @@ from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ft2font import FT2Font
 from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer import ShapesDataModule
 from cifar_transfer.results import plots, publish
@@ -148,3 +149,32 @@ def test_features_from_all_over_the_split_are_kept_on_request_with_their_images(
     worst = kept.rows[~kept.correct[kept.rows]]
     assert kept.confidences[worst].diff().le(0).all(), "the most confident mistakes first"
     assert torch.equal(kept.images, images[kept.rows])
+
+
+def test_markup_and_long_names_are_drawn_as_they_are():
+    names = [
+        "<img src=x onerror=alert(1)>",
+        r"$x^2_{\frac",
+        r"a$b$ \alpha",
+        "100%s %(x)d {0}",
+        "`ls` *b* [a](b)",
+        "x" * 255,
+    ]
+    for figure in publish.prediction_plots(some_predictions(names), "test").values():
+        assert_nothing_is_cut_off(figure)
+    letters = plots.lettering(names)
+    assert [letters.names[name].replace(r"\$", "$") for name in names] == names
+    axes = publish.prediction_plots(some_predictions(names), "test")["test-classes"].axes[0]
+    drawn = [label.get_text().replace(r"\$", "$") for label in axes.get_yticklabels()]
+    assert sorted(drawn) == sorted([*names[:-1], "x" * 39 + "…"])
+
+
+def test_curves_are_in_order_of_steps_though_the_clock_was_set_back(tmp_path):
+    for number, steps in ((2, range(3)), (1, range(3, 6))):
+        with SummaryWriter(str(tmp_path)) as board:
+            for step in steps:
+                board.add_scalar("train/loss", 6.0 - step, step)
+        (written,) = tmp_path.glob("events.*.*.*.*")
+        written.rename(tmp_path / f"events.out.tfevents.{number}")
+    (line, _) = publish.curves(tmp_path)["loss"].axes[0].lines
+    assert line.get_xdata().tolist() == [0, 1, 2, 3, 4, 5]

@@ -55,7 +55,7 @@ def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Im
     try:
         lock = FileLock(directory / f"{name}.lock").acquire()
     except OSError as error:
-        return _without(source(), f"{directory / name}.lock is no lock of ours ({error.strerror})")
+        return _without(source(), f"{directory / name}.lock cannot be locked ({error.strerror})")
     with lock:
         if (images := _open(pixels, index)) is None:
             _remove_stale(directory, name)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cifar_transfer.data.images import ArrayImages, Images
+from cifar_transfer.errors import UserError
 from cifar_transfer.untrusted import open_regular
 
 BEGINNING = 4096  # bytes, which tell almost all files of one size apart
@@ -17,9 +18,15 @@ def find(train: Images, train_paths: Sequence[str], other: Images, other_paths: 
 
     Cached images are compared by their pixels, at no cost, because their checksums are known. Others are compared as
     files: those of one size by their beginning, and only those that still agree by the whole.
+
+    Raises:
+        UserError: A file cannot be read.
     """
     if not (isinstance(train, ArrayImages) and isinstance(other, ArrayImages)):
-        return _same_files(train_paths, other_paths)
+        try:
+            return _same_files(train_paths, other_paths)
+        except OSError as error:  # it has gone since the folder was listed
+            raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend or remove it.") from None
     if train.sums is None or other.sums is None:
         return []
     rows = {value: row for row, value in enumerate(train.sums.tolist())}

@@ -99,5 +99,5 @@ def explained(
     """Pass predictions on, after the heat map of each has been drawn as `folder/NUMBER-NAME.png`."""
     for number, prediction in enumerate(predictions, 1):
         figure = gallery.heated(prediction, heat_map(model, prediction.pixels))
-        figure.savefig(folder / f"{number:05d}-{Path(str(prediction.source)).stem[:60]}.png", dpi=plots.DPI)
+        plots.save(figure, folder / f"{number:05d}-{Path(str(prediction.source)).stem[:60]}.png")
         yield prediction

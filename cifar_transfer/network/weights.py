@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 
-from cifar_transfer.download import fetch, within
+from cifar_transfer.download import fetch, through_proxy, within
 from cifar_transfer.errors import UserError, first_line
 from cifar_transfer.network import catalog
 from cifar_transfer.untrusted import check_archive
@@ -135,7 +135,8 @@ def _from_hub(entry: catalog.Weights) -> Path:
             return _into_hubs_cache(repository, names[1])
     except Exception as error:  # of any kind: the Hub's own, and those of its HTTP library of the day
         way_out = THREE_WAYS_OUT.format(place=f"the Hugging Face cache, {constants.HF_HUB_CACHE}")
-        raise UserError(f"The weights {repository} could not be fetched ({first_line(error)}). {way_out}") from None
+        why = f"{first_line(error)}{through_proxy(constants.ENDPOINT)}"
+        raise UserError(f"The weights {repository} could not be fetched ({why}). {way_out}") from None
 
 
 def _into_hubs_cache(repository: str, name: str) -> Path:

@@ -7,7 +7,8 @@ as boxes. Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/),
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from anyascii import anyascii
@@ -20,6 +21,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from cifar_transfer.console import printable
+from cifar_transfer.files import atomic_write
 from cifar_transfer.results.predictions import Predictions
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # all but yellow and black
@@ -66,6 +68,17 @@ def lettering(names: Iterable[str]) -> Lettering:
 @lru_cache(maxsize=256)
 def _letters(path: str) -> frozenset[str]:
     return frozenset(map(chr, FT2Font(path).get_charmap()))
+
+
+def save(figure: Figure, path: Path, **options: Any) -> None:
+    """Write a figure as a PNG, in one move, with options of matplotlib's `savefig`."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", **{"dpi": DPI} | options)
+
+
+def shortened(name: str, most: int = 40) -> str:
+    """A name of at most so many letters: a folder's may have 255, beside which nothing else has room."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 class Curve(NamedTuple):
@@ -151,7 +164,7 @@ def confusion(predictions: Predictions) -> Figure:
         axes.imshow(values, cmap="Blues", vmin=0, vmax=max(1, values.max()))
         axes.set_title(title)
         for axis, label in ((axes.xaxis, "predicted"), (axes.yaxis, "true")):
-            names = [letters.names[predictions.names[row]] for row in shown]
+            names = [shortened(letters.names[predictions.names[row]]) for row in shown]
             axis.set_ticks(range(classes), names, fontsize=9 if few else 5, family=letters.families)
             axis.set_label_text(label)
         axes.tick_params(axis="x", rotation=90 if classes > 3 else 0)
@@ -171,7 +184,7 @@ def per_class(predictions: Predictions) -> Figure:
     f1 = 2 * hits / np.maximum(said + truth, 1)
     order = np.argsort(f1, kind="stable")[:MOST_CLASSES]
     letters = lettering(predictions.names[row] for row in order)
-    lines, names = range(len(order)), [letters.names[predictions.names[row]] for row in order]
+    lines, names = range(len(order)), [shortened(letters.names[predictions.names[row]]) for row in order]
     figure = Figure(figsize=(7, 0.9 + 0.24 * len(order)), layout="constrained")
     axes = figure.subplots()
     axes.barh(lines, 100 * f1[order], color=BLUE, alpha=0.3, height=0.8)
@@ -224,8 +237,7 @@ def grid(images: np.ndarray, titles: Sequence[Sequence[str]], heading: str) -> F
         ax.axis("off")
     for ax, pixels, words in zip(axes, images, titles, strict=False):
         image(ax, pixels)
-        shown = (letters.names[line] for line in words)
-        text = "\n".join(name if len(name) <= 16 else f"{name[:15]}…" for name in shown)
+        text = "\n".join(shortened(letters.names[line], 16) for line in words)
         ax.set_title(text, fontsize=8, family=letters.families, pad=3)
     note(figure, letters)
     return figure

@@ -16,7 +16,6 @@ from torch.utils.tensorboard import SummaryWriter
 from cifar_transfer.console import printable
 from cifar_transfer.data.geometry import pixels, resize
 from cifar_transfer.data.module import ImageDataModule, step_seed
-from cifar_transfer.files import atomic_write
 from cifar_transfer.results import plots
 from cifar_transfer.results.predictions import CollectPredictions, Predictions
 from cifar_transfer.untrusted import read_yaml
@@ -30,7 +29,10 @@ def curves(run: Path) -> dict[str, Figure]:
     """Loss by step, loss and accuracy by epoch, rates by stage, from the run's event files and its configuration."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    points = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    # Sorted, because a clock that was set back puts the file of a resumed run before that of its beginning.
+    points = {
+        tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in events.Tags()["scalars"]
+    }
     found = {tag: plots.Curve(*np.array(values, np.float64).T) for tag, values in points.items()}
     drawn = {}
     if "train/loss" in found:
@@ -90,8 +92,7 @@ def save(drawn: dict[str, Figure], folder: Path, board: SummaryWriter | None = N
     paths = []
     for name, figure in drawn.items():
         paths.append(folder / f"{name}.png")
-        with atomic_write(paths[-1]) as file:
-            figure.savefig(file, dpi=plots.DPI, format="png")
+        plots.save(figure, paths[-1])
         if board is not None:
             with Image.open(paths[-1]) as picture:
                 board.add_image(f"figures/{name}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from cifar_transfer.console import say
 from cifar_transfer.data.images import Batch
+from cifar_transfer.results import plots
 from cifar_transfer.results.plots import BLUE, GREY, ORANGE
 from cifar_transfer.training.classifier import TransferClassifier
 from cifar_transfer.training.freeze import BackboneFreeze
@@ -108,7 +109,7 @@ def find_lr(trainer: Trainer, model: TransferClassifier, data: LightningDataModu
     path = Path(trainer.default_root_dir, PLOT)
     if trainer.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
-        plot(curves).savefig(path, dpi=110)
+        plots.save(plot(curves), path)
     if found := [str(curve) for curve in curves if curve.suggestion]:
         say(trainer, f"options     {' '.join(found)}")
     for curve in curves:

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from cifar_transfer.errors import UserError
 from cifar_transfer.files import atomic_write, remove_partial
@@ -132,12 +133,14 @@ class RunFolder(Callback):
     def _acquire(self, folder: Path) -> None:
         if self._lock is not None:
             return
-        lock = FileLock(folder / LOCK)
+        lock, where = FileLock(folder / LOCK), os.path.relpath(folder)
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            where = os.path.relpath(folder)
             raise UserError(f"{where} is being trained by another process: wait for its end, or stop it.") from None
+        except OSError as error:  # of a file system without locks, or another user's file
+            rank_zero_warn(f"{where} cannot be locked ({error.strerror}): see to it that no other process trains it.")
+            return
         self._lock = lock
 
     def release(self) -> None:
@@ -167,9 +170,9 @@ class RunFolder(Callback):
         if isinstance(trainer.logger, RunLogger):
             trainer.logger.start(trainer)
         folder = trainer.log_dir  # asked for by all ranks together
-        self.started = True
         if trainer.is_global_zero and folder is not None:
             self._write(trainer, Path(folder))
+        self.started = True
 
     def _write(self, trainer: Trainer, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
