@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from cifar_transfer import Augment, BackboneFreeze, Phase, ShapesDataModule, TransferClassifier
 from cifar_transfer.errors import UserError
+from cifar_transfer.training.phases import begins, check_order, own_stages
 
 STAGES = ["stem", "stage2", "stage3", "stage4", "conv5", "head"]  # of ShuffleNet
 
@@ -180,3 +182,18 @@ def test_a_run_shows_its_stages_and_continues_in_its_phase(tmp_path):
         changed = json.dumps([*plan[:2], {"train": ["all"], "epoch": 5}])
         done = run_fit(part, f"--resume={runs[1]}", f"--freeze.phases={changed}", "--trainer.max_epochs=9", expect=2)
     assert "parameters are unfrozen already" in done.stderr
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_the_phases_of_the_readme_are_plans_for_resnet18(readme):
+    text = Path(__file__).resolve().parents[1].joinpath(readme).read_text().replace("\n", " ")
+    found = [[Phase(**each) for each in json.loads(plan)] for plan in re.findall(r"'(\[\{\"train\".*?\}\])'", text)]
+    assert len(found) >= 2
+    module = TransferClassifier("resnet18", "none")
+    for plan in found:
+        check_order(plan)
+        assert 0 in begins(module, [phase.train for phase in plan], own_stages(module)).values()
+    (forever,) = [plan for plan in found if len(plan) == 1]
+    phases = begins(module, [forever[0].train], own_stages(module))
+    convolutions = [f"{name}.weight" for name, layer in module.named_modules() if isinstance(layer, torch.nn.Conv2d)]
+    assert [name for name in convolutions if phases[name] == 1] == convolutions[:10], "what it says of them"

@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_python_examples_run(tmp_path, monkeypatch):
-    train, predict = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    train, phases, predict = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     tiny = {"train_images": 100, "test_images": 20}
     monkeypatch.setattr(cifar_transfer, "CIFAR10DataModule", lambda root: cifar_transfer.ShapesDataModule(**tiny))
     train = train.replace('"resnet18"', '"shufflenet_v2_x0_5", "none"').replace("max_epochs=40", "max_epochs=6")
@@ -29,6 +29,8 @@ def test_the_python_examples_run(tmp_path, monkeypatch):
     exec(train, names)
     assert isinstance(names["trainer"], Trainer)
     assert "test/acc" in names["trainer"].callback_metrics
+    exec(phases, names)
+    assert [phase.epoch for phase in names["freeze"].phases] == [None, 2, 4]
     for name in re.findall(r'"(\w+\.jpg)"', predict):
         Image.new("RGB", (40, 30)).save(name)
     exec(predict.replace("best.ckpt", Path(names["trainer"].checkpoint_callback.best_model_path).name), names)
