@@ -78,8 +78,9 @@ def test_phases_begin_by_epoch_and_by_share_with_rates_and_factors(tmp_path):
     plan = [
         Phase(["head"]),
         Phase(["conv5", r"network\.stage4\.0"], epoch=1, lr=2e-4),
-        Phase(["all"], share=0.3, factor=0.1),  # of ten epochs: after the third, though 0.3 * 10 is not 3 in binary
+        Phase(["all"], share=0.3, factor=0.1),
     ]
+    assert Phase(["all"], share=0.55).beginning(20) == 11, "though 0.55 * 20 is more than that in binary"
     watch, _ = fit(tmp_path, BackboneFreeze(phases=plan), 10, limit_val_batches=0)
     assert watch.stages == [["head"], *[["stage4", "conv5", "head"]] * 2, *[STAGES] * 7]
     assert [rates[0] for rates in watch.rates] == pytest.approx([1e-3, 2e-4, 2e-4, *[2e-5] * 7])

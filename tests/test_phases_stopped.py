@@ -1,8 +1,10 @@
 """Runs that are killed or stopped at the start, in the middle and at the end of each phase end as undisturbed ones."""
 
 import json
+import os
 import signal
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,5 +81,7 @@ def test_stopped_again_and_again_with_an_average_ends_alike(tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("how", ["mid-step", "told to stop"])
-def test_at_any_moment_of_any_phase_a_run_may_be_killed_or_stopped(tmp_path, how, variant, processes):
+def test_at_any_moment_of_any_phase_a_run_may_be_killed_or_stopped(tmp_path, monkeypatch, how, variant, processes):
+    here = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(here))  # a second process is started by `python -m killed_job`
     ends_alike(tmp_path, how, variant, processes)

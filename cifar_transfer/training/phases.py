@@ -63,7 +63,7 @@ class Phase:
             return self.epoch
         if max_epochs is None or max_epochs < 0:
             raise UserError(f"A phase that begins after share={self.share} of the run needs max_epochs.")
-        return math.ceil(round(self.share * max_epochs, 6))  # 0.1 * 30 is a little more than 3
+        return math.ceil(round(self.share * max_epochs, 6))  # 0.55 * 20 is a little more than 11
 
 
 def check_patterns(name: str, patterns: Sequence[str]) -> None:
