@@ -22,7 +22,8 @@ RESULT = "result.json"  # in a finished run's folder
 SLOW_GRAPH = 300  # modules, whose graph takes seconds to draw
 # TensorBoard's tab of custom scalars.
 CHARTS = {"loss": ["train/loss_epoch", "val/loss"], "accuracy": ["train/acc", "val/acc"]}
-SCHEDULE = {"learning rate": ["^lr$"], "rate by stage": [publish.STAGES], "parameters": ["trainable_parameters"]}
+SCHEDULE = {"learning rate": ["^lr$"], "rate by stage": [publish.STAGES]}
+SCHEDULE |= {"trainable parameters": ["trainable_parameters"]}
 LAYOUT = {
     group: {title: ["Multiline", tags] for title, tags in charts.items()}
     for group, charts in (("Training and validation", CHARTS), ("Schedule", SCHEDULE))
