@@ -39,7 +39,8 @@ class Gauge(Callback):
 
 @pytest.mark.parametrize(
     ("epochs", "memory_a_thousand"),
-    [pytest.param(60, 60e6, id="60 epochs"), pytest.param(2000, 4e6, id="2000 epochs", marks=pytest.mark.whole)],
+    # Forty epochs see up to 80 kB each of the allocator's own on a busy machine; a kept batch is 700 kB.
+    [pytest.param(60, 300e6, id="60 epochs"), pytest.param(2000, 4e6, id="2000 epochs", marks=pytest.mark.whole)],
 )
 def test_memory_files_and_disk_are_flat(tmp_path, monkeypatch, capsys, epochs, memory_a_thousand):
     monkeypatch.chdir(tmp_path)
