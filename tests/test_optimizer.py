@@ -1,5 +1,7 @@
 """Learning rates from step to step, of backbone and head apart, through the unfreezing and through a resumed run."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import assert_same_weights, quiet_trainer
@@ -121,3 +123,15 @@ def test_label_smoothing_is_of_training_alone(tmp_path):
         module.validation_step(batch, 0)
     torch.testing.assert_close(trained, torch.nn.functional.cross_entropy(logits, batch[1], label_smoothing=0.3))
     torch.testing.assert_close(logs["val/loss"].compute(), torch.nn.functional.cross_entropy(logits, batch[1]))
+
+
+@pytest.mark.parametrize("head_lr", [None, 0.1])
+def test_parameters_are_optimized_in_the_order_that_checkpoints_rely_on(head_lr):
+    """GoogLeNet has heads before other layers."""
+    module = TransferClassifier("googlenet", "none", aux_weight=0.3, head_lr=head_lr, image_size=96)
+    module._trainer = SimpleNamespace(gradient_clip_val=None)
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    heads = {id(p) for head in module.heads for p in module.network.get_submodule(head).parameters()}
+    apart = [[p for p in module.parameters() if (id(p) in heads) == part] for part in (False, True)]
+    expected = [list(module.parameters())] if head_lr is None else apart
+    assert [list(map(id, group["params"])) for group in groups] == [list(map(id, part)) for part in expected]

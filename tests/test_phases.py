@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from cifar_transfer import Augment, BackboneFreeze, Phase, ShapesDataModule, TransferClassifier
 from cifar_transfer.errors import UserError
-from cifar_transfer.training.phases import begins, check_order, own_stages
+from cifar_transfer.training.phases import begins, check_begins, own_stages
 
 STAGES = ["stem", "stage2", "stage3", "stage4", "conv5", "head"]  # of ShuffleNet
 
@@ -147,6 +147,10 @@ def test_layer_decay_keeps_its_ratios_under_every_schedule_and_beside_a_head_rat
         ('[{"train": ["head"]}, {"train": ["all"], "epoch": 1, "lr": -1}]', "lr is -1.0: take a positive rate"),
         ('[{"train": ["head"]}, {"train": ["all"], "share": 1.5}]', "share is 1.5: take a share"),
         ('[{"train": ["head"]}, {"train": ["conv5"], "epoch": 3}, {"train": ["all"], "epoch": 2}]', r"epochs \[3, 2\]"),
+        (
+            '[{"train": ["head"]}, {"train": ["fc"], "share": 0.9}, {"train": ["all"], "epoch": 2}]',
+            r"epochs \[4, 2\]",
+        ),
         ('[{"train": ["head"]}, {"train": ["layer9"], "epoch": 1}]', "'layer9' is no stage .stem, stage2, stage3"),
         ('[{"train": ["fc("]}]', "not a regular expression"),
         ('[{"train": ["head"], "when": 3}]', "when"),
@@ -192,7 +196,7 @@ def test_the_phases_of_the_readme_are_plans_for_resnet18(readme):
     assert len(found) >= 2
     module = TransferClassifier("resnet18", "none")
     for plan in found:
-        check_order(plan)
+        check_begins(plan)
         assert 0 in begins(module, [phase.train for phase in plan], own_stages(module)).values()
     (forever,) = [plan for plan in found if len(plan) == 1]
     phases = begins(module, [forever[0].train], own_stages(module))

@@ -94,7 +94,7 @@ class BackboneFreeze(Callback):
         if phases is not None and (frozen or not phases):
             raise UserError("phases name what trains: give one or more, and no frozen; or leave phases out.")
         if isinstance(phases, list):
-            plans.check_order(phases)
+            plans.check_begins(phases)
         self.unfreeze_epoch, self.unfrozen_lr = unfreeze_epoch, unfrozen_lr
         self.frozen, self.batch_norm = frozen, batch_norm
         self.phases, self.monitor, self.mode = phases, monitor, mode
@@ -137,8 +137,8 @@ class BackboneFreeze(Callback):
                 f"head's, so nothing would train: name fewer."
             )
         self._held = list(first.items())
+        plans.check_order(self.plan, trainer.max_epochs)
         for phase in self.plan[1:]:
-            phase.beginning(trainer.max_epochs)
             optimizer.check_rates(trainer, phase.lr, phase.factor)
         if any(phase.from_best for phase in self.plan) and not _best_kept(trainer):
             raise UserError("from_best needs a ModelCheckpoint that monitors a figure among the Trainer's callbacks.")

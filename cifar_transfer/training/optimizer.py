@@ -116,20 +116,19 @@ def rates(optimizers: Sequence[Optimizer], module: nn.Module, stages: Mapping[st
 def _groups(
     network: nn.Module, stages: Mapping[str, Sequence[str]], options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    heads, decay = {HEAD} if options["head_lr"] is not None else set(), options["layer_decay"]
-    named, last = dict(network.named_parameters()), len(stages) - 1
-    groups: dict[Any, dict[str, Any]] = {}
-    for depth, (stage, names) in enumerate(stages.items()):
-        if stage in heads:
-            fields = {"lr": options["head_lr"], "name": HEAD}
-        elif decay is None:
-            fields = {"lr": options["lr"]}
-        else:
-            scale = decay ** (last - depth)
+    groups: dict[str, dict[str, Any]] = {}
+    group_of: dict[str, dict[str, Any]] = {}  # by the name of a parameter
+    for depth, (stage, names) in enumerate(reversed([*stages.items()])):
+        apart = stage == HEAD and options["head_lr"] is not None
+        fields = {"lr": options["head_lr"], "name": HEAD} if apart else {"lr": options["lr"]}
+        if options["layer_decay"] is not None and not apart:
+            scale = options["layer_decay"] ** depth
             fields = {"lr": options["lr"] * scale, "lr_scale": scale, "stage": stage}
-        group = groups.setdefault(fields.get("stage", fields.get("name")), fields | {"params": []})
-        group["params"] += [named[name] for name in names if name in named]  # and no buffers
-    return list(groups.values())
+        group = groups.setdefault(fields.get("stage") or fields.get("name", ""), fields | {"params": []})
+        group_of |= dict.fromkeys(names, group)
+    for name, parameter in network.named_parameters():  # in this order, which checkpoints rely on
+        group_of[name]["params"].append(parameter)
+    return list(reversed(groups.values()))
 
 
 def configure(

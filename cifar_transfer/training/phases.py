@@ -75,7 +75,7 @@ def check_patterns(name: str, patterns: Sequence[str]) -> None:
             raise UserError(f"{name} has {pattern!r}, which is not a regular expression ({error}).") from None
 
 
-def check_order(phases: Sequence[Phase]) -> None:
+def check_begins(phases: Sequence[Phase]) -> None:
     """Refuse, by a `UserError`, phases of which it is not clear when they begin."""
     for number, phase in enumerate(phases):
         begins = [value for value in (phase.epoch, phase.share, phase.patience) if value is not None]
@@ -85,7 +85,11 @@ def check_order(phases: Sequence[Phase]) -> None:
             )
         if number and len(begins) != 1:
             raise UserError(f"A phase after the first begins by one of epoch, share, patience: {phase}.")
-    epochs = [phase.epoch for phase in phases if phase.epoch]
+
+
+def check_order(phases: Sequence[Phase], max_epochs: int | None) -> None:
+    """Refuse, by a `UserError`, a phase that would begin after a later one, or after a share of a run without end."""
+    epochs = [epoch for phase in phases if (epoch := phase.beginning(max_epochs)) is not None]
     if epochs != sorted(epochs):
         raise UserError(f"phases come in the order in which they begin, not at the epochs {epochs}.")
 
