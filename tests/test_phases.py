@@ -148,7 +148,7 @@ def test_layer_decay_keeps_its_ratios_under_every_schedule_and_beside_a_head_rat
         ('[{"train": ["head"]}, {"train": ["all"], "share": 1.5}]', "share is 1.5: take a share"),
         ('[{"train": ["head"]}, {"train": ["conv5"], "epoch": 3}, {"train": ["all"], "epoch": 2}]', r"epochs \[3, 2\]"),
         (
-            '[{"train": ["head"]}, {"train": ["fc"], "share": 0.9}, {"train": ["all"], "epoch": 2}]',
+            '[{"train": ["head"]}, {"train": ["stem"], "share": 0.9}, {"train": ["all"], "epoch": 2}]',
             r"epochs \[4, 2\]",
         ),
         ('[{"train": ["head"]}, {"train": ["layer9"], "epoch": 1}]', "'layer9' is no stage .stem, stage2, stage3"),
