@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from cifar_transfer.console import markdown
+from cifar_transfer.text import markdown
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from cifar_transfer.console import markdown
 from cifar_transfer.errors import UserError, first_line, one_sentence
 from cifar_transfer.network import build, catalog
 from cifar_transfer.network.catalog import LENET, TIMM
 from cifar_transfer.network.small_images import ASSUMED
 from cifar_transfer.network.stages import stages
+from cifar_transfer.text import markdown
 
 COLUMNS = {
     "name": "name",

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from cifar_transfer.console import markdown, without_password
 from cifar_transfer.errors import UserError, one_sentence
 from cifar_transfer.files import atomic_write
 from cifar_transfer.network import catalog
 from cifar_transfer.results import plots
 from cifar_transfer.results.report import RESULT
+from cifar_transfer.text import markdown, without_password
 from cifar_transfer.training.checkpoint import LOGS
 from cifar_transfer.training.run import CONFIG
 

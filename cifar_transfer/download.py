@@ -23,9 +23,9 @@ import requests
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from cifar_transfer.console import without_password
 from cifar_transfer.errors import UserError
 from cifar_transfer.files import sync
+from cifar_transfer.text import without_password
 
 Result = TypeVar("Result")
 

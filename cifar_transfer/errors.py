@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-
-from cifar_transfer.console import printable
+from cifar_transfer.text import printable
 
 # Lines of jsonargparse's that describe its search and not the mistake.
 BY_THE_WAY = (
@@ -105,21 +103,23 @@ def one_sentence() -> Iterator[None]:
     except BrokenPipeError:  # whoever reads what is printed has had enough, as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # lest the end of the program complains
         sys.exit(128 + 13)  # as the shell has it for SIGPIPE
-    except (UserError, MisconfigurationException, ValueError, TypeError, OSError) as error:
-        *_, (last, _) = traceback.walk_tb(error.__traceback__)
-        ours = isinstance(error, UserError | MisconfigurationException)
-        fault = None if ours else disk_fault(error)
-        if not (ours or fault or last.f_globals.get("__name__", "").startswith("lightning.")):
-            raise
-        _end(f"error: {' '.join((fault or str(error)).split())}", 2)
     except KeyboardInterrupt:
         _end("Interrupted.", 128 + signal.SIGINT)
-    except SIGTERMException:
-        _end("Terminated.", 128 + signal.SIGTERM)
     except SystemExit as error:
+        if type(error).__name__ == "SIGTERMException":
+            _end("Terminated.", 128 + signal.SIGTERM)
         if isinstance(error.__context__, KeyboardInterrupt) and error.code == 1:  # Lightning's, who ends with 1
             _end("Interrupted.", 128 + signal.SIGINT)
         raise
+    except Exception as error:
+        *_, (last, _) = traceback.walk_tb(error.__traceback__)
+        lightnings = last.f_globals.get("__name__", "").startswith("lightning.")
+        # By its name, because to import Lightning takes seconds.
+        ours = isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException"
+        fault = None if ours else disk_fault(error)
+        if not (ours or fault or (lightnings and isinstance(error, ValueError | TypeError | OSError))):
+            raise
+        _end(f"error: {' '.join((fault or str(error)).split())}", 2)
 
 
 def _end(line: str, status: int) -> NoReturn:

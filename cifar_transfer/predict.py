@@ -17,7 +17,6 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
-from cifar_transfer.console import printable
 from cifar_transfer.data.images import MAX_MEGAPIXELS
 from cifar_transfer.errors import UserError, one_sentence
 from cifar_transfer.inference.explain import explained
@@ -25,6 +24,7 @@ from cifar_transfer.inference.predictor import Classifier
 from cifar_transfer.inference.sources import find
 from cifar_transfer.results import gallery, plots
 from cifar_transfer.results.predictions import ImagePrediction
+from cifar_transfer.text import printable
 from cifar_transfer.training.checkpoint import newest_checkpoint
 
 CONTROL = re.compile("[\x7f-\x9f]")  # characters that steer a terminal, and that JSON lets stand

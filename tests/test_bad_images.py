@@ -17,13 +17,13 @@ from conftest import run_fit, write_images
 from PIL import Image
 
 from cifar_transfer import Classifier, ImageFolderDataModule, ShapesDataModule, TransferClassifier
-from cifar_transfer.console import printable
 from cifar_transfer.data import duplicates
 from cifar_transfer.data.folder import images_below
 from cifar_transfer.data.images import MAX_MEGAPIXELS, read_image
 from cifar_transfer.errors import UserError
 from cifar_transfer.fit import fit
 from cifar_transfer.predict import main
+from cifar_transfer.text import printable
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 PHOTO = Image.fromarray(np.kron(PIXELS[:3, :5], np.ones((8, 8, 1), np.uint8)))  # blocks, which JPEG keeps well

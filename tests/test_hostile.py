@@ -26,7 +26,6 @@ from PIL import Image
 
 from cifar_transfer import Classifier, ImageFolderDataModule, predict
 from cifar_transfer.compare import _check_recipe
-from cifar_transfer.console import without_password
 from cifar_transfer.data import cifar, loading, splits
 from cifar_transfer.data.cache import CACHE_FOLDER, cached
 from cifar_transfer.data.images import ArrayImages, read_image, read_size
@@ -38,6 +37,7 @@ from cifar_transfer.network import weights
 from cifar_transfer.network.dense_conv import DenseConv2d
 from cifar_transfer.results import plots
 from cifar_transfer.results.predictions import ImagePrediction, Predictions
+from cifar_transfer.text import without_password
 from cifar_transfer.training.average import RAW
 from cifar_transfer.training.checkpoint import read_checkpoint
 from cifar_transfer.training.cli import FitCLI

@@ -15,13 +15,13 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from torchvision.datasets import CIFAR10
 
-from cifar_transfer.console import without_password
 from cifar_transfer.data.cache import cached
 from cifar_transfer.data.folder import class_files, folder_images
 from cifar_transfer.data.images import ArrayImages, FileImages, Images
 from cifar_transfer.data.module import ImageDataModule, Split
 from cifar_transfer.download import fetch
 from cifar_transfer.errors import UserError, check
+from cifar_transfer.text import without_password
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ARCHIVE: str = CIFAR10.filename

@@ -9,13 +9,13 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from cifar_transfer.console import printable
 from cifar_transfer.data import duplicates
 from cifar_transfer.data.cache import cached
 from cifar_transfer.data.geometry import Size, choose_size, pixels
 from cifar_transfer.data.images import LARGEST_SIDE, MAX_MEGAPIXELS, FileImages, Images, read_size
 from cifar_transfer.data.module import ImageDataModule, Split
 from cifar_transfer.errors import UserError, check
+from cifar_transfer.text import printable
 
 LOOKED_AT = 1000  # training images, evenly spread, whose sizes decide to which all are brought
 

@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cifar_transfer.console import printable
 from cifar_transfer.results.plots import SKY, image, lettering, note
 from cifar_transfer.results.predictions import ImagePrediction
+from cifar_transfer.text import printable
 
 SHOWN, BARS = 24, 10  # images in a gallery, classes of each
 TRACK, WORDS = "#EEEEEE", "#666666"

@@ -20,9 +20,9 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from cifar_transfer.console import printable
 from cifar_transfer.files import atomic_write
 from cifar_transfer.results.predictions import Predictions
+from cifar_transfer.text import printable
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # all but yellow and black
 BLUE, ORANGE, SKY, GREY = COLOURS[0], COLOURS[1], COLOURS[5], "#999999"

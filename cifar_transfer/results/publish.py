@@ -13,11 +13,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from cifar_transfer.console import printable
 from cifar_transfer.data.geometry import pixels, resize
 from cifar_transfer.data.module import ImageDataModule, step_seed
 from cifar_transfer.results import plots
 from cifar_transfer.results.predictions import CollectPredictions, Predictions
+from cifar_transfer.text import printable
 from cifar_transfer.untrusted import read_yaml
 
 FOLDER = "figures"  # in that of the run

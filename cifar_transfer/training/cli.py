@@ -22,6 +22,7 @@ from cifar_transfer import console
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.errors import UserError, account, caused_by_us, check
 from cifar_transfer.results.report import Report
+from cifar_transfer.text import without_password
 from cifar_transfer.training import find_lr
 from cifar_transfer.training import run as runs
 from cifar_transfer.training.checkpoint import LOGS, AtomicCheckpointIO, keep_size, read_checkpoint
@@ -144,7 +145,7 @@ class FitCLI(LightningCLI):
         kept = self.config.clone()  # the configuration as given, but for what continues another run
         for name in ("resume", "ckpt_path"):
             kept.pop(name)
-        self.config_text = console.without_password(self.parser.dump(kept, skip_unset=False))
+        self.config_text = without_password(self.parser.dump(kept, skip_unset=False))
         root = Path(self.config.trainer.default_root_dir or ".")
         self.resumed = Path(run).resolve() if run else None
         if self.config.resume and not run:  # of a configuration that an earlier version wrote when its run continued
