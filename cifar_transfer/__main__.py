@@ -4,7 +4,7 @@ import ast
 import signal
 from pathlib import Path
 
-COMMANDS = ("fit", "evaluate", "predict", "export", "compare", "backbones", "figures", "demo")
+COMMANDS = ("fit", "evaluate", "predict", "export", "compare", "backbones", "figures", "serve", "demo")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import cifar_transfer
 from cifar_transfer.training.average import RAW, STEPS
 
 FILE = Path(__file__).with_name("contract.json")
-COMMANDS = ("fit", "evaluate", "predict", "export", "compare", "backbones", "figures", "demo")
+COMMANDS = ("fit", "evaluate", "predict", "export", "compare", "backbones", "figures", "serve", "demo")
 DATA_MODULES = ("CIFAR10DataModule", "ImageFolderDataModule", "ShapesDataModule")
 JOB = [*TINY, "--trainer.max_epochs=1", "--freeze.unfreeze_epoch=0", "--report.figures=true"]
 

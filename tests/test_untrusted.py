@@ -19,6 +19,7 @@ from cifar_transfer.fit import fit
 from cifar_transfer.inference.predictor import Classifier
 from cifar_transfer.network import weights as weights_module
 from cifar_transfer.predict import main as predict
+from cifar_transfer.serve import main as serve
 from cifar_transfer.training.checkpoint import load_data, load_model, read_checkpoint
 
 
@@ -75,6 +76,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "predict": lambda bad: predict(["x.png", f"--ckpt={bad}"]),
     "export": lambda bad: export(bad, "onnx"),
+    "serve": lambda bad: serve([f"--ckpt={bad}", "--port=0"]),
 }
 
 

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,13 @@ LARGEST_SIDE = 4000  # pixels that an image may be asked to be brought to
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `read_image` has a limit, and refuses
 
 
-def read_image(path: str | Path, size: Size | None = None, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
+def read_image(
+    path: str | Path | bytes, size: Size | None = None, max_megapixels: float = MAX_MEGAPIXELS
+) -> np.ndarray:
     """Decode an image file of any mode that Pillow reads, upright as its EXIF says; of an animation the first frame.
 
     Args:
-        path: The file; its contents tell the format, not its name.
+        path: The file, or what is in it; its contents tell the format, not its name.
         size: What it is brought to, see `geometry.cover`; None keeps its own.
         max_megapixels: A larger one is refused undecoded: a file of kilobytes may claim to fill all memory.
 
@@ -51,12 +54,13 @@ def read_size(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> Size:
 
 
 @contextmanager
-def _opened(path: str | Path, max_megapixels: float) -> Iterator[Image.Image]:
+def _opened(path: str | Path | bytes, max_megapixels: float) -> Iterator[Image.Image]:
+    name, advice = ("The file", "take another one") if isinstance(path, bytes) else (path, "mend or remove it")
     most = max_megapixels * 1e6
     if Image.MAX_IMAGE_PIXELS is not None and most > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = int(min(most, sys.maxsize))  # never lowered, as other threads read too
     try:
-        with open_regular(path) as file, Image.open(file) as image:
+        with BytesIO(path) if isinstance(path, bytes) else open_regular(path) as file, Image.open(file) as image:
             if image.width * image.height > most:
                 raise Image.DecompressionBombError
             if image.format == "EPS":
@@ -64,16 +68,16 @@ def _opened(path: str | Path, max_megapixels: float) -> Iterator[Image.Image]:
             yield image
     except Image.DecompressionBombError:
         raise UserError(
-            f"{path} has more than {max_megapixels:g} million pixels: make it smaller, or raise max_megapixels."
+            f"{name} has more than {max_megapixels:g} million pixels: make it smaller, or raise max_megapixels."
         ) from None
     except Exception as error:  # of any kind: what the decoders of damaged files raise is not listed anywhere
-        if not os.path.lexists(path):
-            raise UserError(f"{path} does not exist.") from None
+        if not isinstance(path, bytes) and not os.path.lexists(path):
+            raise UserError(f"{name} does not exist.") from None
         if isinstance(error, OSError) and error.errno:  # the system's, not a decoder's
-            raise UserError(f"{path} cannot be read ({error.strerror}): mend or remove it.") from None
+            raise UserError(f"{name} cannot be read ({error.strerror}): {advice}.") from None
         unknown = isinstance(error, UnidentifiedImageError)
         why = "Pillow knows no such image" if unknown else error or type(error).__name__
-        raise UserError(f"{path} cannot be decoded as an image ({why}): mend or remove it.") from None
+        raise UserError(f"{name} cannot be decoded as an image ({why}): {advice}.") from None
 
 
 def to_pixels(image: Image.Image, size: Size | None = None) -> np.ndarray:

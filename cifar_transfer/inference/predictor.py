@@ -19,7 +19,7 @@ from cifar_transfer.results.predictions import ImagePrediction
 from cifar_transfer.training.checkpoint import load_model
 from cifar_transfer.training.classifier import TransferClassifier
 
-Picture = str | Path | Image.Image | np.ndarray | Tensor
+Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor
 Prediction = tuple[str, float]
 Refuse = Callable[[UserError], object]
 
@@ -67,8 +67,8 @@ class Classifier:
         """The likeliest classes of one image or of several, each resized to cover `size` and the centre cut out.
 
         Args:
-            images: A file, a PIL image of any mode, a uint8 array [H, W, 3], a tensor [3, H, W] of uint8 or of floats
-                in [0, 1], all RGB; or a list of these.
+            images: A file, or the bytes in one, a PIL image of any mode, a uint8 array [H, W, 3], a tensor [3, H, W] of
+                uint8 or of floats in [0, 1], all RGB; or a list of these.
             top_k: How many classes to give, or all if there are fewer.
 
         Returns:
@@ -123,7 +123,7 @@ class Classifier:
 
 def _pixels(image: Picture, size: Size, max_megapixels: float) -> np.ndarray:
     """Any picture as uint8 [3, H, W] of a size, RGB."""
-    if isinstance(image, str | Path):
+    if isinstance(image, str | Path | bytes):
         return read_image(image, size, max_megapixels)
     given = image
     if isinstance(image, Tensor) and image.ndim == 3 and len(image) == 3:
