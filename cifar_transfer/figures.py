@@ -10,6 +10,7 @@ from jsonargparse import auto_cli
 from cifar_transfer.errors import UserError, disk_fault, first_line, one_sentence
 from cifar_transfer.results.predictions import Predictions
 from cifar_transfer.results.publish import FOLDER, curves, prediction_plots, save
+from cifar_transfer.results.words import language, language_of
 
 
 def figures(run: str) -> list[Path]:
@@ -25,10 +26,14 @@ def figures(run: str) -> list[Path]:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"There is no {folder / 'config.yaml'}: name a run's folder, say lightning_logs/version_0.")
     try:
-        paths = save(curves(folder), folder / FOLDER)
+        spoken = language_of(folder)
+        with language(spoken):
+            paths = save(curves(folder), folder / FOLDER)
         for kept in sorted((folder / FOLDER).glob("*-*.npz")):  # older runs call them answers-SPLIT.npz
             split = kept.stem.rpartition("-")[2]
-            paths += save(prediction_plots(Predictions.load(kept), split), folder / FOLDER)
+            predictions = Predictions.load(kept)
+            with language(spoken, predictions.names):
+                paths += save(prediction_plots(predictions, split), folder / FOLDER)
     except (OSError, ValueError, KeyError, TypeError, BadZipFile, yaml.YAMLError) as error:
         if disk_fault(error):
             raise

@@ -24,6 +24,7 @@ from cifar_transfer.inference.predictor import Classifier
 from cifar_transfer.inference.sources import find
 from cifar_transfer.results import gallery, plots
 from cifar_transfer.results.predictions import ImagePrediction
+from cifar_transfer.results.words import language, language_of
 from cifar_transfer.text import printable
 from cifar_transfer.training.checkpoint import newest_checkpoint
 
@@ -117,10 +118,12 @@ def main(args: Sequence[str] | None = None) -> int:
                 first.append(prediction)
             yield prediction
 
-    for text in FORMATS[options.format](predictions(), classifier.names):
-        print(text, end="", flush=True)
-    if options.figure and first:
-        plots.save(gallery.gallery(first, predicted), options.figure)
+    drawn = options.figure or options.explain
+    with language(language_of(Path(options.ckpt).resolve().parents[1]) if drawn else "en", classifier.names):
+        for text in FORMATS[options.format](predictions(), classifier.names):
+            print(text, end="", flush=True)
+        if options.figure and first:
+            plots.save(gallery.gallery(first, predicted), options.figure)
     return int(refused > 0)
 
 

@@ -37,6 +37,7 @@ from cifar_transfer.network import weights
 from cifar_transfer.network.dense_conv import DenseConv2d
 from cifar_transfer.results import plots
 from cifar_transfer.results.predictions import ImagePrediction, Predictions
+from cifar_transfer.results.words import lettering
 from cifar_transfer.text import without_password
 from cifar_transfer.training.average import RAW
 from cifar_transfer.training.checkpoint import read_checkpoint
@@ -379,4 +380,4 @@ def test_figures_of_a_thousand_classes_show_those_with_the_most_mistakes(tmp_pat
 
 
 def test_names_that_are_no_text_are_drawn_as_escapes():
-    assert plots.lettering(["a\nb", "\x1b[2J"]).names == {"a\nb": r"a\nb", "\x1b[2J": r"\x1b[2J"}
+    assert lettering(["a\nb", "\x1b[2J"]).names == {"a\nb": r"a\nb", "\x1b[2J": r"\x1b[2J"}

@@ -14,8 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer import ShapesDataModule
 from cifar_transfer.results import plots, publish
-from cifar_transfer.results.plots import BASE, lettering
 from cifar_transfer.results.predictions import CollectPredictions, Predictions
+from cifar_transfer.results.words import BASE, lettering
 
 NAMES = {
     "three": ["cat", "dog", "bird"],
@@ -162,7 +162,7 @@ def test_markup_and_long_names_are_drawn_as_they_are():
     ]
     for figure in publish.prediction_plots(some_predictions(names), "test").values():
         assert_nothing_is_cut_off(figure)
-    letters = plots.lettering(names)
+    letters = lettering(names)
     assert [letters.names[name].replace(r"\$", "$") for name in names] == names
     axes = publish.prediction_plots(some_predictions(names), "test")["test-classes"].axes[0]
     drawn = [label.get_text().replace(r"\$", "$") for label in axes.get_yticklabels()]

@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cifar_transfer.results.plots import SKY, image, lettering, note
+from cifar_transfer.results.plots import SKY, image, note
 from cifar_transfer.results.predictions import ImagePrediction
+from cifar_transfer.results.words import class_name, lettering, word
 from cifar_transfer.text import printable
 
 SHOWN, BARS = 24, 10  # images in a gallery, classes of each
@@ -25,7 +26,7 @@ def gallery(predictions: Sequence[ImagePrediction], count: int) -> Figure:
     Of more images than are drawn the `count` is said above.
     """
     predictions = predictions[:SHOWN]
-    words = [(_place(one), [name for name, _ in one.classes[:BARS]]) for one in predictions]
+    words = [(_place(one), [class_name(name) for name, _ in one.classes[:BARS]]) for one in predictions]
     letters = lettering(chain.from_iterable([place, *names] for place, names in words))
     cells = [
         [_wrap(letters.names[place], 38), *(_wrap(letters.names[name], 32) for name in names)] for place, names in words
@@ -36,7 +37,7 @@ def gallery(predictions: Sequence[ImagePrediction], count: int) -> Figure:
     figure = Figure(figsize=(4.5 * columns, rows * (height + 0.15) + 0.4), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05, wspace=0, hspace=0)  # type: ignore[union-attr, call-arg]
     if count > len(predictions):
-        figure.suptitle(f"The first {len(predictions)} of {count:,} images", fontsize=10)
+        figure.suptitle(word("The first {shown} of {all:,} images", shown=len(predictions), all=count), fontsize=10)
     axes = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1.2, 3] * columns)
     for ax in axes.flat:
         ax.axis("off")
@@ -68,6 +69,7 @@ def _bars(axes: Axes, texts: Sequence[Sequence[str]], shares: Sequence[float], f
 def heated(prediction: ImagePrediction, heat: np.ndarray) -> Figure:
     """An image, and beside it in grey under the heat map of its likeliest class, float [H, W] in [0, 1]."""
     (name, share), place = prediction.classes[0], _place(prediction)
+    name = class_name(name)
     letters = lettering([name, place])
     title = _wrap(f"{letters.names[name]}   {share:.1%}", 56)
     figure = Figure(figsize=(6.4, 3.1 + 0.2 * len(title)), layout="constrained")
@@ -79,9 +81,9 @@ def heated(prediction: ImagePrediction, heat: np.ndarray) -> Figure:
     left.set_title("\n".join(_wrap(letters.names[place], 28)), fontsize=8, family=letters.families, color=WORDS)
     right.imshow(prediction.pixels.mean(0), cmap="gray", vmin=0, vmax=255)
     shade = right.imshow(heat, cmap="plasma", vmin=0, vmax=1, alpha=0.6, interpolation="bilinear")
-    right.set_title("what speaks for it" if heat.any() else "nothing speaks for it here", fontsize=8, color=WORDS)
+    right.set_title(word("what speaks for it" if heat.any() else "nothing speaks for it here"), fontsize=8, color=WORDS)
     scale = figure.colorbar(shade, ax=right, ticks=[0, 1], shrink=0.8)
-    scale.ax.set_yticklabels(["none", "most"], fontsize=8)
+    scale.ax.set_yticklabels([word("none"), word("most")], fontsize=8)
     note(figure, letters)
     return figure
 

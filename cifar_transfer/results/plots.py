@@ -1,27 +1,22 @@
 """Plots from plain arrays: curves, confusion, reliability, grids of images.
 
-Class names in any script are drawn in an installed font that has their letters, or in Latin letters with a note, never
-as boxes. Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which the colour-blind tell apart.
+Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which the colour-blind tell apart.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from anyascii import anyascii
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from cifar_transfer.files import atomic_write
 from cifar_transfer.results.predictions import Predictions
+from cifar_transfer.results.words import Lettering, lettering, word
 from cifar_transfer.text import printable
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # all but yellow and black
@@ -31,43 +26,8 @@ COLUMNS = 8  # images in a row
 NUMBERED = 20  # classes up to which a confusion matrix has numbers in its cells
 MOST_CLASSES = 100  # in a figure; of more, those with the most mistakes
 BY_EPOCH = ("train/loss_epoch", "val/loss", "train/acc", "val/acc", "lr")
+SPLITS = {"val": "validation", "test": "test"}  # in words
 SMOOTHED = 0.95  # weight of the past in the smoothed loss, as TensorBoard's slider has it
-BASE = "DejaVu Sans"  # comes with matplotlib
-# Broad fonts of the systems people have, tried before all others, whose choice would be arbitrary.
-BROAD = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "Noto Sans")
-
-
-class Lettering(NamedTuple):
-    """How names are drawn."""
-
-    families: list[str]  # fonts for matplotlib, which takes each letter from the first that has it
-    names: dict[str, str]  # what is drawn for each name
-    note: str  # what was done to the names and why, or nothing
-
-
-def lettering(names: Iterable[str]) -> Lettering:
-    """Find fonts for names in any script; without one for all its letters, a name is transliterated by anyascii."""
-    texts = {name: printable(name) for name in names}
-    missing, families = set[str]().union(*texts.values()) - _letters(font_manager.findfont(BASE)), [BASE]
-    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name not in BROAD, font.name)):
-        if not missing:
-            break
-        # The font of last resort, which comes with matplotlib, draws boxes.
-        if font.weight not in (400, "regular") or "Last Resort" in font.name:
-            continue
-        if found := missing & _letters(font.fname):
-            families.append(font.name)
-            missing -= found
-    drawn = {name: anyascii(text).strip() if missing.intersection(text) else text for name, text in texts.items()}
-    latin = any(drawn[name] != text for name, text in texts.items())
-    note = "Names in Latin letters: no font here has theirs (Noto Sans CJK has many)." if latin else ""
-    # A dollar sign would begin a formula.
-    return Lettering(families, {name: shown.replace("$", r"\$") for name, shown in drawn.items()}, note)
-
-
-@lru_cache(maxsize=256)
-def _letters(path: str) -> frozenset[str]:
-    return frozenset(map(chr, FT2Font(path).get_charmap()))
 
 
 def save(figure: Figure, path: Path, **options: Any) -> None:
@@ -92,9 +52,9 @@ def loss_by_step(loss: Curve) -> Figure:
     """Training loss per iteration, raw and smoothed."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(loss.x, loss.y, color=BLUE, alpha=0.35, lw=0.8, label="loss of a batch")
-    axes.plot(loss.x, smooth(loss.y), color=BLUE, lw=1.8, label="smoothed")
-    _finish(axes, "optimizer step", "training loss")
+    axes.plot(loss.x, loss.y, color=BLUE, alpha=0.35, lw=0.8, label=word("of a batch"))
+    axes.plot(loss.x, smooth(loss.y), color=BLUE, lw=1.8, label=word("smoothed"))
+    _finish(axes, "iteration", "training loss")
     return figure
 
 
@@ -104,28 +64,31 @@ def smooth(values: np.ndarray, past: float = SMOOTHED) -> np.ndarray:
     return np.convolve(values, kernel)[: len(values)] / np.convolve(np.ones(len(values)), kernel)[: len(values)]
 
 
-def epochs(curves: dict[str, Curve], frozen: int, lr: Curve) -> Figure:
+def epochs(curves: dict[str, Curve], frozen: int, lr: Curve, val: str = "validation") -> Figure:
     """Loss and accuracy by epoch from 1: the first `frozen` are shaded, and steps of the learning rate marked.
 
     Args:
         curves: Of `train/loss_epoch`, `val/loss`, `train/acc`, `val/acc`; what is missing is left out.
+        val: "test" where the validation images are those of the test.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     changes = lr.x[1:][lr.y[1:] != lr.y[:-1]]
     if len(changes) > len(lr.x) / 2:
         changes = changes[:0]  # a rate that always changes has no steps
-    panels = ("loss", 1, ("train/loss_epoch", "val/loss")), ("accuracy (%)", 100, ("train/acc", "val/acc"))
-    for axes, (title, scale, tags) in zip(figure.subplots(1, 2), panels, strict=True):
-        for tag, color, label, marker in zip(tags, (BLUE, ORANGE), ("training", "validation"), "os", strict=True):
+    panels = ("loss", 1, ("train/loss_epoch", "val/loss")), ("accuracy", 100, ("train/acc", "val/acc"))
+    for axes, (what, scale, tags) in zip(figure.subplots(1, 2), panels, strict=True):
+        for tag, color, label, marker in zip(tags, (BLUE, ORANGE), ("training", val), "os", strict=True):
             if tag in curves:
-                axes.plot(curves[tag].x, scale * curves[tag].y, marker + "-", color=color, ms=3, label=label)
+                axes.plot(
+                    curves[tag].x, scale * curves[tag].y, marker + "-", color=color, ms=3, label=word(f"{label} {what}")
+                )
         if frozen:
-            axes.axvspan(0.5, frozen + 0.5, color=GREY, alpha=0.2, lw=0, label="backbone frozen")
+            axes.axvspan(0.5, frozen + 0.5, color=GREY, alpha=0.2, lw=0, label=word("backbone frozen"))
         for number, epoch in enumerate(changes):
-            axes.axvline(epoch - 0.5, color=GREY, ls=":", lw=1, label="" if number else "learning rate changed")
+            axes.axvline(epoch - 0.5, color=GREY, ls=":", lw=1, label="" if number else word("learning rate changed"))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.02)
-        _finish(axes, "epoch", title)
+        _finish(axes, "epoch", what if scale == 1 else f"{what} (%)")
     return figure
 
 
@@ -143,12 +106,12 @@ def rates_by_stage(rates: np.ndarray, stages: Sequence[str]) -> Figure:
     )
     axes.set_yticks(np.arange(len(stages)) + 0.5, [printable(stage) for stage in reversed(stages)], fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="epoch", title="Learning rate by stage (grey: frozen)")
+    axes.set(xlabel=word("epoch"), title=word("Learning rate by stage (grey: frozen)"))
     figure.colorbar(picture, ax=axes, pad=0.01)
     return figure
 
 
-def confusion(predictions: Predictions) -> Figure:
+def confusion(predictions: Predictions, split: str = "test") -> Figure:
     """Counts, and shares of each class's images; numbers in the cells of up to 20 classes."""
     counts = predictions.confusion()
     mistakes = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
@@ -156,23 +119,32 @@ def confusion(predictions: Predictions) -> Figure:
     shares = (counts / np.maximum(counts.sum(1, keepdims=True), 1))[np.ix_(shown, shown)]
     every, counts = len(counts), counts[np.ix_(shown, shown)]
     letters, classes, few = lettering(predictions.names[row] for row in shown), len(shown), len(shown) <= NUMBERED
-    side = min(16.0, max(4.0, 1.6 + (0.42 if few else 0.13) * classes))
-    # The room for long names below the axes is only reckoned roughly.
-    figure = Figure(figsize=(2 * side + 1, side + 0.4), layout=ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.1))
+    names = [shortened(letters.names[predictions.names[row]]) for row in shown]
+    # Letters and cells in inches; other scripts' letters are wide.
+    letter, side = (0.085, max(2.4, 0.42 * classes)) if few else (0.048, 0.13 * classes)
+    longest = letter * max(len(name) * (1 if name.isascii() else 1.6) for name in names)
+    figure = Figure(figsize=(2 * (side + longest + 1), side + longest + 1.8), layout="constrained")
     panels = ("number of images", counts), ("% of the class", 100 * shares)
     for axes, (title, values) in zip(figure.subplots(1, 2), panels, strict=True):
         axes.imshow(values, cmap="Blues", vmin=0, vmax=max(1, values.max()))
-        axes.set_title(title)
+        axes.set_title(word(title))
         for axis, label in ((axes.xaxis, "predicted"), (axes.yaxis, "true")):
-            names = [shortened(letters.names[predictions.names[row]]) for row in shown]
             axis.set_ticks(range(classes), names, fontsize=9 if few else 5, family=letters.families)
-            axis.set_label_text(label)
-        axes.tick_params(axis="x", rotation=90 if classes > 3 else 0)
+            axis.set_label_text(word(label))
+        axes.tick_params(axis="x", rotation=90 if longest * classes > side else 0)
         for (row, column), value in np.ndenumerate(values) if few else ():
             color = "w" if value > values.max() / 2 else "k"
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
+    accuracy, of = float(predictions.correct.float().mean()), len(predictions.labels)
+    title = word(
+        "Confusion matrix: {score} {value:.2%} of {count:,} images",
+        score=word(f"{SPLITS[split]} accuracy"),
+        value=accuracy,
+        count=of,
+    )
     if classes < every:
-        figure.suptitle(f"The {classes} of {every:,} classes with the most mistakes")
+        title += "\n" + word("The {shown} of {all:,} classes with the most mistakes", shown=classes, all=every)
+    figure.suptitle(title)
     note(figure, letters)
     return figure
 
@@ -192,13 +164,14 @@ def per_class(predictions: Predictions) -> Figure:
     precision, recall = hits / np.maximum(said, 1), hits / np.maximum(truth, 1)
     columns = (("precision", 100 * precision), ("recall", 100 * recall), ("F1", 100 * f1), ("images", truth))
     for x, (title, values) in zip(range(116, 180, 20), columns, strict=True):
-        axes.text(x, -1, title, ha="right", va="center", weight="bold")
+        axes.text(x, -1, word(title), ha="right", va="center", weight="bold")
         for line, value in zip(lines, values[order], strict=True):
             axes.text(x, line, f"{value:d}" if title == "images" else f"{value:.1f}", ha="right", va="center")
     axes.set(xlim=(0, 180), ylim=(len(order) - 0.4, -1.6), xticks=[0, 50, 100])
     axes.set_xlabel("F1 (%)", loc="left")
     if len(order) < len(counts):
-        axes.set_title(f"The {len(order)} of {len(counts):,} classes with the lowest F1", fontsize=10)
+        title = word("The {shown} of {all:,} classes with the lowest F1", shown=len(order), all=len(counts))
+        axes.set_title(title, fontsize=10)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     note(figure, letters)
@@ -218,7 +191,7 @@ def reliability(predictions: Predictions, bins: int = 15) -> Figure:
     upper.bar(edges[full], accuracy, 1 / bins, align="edge", color=BLUE, alpha=0.6, edgecolor="w")
     upper.plot(confidence, accuracy, "o", color=BLUE, ms=4)
     upper.plot([0, 1], [0, 1], "--", color=GREY, lw=1)
-    upper.set_title(f"expected calibration error {predictions.calibration_error(bins):.1%}")
+    upper.set_title(word("expected calibration error {error:.1%}", error=predictions.calibration_error(bins)))
     _finish(upper, "", "accuracy")
     lower.bar(edges, count, 1 / bins, align="edge", color=GREY, edgecolor="w")
     lower.set_xlim(0, 1)
@@ -255,7 +228,7 @@ def note(figure: Figure, letters: Lettering) -> None:
 
 
 def _finish(axes: Axes, x: str, y: str) -> None:
-    axes.set(xlabel=x, ylabel=y, axisbelow=True)
+    axes.set(xlabel=word(x), ylabel=word(y), axisbelow=True)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[1]:

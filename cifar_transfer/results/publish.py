@@ -3,6 +3,7 @@
 events.out.tfevents.* -> curves        figures/predictions-test.npz -> confusion, reliability, mistakes, ...
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from cifar_transfer.data.geometry import pixels, resize
 from cifar_transfer.data.module import ImageDataModule, step_seed
 from cifar_transfer.results import plots
 from cifar_transfer.results.predictions import CollectPredictions, Predictions
+from cifar_transfer.results.words import class_name, language, language_of, word
 from cifar_transfer.text import printable
 from cifar_transfer.untrusted import read_yaml
 
@@ -55,18 +57,25 @@ def curves(run: Path) -> dict[str, Figure]:
 
 def prediction_plots(predictions: Predictions, split: str) -> dict[str, Figure]:
     """Plots of the predictions of a split, by name."""
-    names, rows, images = predictions.names, predictions.rows, predictions.images.numpy()
+    names, rows, images = [class_name(name) for name in predictions.names], predictions.rows, predictions.images.numpy()
+    predictions = replace(predictions, names=names)
     kept = (part[rows].tolist() for part in (predictions.labels, predictions.predicted, predictions.confidences))
     titles = [
-        (names[truth],) if truth == guess else (f"is {names[truth]}", f"said {names[guess]}", f"{share:.1%} sure")
+        (names[truth],)
+        if truth == guess
+        else [
+            word("is {name}", name=names[truth]),
+            word("said {name}", name=names[guess]),
+            word("{share:.1%} sure", share=share),
+        ]
         for truth, guess, share in zip(*kept, strict=True)
     ]
     right = predictions.correct[rows].numpy()
-    drawn = {"confusion": plots.confusion(predictions), "classes": plots.per_class(predictions)}
+    drawn = {"confusion": plots.confusion(predictions, split), "classes": plots.per_class(predictions)}
     drawn["reliability"] = plots.reliability(predictions)
     for name, heading, chosen in (("mistakes", "The most confident mistakes", ~right), ("correct", "Correct", right)):
         if chosen.any():
-            drawn[name] = plots.grid(images[chosen], [titles[place] for place in np.flatnonzero(chosen)], heading)
+            drawn[name] = plots.grid(images[chosen], [titles[place] for place in np.flatnonzero(chosen)], word(heading))
     return {f"{split}-{name}": figure for name, figure in drawn.items()}
 
 
@@ -82,8 +91,9 @@ def augmented(data: ImageDataModule, size: int | None) -> Figure:
         torch.manual_seed(step_seed(data.seed, 0, 0, 0))
         seen = resize(data.augment(batch), size)
     shown = (255 * seen.clamp(0, 1)).round().byte().numpy()
-    titles = [(data.class_names[label],) for label in labels.tolist()]
-    return plots.grid(shown, titles, f"Training images as the network sees them, {pixels(shown.shape[2:])} pixels")
+    titles = [(class_name(data.class_names[label]),) for label in labels.tolist()]
+    heading = word("Training images as the network sees them, {size} pixels", size=pixels(shown.shape[2:]))
+    return plots.grid(shown, titles, heading)
 
 
 def save(drawn: dict[str, Figure], folder: Path, board: SummaryWriter | None = None, step: int = 0) -> list[Path]:
@@ -115,7 +125,9 @@ def publish(run: Path, split: str, collected: CollectPredictions, board: Summary
     folder.mkdir(parents=True, exist_ok=True)
     collected.predictions.save(folder / f"predictions-{split}.npz")
     # Drawn from the file, so that drawing it again later gives the same pixels.
-    save(prediction_plots(Predictions.load(folder / f"predictions-{split}.npz"), split), folder, board, step)
+    kept = Predictions.load(folder / f"predictions-{split}.npz")
+    with language(language_of(run), kept.names):
+        save(prediction_plots(kept, split), folder, board, step)
     if board is not None and collected.features is not None:
         names = [printable(collected.predictions.names[label]) for label in collected.classes.tolist()]
         board.add_embedding(collected.features, names, collected.thumbnails / 255, step, tag=f"{split} features")

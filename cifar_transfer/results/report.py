@@ -17,6 +17,7 @@ from cifar_transfer.errors import first_line
 from cifar_transfer.files import atomic_write
 from cifar_transfer.results import publish
 from cifar_transfer.results.predictions import CollectPredictions
+from cifar_transfer.results.words import Language, language, language_of
 
 RESULT = "result.json"  # in a finished run's folder
 SLOW_GRAPH = 300  # modules, whose graph takes seconds to draw
@@ -36,12 +37,13 @@ class Report(Callback):
     Args:
         figures: Draw a grid of augmented images before training and, at the end, curves, confusion, reliability and
             mistakes, as PNG and in TensorBoard.
+        language: Of the figures: "en", or "zh" for Chinese.
         projector: Also write the features of 1,000 test images with their thumbnails for TensorBoard's
             projector (6 MB for ResNet18).
     """
 
-    def __init__(self, figures: bool = True, projector: bool = False) -> None:
-        self.figures, self.projector = figures, projector
+    def __init__(self, figures: bool = True, projector: bool = False, language: Language = "en") -> None:
+        self.figures, self.projector, self.language = figures, projector, language
         self.images_per_second = 0.0  # of training in the last epoch, over all devices; validation does not count
         self._earlier = 0.0  # seconds of the epochs before this one
         self._epoch = {"seconds": 0.0, "validation": 0.0, "images": 0.0}  # until the clock was last read
@@ -56,8 +58,9 @@ class Report(Callback):
         board, data = _board(trainer), getattr(trainer, "datamodule", None)
         if self.figures and data is not None:
             sizes = pl_module.hparams.get("train_sizes") or [pl_module.hparams.get("image_size")]
-            drawn = {"augmented": publish.augmented(data, sizes[-1])}
-            (path,) = publish.save(drawn, Path(folder, publish.FOLDER), board)
+            with language(self.language, data.class_names):
+                drawn = {"augmented": publish.augmented(data, sizes[-1])}
+                (path,) = publish.save(drawn, Path(folder, publish.FOLDER), board)
             say(trainer, f"The augmented images: {os.path.relpath(path)}")
         if board is not None:
             board.add_custom_scalars(LAYOUT)
@@ -150,7 +153,8 @@ def draw_final(trainer: Trainer, split: str, collected: CollectPredictions) -> N
     if folder is None or trainer.logger is None or not trainer.is_global_zero:
         return
     run, board = Path(folder), _board(trainer)
-    publish.save(publish.curves(run), run / publish.FOLDER, board, trainer.global_step)
+    with language(language_of(run)):
+        publish.save(publish.curves(run), run / publish.FOLDER, board, trainer.global_step)
     publish.publish(run, split, collected, board, trainer.global_step)
 
 
