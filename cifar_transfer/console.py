@@ -1,14 +1,16 @@
 """How a line is printed, and what libraries say that nobody running a command can act on, which is not printed."""
 
 import logging
+import os
 import re
+import shutil
 import sys
 import threading
+import time
 import warnings
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch import LightningModule, Trainer, callbacks
 from tqdm import tqdm
 
 WARNINGS = (
@@ -51,11 +53,10 @@ def hush() -> None:
 
 
 def duration(seconds: float) -> str:
-    """In the two largest units that people use: 1 h 05 min, 12 min, 40 s."""
-    minutes = round(seconds / 60)
+    """In the unit that people use: 40 s, 12 min, 2.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def counted(epoch: int) -> int:
@@ -63,16 +64,86 @@ def counted(epoch: int) -> int:
     return epoch + 1
 
 
-class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, which counts epochs from 1 and leaves nothing behind."""
+def epoch_of(trainer: Trainer) -> str:
+    """The current epoch as people count it, and how many there are if that is known: 3/40."""
+    last = trainer.max_epochs or 0
+    return f"{counted(trainer.current_epoch)}/{last}" if last > 0 else f"{counted(trainer.current_epoch)}"
+
+
+def styled(text: str, style: int) -> str:
+    """A text in a style of ANSI's (1 bold, 32 green, 36 cyan) on a terminal that shows colours, elsewhere as it is."""
+    return f"\x1b[{style}m{text}\x1b[0m" if _coloured() else text
+
+
+def _coloured() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+class ProgressBar(callbacks.ProgressBar):
+    """One line below what is printed, never wider than the terminal; gone when an epoch or a validation is over.
+
+    Lightning's own: that of tqdm is cut off at 80 columns and needs a second line, that of rich a line for each figure.
+    """
 
     def __init__(self) -> None:
-        super().__init__(leave=False)
+        super().__init__()
+        self._enabled = True
+        self._bar = tqdm(disable=True)  # as one is that is closed
+        self._began = self._drawn = 0.0
+        self._images = 0  # since it began, over all devices
 
-    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Name the epoch."""
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.set_description(f"Epoch {counted(trainer.current_epoch)}")
+    def enable(self) -> None:
+        """Show it."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Show nothing."""
+        self._enabled = False
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Draw what was done before this batch, ten times a second."""
+        if not self._enabled or trainer.sanity_checking:
+            return
+        now = time.monotonic()
+        if self._bar.disable:
+            self._began, self._drawn, self._images = now, 0.0, 0
+        if now - self._drawn > 0.1:
+            self._draw(trainer, batch_idx, self._images / (now - self._began) if self._images else None)
+            self._drawn = now
+        self._images += len(batch[1]) * trainer.world_size
+
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
+
+    def _draw(self, trainer: Trainer, done: int, speed: float | None) -> None:
+        columns = min(80, shutil.get_terminal_size().columns) - 1
+        wide, fitting = columns >= 60, trainer.state.fn == "fit"
+        parts = [f"{'epoch ' if wide else ''}{epoch_of(trainer)}"] if fitting else []
+        if not trainer.training:
+            parts.append("validation" if trainer.validating else "test" if trainer.testing else "prediction")
+        parts.append("{bar} {percentage:3.0f}%")
+        if trainer.training and "train/loss" in trainer.progress_bar_metrics:
+            parts.append(f" loss {trainer.progress_bar_metrics['train/loss']:.3f}")
+        if speed:
+            parts.append(f" {speed:.0f} images/s")
+        form = " ".join([*parts, " {remaining} left"] if wide else parts)
+        if self._bar.disable:
+            batches = trainer.num_val_batches if trainer.validating else trainer.num_test_batches
+            total = self.total_train_batches if trainer.training else batches[0]
+            colour = "green" if _coloured() else None
+            own: dict[str, Any] = {"file": sys.stdout, "leave": False, "bar_format": form, "colour": colour}
+            self._bar = tqdm(total=None if total == float("inf") else int(total), initial=done, ncols=columns, **own)
+        self._bar.bar_format, self._bar.ncols, self._bar.n = form, columns, done
+        self._bar.refresh()
+
+    def on_train_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException | None = None
+    ) -> None:
+        """Take it away."""
+        self._bar.close()
+
+    on_validation_end = on_test_end = on_predict_end = on_exception = on_train_epoch_end
 
 
 def say(trainer: Trainer, line: str) -> None:

@@ -53,7 +53,8 @@ def evaluate(
     data.recorded = splits.read(ckpt)
     collected = CollectPredictions(PROJECTED if projector else 0) if figures else None
     given: Any = {"accelerator": accelerator, "devices": devices, "precision": precision}  # Lightning checks them
-    trainer = Trainer(**given, logger=False, enable_checkpointing=False, enable_progress_bar=sys.stdout.isatty())
+    given |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": (terminal := sys.stdout.isatty())}
+    trainer = Trainer(**given, callbacks=[console.ProgressBar()] if terminal else [])
     results = evaluate_checkpoint(trainer, ckpt, data, split, collected, mirrored)
     if trainer.is_global_zero:
         for name, value in results.items():

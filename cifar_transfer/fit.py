@@ -14,10 +14,11 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed import DistError
 
-from cifar_transfer.console import say
+from cifar_transfer.console import counted, duration, say, styled
 from cifar_transfer.errors import UserError, disk_fault, one_sentence
 from cifar_transfer.results.predictions import PROJECTED, CollectPredictions
 from cifar_transfer.results.report import draw_final, log_final, write_result
+from cifar_transfer.training.checkpoint import LOGS, newest_checkpoint
 from cifar_transfer.training.cli import FitCLI
 from cifar_transfer.training.evaluation import evaluate_checkpoint
 from cifar_transfer.training.find_lr import find_lr
@@ -82,16 +83,27 @@ def _job(cli: FitCLI) -> Outcome | None:
         found = evaluate_checkpoint(trainer, best, data, split, collect)
         scores |= {f"best/{name.replace('/', '_')}": found[name] for name in found if not name.endswith("loss")}
     log_final(trainer, {**data.hparams, **model.hparams}, scores, found if split == "test" else {})
-    write_result(trainer, model, scores)
+    result = write_result(trainer, model, scores)
     if collect:
         draw_final(trainer, split, collect)
     run, checkpoint = _here(trainer.log_dir), _here(best)
+    lines = {}
     for name, value in scores.items():
         split, _, score = name.removeprefix("best/").partition("_")
-        say(trainer, f"{split} {SCORES[score]} {value:.2%} with the best checkpoint")
-    say(trainer, f"run         {run}")
-    say(trainer, f"look at it  tensorboard --logdir {run.parent}")
-    say(trainer, f"predict     python -m cifar_transfer.predict IMAGE --ckpt {checkpoint}")
+        lines[f"{split} {SCORES[score]}"] = styled(f"{value:.2%}", 32)
+    epochs, epoch = result["epochs"], counted(torch.load(best, "cpu", weights_only=True, mmap=True)["epoch"])
+    newest = run.parent == Path(LOGS) and newest_checkpoint() == checkpoint  # which predict takes by itself
+    lines |= {
+        "checkpoint": f"the best, of epoch {min(epoch, epochs)}",  # the last weights are saved after the epoch
+        "training": f"{epochs} epochs in {duration(result['seconds'])}, {result['images_per_second']:.0f} images/s",
+        "network": f"{model.hparams['backbone']}, {result['parameters']:,} parameters",
+        "run": str(run),
+        "look at it": f"tensorboard --logdir {run.parent}",
+        "predict": f"python -m cifar_transfer.predict IMAGE{'' if newest else f' --ckpt {checkpoint}'}",
+        "and more": "python -m cifar_transfer",
+    }
+    width = max(map(len, lines))
+    say(trainer, "\n".join(["", *(f"{name:<{width}}  {text}" for name, text in lines.items())]))
     return Outcome(scores, checkpoint)
 
 

@@ -33,13 +33,21 @@ def job(tmp_path_factory):
 def test_a_run_prints_a_line_an_epoch_and_what_to_do_next(job):
     _, done = job
     lines = done.stdout.splitlines()
-    epochs = [line for line in lines if re.match(r"epoch +\d/3 +train loss [\d.]+ acc +[\d.]+%   val loss", line)]
-    assert len(epochs) == 3
-    assert re.search(r"^test accuracy [\d.]+% with the best checkpoint$", done.stdout, re.MULTILINE)
-    assert f"run         {RUN}" in lines
-    assert "look at it  tensorboard --logdir lightning_logs" in lines
-    assert "Trainable parameters: 10,250 of 352,042" in done.stderr
-    assert "Epoch 2: unfrozen, learning rate 0.0001; trainable 352,042" in done.stderr
+    table = lines.index("epoch  train loss  train acc  val loss  val acc         lr    time      left")
+    frozen, first, unfrozen, *others = lines[table + 1 : table + 6]
+    assert frozen == "Epoch 1: backbone frozen, 10,250 parameters train."
+    assert unfrozen == "Epochs 2 to 3: everything at rate 0.0001, 352,042 parameters train."
+    row = r" +{}/3 +\d\.\d{{3}} +[\d.]+% +\d\.\d{{3}} +[\d.]+% [ *] +{} +[\d.]+ s{}"
+    for number, (line, rate, left) in enumerate(
+        zip((first, *others), ("0.001", "0.0001", "0.0001"), (r" +> \d+ s", r" +\d+ s", ""), strict=True), 1
+    ):
+        assert re.fullmatch(row.format(number, rate, left), line), line
+    assert re.search(r"^test accuracy +[\d.]+%$", done.stdout, re.MULTILINE)
+    best = max(range(3), key=lambda number: float(re.findall(r"[\d.]+(?=%)", (first, *others)[number])[1]))
+    assert f"checkpoint     the best, of epoch {best + 1}" in lines
+    assert f"run            {RUN}" in lines
+    assert "look at it     tensorboard --logdir lightning_logs" in lines
+    assert "predict        python -m cifar_transfer.predict IMAGE" in lines
     assert "Warning" not in done.stderr
     assert "warn(" not in done.stderr
 
@@ -55,7 +63,7 @@ def test_tensorboard_has_curves_against_the_epoch_the_graph_and_the_hyperparamet
     assert [event.value for event in events.Scalars("lr")] == pytest.approx([1e-3, 1e-4, 1e-4])
     assert [event.value for event in events.Scalars("trainable_parameters")] == [10250, 352042, 352042]
     assert events.Tags()["graph"]
-    printed = float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1]) / 100
+    printed = float(re.search(r"test accuracy +([\d.]+)%", done.stdout)[1]) / 100
     assert events.Scalars("best/test_acc")[-1].value == pytest.approx(printed, abs=1e-4)
     hparams = events.summary_metadata
     assert any("_hparams_/session_start_info" in tag for tag in hparams)
@@ -101,7 +109,7 @@ def test_the_configuration_of_a_run_is_beside_it_and_runs_again(job, tmp_path):
     config = yaml.safe_load((folder / RUN / "config.yaml").read_text())
     assert config["freeze"]["unfreeze_epoch"] == 1
     again = run_fit(tmp_path, "--config", folder / RUN / "config.yaml")
-    accuracies = [re.findall(r"(?:val|test) accuracy [\d.]+%", output) for output in (done.stdout, again.stdout)]
+    accuracies = [re.findall(r"(?:val|test) accuracy +[\d.]+%", output) for output in (done.stdout, again.stdout)]
     assert accuracies[0] == accuracies[1]
 
 
@@ -110,7 +118,7 @@ def test_evaluate_gives_the_figures_of_the_run(job, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     for split in ("test", "val"):
         evaluate(f"{RUN}/checkpoints/best.ckpt", split)
-        expected = re.search(rf"{split} accuracy ([\d.]+%)", done.stdout)[1]
+        expected = re.search(rf"{split} accuracy +([\d.]+%)", done.stdout)[1]
         assert f"{split}/acc  {expected}" in capsys.readouterr().out
         assert all((folder / RUN / "figures" / f"{split}-{name}.png").is_file() for name in OF_PREDICTIONS)
 
@@ -135,9 +143,7 @@ def test_own_images_run_end_to_end_without_test_images(tmp_path):
     write_images(tmp_path / "photos" / "train", 12, size=(24, 24), classes=["cat", "dog", "猫"])
     options = ["--data=ImageFolderDataModule", "--data.root=photos", "--data.batch_size=8", "--trainer.max_epochs=1"]
     done = run_fit(tmp_path, "--model.backbone=shufflenet_v2_x0_5", "--model.weights=none", *options)
-    assert re.search(r"epoch   1/1   train loss \d", done.stdout), (
-        "also of fewer steps than between two lines of the log"
-    )
+    assert re.search(r"^ +1/1 +\d", done.stdout, re.MULTILINE), "also of fewer steps than between two lines of the log"
     assert "val accuracy" in done.stdout
     assert "test accuracy" not in done.stdout
     best = f"--ckpt={RUN}/checkpoints/best.ckpt"

@@ -84,8 +84,8 @@ def test_a_comparison_that_was_killed_continues(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     done = run_fit(tmp_path, *options, module="cifar_transfer.compare")
-    assert "epoch   1/20" not in done.stdout
-    assert "epoch  20/20" in done.stdout
+    assert " 1/20  " not in done.stdout
+    assert "20/20  " in done.stdout
     assert [path.name for path in home.iterdir()] == ["version_0"], "continued, not begun again"
     result = json.loads((home / "version_0" / "result.json").read_text())
     assert result["epochs"] == 20

@@ -86,7 +86,7 @@ def test_the_scores_of_a_run_are_those_of_its_best_checkpoint(tmp_path, monkeypa
         assert score == outcome.scores[f"best/{split}_acc"]
         assert score == evaluate(str(outcome.best), split, accelerator="cpu", figures=False)[f"{split}/acc"]
         assert score == pytest.approx(predicted(outcome.best, split), abs=1e-6)
-        assert f"{score:.2%} with the best checkpoint" in said
+        assert f"{split} accuracy{' ' * (split == 'val')}  {score:.2%}\n" in said
     last = torch.load(Path(RUN, "checkpoints/last.ckpt"), weights_only=True)["callbacks"]
     (best,) = (state for name, state in last.items() if name.startswith("RunCheckpoint") and "val/acc" in name)
     assert ("No validation took place" in said) == (case in NEVER) == (best["best_model_score"] is None)
@@ -97,8 +97,9 @@ def test_the_scores_of_a_run_are_those_of_its_best_checkpoint(tmp_path, monkeypa
 def test_an_epoch_without_validation_shows_none_and_steps_no_plateau(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     fit([*JOB, "--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
-    assert ["val loss" in line for line in lines] == [False, True, False]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "/3  " in line]
+    assert [line.count("%") for line in lines] == [1, 2, 1]
+    assert len({line.index(" s") for line in lines}) == 1, "a column stays where it is"
     logged = curves(RUN)
     assert [epoch for epoch, _ in logged["val/acc"]] == [epoch for epoch, _ in logged["val/loss"]] == [2]
     assert [epoch for epoch, _ in logged["train/acc"]] == [1, 2, 3]

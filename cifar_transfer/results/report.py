@@ -1,4 +1,4 @@
-"""What a run tells: a line an epoch, figures, the graph, comparable hyper-parameters, event files without overlaps."""
+"""What a run tells: its epochs, figures, the graph, comparable hyper-parameters, event files without overlaps."""
 
 import json
 import os
@@ -12,11 +12,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
-from cifar_transfer.console import counted, duration, say
+from cifar_transfer.console import say
 from cifar_transfer.errors import first_line
 from cifar_transfer.files import atomic_write
 from cifar_transfer.results import publish
 from cifar_transfer.results.predictions import CollectPredictions
+from cifar_transfer.results.terminal import Table
 from cifar_transfer.results.words import Language, language, language_of
 
 RESULT = "result.json"  # in a finished run's folder
@@ -32,7 +33,7 @@ LAYOUT = {
 
 
 class Report(Callback):
-    """What a run shows of itself: a line an epoch on the terminal, figures in its folder and in TensorBoard.
+    """What a run shows of itself: a table of its epochs on the terminal, figures in its folder and in TensorBoard.
 
     Args:
         figures: Draw a grid of augmented images before training and, at the end, curves, confusion, reliability and
@@ -48,13 +49,18 @@ class Report(Callback):
         self._earlier = 0.0  # seconds of the epochs before this one
         self._epoch = {"seconds": 0.0, "validation": 0.0, "images": 0.0}  # until the clock was last read
         self._read: float | None = None  # when that was; None between two epochs
+        self._table = Table()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock, and show what can be shown before a run begins (one that continues has it already)."""
+        """Start the clock, show what can be shown before a run begins, and begin the table."""
         self._read = time.monotonic()
+        self._show_beginning(trainer, pl_module)
+        self._table.begin(trainer)
+
+    def _show_beginning(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = trainer.log_dir  # asked for by all ranks together
         if not trainer.is_global_zero or trainer.ckpt_path or trainer.logger is None or folder is None:
-            return
+            return  # a run that continues has it already
         board, data = _board(trainer), getattr(trainer, "datamodule", None)
         if self.figures and data is not None:
             sizes = pl_module.hparams.get("train_sizes") or [pl_module.hparams.get("image_size")]
@@ -99,21 +105,13 @@ class Report(Callback):
         self._tick("seconds", "validation")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the epoch's scores."""
+        """Add the epoch to the table."""
         self._tick("seconds")
         self._read = None
         seconds, training = self._epoch["seconds"], self._epoch["seconds"] - self._epoch["validation"]
         if self._epoch["images"]:
             self.images_per_second = self._epoch["images"] / training
-        scores = pl_module.epoch_scores()  # type: ignore[operator] # of our modules
-        parts = [f"epoch {counted(trainer.current_epoch):>3}/{trainer.max_epochs}"]
-        for split, loss in (("train", "train/loss_epoch"), ("val", "val/loss")):
-            if loss in scores:
-                parts.append(f"{split} loss {scores[loss]:.3f} acc {scores[f'{split}/acc']:6.2%}")
-        parts += [f"lr {pl_module.learning_rate:.2g}", f"{seconds:.1f} s"]
-        if (left := (trainer.max_epochs or 0) - trainer.current_epoch - 1) > 0:
-            parts.append(f"{duration(left * seconds)} left")
-        say(trainer, "   ".join(parts))
+        self._table.add(trainer, pl_module, seconds)
 
     def state_dict(self) -> dict[str, Any]:
         """The time so far, that of this epoch, and the last speed, for a run that is resumed."""
@@ -179,11 +177,9 @@ def log_final(trainer: Trainer, hparams: dict[str, Any], scores: dict[str, float
         trainer.logger.save()
 
 
-def write_result(trainer: Trainer, pl_module: LightningModule, scores: dict[str, float]) -> None:
+def write_result(trainer: Trainer, pl_module: LightningModule, scores: dict[str, float]) -> dict[str, float]:
     """Write what a run came to into its folder, as `result.json`: scores as for `log_final`, size and speed."""
     folder = trainer.log_dir  # asked for by all ranks together
-    if folder is None or not trainer.is_global_zero:
-        return
     report = next(callback for callback in trainer.callbacks if isinstance(callback, Report))  # type: ignore[attr-defined]
     result = scores | {
         "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
@@ -191,5 +187,7 @@ def write_result(trainer: Trainer, pl_module: LightningModule, scores: dict[str,
         "seconds": round(report.seconds, 1),
         "images_per_second": round(report.images_per_second, 1),
     }
-    with atomic_write(Path(folder, RESULT)) as file:
-        file.write(f"{json.dumps(result, indent=1)}\n".encode())
+    if folder is not None and trainer.is_global_zero:
+        with atomic_write(Path(folder, RESULT)) as file:
+            file.write(f"{json.dumps(result, indent=1)}\n".encode())
+    return result

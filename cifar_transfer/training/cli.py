@@ -219,9 +219,10 @@ class FitCLI(LightningCLI):
         bar = options.enable_progress_bar is not False and sys.stdout.isatty() and not own_bar
         if not (bar or own_bar):
             kwargs["enable_progress_bar"] = False
+        bars = self.trainer_defaults["callbacks"] = [console.ProgressBar()] if bar else []
         if self.config.find_lr:
             return super().instantiate_trainer(**kwargs | find_lr.settings())
-        self.trainer_defaults["callbacks"] = [*self._callbacks(options), *([console.ProgressBar()] if bar else [])]
+        self.trainer_defaults["callbacks"] = [*self._callbacks(options), *bars]
         if not options.fast_dev_run:
             # First, because others ask for the run's folder when training starts.
             kwargs["callbacks"] = [self.folder, *_listed(options.callbacks)]

@@ -12,7 +12,6 @@ stays frozen when resumed after the unfreezing (#21901); and frozen batch-norm k
 
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -24,11 +23,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cifar_transfer.console import counted
+from cifar_transfer.console import say, styled
 from cifar_transfer.errors import UserError, check
 from cifar_transfer.training import optimizer, resume
 from cifar_transfer.training import phases as plans
-from cifar_transfer.training.phases import EVERYTHING, Phase
+from cifar_transfer.training.phases import Phase
 
 
 class BackboneFreeze(Callback):
@@ -103,6 +102,7 @@ class BackboneFreeze(Callback):
     def _forget(self) -> None:
         self.phase = 0  # its number
         self.plan: list[Phase] = []  # known when a fit starts, as it depends on the network
+        self._untold: list[Phase] = []  # that have begun
         self._begins: dict[str, int] = {}  # in which phase parameters and buffers begin to train, by name
         self._held: list[tuple[nn.Parameter, int]] = []  # the same of the parameters that the module has not fixed
         self._resting: set[nn.Module] = set()  # modules that are in eval mode because of this callback
@@ -147,13 +147,7 @@ class BackboneFreeze(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state, which may come from a checkpoint: a run resumed within an epoch skips its start."""
         self._apply(trainer, pl_module)
-        plan, total = self.plan, sum(p.numel() for p in pl_module.parameters())
-        state = "nothing frozen"
-        if len(plan) > 2:
-            state = f"phase {self.phase + 1} of {len(plan)}"
-        elif self.phase < len(plan) - 1 and (epoch := plan[-1].beginning(trainer.max_epochs)):
-            state = f"backbone frozen for {epoch} epochs"
-        rank_zero_info(f"Trainable parameters: {_trainable(pl_module):,} of {total:,} ({state}).")
+        self._untold = self._untold or [self.plan[self.phase]]
         optimized = [p for each in trainer.optimizers for group in each.param_groups for p in group["params"]]
         ours = [parameter for parameter, _ in self._held]
         for said in plans.never_train(pl_module, self._begins, len(self.plan), ours, optimized):
@@ -162,6 +156,23 @@ class BackboneFreeze(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a phase when its epoch has come."""
         self._apply(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Name the phase that has begun; now, so that it stands in the table of epochs."""
+        if begun := self._untold:
+            epochs = plans.span(self.plan[self.phase + 1 :], trainer.current_epoch, trainer.max_epochs)
+            what = plans.named(begun, begun[0] is self.plan[0])
+            count = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+            say(trainer, styled(f"{epochs}: {what}, {count:,} parameters train.", 36))
+            self._untold = []
+
+    def phase_at(self, epoch: int, max_epochs: int) -> int | None:
+        """The phase of an epoch to come, counted from 0; None if that depends on a figure."""
+        for number, later in enumerate(self.plan[self.phase + 1 :], self.phase):
+            begin = later.beginning(max_epochs)
+            if begin is None or epoch < begin:
+                return begin and number
+        return len(self.plan) - 1
 
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
         before = self.phase
@@ -177,16 +188,9 @@ class BackboneFreeze(Callback):
             optimizer.start_afresh(trainer)
             for phase in begun:
                 optimizer.set_rates(trainer, phase.lr, phase.factor)
-            self._tell(begun, counted(trainer.current_epoch), _trainable(pl_module))
+            self._untold = begun
             if any(phase.from_best for phase in begun):
                 _load_best(trainer, pl_module)
-
-    def _tell(self, begun: Iterable[Phase], epoch: int, count: int) -> None:
-        names = [name for phase in begun for name in phase.train if name != EVERYTHING]
-        changes = [(", learning rate", phase.lr) if phase.lr else (", rates times", phase.factor) for phase in begun]
-        rates = [f"{what} {value:g}" for what, value in changes if value]
-        what = f"{', '.join(names)} unfrozen" if names else "unfrozen"
-        rank_zero_info(f"Epoch {epoch}: {what}{''.join(rates)}; trainable {count:,} parameters.")
 
     def _require_grad(self, trainer: Trainer, pl_module: LightningModule) -> None:
         changed = False
@@ -263,10 +267,6 @@ class BackboneFreeze(Callback):
         return settings
 
 
-def _trainable(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
 def _best_kept(trainer: Trainer) -> list[ModelCheckpoint]:
     return [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each.monitor]
 
@@ -277,4 +277,4 @@ def _load_best(trainer: Trainer, pl_module: LightningModule) -> None:
     best = trainer.strategy.broadcast(best)  # of the first process, as others may see other files
     if best is not None:
         pl_module.load_state_dict(best)
-        rank_zero_info(f"It begins with the weights of {os.path.relpath(path)}.")
+        rank_zero_info(f"This phase begins with the weights of {os.path.relpath(path)}.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lightning import LightningModule
 from torch import nn
 
+from cifar_transfer.console import counted
 from cifar_transfer.errors import UserError, check
 from cifar_transfer.network.stages import HEAD, stages
 from cifar_transfer.training.optimizer import LARGEST_RATE
@@ -64,6 +65,27 @@ class Phase:
         if max_epochs is None or max_epochs < 0:
             raise UserError(f"A phase that begins after share={self.share} of the run needs max_epochs.")
         return math.ceil(round(self.share * max_epochs, 6))  # 0.55 * 20 is a little more than 11
+
+
+def span(later: Sequence[Phase], epoch: int, max_epochs: int | None) -> str:
+    """The epochs of a phase that is followed by these, from `epoch` on (of 0): "Epochs 6 to 40"."""
+    first, last = counted(epoch), max_epochs if max_epochs and max_epochs > 0 else math.inf
+    end = later[0].beginning(max_epochs) if later else last  # counted from 1, the last epoch before it
+    if end is None or min(end, last) == math.inf:
+        return f"From epoch {first}"
+    return f"Epoch {first}" if min(end, last) == first else f"Epochs {first} to {min(end, last)}"
+
+
+def named(begun: Sequence[Phase], first: bool) -> str:
+    """What trains in the first phase or begins to train in later ones, and at which rate, in a few words."""
+    names = [name for phase in begun for name in phase.train]
+    what = f"only {', '.join(names)}" if first else f"{', '.join(names)} unfrozen"
+    if EVERYTHING in names:
+        what = "everything"
+    elif first and (names == [HEAD] or names[0].startswith("(?!")):  # of `frozen`
+        what = "backbone frozen" if names == [HEAD] else "partly frozen"
+    changes = [(" at rate", phase.lr) if phase.lr else (", rates times", phase.factor) for phase in begun]
+    return what + "".join(f"{change} {value:g}" for change, value in changes if value)
 
 
 def check_patterns(name: str, patterns: Sequence[str]) -> None:

@@ -63,9 +63,13 @@ class SizedModule(ScoredModule):
 
     def train_side(self) -> int | None:
         """The side that images have in this step of the training."""
-        if not (sizes := self.hparams["train_sizes"]):
-            return self.geometry.input_side
-        return sizes[min(len(sizes) * self.trainer.global_step // self._all_steps, len(sizes) - 1)]
+        steps = (self.trainer.global_step, self._all_steps) if self.hparams["train_sizes"] else (0, 1)
+        return self.side_at(*steps)
+
+    def side_at(self, done: int, of: int) -> int | None:
+        """The side that images have when so much of the training is done."""
+        sizes = self.hparams["train_sizes"] or [self.geometry.input_side]
+        return sizes[min(len(sizes) * done // of, len(sizes) - 1)]
 
     def try_sizes(self) -> None:
         """Refuse, by a `UserError`, sizes that the network cannot take."""
