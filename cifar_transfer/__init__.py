@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from cifar_transfer.data.augment import Augment as Augment
     from cifar_transfer.data.cifar import CIFAR10DataModule as CIFAR10DataModule
     from cifar_transfer.data.folder import ImageFolderDataModule as ImageFolderDataModule
+    from cifar_transfer.data.images import ArrayImages as ArrayImages
     from cifar_transfer.data.module import ImageDataModule as ImageDataModule
     from cifar_transfer.data.shapes import ShapesDataModule as ShapesDataModule
     from cifar_transfer.inference.predictor import Classifier as Classifier
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # Imported when first used: a command that needs no network should not wait for torch.
 _ROOMS = {
+    "ArrayImages": "data.images",
     "Augment": "data.augment",
     "BackboneFreeze": "training.freeze",
     "CIFAR10DataModule": "data.cifar",

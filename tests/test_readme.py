@@ -1,48 +1,237 @@
-"""What the README says can be done, is done."""
+"""What README and docs say can be done, is done: each command, each option, each example."""
 
+import json
 import re
+import shlex
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import quiet_trainer
+from conftest import RUN, quiet_trainer, run_fit, write_images
 from lightning import Trainer
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
 import cifar_transfer
+from cifar_transfer.data.cifar import CLASSES
 from cifar_transfer.export import export
 from cifar_transfer.training.cli import FitCLI
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted(ROOT.glob("docs/*.md"))]
+CONTRACT = json.loads((ROOT / "tests/contract.json").read_text())["commands"]
+# Commands of others, word for word; what they need is not at hand, or takes too long.
+FOREIGN = [
+    "python3 -m venv .venv",
+    "source .venv/bin/activate",
+    "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
+    "pip install .",
+    "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu",
+    "pip wheel --wheel-dir wheels .",
+    "pip install --no-index --find-links wheels cifar-transfer",
+    "tensorboard --logdir lightning_logs",
+    "find holiday -name *.jpg",
+]
+# Commands of the README that no test can run, and why.
+NOT_RUN = {
+    "python -m cifar_transfer.demo": "a minute; it is run from the installed wheel",
+    "python -m cifar_transfer.serve": "a server; it has tests of its own",
+    "python -m cifar_transfer.fit --trainer.devices=4 --trainer.precision=bf16-mixed": "four GPUs",
+}
+SMALL = [
+    *("--model.backbone=squeezenet1_1", "--model.weights=none"),
+    *("--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--report.figures=false"),
+]
 
 
-def test_the_python_examples_run(tmp_path, monkeypatch):
-    train, phases, predict = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    tiny = {"train_images": 100, "test_images": 20}
-    monkeypatch.setattr(cifar_transfer, "CIFAR10DataModule", lambda root: cifar_transfer.ShapesDataModule(**tiny))
-    train = train.replace('"resnet18"', '"shufflenet_v2_x0_5", "none"').replace("max_epochs=40", "max_epochs=6")
+def blocks(path, *languages):
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+    return [(language, text) for language, text in found if not languages or language in languages]
+
+
+def commands(path):
+    """The words of each command in the blocks of a document, without comments; a pipe is two commands."""
+    for _, text in blocks(path, "console", "bash"):
+        for line in text.replace("\\\n", "").splitlines():
+            words = shlex.split(line, comments=True)
+            while "|" in words:
+                yield words[: words.index("|")]
+                words = words[words.index("|") + 1 :]
+            if words:
+                yield words
+
+
+def ours(words):
+    """The name of our command and its arguments, or None."""
+    if words[0] == "cifar-transfer":
+        return words[1], words[2:]
+    if words[:2] == ["python", "-m"]:
+        return words[2].removeprefix("cifar_transfer."), words[3:]
+    return None
+
+
+class Parsed(FitCLI):
+    """What `fit` makes of its options, before anything is made of them."""
+
+    def before_instantiate_classes(self):
+        pass
+
+    instantiate_classes = before_instantiate_classes
+
+
+def check(words):
+    if words[0] == "srun":
+        return check(words[1:])
+    if words[0] == "torchrun":
+        launched = get_args_parser().parse_args(words[1:])
+        return check(["python", "-m", launched.training_script, *launched.training_script_args])
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return None
+    if (command := ours(words)) is None:
+        assert shlex.join(words).replace("'", "") in FOREIGN
+        return None
+    name, arguments = command
+    known = CONTRACT[name]  # which is what the parser has, see test_contract.py
+    if name == "compare":
+        arguments = [argument for argument in arguments if argument.startswith("--")]
+        name, arguments = "fit", [each for each in arguments if each.partition("=")[0] not in known]
+    if name == "fit":
+        return Parsed(arguments)
+    assert {each.partition("=")[0] for each in arguments if each.startswith("--")} <= {*known}
+    return None
+
+
+@pytest.fixture(scope="module")
+def place(run, tmp_path_factory):
+    """A folder with all that the commands name: a run, images, recipes, a module."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "lightning_logs").mkdir()
+    (folder / "lightning_logs/version_0").symlink_to(run / RUN)
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "my-recipe.yaml").write_text("trainer: {max_epochs: 3}\n")
+    write_images(folder / "photos/train", 1)
+    _, (_, own) = blocks(ROOT / "README.md", "python")
+    (folder / "fruit.py").write_text(own.partition("class Mine")[0])
+    return folder
+
+
+@pytest.mark.parametrize("command", sorted({shlex.join(words) for path in DOCUMENTS for words in commands(path)}))
+def test_a_command_is_one_with_such_options(command, place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.setattr("sys.argv", ["fit"])
+    check(shlex.split(command))
+
+
+def test_every_option_exists(place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("sys.argv", ["fit"])
+    known = {option.rpartition(" ")[2] for command in CONTRACT.values() for option in command}
+    known |= {f"--trainer.{name}" for name in Parsed([]).config.trainer.as_dict()}
+    for document in DOCUMENTS:
+        text = re.sub(r"(?s)^```.*?^```$", "", document.read_text(), flags=re.MULTILINE)
+        assert {*re.findall(r"`[^`]*?(--(?:model|data|trainer|freeze|report)\.[a-z_.0-9]+)", text)} <= known, document
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_extra_exists(document):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {*re.findall(r"pip install '\.\[(\w+)\]'", document.read_text())} <= {*extras}
+
+
+def test_every_link_leads_somewhere():
+    for document in [*DOCUMENTS, ROOT / "benchmarks/README.md", ROOT / "SECURITY.md"]:
+        text = document.read_text()
+        for link in re.findall(r"\]\((?!https?:)([^)]*)\)|src=\"([^\"]*)\"", text):
+            target, _, part = "".join(link).partition("#")
+            path = document.parent / target if target else document
+            assert path.exists(), f"{document.name}: {target}"
+            if part:
+                headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+                slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+                assert part in slugs, f"{document.name}: {target}#{part}"
+
+
+def test_both_languages_of_the_readme_say_the_same():
+    english, chinese = DOCUMENTS[:2]
+    assert len(english.read_text().splitlines()) <= 150
+
+    def code(path):
+        return [(language, re.sub(r" *# .*", "", text)) for language, text in blocks(path)]
+
+    def facts(path):
+        """The headings' levels, the measured figures, and where links lead to."""
+        text = re.sub(r"README(\.zh-CN)?\.md", "", path.read_text())
+        levels = [len(level) for level in re.findall(r"^(#+) ", re.sub(r"(?s)```.*?```", "", text), re.MULTILINE)]
+        return levels, sorted(re.findall(r"\d+\.\d+|\d\d+", text)), sorted(re.findall(r"\]\((.*?)\)|src=(\S+)", text))
+
+    assert code(english) == code(chinese)
+    assert facts(english) == facts(chinese)
+
+
+def test_the_commands_of_the_readme_run_from_top_to_bottom(tmp_path):
+    """As a reader would, in one folder, with few and small images and a small network."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    write_images(tmp_path / "data/train", 4, classes=CLASSES)
+    write_images(tmp_path / "data/test", 1, classes=CLASSES)
+    write_images(tmp_path / "photos/train", 9, (40, 30))
+    write_images(tmp_path, 2, (50, 60), ["holiday", "more/than/this"])
+    Image.new("RGB", (30, 20)).save(tmp_path / "photo.jpg")
+    left = dict(NOT_RUN)
+    for words in commands(ROOT / "README.md"):
+        command = ours(words)
+        if command is None or left.pop(shlex.join(words), None):
+            continue
+        name, arguments = command
+        small = SMALL if name == "fit" and "--resume" not in arguments else []
+        done = run_fit(tmp_path, *arguments, *small, module=f"cifar_transfer.{name}")
+        assert "Traceback" not in done.stderr
+    assert left == {}
+    runs = sorted(path.name for path in tmp_path.glob("lightning_logs/*/result.json"))
+    assert len(runs) == 3
+    assert (tmp_path / "lightning_logs/version_0/checkpoints/best.onnx").is_file()
+    assert {path.name for path in tmp_path.iterdir()} >= {"top.png", "maps"}
+
+
+def test_the_python_examples_of_the_readme_run(tmp_path, monkeypatch):
+    train, own = (text for _, text in blocks(ROOT / "README.md", "python"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_DISABLE_TIPS", "1")
+    write_images(tmp_path / "data/train", 8, classes=CLASSES)
+    write_images(tmp_path / "data/test", 1, classes=CLASSES)
+    Image.new("RGB", (40, 30)).save("photo.jpg")
     names = {}
-    exec(train, names)
+    exec(train.replace('"resnet18"', '"shufflenet_v2_x0_5", "none"').replace("max_epochs=40", "max_epochs=6"), names)
     assert isinstance(names["trainer"], Trainer)
     assert "test/acc" in names["trainer"].callback_metrics
-    exec(phases, names)
+    assert {name for name, _ in names["likely"]} <= set(CLASSES)
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (80, 3, 16, 16), dtype=np.uint8), np.arange(80) % 3
+    for split in ("train", "test"):
+        np.savez(f"{split}.npz", images=pixels, labels=labels)
+    exec(own.replace('weights="DEFAULT"', "weights=None").replace("max_epochs=40", "max_epochs=1"), names)
+    data = names["Fruit"]()
+    data.setup()
+    assert data.class_names == ["apple", "pear", "plum"]
+    assert 0 < len(data.images["val"]) < len(data.images["train"]) < len(data.images["test"]) == 80
+
+
+def test_the_python_example_of_the_recipes_runs():
+    ((_, text),) = blocks(ROOT / "docs/recipes.md", "python")
+    names = {}
+    exec(text, names)
     assert [phase.epoch for phase in names["freeze"].phases] == [None, 2, 4]
-    for name in re.findall(r'"(\w+\.jpg)"', predict):
-        Image.new("RGB", (40, 30)).save(name)
-    exec(predict.replace("best.ckpt", Path(names["trainer"].checkpoint_callback.best_model_path).name), names)
-    assert {name for name, _ in names["likely"]} <= set(names["data"].class_names)
-    assert [len(row) for row in names["likeliest"]] == [1, 1]
 
 
-def test_the_lines_for_onnxruntime_give_what_predict_gives(tmp_path, monkeypatch):
+def test_the_python_examples_of_exports_give_what_predict_gives(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime", reason="onnxruntime is an optional extra")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    model = cifar_transfer.TransferClassifier("shufflenet_v2_x0_5", "none", class_names=["cat", "dog", "猫"])
+    model = cifar_transfer.TransferClassifier("resnet18", "none", class_names=["cat", "dog", "猫"])
     for _ in range(3):
         model.network(torch.randn(8, 3, 32, 48))  # for the statistics of batch-norm
     model.network.fc.weight.data *= 10
@@ -50,34 +239,20 @@ def test_the_lines_for_onnxruntime_give_what_predict_gives(tmp_path, monkeypatch
     trainer = quiet_trainer()
     trainer.strategy.connect(model)
     trainer.save_checkpoint("best.ckpt")
-    export("best.ckpt", "onnx")
     exif = Image.Exif()
     exif[0x0112] = 6
     pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((70, 97), Image.Resampling.BICUBIC).save("photo.jpg", exif=exif)
-    (lines,) = re.findall(r"```py\n(import json, numpy.*?)```", README, re.DOTALL)
-    names = {}
-    exec(lines, names)
     expected = cifar_transfer.Classifier.load("best.ckpt", "cpu").predict("photo.jpg")
-    assert [name for name, _ in names["likely"]] == [name for name, _ in expected]
-    assert [share for _, share in names["likely"]] == pytest.approx([share for _, share in expected], abs=1e-4)
     assert expected[0][1] - expected[-1][1] > 0.1
-
-
-def test_every_option_exists(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["fit"])
-    options = set(re.findall(r"(--(?:model|data|trainer|freeze|report)\.[a-z_.0-9]+)=", README))
-    assert len(options) > 10
-    (tmp_path / "train" / "a").mkdir(parents=True)
-    (tmp_path / "train" / "b").mkdir()
-    own = ["--data=ImageFolderDataModule", "--data.root=.", "--model.weights=none", "--trainer.accelerator=cpu"]
-    known = set()
-    for arguments in (own, ["--model.weights=none", "--trainer.accelerator=cpu"]):
-        config = FitCLI(arguments).config.as_dict()
-        known |= {f"--data.{name}" for name in config["data"]["init_args"]}
-        known |= {f"--{part}.{name}" for part in ("model", "trainer", "freeze", "report") for name in config[part]}
-    assert options <= known
+    examples = [text for _, text in blocks(ROOT / "docs/exports.md", "python")]
+    for kind, example in zip(("onnx", "torch_export", "state_dict"), examples, strict=True):
+        export("best.ckpt", kind)
+        names = {}
+        exec(example, names)
+        assert [name for name, _ in names["likely"]] == [name for name, _ in expected], kind
+        shares = [share for _, share in names["likely"]]
+        assert shares == pytest.approx([share for _, share in expected], abs=1e-4), kind
 
 
 def test_every_recipe_is_valid_and_promises_a_result(tmp_path, monkeypatch):
