@@ -184,10 +184,12 @@ def test_slow_clients_do_not_hold_others_up_and_are_cut_off(server, monkeypatch)
     assert ask(server, "POST", "/predict", IMAGES["png"])[0] == 200
     slow[0].shutdown(socket.SHUT_WR)
     assert b"400" in slow[0].recv(100)
+    monkeypatch.setattr(page._Request, "timeout", None)  # so that nothing else ends a connection
     monkeypatch.setattr(page, "MOST_SECONDS", 0.1)
     with socket.create_connection(server.server_address, 30) as late:
         late.sendall(b"GET / HT")
         assert late.recv(100) == b""
+    monkeypatch.setattr(page, "MOST_SECONDS", 60)
     monkeypatch.setattr(page, "MOST_CONNECTIONS", 1)
     with socket.create_connection(server.server_address, 30) as one_more:
         assert one_more.recv(100) == b""
@@ -218,9 +220,13 @@ def test_the_command_takes_the_newest_run_and_its_images_and_ctrl_c_ends_it(run,
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.chdir(run)
-    with redirect_stdout(said):
-        threading.Thread(target=visit).start()
-        main(["--port=0", "--accelerator=cpu"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
+    try:
+        with redirect_stdout(said):
+            threading.Thread(target=visit).start()
+            main(["--port=0", "--accelerator=cpu"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "version_0/checkpoints/best.ckpt" in said.getvalue()
     assert about["network"] == "shufflenet_v2_x0_5"
     assert len(about["examples"]) > 2

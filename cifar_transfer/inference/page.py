@@ -61,14 +61,15 @@ class Page(ThreadingTCPServer):
         inline = [(tag, page.split(f"<{tag}>")[1].split(f"</{tag}>")[0]) for tag in ("script", "style")]
         sums = [f"{tag}-src 'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for tag, text in inline]
         self.rules = RULES + "; ".join(["frame-ancestors 'none'", *sums])
-        examples: dict[str, str] = {}
+        examples: list[tuple[str, str]] = []
         with suppress(Exception):  # of any kind: the run may be anybody's, and have none
             kept = Predictions.load(ckpt.parents[1] / FOLDER / "predictions-test.npz")
+            names = [kept.names[label] for label in kept.labels[kept.rows].tolist()]
             # Mistakes come first, and what is predicted right takes their places.
-            for label, image in zip(kept.labels[kept.rows].tolist(), kept.images.numpy(), strict=True):
-                examples[kept.names[label]] = _png(image.transpose(1, 2, 0))
+            chosen = sorted(dict(zip(names, kept.images.numpy(), strict=True)).items())[:EXAMPLES]
+            examples = [(name, _png(image.transpose(1, 2, 0))) for name, image in chosen]
         about = {"network": classifier.model.hparams["backbone"], "classes": len(classifier.names)}
-        about |= {"size": classifier.size, "most_bytes": MOST_BYTES, "examples": sorted(examples.items())[:EXAMPLES]}
+        about |= {"size": classifier.size, "most_bytes": MOST_BYTES, "examples": examples}
         self.files = {"/": (page, "text/html; charset=utf-8"), "/about": (json.dumps(about), "application/json")}
         try:
             self.address_family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
