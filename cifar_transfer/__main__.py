@@ -1,20 +1,26 @@
-"""The list of commands: `python -m cifar_transfer`."""
+"""All commands under one name, `cifar-transfer fit ...` or `python -m cifar_transfer fit ...`; alone, their list."""
 
-import ast
-import signal
-from pathlib import Path
+import sys
 
-COMMANDS = ("fit", "evaluate", "predict", "export", "compare", "backbones", "figures", "serve", "demo")
+from cifar_transfer import start
+from cifar_transfer.errors import UserError, one_sentence
 
 
 def main() -> None:
-    """Print each command with the first line of its docstring, which is read without importing it."""
-    for command in COMMANDS:
-        text = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{command}.py").read_text())) or ""
-        print(f"python -m cifar_transfer.{command:<10} {text.splitlines()[0].split(': `python')[0].rstrip('.')}")
+    """Run the command that the first argument names, or print the list of commands."""
+    name, *args = sys.argv[1:] or ["--help"]
+    if name in start.COMMANDS:
+        start.run(name, args)
+    with one_sentence():
+        if name == "--version":
+            print(start.version())
+        elif name in ("-h", "--help"):
+            print(start.list_text())
+        else:
+            near = start.near(name, start.COMMANDS)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(start.COMMANDS)}."
+            raise UserError(f"There is no command {name}: {hint}")
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may stop, as `head` does
     main()

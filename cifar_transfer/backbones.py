@@ -1,13 +1,19 @@
-"""Which backbones there are: `python -m cifar_transfer.backbones [PATTERN] [--json]`, or `--detail NAME` of one."""
+"""Which backbones there are: `python -m cifar_transfer.backbones [PATTERN|--detail NAME]`."""
+
+from cifar_transfer import start
+
+if __name__ == "__main__":
+    start.run("backbones")
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from cifar_transfer.errors import UserError, first_line, one_sentence
+from cifar_transfer.errors import UserError, first_line
 from cifar_transfer.network import build, catalog
 from cifar_transfer.network.catalog import LENET, TIMM
 from cifar_transfer.network.small_images import ASSUMED
@@ -98,7 +104,7 @@ def _built(name: str, size: int | None, small: bool) -> build.Backbone:
     raise problem
 
 
-def main() -> None:
+def main(args: Sequence[str]) -> None:
     """Parse the options and print."""
     parser = argparse.ArgumentParser(
         prog="python -m cifar_transfer.backbones",
@@ -111,7 +117,7 @@ def main() -> None:
     detailed = "Of one network: stem, head, what is frozen, what small_images changes."
     parser.add_argument("--detail", metavar="NAME", help=detailed)
     parser.add_argument("--image_size", type=int, help="For --detail: side of the images in pixels (32).")
-    options = parser.parse_args()
+    options = parser.parse_args(args)
     if options.detail:
         print(detail(options.detail, options.image_size))
         return
@@ -125,8 +131,3 @@ def main() -> None:
     print(markdown([list(COLUMNS.values()), *map(_cells, rows)]), end="")
     if not options.pattern.startswith(TIMM):
         print("\ntimm's networks: python -m cifar_transfer.backbones 'timm/*' (needs timm)")
-
-
-if __name__ == "__main__":
-    with one_sentence():
-        main()

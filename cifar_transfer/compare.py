@@ -1,8 +1,13 @@
 """Several backbones under one recipe: `python -m cifar_transfer.compare NAME[=WEIGHTS]... [options of fit]`.
 
 Each is a `fit` of its own, in a process of its own, one after another. What is done is not done again: the same command
-continues after a stop, and tries again what failed.
+continues after a stop, and tries again what failed. All other options are those of `fit`, for every backbone alike.
 """
+
+from cifar_transfer import start
+
+if __name__ == "__main__":
+    start.run("compare")
 
 import argparse
 import codecs
@@ -17,14 +22,11 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from cifar_transfer.errors import UserError, one_sentence
-from cifar_transfer.files import atomic_write
+from cifar_transfer.errors import UserError
+from cifar_transfer.files import CONFIG, LOGS, RESULT, atomic_write
 from cifar_transfer.network import catalog
 from cifar_transfer.results import plots
-from cifar_transfer.results.report import RESULT
 from cifar_transfer.text import markdown, without_password
-from cifar_transfer.training.checkpoint import LOGS
-from cifar_transfer.training.run import CONFIG
 
 Row = dict[str, Any]  # of the comparison: what `result.json` says, "backbone", "label" and "scratch", perhaps "failed"
 
@@ -108,10 +110,7 @@ def _check_recipe(options: Sequence[str], path: Path) -> None:
     recipe = {"options": [without_password(option) for option in options]}
     for option in options:
         if option.startswith("--config="):
-            config = Path(option.partition("=")[2])
-            if not config.is_file():
-                raise UserError(f"The recipe {config} does not exist.")
-            recipe["config"] = config.read_text().splitlines()
+            recipe["config"] = Path(option.partition("=")[2]).read_text().splitlines()
     if path.is_file() and json.loads(path.read_text()) != recipe:
         raise UserError(
             f"{path.parent} holds a comparison under another recipe ({path}): name another folder with --out."
@@ -175,20 +174,25 @@ def figure(rows: Sequence[Row]) -> Figure:
     return drawn
 
 
-def main() -> int:
+def main(args: Sequence[str]) -> int:
     """Parse the options, compare, print the table; 1 if one failed."""
     parser = argparse.ArgumentParser(
         prog="python -m cifar_transfer.compare",
         description="Fit several backbones under one recipe and compare them.",
-        epilog="All other options are those of fit and hold for every backbone, say --trainer.max_epochs=10.",
         allow_abbrev=False,
     )
     wanted = "A backbone, with a name or a file of weights if not those of the recipe"
     scratch = "NAME=none trains from scratch, without frozen epochs."
     parser.add_argument("backbones", nargs="+", metavar="NAME[=WEIGHTS]", help=f"{wanted}; {scratch}")
     parser.add_argument("--config", metavar="FILE", help="The recipe, as fit takes it.")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help=f"Where to write (default: {OUT}).")
-    options, of_fit = parser.parse_known_args()
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=OUT,
+        metavar="FOLDER",
+        help=f"Folder of the runs, tables and figure (default: {OUT}).",
+    )
+    options, of_fit = parser.parse_known_args(start.with_recipes(args))
     recipe = [f"--config={options.config}"] if options.config else []
     contestants = [contestant(text) for text in options.backbones]
     try:
@@ -198,8 +202,3 @@ def main() -> int:
         return 130
     print(f"\n{(options.out / 'comparison.md').read_text()}\n{options.out / 'comparison.png'}")
     return int(any("failed" in row for row in rows))
-
-
-if __name__ == "__main__":
-    with one_sentence():
-        sys.exit(main())

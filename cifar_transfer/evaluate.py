@@ -1,6 +1,12 @@
 """Loss and accuracy of a checkpoint: `python -m cifar_transfer.evaluate --ckpt FILE [--split val]`."""
 
+from cifar_transfer import start
+
+if __name__ == "__main__":
+    start.run("evaluate")
+
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +16,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer import console
 from cifar_transfer.data import splits
-from cifar_transfer.errors import one_sentence
 from cifar_transfer.results.predictions import PROJECTED, CollectPredictions
 from cifar_transfer.results.publish import publish
 from cifar_transfer.training.checkpoint import load_data, read_checkpoint
@@ -69,6 +74,6 @@ def evaluate(
     return results
 
 
-if __name__ == "__main__":
-    with one_sentence():
-        auto_cli(evaluate, as_positional=False, allow_abbrev=False)
+def main(args: Sequence[str]) -> None:
+    """Parse the options and evaluate."""
+    auto_cli(evaluate, args=[*args], as_positional=False, allow_abbrev=False)

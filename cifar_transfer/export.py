@@ -5,13 +5,18 @@ needs none of this project's code and takes any number of images at once. Each f
 logits of the checkpoint before it gets its name.
 """
 
+from cifar_transfer import start
+
+if __name__ == "__main__":
+    start.run("export")
+
 import io
 import json
 import os
 import secrets
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +26,7 @@ from jsonargparse import auto_cli
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from cifar_transfer.errors import UserError, first_line, one_sentence
+from cifar_transfer.errors import UserError, first_line
 from cifar_transfer.files import atomic_write
 from cifar_transfer.network import build, weights
 from cifar_transfer.training.checkpoint import load_model
@@ -172,6 +177,6 @@ def _difference(
     return difference
 
 
-if __name__ == "__main__":
-    with one_sentence():
-        auto_cli(export, as_positional=False, allow_abbrev=False)
+def main(args: Sequence[str]) -> None:
+    """Parse the options and export."""
+    auto_cli(export, args=[*args], as_positional=False, allow_abbrev=False)

@@ -1,13 +1,18 @@
-"""Figures of a run, in its folder: `python -m cifar_transfer.figures RUN` draws them again."""
+"""The figures of a run, drawn again from its files: `python -m cifar_transfer.figures RUN`."""
 
-import sys
+from cifar_transfer import start
+
+if __name__ == "__main__":
+    start.run("figures")
+
+from collections.abc import Sequence
 from pathlib import Path
 from zipfile import BadZipFile
 
 import yaml
 from jsonargparse import auto_cli
 
-from cifar_transfer.errors import UserError, disk_fault, first_line, one_sentence
+from cifar_transfer.errors import UserError, disk_fault, first_line
 from cifar_transfer.results.predictions import Predictions
 from cifar_transfer.results.publish import FOLDER, curves, prediction_plots, save
 from cifar_transfer.results.words import language, language_of
@@ -42,6 +47,6 @@ def figures(run: str) -> list[Path]:
     return paths
 
 
-if __name__ == "__main__":
-    with one_sentence():
-        auto_cli(figures, args=sys.argv[1:], allow_abbrev=False)
+def main(args: Sequence[str]) -> None:
+    """Parse the options and draw."""
+    auto_cli(figures, args=[*args], allow_abbrev=False)

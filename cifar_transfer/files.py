@@ -1,4 +1,4 @@
-"""Files that are complete or not there, whatever happens while they are written."""
+"""Files that are complete or not there, whatever happens while they are written; and what those of a run are called."""
 
 import errno
 import os
@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+LOGS = "lightning_logs"  # where runs are, in the current folder
+CONFIG, RESULT = "config.yaml", "result.json"  # in a run's folder, the second when it is finished
 ABANDONED = 3600  # seconds without a byte, after which a temporary file has lost its writer
 
 

@@ -1,11 +1,28 @@
 """Train, validate, checkpoint, test and report: `python -m cifar_transfer.fit [--config FILE] [options]`.
 
 Without options it is the whole recipe: ResNet18 with ImageNet weights on CIFAR-10, 5 epochs with a frozen backbone and
-35 without, then the test with the best checkpoint.
+35 without, then the test with the best checkpoint. What people change first:
+
+  --config=fast                a recipe: fast (minutes), accurate (one GPU),
+                               scratch (no pretraining); or a file of options
+  --data=ImageFolderDataModule your own images, photos/train/<class>/*,
+  --data.root=photos           and where they are
+  --data.batch_size=128        images a step and process (64)
+  --model.backbone=resnet50    another network, see the command backbones
+  --model.weights=FILE         its weights: a file, a name, or none
+  --model.image_size=64        pixels that images are resized to
+  --model.lr=3e-4              learning rate (1e-3) until the unfreezing
+  --freeze.unfreeze_epoch=3    epochs with a frozen backbone (5); 0: none
+  --trainer.max_epochs=10      epochs (40)
+  --resume=RUN                 continue a run that was stopped, by its folder
 """
 
+from cifar_transfer import start
+
+if __name__ == "__main__":
+    start.run("fit")
+
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +32,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed import DistError
 
 from cifar_transfer.console import counted, duration, say, styled
-from cifar_transfer.errors import UserError, disk_fault, one_sentence
+from cifar_transfer.errors import UserError, disk_fault
+from cifar_transfer.files import LOGS
 from cifar_transfer.results.predictions import PROJECTED, CollectPredictions
 from cifar_transfer.results.report import draw_final, log_final, write_result
-from cifar_transfer.training.checkpoint import LOGS, newest_checkpoint
+from cifar_transfer.training.checkpoint import newest_checkpoint
 from cifar_transfer.training.cli import FitCLI
 from cifar_transfer.training.evaluation import evaluate_checkpoint
 from cifar_transfer.training.find_lr import find_lr
@@ -144,6 +162,6 @@ def _here(path: str | Path | None) -> Path:
     return Path(os.path.relpath(path or "."))
 
 
-if __name__ == "__main__":
-    with one_sentence():
-        fit(sys.argv[1:])
+def main(args: Sequence[str]) -> None:
+    """Run the job that the options describe."""
+    fit(args)

@@ -1,9 +1,12 @@
 """The likeliest classes of images: `python -m cifar_transfer.predict FILE|FOLDER|PATTERN|-... [--ckpt FILE]`.
 
-files, folders, patterns, a list -> decoded by threads, a batch ahead -> network -> a line for each image, at once
-
 The exit status is 1 if an image could not be read; each such is named on stderr, and the others are classified.
 """
+
+from cifar_transfer import start
+
+if __name__ == "__main__":
+    start.run("predict")
 
 import csv
 import io
@@ -18,7 +21,7 @@ from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
 from cifar_transfer.data.images import MAX_MEGAPIXELS
-from cifar_transfer.errors import UserError, one_sentence
+from cifar_transfer.errors import UserError
 from cifar_transfer.inference.explain import explained
 from cifar_transfer.inference.predictor import Classifier
 from cifar_transfer.inference.sources import find
@@ -82,7 +85,7 @@ def _cell(text: str) -> str:
 FORMATS: dict[str, Format] = {"table": table, "json": as_json, "csv": as_csv}
 
 
-def main(args: Sequence[str] | None = None) -> int:
+def main(args: Sequence[str]) -> int:
     """Classify what the options name and print it, image by image; draw what they ask for.
 
     Returns:
@@ -127,7 +130,7 @@ def main(args: Sequence[str] | None = None) -> int:
     return int(refused > 0)
 
 
-def _parse(args: Sequence[str] | None) -> Namespace:
+def _parse(args: Sequence[str]) -> Namespace:
     about = "The likeliest classes of images."
     parser = ArgumentParser(prog="python -m cifar_transfer.predict", description=about, allow_abbrev=False)
     add = parser.add_argument
@@ -141,7 +144,7 @@ def _parse(args: Sequence[str] | None) -> Namespace:
     add("--batch_size", type=int, default=64, help="Images that the network sees at once.")
     add("--accelerator", default="auto", help="auto takes a GPU where there is one; cpu, gpu.")
     add("--max_megapixels", type=float, default=MAX_MEGAPIXELS, help="Larger images are refused before decoding.")
-    options = parser.parse_args(args)
+    options = parser.parse_args(list(args))
     if options.figure and not (options.figure.suffix == ".png" and options.figure.parent.is_dir()):
         raise UserError(f"--figure {options.figure}: name a file that ends in .png, in a folder that exists.")
     if options.explain:
@@ -150,10 +153,3 @@ def _parse(args: Sequence[str] | None) -> Namespace:
         except OSError as error:
             raise UserError(f"--explain {options.explain} cannot be made a folder ({error.strerror}).") from None
     return options
-
-
-if __name__ == "__main__":
-    assert isinstance(sys.stdout, io.TextIOWrapper)
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-    with one_sentence():
-        sys.exit(main())

@@ -1,5 +1,10 @@
 """A page that classifies the images dropped on it: `python -m cifar_transfer.serve [--ckpt FILE] [--port 7860]`."""
 
+from cifar_transfer import start
+
+if __name__ == "__main__":
+    start.run("serve")
+
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -7,13 +12,13 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from cifar_transfer.data.images import MAX_MEGAPIXELS
-from cifar_transfer.errors import check, one_sentence
+from cifar_transfer.errors import check
 from cifar_transfer.inference.page import Page
 from cifar_transfer.inference.predictor import Classifier
 from cifar_transfer.training.checkpoint import newest_checkpoint
 
 
-def main(args: Sequence[str] | None = None) -> None:
+def main(args: Sequence[str]) -> None:
     """Show the page until Ctrl-C.
 
     Raises:
@@ -27,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> None:
     add("--host", default="127.0.0.1", help="Where to listen; 0.0.0.0 lets in whoever can reach this machine.")
     add("--accelerator", default="auto", help="auto takes a GPU where there is one; cpu, gpu.")
     add("--max_megapixels", type=float, default=MAX_MEGAPIXELS, help="Larger images are refused before decoding.")
-    options = parser.parse_args(args)
+    options = parser.parse_args(list(args))
     check("port", options.port, lambda port: 0 <= port < 2**16, "0 to 65535")
     ckpt = Path(options.ckpt or newest_checkpoint())
     classifier = Classifier.load(ckpt, options.accelerator, options.max_megapixels)
@@ -35,8 +40,3 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"{server.url} shows what {ckpt} sees. Ctrl-C ends it.", flush=True)
         with suppress(KeyboardInterrupt):
             server.serve_forever()
-
-
-if __name__ == "__main__":
-    with one_sentence():
-        main()

@@ -98,14 +98,13 @@ def test_a_comparison_that_was_killed_continues(tmp_path):
         (["resnet81"], "did you mean resnet18"),
         (["resnet18=gone.pth"], "neither a file nor a name of resnet18's weights"),
         (["lenet5=none", "lenet5=none"], "name each once"),
-        (["lenet5=none", "--config", "gone.yaml"], "gone.yaml does not exist"),
+        (["lenet5=none", "--config", "gone.yaml"], "gone.yaml is neither a file nor a recipe"),
     ],
 )
 def test_mistakes_get_a_sentence(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["compare", *options])
     with pytest.raises(UserError, match=message) as error:
-        compare.main()
+        compare.main(options)
     assert "\n" not in str(error.value)
 
 
@@ -124,10 +123,9 @@ def test_contestants(tmp_path):
 
 
 @pytest.fixture
-def table(monkeypatch, capsys):
+def table(capsys):
     def run(*options):
-        monkeypatch.setattr(sys, "argv", ["backbones", *options])
-        backbones.main()
+        backbones.main(options)
         return capsys.readouterr().out
 
     return run

@@ -14,13 +14,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer.console import say
 from cifar_transfer.errors import first_line
-from cifar_transfer.files import atomic_write
+from cifar_transfer.files import RESULT, atomic_write
 from cifar_transfer.results import publish
 from cifar_transfer.results.predictions import CollectPredictions
 from cifar_transfer.results.terminal import Table
 from cifar_transfer.results.words import Language, language, language_of
 
-RESULT = "result.json"  # in a finished run's folder
 SLOW_GRAPH = 300  # modules, whose graph takes seconds to draw
 # TensorBoard's tab of custom scalars.
 CHARTS = {"loss": ["train/loss_epoch", "val/loss"], "accuracy": ["train/acc", "val/acc"]}

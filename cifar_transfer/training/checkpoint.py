@@ -22,13 +22,12 @@ from cifar_transfer.data.images import LARGEST_SIDE
 from cifar_transfer.data.module import PERMUTATION, ImageDataModule
 from cifar_transfer.data.shapes import ShapesDataModule
 from cifar_transfer.errors import UserError, first_line
-from cifar_transfer.files import atomic_write
+from cifar_transfer.files import LOGS, atomic_write
 from cifar_transfer.training.average import RAW, STEPS
 from cifar_transfer.training.classifier import VERSION_KEY, TransferClassifier
 from cifar_transfer.untrusted import check_archive
 
 SHOWN = 80  # letters of a value in a message
-LOGS = "lightning_logs"  # where runs are, in the current folder
 DATA_MODULES: dict[str, type[ImageDataModule]] = {
     module.__name__: module for module in (CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule)
 }

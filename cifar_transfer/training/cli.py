@@ -1,7 +1,6 @@
 """The command line of `fit`: Lightning's, with our classes, our defaults, `--resume` and `--find_lr`."""
 
 import argparse
-import difflib
 import math
 import os
 import re
@@ -18,14 +17,15 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from cifar_transfer import console
+from cifar_transfer import console, start
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.errors import UserError, account, caused_by_us, check
+from cifar_transfer.files import CONFIG, LOGS
 from cifar_transfer.results.report import Report
 from cifar_transfer.text import without_password
 from cifar_transfer.training import find_lr
 from cifar_transfer.training import run as runs
-from cifar_transfer.training.checkpoint import LOGS, AtomicCheckpointIO, keep_size, read_checkpoint
+from cifar_transfer.training.checkpoint import AtomicCheckpointIO, keep_size, read_checkpoint
 from cifar_transfer.training.classifier import TransferClassifier
 from cifar_transfer.training.finite_loss import Guard
 from cifar_transfer.training.freeze import BackboneFreeze
@@ -34,32 +34,8 @@ from cifar_transfer.training.logger import RunLogger
 from cifar_transfer.training.resume import compare_checkpoint
 from cifar_transfer.untrusted import read_yaml
 
-HELP = """\
-usage: python -m cifar_transfer.fit [--config FILE] [--option=VALUE ...]
-
-Take a pretrained network, give it a new head, train the head, then everything. What people change first:
-
-  --model.backbone=resnet50          another network; python -m cifar_transfer.backbones lists them
-  --model.weights=FILE               its weights: a file, a name, or none
-  --model.image_size=64              pixels that images are resized to; native: as the weights were trained
-  --data=ImageFolderDataModule       your own images, photos/train/<class>/*,
-  --data.root=photos                 and where they are
-  --data.batch_size=128              images a step and process (64)
-  --freeze.unfreeze_epoch=3          epochs with a frozen backbone (5); 0: none
-  --model.lr=3e-4                    learning rate until then (1e-3),
-  --freeze.unfrozen_lr=5e-5          and from then on (1e-4)
-  --find_lr                          trains nothing, and suggests both rates
-  --trainer.max_epochs=10            epochs (40)
-  --trainer.devices=4                GPUs (all there are)
-  --resume=lightning_logs/version_0  continue a run that was stopped
-
-Recipes: --config configs/fast.yaml (minutes), configs/accurate.yaml (one GPU), configs/scratch.yaml.
-
-all """
-
-
 UNKNOWN = "unrecognized arguments: --"
-HELP_HINT = " (All options: --help)"
+HELP_HINT = "All options: --help"
 
 
 class Parser(LightningArgumentParser):
@@ -68,23 +44,18 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False} | kwargs)  # also of the parsers it makes for classes
 
-    def format_help(self, *args: Any, **kwargs: Any) -> str:
-        """The options people use, then all of them."""
-        text = super().format_help(*args, **kwargs)
-        # Without the page of usage. The help of one class (--data.help) comes from a parser of this kind too.
-        return HELP + text[text.index("options:") :] if "--resume" in text else text
-
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a `UserError` with jsonargparse's message and a hint."""
         if ex is not None and isinstance(ex.__cause__, UserError):  # from the link of the seed
             raise ex.__cause__
         message, unknown = account(message), None
         if message.startswith(UNKNOWN):
-            unknown = message.removeprefix(UNKNOWN).partition("=")[0]
-        elif isinstance(ex, KeyError):
+            name = message.removeprefix(UNKNOWN).partition("=")[0]
+            raise start.unknown(f"--{name}", start.known_options("fit"))
+        if isinstance(ex, KeyError):
             unknown = message.split("'")[1]
-        hint = "" if HELP_HINT in message else HELP_HINT  # a nested parser has said it
-        if near := difflib.get_close_matches(unknown or "", self.get_defaults().keys(), n=3, cutoff=0.5):
+        hint = "" if HELP_HINT in message else f" ({HELP_HINT})"  # a nested parser has said it
+        if near := start.near(unknown or "", self.get_defaults().keys()):
             hint = f" (Did you mean {', '.join(near)}?)"
         elif "is not allowed" in message:
             hint = " (If you trust it, name it on the command line too.)"
@@ -127,6 +98,7 @@ class FitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Put the configuration of a run to resume before the options, so that these override it."""
+        args = start.with_recipes(args)
         resume = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         resume.add_argument("--resume")
         resume.add_argument("--config", action="append", default=[])
@@ -134,7 +106,7 @@ class FitCLI(LightningCLI):
         given = resume.parse_known_args(args)[0]
         run, files = given.resume, given.config
         if run:
-            config = Path(run, runs.CONFIG)
+            config = Path(run, CONFIG)
             if not config.is_file():
                 raise UserError(f"--resume {run}: there is no {config}: name the folder of a run, {LOGS}/version_0.")
             runs.import_nothing_else(args)

@@ -17,11 +17,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from cifar_transfer.errors import UserError
-from cifar_transfer.files import atomic_write, remove_partial
-from cifar_transfer.results.report import RESULT
+from cifar_transfer.files import CONFIG, RESULT, atomic_write, remove_partial
 from cifar_transfer.training.logger import RunLogger, slurm_job, trim_events
 
-CONFIG = "config.yaml"
 LOCK = ".lock"  # held by the process that trains the run
 
 
