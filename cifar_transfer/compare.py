@@ -40,6 +40,9 @@ COLUMNS: dict[str, tuple[str, Callable[[Row], float]]] = {
     "training time (min)": (".1f", lambda row: row["seconds"] / 60),
     "images/s": (".0f", lambda row: row["images_per_second"]),
 }
+# Shown while it goes.
+SHOWN = {"val %": "validation accuracy (%)", "test %": "test accuracy (%)", "minutes": "training time (min)"}
+LOG = "fit.log"  # in a network's folder, what its runs print
 
 
 class Contestant(NamedTuple):
@@ -91,17 +94,26 @@ def compare(contestants: Sequence[Contestant], options: Sequence[str], out: Path
     out.mkdir(parents=True, exist_ok=True)
     _check_recipe(options, out / "recipe.json")
     rows: list[Row] = []
-    for number, one in enumerate(contestants, 1):
+    width = max(len(one.label) for one in contestants)
+    print(
+        f"What each run prints: {out / '*' / LOG}\n\n{'network':<{width}}  {'  '.join(f'{name:>7}' for name in SHOWN)}"
+    )
+    for one in contestants:
         home = out / one.folder
-        print(f"\n--- {number}/{len(contestants)} {one.label} ---", flush=True)
-        if result := _result(home):
-            print("done before", flush=True)
-        else:
+        print(f"{one.label:<{width}}", end="", flush=True)
+        if not (result := _result(home)):
             begun, new = _runs(home), [*options, *one.options, f"--trainer.default_root_dir={home}"]
             ours = ["--resume", str(begun[-1])] if begun else new
-            done = subprocess.run([sys.executable, "-m", "cifar_transfer.fit", *ours], check=False)
+            home.mkdir(exist_ok=True)
+            with (home / LOG).open("a") as log:
+                command = [sys.executable, "-m", "cifar_transfer.fit", *ours]
+                done = subprocess.run(command, check=False, stdout=log, stderr=subprocess.STDOUT)
             result = _result(home) or {"failed": f"failed with exit status {done.returncode}"}
         rows.append({"backbone": one.name, "label": one.label, "scratch": one.scratch} | result)
+        cells = [f"{_cell(rows[-1], column):>7}" for column in SHOWN.values()]
+        print("", *([result["failed"]] if "failed" in result else cells), sep="  ", flush=True)
+        if "failed" in result:
+            print(*(home / LOG).read_text(errors="replace").splitlines()[-1:], file=sys.stderr)
         write(rows, out)
     return rows
 
@@ -200,5 +212,5 @@ def main(args: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\nStopped; the same command continues.")
         return 130
-    print(f"\n{(options.out / 'comparison.md').read_text()}\n{options.out / 'comparison.png'}")
+    print(f"\nlook at it  {options.out / 'comparison.png'}, .md, .csv")
     return int(any("failed" in row for row in rows))

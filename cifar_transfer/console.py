@@ -104,36 +104,32 @@ class ProgressBar(callbacks.ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Draw what was done before this batch, ten times a second."""
-        if not self._enabled or trainer.sanity_checking:
+        if not self._enabled or trainer.sanity_checking or trainer.state.stage is None:
             return
         now = time.monotonic()
         if self._bar.disable:
             self._began, self._drawn, self._images = now, 0.0, 0
         if now - self._drawn > 0.1:
-            self._draw(trainer, batch_idx, self._images / (now - self._began) if self._images else None)
+            self._draw(trainer, trainer.state.stage.dataloader_prefix, batch_idx)
             self._drawn = now
         self._images += len(batch[1]) * trainer.world_size
 
     on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
-    def _draw(self, trainer: Trainer, done: int, speed: float | None) -> None:
+    def _draw(self, trainer: Trainer, stage: str | None, done: int) -> None:
         columns = min(80, shutil.get_terminal_size().columns) - 1
-        wide, fitting = columns >= 60, trainer.state.fn == "fit"
-        parts = [f"{'epoch ' if wide else ''}{epoch_of(trainer)}"] if fitting else []
-        if not trainer.training:
-            parts.append("validation" if trainer.validating else "test" if trainer.testing else "prediction")
-        parts.append("{bar} {percentage:3.0f}%")
-        if trainer.training and "train/loss" in trainer.progress_bar_metrics:
-            parts.append(f" loss {trainer.progress_bar_metrics['train/loss']:.3f}")
-        if speed:
-            parts.append(f" {speed:.0f} images/s")
+        wide, training, loss = columns >= 60, stage == "train", trainer.progress_bar_metrics.get("train/loss")
+        parts = [f"{'epoch ' * wide}{epoch_of(trainer)}"] if trainer.state.fn == "fit" else []
+        parts += [] if training else [str(stage)]
+        parts += ["{bar} {percentage:3.0f}%"]
+        parts += [f" loss {loss:.3f}"] if training and loss is not None else []
+        parts += [f" {self._images / (time.monotonic() - self._began):.0f} images/s"] if self._images else []
         form = " ".join([*parts, " {remaining} left"] if wide else parts)
         if self._bar.disable:
-            batches = trainer.num_val_batches if trainer.validating else trainer.num_test_batches
-            total = self.total_train_batches if trainer.training else batches[0]
-            colour = "green" if _coloured() else None
-            own: dict[str, Any] = {"file": sys.stdout, "leave": False, "bar_format": form, "colour": colour}
-            self._bar = tqdm(total=None if total == float("inf") else int(total), initial=done, ncols=columns, **own)
+            total = trainer.num_training_batches if training else getattr(trainer, f"num_{stage}_batches")[0]
+            own: dict[str, Any] = {"colour": "green" if _coloured() else None, "bar_format": form, "ncols": columns}
+            own |= {"total": None if total == float("inf") else int(total), "initial": done}
+            self._bar = tqdm(file=sys.stdout, leave=False, **own)
         self._bar.bar_format, self._bar.ncols, self._bar.n = form, columns, done
         self._bar.refresh()
 

@@ -56,7 +56,7 @@ class Done(NamedTuple):
     stderr: str
 
 
-def _module(folder, module, options, environment):
+def run_module(folder, module, options, environment):
     multiprocessing.set_start_method("fork", force=True)  # as it is in a process of its own
     os.chdir(folder)
     os.environ |= environment
@@ -73,7 +73,7 @@ def run_fit(folder, *options, module="cifar_transfer.fit", expect=0, timeout=300
         for stream in streams:
             stream.touch()
         environment = os.environ | {"RUN_FIT": f"{place}{os.sep}"}
-        process = FORKS.Process(target=_module, args=(folder, module, [*map(str, options)], environment))
+        process = FORKS.Process(target=run_module, args=(folder, module, [*map(str, options)], environment))
         process.start()
         process.join(timeout)
         if process.is_alive():
