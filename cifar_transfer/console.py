@@ -89,8 +89,7 @@ class ProgressBar(callbacks.ProgressBar):
         super().__init__()
         self._enabled = True
         self._bar = tqdm(disable=True)  # as one is that is closed
-        self._began = self._drawn = 0.0
-        self._images = 0  # since it began, over all devices
+        self._drawn, self._images = 0.0, 0  # when, and the images until now, over all devices
 
     def enable(self) -> None:
         """Show it."""
@@ -108,7 +107,7 @@ class ProgressBar(callbacks.ProgressBar):
             return
         now = time.monotonic()
         if self._bar.disable:
-            self._began, self._drawn, self._images = now, 0.0, 0
+            self._drawn, self._images = 0.0, 0
         if now - self._drawn > 0.1:
             self._draw(trainer, trainer.state.stage.dataloader_prefix, batch_idx)
             self._drawn = now
@@ -123,7 +122,7 @@ class ProgressBar(callbacks.ProgressBar):
         parts += [] if training else [str(stage)]
         parts += ["{bar} {percentage:3.0f}%"]
         parts += [f" loss {loss:.3f}"] if training and loss is not None else []
-        parts += [f" {self._images / (time.monotonic() - self._began):.0f} images/s"] if self._images else []
+        parts += [f" {self._images / self._bar.format_dict['elapsed']:.0f} images/s"] if self._images else []
         form = " ".join([*parts, " {remaining} left"] if wide else parts)
         if self._bar.disable:
             total = trainer.num_training_batches if training else getattr(trainer, f"num_{stage}_batches")[0]

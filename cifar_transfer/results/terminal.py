@@ -75,10 +75,6 @@ def _aligned(trainer: Trainer, cells: Sequence[str]) -> list[str]:
 
 def _best(trainer: Trainer) -> float | None:
     """The score of the best checkpoint so far, which decides what is best."""
-    for kept in trainer.checkpoint_callbacks:
-        if (
-            getattr(kept, "monitor", None) == "val/acc"
-            and (score := getattr(kept, "best_model_score", None)) is not None
-        ):
-            return float(score)
-    return None
+    kept = [each for each in trainer.checkpoint_callbacks if getattr(each, "monitor", None) == "val/acc"]
+    score = getattr(kept[0], "best_model_score", None) if kept else None
+    return None if score is None else float(score)
