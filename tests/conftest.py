@@ -62,6 +62,7 @@ def run_module(folder, module, options, environment):
     os.environ |= environment
     for number, name, flags in ((0, os.devnull, os.O_RDONLY), (1, "out", os.O_WRONLY), (2, "err", os.O_WRONLY)):
         os.dup2(os.open(environment["RUN_FIT"] + name if number else name, flags), number)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 # which knows what it writes to now
     sys.argv[1:] = options
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
