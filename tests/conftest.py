@@ -25,6 +25,8 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cifar_transfer.results.publish import NAMES
+
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 # A network of 1.4 million parameters with batch-norm, on a few hundred drawn images.
@@ -101,7 +103,8 @@ def curves(run):
     """Scalars of a run: (step, value) by tag."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    tags = events.Tags()["scalars"]
+    return {NAMES.get(tag, tag): [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import yaml
 from conftest import TINY, run_fit, write_images
 from lightning.pytorch.callbacks import ProgressBar
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import parse_experiment_plugin_data
 
 from cifar_transfer import demo
 from cifar_transfer.errors import UserError, one_sentence
@@ -56,20 +57,26 @@ def test_tensorboard_has_curves_against_the_epoch_the_graph_and_the_hyperparamet
     events = EventAccumulator(str(folder / RUN), size_guidance={"scalars": 0})
     events.Reload()
     steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    for tag in ("train/acc", "train/loss_epoch", "val/acc", "val/loss", "lr", "trainable_parameters"):
+    for tag in ("accuracy/train", "loss/train", "accuracy/val", "loss/val", "lr", "trainable_parameters"):
         assert steps[tag] == [1, 2, 3], tag
-    assert steps["train/loss"] == list(range(18)), "180 images in batches of 32, three times"
+    for tag in ("loss/train_step", "accuracy/train_step"):
+        assert steps[tag] == list(range(18)), "180 images in batches of 32, three times"
+    assert steps["accuracy/val_step"] == [5, 11, 17]
+    groups = list(dict.fromkeys(tag.partition("/")[0] for tag in sorted([*steps, *events.Tags()["images"]])))
+    assert groups[:2] == ["accuracy", "loss"], "TensorBoard opens the first two"
     assert [event.value for event in events.Scalars("lr")] == pytest.approx([1e-3, 1e-4, 1e-4])
     assert [event.value for event in events.Scalars("trainable_parameters")] == [10250, 352042, 352042]
     assert events.Tags()["graph"]
     printed = float(re.search(r"test accuracy +([\d.]+)%", done.stdout)[1]) / 100
-    assert events.Scalars("best/test_acc")[-1].value == pytest.approx(printed, abs=1e-4)
+    assert events.Scalars("result/test_acc")[-1].value == pytest.approx(printed, abs=1e-4)
     hparams = events.summary_metadata
-    assert any("_hparams_/session_start_info" in tag for tag in hparams)
+    options = parse_experiment_plugin_data(hparams["_hparams_/experiment"].plugin_data.content).hparam_infos
+    first = ["Backbone", "Batch size", "Learning rate", "Optimizer", "Weights"]
+    assert sorted(option.name for option in options)[:5] == first, "which TensorBoard shows"
 
 
 OF_PREDICTIONS = ("confusion", "classes", "reliability", "mistakes", "correct")
-FIGURES = {"augmented", "loss", "epochs", *(f"test-{name}" for name in OF_PREDICTIONS)}
+FIGURES = {"augmented", "iterations", "epochs", *(f"test-{name}" for name in OF_PREDICTIONS)}
 
 
 def test_a_run_leaves_its_figures_and_draws_them_again(job):
@@ -95,7 +102,7 @@ def test_tensorboard_has_figures_layout_configuration_and_projector(job):
     folder, _ = job
     events = EventAccumulator(str(folder / RUN))
     events.Reload()
-    assert {f"figures/{name}" for name in FIGURES} <= set(events.Tags()["images"])
+    assert {f"plots/{name}" for name in FIGURES} <= set(events.Tags()["images"])
     assert {"custom_scalars__config__", "config.yaml/text_summary"} <= set(events.Tags()["tensors"])
     assert "shufflenet_v2_x0_5" in str(events.Tensors("config.yaml/text_summary")[0].tensor_proto.string_val)
     projector = (folder / RUN / "projector_config.pbtxt").read_text()

@@ -87,6 +87,7 @@ def test_killed_again_and_again_ends_with_the_weights_of_a_run_that_never_was(tm
         torch.load(one / "checkpoints/last.ckpt", weights_only=True)["lr_schedulers"] for one in (run, expected)
     ]
     assert schedules[0] == schedules[1], "the step of the last epoch before a kill counts"
+    assert (run / "metrics.csv").read_text() == (expected / "metrics.csv").read_text()
     resumed, expected = curves(run), curves(expected)
     assert resumed.keys() == expected.keys()
     for tag, points in resumed.items():

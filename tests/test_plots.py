@@ -13,8 +13,9 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer import ShapesDataModule
-from cifar_transfer.results import plots, publish
-from cifar_transfer.results.predictions import CollectPredictions, Predictions
+from cifar_transfer.data import splits
+from cifar_transfer.results import gallery, plots, publish
+from cifar_transfer.results.predictions import CollectPredictions, ImagePrediction, Predictions
 from cifar_transfer.results.words import BASE, lettering
 
 NAMES = {
@@ -58,24 +59,31 @@ def test_no_name_is_cut_off_or_boxed(names):
 def test_curves_are_whole():
     x = np.arange(40.0) + 1
     curve = {tag: plots.Curve(x, np.exp(-x / 9)) for tag in ("train/loss_epoch", "val/loss", "train/acc", "val/acc")}
-    assert_nothing_is_cut_off(plots.epochs(curve, 5, plots.Curve(x, np.where(x <= 5, 1e-3, 1e-4))))
-    assert_nothing_is_cut_off(plots.loss_by_step(plots.Curve(x, x)))
+    curve |= {"lr": plots.Curve(x, np.where(x <= 5, 1e-3, 1e-4))}
+    curve |= {name: curve["val/acc"] for name in ("train/loss", "train/acc_step", "val/loss_step", "val/acc_step")}
+    for draw in (plots.epochs, plots.iterations):
+        for count in (40, 3, 1):
+            few = {name: plots.Curve(x[:count], y[:count]) for name, (x, y) in curve.items()}
+            assert_nothing_is_cut_off(draw(few, plots.Phases("backbone frozen", [5, 10])))
 
 
 def test_epochs_shade_the_frozen_ones_and_mark_the_rates_steps():
     x = np.arange(10.0) + 1
-    curves = {"val/loss": plots.Curve(x, x)}
-    axes = plots.epochs(curves, 3, plots.Curve(x, np.repeat([1.0, 0.5, 0.25], [3, 4, 3]))).axes[0]
+    curves = {"val/loss": plots.Curve(x, x), "lr": plots.Curve(x, np.repeat([1.0, 0.5, 0.25], [3, 4, 3]))}
+    axes = plots.epochs(curves, plots.Phases("backbone frozen", [3])).axes[0]
     assert axes.patches[0].get_extents().transformed(axes.transData.inverted()).intervalx == pytest.approx([0.5, 3.5])
-    assert [line.get_xdata()[0] for line in axes.lines[1:]] == [3.5, 7.5]
-    assert len(plots.epochs(curves, 0, plots.Curve(x, 1 - x / 10)).axes[0].lines) == 1, "a decay has no steps"
+    assert [line.get_xdata()[0] for line in axes.lines[1:]] == [7.5], "the other step is the end of what is shaded"
+    curves["lr"] = plots.Curve(x, 1 - x / 10)
+    assert len(plots.epochs(curves, plots.Phases("", [])).axes[0].lines) == 1, "a decay has no steps"
+    assert [line.get_xdata()[0] for line in plots.epochs(curves, plots.Phases("", [3, 5])).axes[0].lines[1:]] == [5.5]
 
 
 def test_the_smoothed_loss_begins_with_the_loss():
-    smoothed = plots.smooth(np.array([4.0, 2.0, 2.0, 2.0]))
+    smoothed = plots.smooth(np.array([4.0, *[2.0] * 40]))
     assert smoothed[0] == 4
     assert all(2 < value < 4 for value in smoothed[1:])
     assert plots.smooth(np.full(50, 3.0)) == pytest.approx(3)
+    assert plots.smooth(np.array([4.0, 2.0, 3.0])).tolist() == [4, 2, 3], "too few"
 
 
 def test_a_name_is_drawn_with_the_font_that_has_its_letters_or_in_latin_letters():
@@ -176,5 +184,51 @@ def test_curves_are_in_order_of_steps_though_the_clock_was_set_back(tmp_path):
                 board.add_scalar("train/loss", 6.0 - step, step)
         (written,) = tmp_path.glob("events.*.*.*.*")
         written.rename(tmp_path / f"events.out.tfevents.{number}")
-    (line, _) = publish.curves(tmp_path)["loss"].axes[0].lines
-    assert line.get_xdata().tolist() == [0, 1, 2, 3, 4, 5]
+    (line, _) = publish.curves(tmp_path)["iterations"].axes[0].lines
+    assert line.get_xdata().tolist() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("count", "shape"), [(1, (1, 1)), (8, (1, 8)), (9, (1, 8)), (20, (4, 5)), (31, (5, 6)), (32, (4, 8))]
+)
+def test_a_grid_has_no_empty_places(count, shape):
+    figure = plots.grid(np.zeros((count, 3, 4, 4), np.uint8), [("a",)] * count, "heading")
+    assert figure.axes[0].get_gridspec().get_geometry() == shape
+    assert all(axes.images for axes in figure.axes)
+    assert_nothing_is_cut_off(figure)
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (3, 3), (4, 2), (5, 1), (9, 3), (11, 3), (24, 3)])
+def test_a_few_images_fill_their_gallery(count, columns):
+    shown = [ImagePrediction("a.png", np.zeros((3, 4, 4), np.uint8), [("a", 1.0)])] * count
+    assert gallery.gallery(shown, count).axes[0].get_gridspec().ncols == 2 * columns
+
+
+def test_the_first_phase_is_shaded_also_by_iteration_and_the_test_named_where_it_validates(tmp_path):
+    splits.write(tmp_path, {"train": ["train/a/1"], "val": ["test/a/1"], "test": ["test/a/1"]})
+    trainable = [10, 10, 30, 30, 50]
+    with SummaryWriter(str(tmp_path)) as board:
+        for epoch, number in enumerate(trainable, 1):
+            for stage, begins in (("stem", 50), ("stage", 30), ("head", 10)):
+                board.add_scalar(f"stages/{stage}", float(number >= begins), epoch)
+            for name, value in (
+                ("trainable_parameters", number),
+                ("lr", 1),
+                ("steps", 6 * epoch),
+                ("accuracy/val", 0.5),
+            ):
+                board.add_scalar(name, value, epoch)
+            board.add_scalar("accuracy/val_step", 0.5, 6 * epoch - 1)
+            for step in range(6 * epoch - 6, 6 * epoch):
+                board.add_scalar("loss/train_step", 1, step)
+                board.add_scalar("accuracy/train_step", 0.5, step)
+    drawn = publish.curves(tmp_path)
+    for name, begins in (("epochs", (2.5, 4.5)), ("iterations", (12.5, 24.5))):
+        axes = drawn[name].axes[1]
+        labels = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+        assert labels["backbone frozen"].get_extents().transformed(axes.transData.inverted()).x1 == pytest.approx(
+            begins[0]
+        )
+        assert labels["more unfrozen"].get_xdata()[0] == begins[1]
+        assert "test accuracy" in labels
+    assert labels["test accuracy"].get_xdata().tolist() == [6, 12, 18, 24, 30]

@@ -46,6 +46,7 @@ def test_interrupted_within_an_epoch_continues_from_that_step(tmp_path, undistur
     resumed, whole = curves(tmp_path / RUN), curves(undisturbed / RUN)
     assert resumed["train/loss"] == whole["train/loss"], "every image once"
     assert resumed["val/loss"] == whole["val/loss"]
+    assert (tmp_path / RUN / "metrics.csv").read_text() == (undisturbed / RUN / "metrics.csv").read_text()
 
 
 @pytest.mark.whole

@@ -16,7 +16,8 @@ from cifar_transfer.results.predictions import ImagePrediction
 from cifar_transfer.results.words import language
 
 X = np.arange(6.0) + 1
-CURVES = {tag: plots.Curve(X, X) for tag in plots.BY_EPOCH}
+BY_STEP = ("train/loss", "train/acc_step", "val/loss_step", "val/acc_step")
+CURVES = {name: plots.Curve(X, X.round(-1)) for name in (*plots.BY_EPOCH, *BY_STEP)}
 
 
 @pytest.fixture
@@ -35,7 +36,8 @@ def drawn(names):
     """The words of all figures, drawn with predictions for classes of these names."""
     shown = ImagePrediction("1.png", np.zeros((3, 8, 8), np.uint8), [(names[0], 0.6), (names[1], 0.4)])
     figures = list(publish.prediction_plots(some_predictions(names), "test").values())
-    figures += [plots.epochs(CURVES, 2, plots.Curve(X, -X.round(-1))), plots.loss_by_step(plots.Curve(X, X))]
+    for frozen in ("backbone frozen", "partly frozen"):
+        figures += [draw(CURVES, plots.Phases(frozen, [2, 3])) for draw in (plots.epochs, plots.iterations)]
     figures += [plots.rates_by_stage(np.ones((1, 2)), ["7"]), gallery.gallery([shown], 30)]
     figures += [gallery.heated(shown, np.full((8, 8), share)) for share in (0, 1)]
     texts = [text.get_text() for figure in figures for text in figure.findobj(Text)]

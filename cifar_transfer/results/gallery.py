@@ -32,7 +32,7 @@ def gallery(predictions: Sequence[ImagePrediction], count: int) -> Figure:
         [_wrap(letters.names[place], 38), *(_wrap(letters.names[name], 32) for name in names)] for place, names in words
     ]
     height = max(1.2, LINE * max(sum(len(text) + GAP for text in cell) for cell in cells))
-    columns = min(3, len(predictions))
+    columns = next(n for n in (3, 2, 1) if len(predictions) % n == 0 or len(predictions) > 9)
     rows = math.ceil(len(predictions) / columns)
     figure = Figure(figsize=(4.5 * columns, rows * (height + 0.15) + 0.4), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05, wspace=0, hspace=0)  # type: ignore[union-attr, call-arg]

@@ -3,7 +3,6 @@
 Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which the colour-blind tell apart.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,9 @@ from cifar_transfer.text import printable
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # all but yellow and black
 BLUE, ORANGE, SKY, GREY = COLOURS[0], COLOURS[1], COLOURS[5], "#999999"
 DPI = 100
-COLUMNS = 8  # images in a row
+LEVELS = 8  # rates that are marked on the scale
+FEW = 100  # points of a curve, which are marked
+COLUMNS = 8  # images in a row at most
 NUMBERED = 20  # classes up to which a confusion matrix has numbers in its cells
 MOST_CLASSES = 100  # in a figure; of more, those with the most mistakes
 BY_EPOCH = ("train/loss_epoch", "val/loss", "train/acc", "val/acc", "lr")
@@ -48,31 +49,57 @@ class Curve(NamedTuple):
     y: np.ndarray
 
 
-def loss_by_step(loss: Curve) -> Figure:
-    """Training loss per iteration, raw and smoothed."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(loss.x, loss.y, color=BLUE, alpha=0.35, lw=0.8, label=word("of a batch"))
-    axes.plot(loss.x, smooth(loss.y), color=BLUE, lw=1.8, label=word("smoothed"))
-    _finish(axes, "iteration", "training loss")
+class Phases(NamedTuple):
+    """What is frozen at first, and when that changes."""
+
+    frozen: str  # of the first phase: "backbone frozen" or "partly frozen"
+    begins: Sequence[float]  # epochs or steps before each other phase; the last one may be the run's end
+
+
+def iterations(curves: dict[str, Curve], phases: Phases, val: str = "validation") -> Figure:
+    """Loss and accuracy by iteration from 1, of batches and smoothed, with the validations; the first phase shaded.
+
+    Args:
+        curves: Of `train/loss`, `train/acc_step`, `val/loss_step`, `val/acc_step`; what is missing is left out.
+        phases: With their steps.
+        val: "test" where the validation images are those of the test.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = [("loss", 1, "train/loss", "val/loss_step"), ("accuracy", 100, "train/acc_step", "val/acc_step")]
+    panels = [panel for panel in panels if panel[2] in curves]
+    for axes, (what, scale, batch, tested) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        x, y = curves[batch].x + 1, scale * curves[batch].y
+        marker = "." if len(x) < FEW else ""
+        axes.plot(x, y, BLUE, marker=marker, alpha=0.35, lw=0.8, label=word("one batch"))
+        axes.plot(x, smooth(y), BLUE, marker=marker, lw=1.8, label=word(f"training {what}"))
+        if tested in curves:
+            x, y = curves[tested].x + 1, scale * curves[tested].y
+            axes.plot(x, y, "s-", color=ORANGE, ms=3, lw=1, label=word(f"{val} {what}"))
+        _shade(axes, phases)
+        _finish(axes, "iteration", what if scale == 1 else f"{what} (%)")
     return figure
 
 
-def smooth(values: np.ndarray, past: float = SMOOTHED) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """Exponential moving average without the pull of its beginning (Adam's correction, arXiv:1412.6980)."""
+    past = min(SMOOTHED, max(0, 1 - 10 / len(values)))  # of few values less
     kernel = past ** np.arange(min(len(values), 1000))
     return np.convolve(values, kernel)[: len(values)] / np.convolve(np.ones(len(values)), kernel)[: len(values)]
 
 
-def epochs(curves: dict[str, Curve], frozen: int, lr: Curve, val: str = "validation") -> Figure:
-    """Loss and accuracy by epoch from 1: the first `frozen` are shaded, and steps of the learning rate marked.
+def epochs(curves: dict[str, Curve], phases: Phases, val: str = "validation") -> Figure:
+    """Loss and accuracy by epoch from 1: the first phase is shaded, and steps of the learning rate are marked.
 
     Args:
-        curves: Of `train/loss_epoch`, `val/loss`, `train/acc`, `val/acc`; what is missing is left out.
+        curves: Of `lr`, `train/loss_epoch`, `val/loss`, `train/acc`, `val/acc`; what is missing is left out.
+        phases: With their epochs.
         val: "test" where the validation images are those of the test.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
-    changes = lr.x[1:][lr.y[1:] != lr.y[:-1]]
+    lr = curves["lr"]
+    changes = lr.x[1:][lr.y[1:] != lr.y[:-1]] - 1
     if len(changes) > len(lr.x) / 2:
         changes = changes[:0]  # a rate that always changes has no steps
     panels = ("loss", 1, ("train/loss_epoch", "val/loss")), ("accuracy", 100, ("train/acc", "val/acc"))
@@ -82,14 +109,21 @@ def epochs(curves: dict[str, Curve], frozen: int, lr: Curve, val: str = "validat
                 axes.plot(
                     curves[tag].x, scale * curves[tag].y, marker + "-", color=color, ms=3, label=word(f"{label} {what}")
                 )
-        if frozen:
-            axes.axvspan(0.5, frozen + 0.5, color=GREY, alpha=0.2, lw=0, label=word("backbone frozen"))
-        for number, epoch in enumerate(changes):
-            axes.axvline(epoch - 0.5, color=GREY, ls=":", lw=1, label="" if number else word("learning rate changed"))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.margins(x=0.02)
+        _shade(axes, phases)
+        for number, epoch in enumerate(sorted({*changes} - {*phases.begins})):
+            axes.axvline(epoch + 0.5, color=GREY, ls=":", lw=1, label="" if number else word("learning rate changed"))
         _finish(axes, "epoch", what if scale == 1 else f"{what} (%)")
     return figure
+
+
+def _shade(axes: Axes, phases: Phases) -> None:
+    for number, begin in enumerate(phases.begins):
+        if number:
+            axes.axvline(begin + 0.5, color=GREY, ls="--", lw=1, label="" if number > 1 else word("more unfrozen"))
+        else:
+            axes.axvspan(0.5, begin + 0.5, color=GREY, alpha=0.2, lw=0, label=word(phases.frozen))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.margins(x=0.02)
 
 
 def rates_by_stage(rates: np.ndarray, stages: Sequence[str]) -> Figure:
@@ -105,9 +139,11 @@ def rates_by_stage(rates: np.ndarray, stages: Sequence[str]) -> Figure:
         shown, "viridis", norm=colours, aspect="auto", extent=(0.5, rates.shape[1] + 0.5, len(stages), 0)
     )
     axes.set_yticks(np.arange(len(stages)) + 0.5, [printable(stage) for stage in reversed(stages)], fontsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel=word("epoch"), title=word("Learning rate by stage (grey: frozen)"))
-    figure.colorbar(picture, ax=axes, pad=0.01)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set(xlabel=word("epoch"), title=word("Learning rate by stage at the end of each epoch (grey: 0)"))
+    levels = np.unique(shown.compressed())
+    exact: dict[str, Any] = {"ticks": levels, "format": "%.2g"} if len(levels) <= LEVELS else {}
+    figure.colorbar(picture, ax=axes, pad=0.01, **exact).minorticks_off()
     return figure
 
 
@@ -186,26 +222,36 @@ def reliability(predictions: Predictions, bins: int = 15) -> Figure:
     full, edges = count > 0, np.arange(bins) / bins
     accuracy = np.bincount(place, predictions.correct.numpy(), bins)[full] / count[full]
     confidence = np.bincount(place, confidences, bins)[full] / count[full]
-    figure = Figure(figsize=(5, 6), layout="constrained")
+    figure = Figure(figsize=(6, 6.5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.bar(edges[full], accuracy, 1 / bins, align="edge", color=BLUE, alpha=0.6, edgecolor="w")
     upper.plot(confidence, accuracy, "o", color=BLUE, ms=4)
     upper.plot([0, 1], [0, 1], "--", color=GREY, lw=1)
     upper.set_title(word("expected calibration error {error:.1%}", error=predictions.calibration_error(bins)))
     _finish(upper, "", "accuracy")
-    lower.bar(edges, count, 1 / bins, align="edge", color=GREY, edgecolor="w")
+    bars = lower.bar(edges, count, 1 / bins, align="edge", color=GREY, edgecolor="w")
+    lower.bar_label(bars, [f"{number:,}" if number else "" for number in count], fontsize=7, padding=1)
+    lower.margins(y=0.15)
     lower.set_xlim(0, 1)
     _finish(lower, "confidence", "images")
     return figure
 
 
 def grid(images: np.ndarray, titles: Sequence[Sequence[str]], heading: str) -> Figure:
-    """Images, uint8 [N, 3, H, W], RGB, eight in a row, with a few lines of words above each."""
+    """Images, uint8 [N, 3, H, W], RGB, with a few lines of words above each, in full rows of five to eight.
+
+    Of more than eight, the last few that would begin a row are left out.
+    """
+    columns = (
+        min(range(COLUMNS, COLUMNS // 2, -1), key=lambda n: len(images) % n) if len(images) > COLUMNS else len(images)
+    )
+    rows = len(images) // columns
     letters = lettering(line for lines in titles for line in lines)
-    rows, lines = math.ceil(len(images) / COLUMNS), max(map(len, titles), default=0)
-    figure = Figure(figsize=(1.35 * COLUMNS, 0.5 + rows * (1.3 + 0.17 * lines)), layout="constrained")
+    lines = max(map(len, titles), default=0)
+    size = max(4.0, 1.35 * columns), 0.5 + rows * (1.3 + 0.17 * lines)
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(heading, fontsize=11)
-    axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes:
         ax.axis("off")
     for ax, pixels, words in zip(axes, images, titles, strict=False):
@@ -232,4 +278,4 @@ def _finish(axes: Axes, x: str, y: str) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)

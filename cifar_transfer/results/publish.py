@@ -8,50 +8,70 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from cifar_transfer.data import splits
 from cifar_transfer.data.geometry import pixels, resize
 from cifar_transfer.data.module import ImageDataModule, step_seed
 from cifar_transfer.results import plots
 from cifar_transfer.results.predictions import CollectPredictions, Predictions
 from cifar_transfer.results.words import class_name, language, language_of, word
 from cifar_transfer.text import printable
-from cifar_transfer.untrusted import read_yaml
 
 FOLDER = "figures"  # in that of the run
+STEPS = "steps"  # how many the run has made, logged by epoch
 STAGES = "stages/"  # before the name of a stage in the tag of its learning rate
+FINAL = "result/"  # before that of a score of the best checkpoint
+# What has other names in TensorBoard, which sorts by them and opens the first groups.
+TAGS = {
+    "train/acc": "accuracy/train",
+    "train/acc_step": "accuracy/train_step",
+    "val/acc": "accuracy/val",
+    "val/acc_step": "accuracy/val_step",
+    "train/loss_epoch": "loss/train",
+    "train/loss": "loss/train_step",
+    "val/loss": "loss/val",
+    "val/loss_step": "loss/val_step",
+}
+NAMES = {tag: name for name, tag in TAGS.items()}
 AUGMENTED = 32  # images shown of the training's
 
 
 def curves(run: Path) -> dict[str, Figure]:
-    """Loss by step, loss and accuracy by epoch, rates by stage, from the run's event files and its configuration."""
+    """Loss and accuracy by iteration and by epoch, rates by stage, from the run's event files."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
+    points: dict[str, dict[int, float]] = {}
+    for tag in events.Tags()["scalars"]:
+        points.setdefault(NAMES.get(tag, tag), {}).update((event.step, event.value) for event in events.Scalars(tag))
     # Sorted, because a clock that was set back puts the file of a resumed run before that of its beginning.
-    points = {
-        tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in events.Tags()["scalars"]
-    }
-    found = {tag: plots.Curve(*np.array(values, np.float64).T) for tag, values in points.items()}
+    found = {name: plots.Curve(*np.array(sorted(values.items()), np.float64).T) for name, values in points.items()}
+    recorded = splits.read(run / "config.yaml")
+    val = "test" if recorded and recorded["val"][0].startswith("test/") else "validation"
     drawn = {}
-    if "train/loss" in found:
-        drawn["loss"] = plots.loss_by_step(found["train/loss"])
+    epochs, begins, phases = 1, list[int](), plots.Phases("", ())
     if "lr" in found:
+        epochs = len(found["lr"].x)
         if found["lr"].x[0] == 0:  # of version 0.1.0, which counted epochs from 0
-            found |= {tag: plots.Curve(found[tag].x + 1, found[tag].y) for tag in plots.BY_EPOCH if tag in found}
-        freeze = yaml.safe_load(read_yaml(run / "config.yaml"))["freeze"]
-        stages = [tag for tag in found if tag.startswith(STAGES)]
-        rates = np.array([found[tag].y for tag in stages])
-        frozen = freeze["unfreeze_epoch"]
-        if freeze.get("phases"):
-            count = (rates > 0).sum(0)
-            frozen = int((count == count[0]).argmin())  # epochs of the first phase, 0 if it is the only one
-        drawn["epochs"] = plots.epochs(found, min(frozen, len(found["lr"].x)), found["lr"])
+            found |= {name: plots.Curve(found[name].x + 1, found[name].y) for name in plots.BY_EPOCH if name in found}
+        stages = [name for name in found if name.startswith(STAGES)]
+        rates = np.array([found[name].y for name in stages])
+        begins = (np.flatnonzero(np.diff(found["trainable_parameters"].y) > 0) + 1).tolist()
+        if not begins and stages and rates[:, 0].any() and not rates[:, 0].all():
+            begins = [epochs]
+        partly = len(stages) > 1 and rates[:-1, 0].any()
+        phases = plots.Phases("partly frozen" if partly else "backbone frozen", begins)
+        drawn["epochs"] = plots.epochs(found, phases, val)
         if stages:
-            drawn["stages"] = plots.rates_by_stage(rates, [tag.removeprefix(STAGES) for tag in stages])
+            drawn["stages"] = plots.rates_by_stage(rates, [name.removeprefix(STAGES) for name in stages])
+    if "train/loss" in found:
+        # Older runs do not say how many steps an epoch had.
+        steps = found[STEPS].y if STEPS in found else (np.arange(epochs) + 1) * (found["train/loss"].x[-1] + 1) / epochs
+        phases = phases._replace(begins=[float(steps[begin - 1]) for begin in begins])
+        drawn["iterations"] = plots.iterations(found, phases, val)
     return drawn
 
 
@@ -105,7 +125,7 @@ def save(drawn: dict[str, Figure], folder: Path, board: SummaryWriter | None = N
         plots.save(figure, paths[-1])
         if board is not None:
             with Image.open(paths[-1]) as picture:
-                board.add_image(f"figures/{name}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+                board.add_image(f"plots/{name}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
     return paths
 
 

@@ -20,9 +20,13 @@ from cifar_transfer.results.predictions import CollectPredictions
 from cifar_transfer.results.terminal import Table
 from cifar_transfer.results.words import Language, language, language_of
 
+POINTS = 50  # of a curve by step
 SLOW_GRAPH = 300  # modules, whose graph takes seconds to draw
 # TensorBoard's tab of custom scalars.
-CHARTS = {"loss": ["train/loss_epoch", "val/loss"], "accuracy": ["train/acc", "val/acc"]}
+CHARTS = {what: [f"^{what}/train$", f"^{what}/val$"] for what in ("accuracy", "loss")}
+# Capital letters come first in its table of hyper-parameters, which shows five.
+FIRST = {"backbone": "Backbone", "batch_size": "Batch size", "lr": "Learning rate", "optimizer": "Optimizer"}
+FIRST |= {"weights": "Weights"}
 SCHEDULE = {"learning rate": ["^lr$"], "rate by stage": [publish.STAGES]}
 SCHEDULE |= {"trainable parameters": ["trainable_parameters"]}
 LAYOUT = {
@@ -53,6 +57,9 @@ class Report(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, show what can be shown before a run begins, and begin the table."""
         self._read = time.monotonic()
+        # A short run is logged more often, for curves of 50 points. Without an end the number of steps is infinite.
+        every, steps = trainer.log_every_n_steps, trainer.estimated_stepping_batches  # type: ignore[attr-defined]
+        trainer.log_every_n_steps = every and max(1, int(min(every, steps / POINTS)))  # type: ignore[attr-defined]
         self._show_beginning(trainer, pl_module)
         self._table.begin(trainer)
 
@@ -161,7 +168,7 @@ def log_final(trainer: Trainer, hparams: dict[str, Any], scores: dict[str, float
     Args:
         trainer: Of the run.
         hparams: Options; a group of options is written as one text.
-        scores: Say `{"best/val_acc": 0.9, "best/test_acc": 0.89}`.
+        scores: Say `{"best/val_acc": 0.9, "best/test_acc": 0.89}`; in TensorBoard "result/val_acc", ...
         test: `test/loss` and `test/acc` of the best checkpoint, logged at the run's last step, or nothing.
     """
     if test:
@@ -169,10 +176,11 @@ def log_final(trainer: Trainer, hparams: dict[str, Any], scores: dict[str, float
             logger.log_metrics(test, step=trainer.global_step)
     if isinstance(trainer.logger, TensorBoardLogger):
         texts = {
-            name: " ".join(f"{key}={part}" for key, part in value.items()) if isinstance(value, dict) else value
+            FIRST.get(name, name): " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
             for name, value in hparams.items()
         }
-        trainer.logger.log_hyperparams(texts, scores)
+        results = {name.replace("best/", publish.FINAL): score for name, score in scores.items()}
+        trainer.logger.log_hyperparams(texts, results, trainer.global_step)
         trainer.logger.save()
 
 

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from cifar_transfer import __version__
-from cifar_transfer.console import counted
 from cifar_transfer.data.classes import check_classes
 from cifar_transfer.data.geometry import pixels
 from cifar_transfer.data.images import LARGEST_SIDE, Batch
@@ -232,12 +231,10 @@ class TransferClassifier(AveragedModule):
         """One optimizer over all parameters, frozen or not: groups added later would break resuming."""
         return optimizer.configure(self.trainer, self.network, self.stages, self.hparams)
 
-    def on_train_epoch_end(self) -> None:
-        """Log the rate of each stage, too: 0 while it is frozen."""
-        rates = optimizer.rates(self.trainer.optimizers, self.network, self.stages)
-        for logger in self.loggers:
-            logger.log_metrics({f"{STAGES}{stage}": rate for stage, rate in rates.items()}, counted(self.current_epoch))
-        super().on_train_epoch_end()
+    def rates(self) -> dict[str, float]:
+        """The learning rate, and that of each stage: 0 while it is frozen."""
+        stages = optimizer.rates(self.trainer.optimizers, self.network, self.stages)
+        return super().rates() | {f"{STAGES}{stage}": rate for stage, rate in stages.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what prediction needs to know of the images, and whose options these are."""

@@ -11,21 +11,24 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from cifar_transfer.console import counted
 from cifar_transfer.files import atomic_write
-from cifar_transfer.results.publish import STAGES
+from cifar_transfer.results.publish import FINAL, NAMES, STAGES, STEPS, TAGS
+from cifar_transfer.training.metrics_file import OF_EPOCH, MetricsFile, trim_metrics
 from cifar_transfer.training.scoring import EPOCH_SCORES
 
-EPOCH_TAGS = {*EPOCH_SCORES, "lr", "trainable_parameters"}
+BY_EPOCH = {*EPOCH_SCORES, "lr", OF_EPOCH, STEPS}
 
 
 class RunLogger(TensorBoardLogger):
     """TensorBoard's logger, which names a run's folder at once, but makes it and writes into it only when told to.
 
     Lightning asks for both before data, network and checkpoint are checked, and a run that is then refused would leave
-    them. Lightning's chart of the epoch, which would come first, is left out.
+    them. Lightning's chart of the epoch is left out. All that is logged is in `metrics.csv` too.
 
     Args:
         logs: Folder of the runs, absolute, because a ModelCheckpoint that finds another path forgets its best score.
@@ -35,6 +38,7 @@ class RunLogger(TensorBoardLogger):
     def __init__(self, logs: Path, run: str | None = None) -> None:
         super().__init__(str(logs.parent), logs.name, run, default_hp_metric=False)
         self._run, self._new, self._started = run, run is None, False
+        self._metrics: MetricsFile | None = None
 
     @property
     def version(self) -> str:
@@ -72,14 +76,32 @@ class RunLogger(TensorBoardLogger):
                 self._run = name
                 return
 
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write scalars."""
-        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+        scalars = {name: value for name, value in metrics.items() if name != "epoch"}
+        super().log_metrics({TAGS.get(name, name): value for name, value in scalars.items()}, step)
+        if not self._started:
+            return
+        self._metrics = self._metrics or MetricsFile(Path(self.log_dir))
+        if STEPS in metrics:  # of an epoch
+            self._metrics.add(step, int(scalars.pop(STEPS)) - 1, scalars)
+        else:
+            self._metrics.add(counted(int(metrics["epoch"])) if "epoch" in metrics else None, step, scalars)
 
+    @rank_zero_only
     def save(self) -> None:
         """Write what is held back, once the run has started."""
         if self._started:
             super().save()
+        if self._metrics:
+            self._metrics.flush()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is held back, and close the files."""
+        super().finalize(status)
+        self.save()
 
 
 def slurm_job() -> int | None:
@@ -98,7 +120,7 @@ def new_names(logs: Path) -> Iterator[str]:
 
 
 def trim_events(run: Path, epochs: int, steps: int) -> None:
-    """Remove from a run's event files what was logged after its last checkpoint, and will be logged again.
+    """Remove from a run's event files and its table what was logged after its last checkpoint, to be logged again.
 
     TensorBoard's own `purge_step` does not do, because it knows one x axis, and a run has two: epochs and steps. So
     this reads and writes the files with TensorBoard's internals.
@@ -108,13 +130,14 @@ def trim_events(run: Path, epochs: int, steps: int) -> None:
         epochs: How many are not trained again; scores of epochs have the epoch, from 1, as their step.
         steps: How many optimizer steps are not made again.
     """
+    trim_metrics(run, epochs, steps)
     for path in sorted(run.glob("events.out.tfevents.*")):
         with atomic_write(path) as file:
             writer = RecordWriter(file)
             for event in LegacyEventFileLoader(str(path)).Load():  # stops before a record that was cut short
-                tags = {value.tag for value in event.summary.value}
-                final = any(tag.startswith("best/") for tag in tags)
-                by_epoch = tags & EPOCH_TAGS or any(tag.startswith(STAGES) for tag in tags)
+                tags = {NAMES.get(value.tag, value.tag) for value in event.summary.value}
+                final = any(tag.startswith(("best/", FINAL)) for tag in tags)
+                by_epoch = tags & BY_EPOCH or any(tag.startswith(STAGES) for tag in tags)
                 kept = event.step <= epochs if by_epoch else event.step < steps
                 if not tags or (kept and not final):
                     writer.write(event.SerializeToString())

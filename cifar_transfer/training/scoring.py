@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from cifar_transfer.console import counted
 from cifar_transfer.data.images import Batch
+from cifar_transfer.results.publish import STEPS
 
 EPOCH_SCORES: tuple[str, ...] = ("train/acc", "train/loss_epoch", "val/acc", "val/loss")
 EPOCH_KEY = "epoch_so_far"  # in checkpoints that are written before the epoch is over
@@ -70,6 +71,10 @@ class ScoredModule(LightningModule):
         group = self.trainer.optimizers[0].param_groups[0]
         return float(group["lr"]) / group.get("lr_scale", 1.0)
 
+    def rates(self) -> dict[str, float]:
+        """The learning rate, and what else a subclass logs with it by epoch."""
+        return {"lr": self.learning_rate}
+
     def epoch_scores(self) -> dict[str, float]:
         """Scores of the epoch that ends; all processes must call it together.
 
@@ -92,6 +97,7 @@ class ScoredModule(LightningModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by one of its connectors
         if self.trainer.is_last_batch or (every and (self.trainer.global_step + 1) % every == 0):
             self.log("train/loss", loss, prog_bar=True)
+            self.log("train/acc_step", (logits.argmax(1) == labels).float().mean())
             self.log("train/loss_epoch", self.train_loss, on_step=False, on_epoch=True, logger=False)
             self.log("train/acc", self.train_acc, on_step=False, on_epoch=True, logger=False, prog_bar=True)
 
@@ -121,16 +127,19 @@ class ScoredModule(LightningModule):
         return logits
 
     def on_validation_epoch_end(self) -> None:
-        """Keep the scores of a validation within the training."""
+        """Keep the scores of a validation within the training, and log them against the step."""
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             metrics = self.trainer.callback_metrics
             self._val_scores = {name: float(metrics[name]) for name in ("val/acc", "val/loss")}
+            by_step = {f"{name}_step": score for name, score in self._val_scores.items()}
+            for logger in self.loggers:
+                logger.log_metrics(by_step | {"epoch": self.current_epoch}, step=self.global_step - 1)
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's scores against the epoch, and show the plateau schedule the validation loss."""
-        scores = self.epoch_scores()
-        scores["lr"] = self.learning_rate
+        scores = self.epoch_scores() | self.rates()
         scores["trainable_parameters"] = float(sum(p.numel() for p in self.parameters() if p.requires_grad))
+        scores[STEPS] = float(self.global_step)
         for logger in self.loggers:
             logger.log_metrics(scores, step=counted(self.current_epoch))
             logger.save()

@@ -1,0 +1,39 @@
+"""`metrics.csv`: a row for each step and each epoch, also of a run that was stopped (see test_resume, test_killed)."""
+
+from cifar_transfer.training.metrics_file import MetricsFile, trim_metrics
+
+
+def test_a_step_has_one_row_and_a_new_figure_a_column(tmp_path):
+    file = MetricsFile(tmp_path)
+    file.add(None, 0, {"lr-Adam": 0.5})
+    file.add(1, 0, {"train/loss": 2.5})
+    file.add(1, 1, {"train/loss": 2.25})
+    file.flush()
+    file.add(1, 1, {"lr": 0.5, "trainable_parameters": 10.0})
+    file.flush()
+    assert file.path.read_text().splitlines() == [
+        "epoch,step,lr-Adam,train/loss,lr,trainable_parameters",
+        "1,0,0.5,2.5,,",
+        "1,1,,2.25,,",
+        "1,1,,,0.5,10.0",
+    ]
+
+
+def test_what_will_be_logged_again_is_removed_with_what_was_cut_short(tmp_path):
+    file = MetricsFile(tmp_path)
+    for epoch, step in ((1, 0), (1, 1), (2, 2), (2, 3)):
+        file.add(epoch, step, {"train/loss": 0.5})
+        if step % 2:
+            file.add(epoch, step, {"trainable_parameters": 10.0})
+    file.flush()
+    file.path.write_text(file.path.read_text() + "3,")
+    trim_metrics(tmp_path, 1, 4)  # the second epoch was stopped before its end, by max_steps
+    MetricsFile(tmp_path).flush()
+    again = MetricsFile(tmp_path)
+    again.add(2, 4, {"train/loss": 0.25})
+    again.flush()
+    rows = ["1,0,0.5,", "1,1,0.5,", "1,1,,10.0", "2,2,0.5,", "2,3,0.5,", "2,4,0.25,"]
+    assert file.path.read_text().splitlines() == ["epoch,step,train/loss,trainable_parameters", *rows]
+    trim_metrics(tmp_path, 0, 1)
+    assert file.path.read_text().splitlines()[1:] == rows[:1]
+    assert list(tmp_path.iterdir()) == [file.path]
