@@ -1,6 +1,6 @@
 """A run on the terminal: a table that grows by a line an epoch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
@@ -45,7 +45,7 @@ class Table:
             seconds: Time of the epoch, with its validation.
         """
         scores = module.epoch_scores()  # type: ignore[operator]
-        before, self._best = self._best, _best(trainer)
+        before, self._best = self._best, _best(trainer, scores)
         mark = " *" if self._best != before else "  "
         time = f"{seconds:.1f} s" if seconds < 100 else f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
         shown = [format(scores[name], form) if name in scores else "" for name, form in SCORES.items()]
@@ -73,8 +73,8 @@ def _aligned(trainer: Trainer, cells: Sequence[str]) -> list[str]:
     return [f"{cell:>{width}}" for cell, width in zip(cells, (first, *WIDTHS), strict=True)]
 
 
-def _best(trainer: Trainer) -> float | None:
-    """The score of the best checkpoint so far, which decides what is best."""
+def _best(trainer: Trainer, scores: Mapping[str, float] | None = None) -> float | None:
+    """The score of the best checkpoint so far, which Lightning's own callback writes after the epoch with `scores`."""
     kept = [each for each in trainer.checkpoint_callbacks if getattr(each, "monitor", None) == "val/acc"]
-    score = getattr(kept[0], "best_model_score", None) if kept else None
-    return None if score is None else float(score)
+    found = [getattr(kept[0], "best_model_score", None), (scores or {}).get("val/acc")] if kept else []
+    return max((float(score) for score in found if score is not None), default=None)
