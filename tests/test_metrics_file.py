@@ -1,5 +1,10 @@
 """`metrics.csv`: a row for each step and each epoch, also of a run that was stopped (see test_resume, test_killed)."""
 
+import pytest
+from conftest import quiet_trainer
+
+from cifar_transfer import ShapesDataModule, TransferClassifier
+from cifar_transfer.results.report import Report
 from cifar_transfer.training.metrics_file import MetricsFile, trim_metrics
 
 
@@ -37,3 +42,12 @@ def test_what_will_be_logged_again_is_removed_with_what_was_cut_short(tmp_path):
     trim_metrics(tmp_path, 0, 1)
     assert file.path.read_text().splitlines()[1:] == rows[:1]
     assert list(tmp_path.iterdir()) == [file.path]
+
+
+@pytest.mark.parametrize(("asked", "done"), [(10, 1), (4, 4)])
+def test_a_short_run_is_logged_more_often_unless_told_how_often(asked, done):
+    data = ShapesDataModule(train_images=64, test_images=10, batch_size=32)
+    model = TransferClassifier("lenet5", "none", class_names=data.class_names)
+    trainer = quiet_trainer(max_epochs=1, log_every_n_steps=asked, callbacks=[Report(figures=False)])
+    trainer.fit(model, data)
+    assert trainer.log_every_n_steps == done

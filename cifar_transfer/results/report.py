@@ -20,6 +20,7 @@ from cifar_transfer.results.predictions import CollectPredictions
 from cifar_transfer.results.terminal import Table
 from cifar_transfer.results.words import Language, language, language_of
 
+LOG_EVERY = 10  # steps, unless the options say otherwise
 POINTS = 50  # of a curve by step
 SLOW_GRAPH = 300  # modules, whose graph takes seconds to draw
 # TensorBoard's tab of custom scalars.
@@ -57,9 +58,11 @@ class Report(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, show what can be shown before a run begins, and begin the table."""
         self._read = time.monotonic()
-        # A short run is logged more often, for curves of 50 points. Without an end the number of steps is infinite.
-        every, steps = trainer.log_every_n_steps, trainer.estimated_stepping_batches  # type: ignore[attr-defined]
-        trainer.log_every_n_steps = every and max(1, int(min(every, steps / POINTS)))  # type: ignore[attr-defined]
+        # A short run is logged more often, for curves of 50 points, unless its options say how often. Without an end
+        # the number of steps is infinite.
+        if trainer.log_every_n_steps == LOG_EVERY:  # type: ignore[attr-defined]
+            steps = trainer.estimated_stepping_batches
+            trainer.log_every_n_steps = max(1, int(min(LOG_EVERY, steps / POINTS)))  # type: ignore[attr-defined]
         self._show_beginning(trainer, pl_module)
         self._table.begin(trainer)
 

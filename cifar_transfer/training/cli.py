@@ -21,7 +21,7 @@ from cifar_transfer import console, start
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.errors import UserError, account, caused_by_us, check
 from cifar_transfer.files import CONFIG, LOGS
-from cifar_transfer.results.report import Report
+from cifar_transfer.results.report import LOG_EVERY, Report
 from cifar_transfer.text import without_password
 from cifar_transfer.training import find_lr
 from cifar_transfer.training import run as runs
@@ -76,7 +76,7 @@ class FitCLI(LightningCLI):
             save_config_callback=None,  # `RunFolder` writes it, in one move, once the run is accepted
             subclass_mode_data=True,
             seed_everything_default=0,
-            trainer_defaults={"max_epochs": 40, "log_every_n_steps": 10, "enable_model_summary": False},
+            trainer_defaults={"max_epochs": 40, "log_every_n_steps": LOG_EVERY, "enable_model_summary": False},
             load_from_checkpoint_support=False,  # the classes record their own options
             auto_configure_optimizers=False,
             parser_class=Parser,
