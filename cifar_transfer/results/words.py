@@ -18,7 +18,7 @@ from matplotlib import font_manager, rc_context
 from matplotlib.ft2font import FT2Font
 
 from cifar_transfer.data.cifar import CLASSES
-from cifar_transfer.errors import UserError, check
+from cifar_transfer.errors import check
 from cifar_transfer.text import printable
 from cifar_transfer.untrusted import read_yaml
 
@@ -118,10 +118,10 @@ def class_name(name: str) -> str:
 
 
 def language_of(run: Path) -> str:
-    """The language in a run's configuration; English where there is none."""
+    """The language in a run's configuration; English where there is none. Errors are those of `read_yaml`."""
     try:
         return str(yaml.safe_load(read_yaml(run / "config.yaml"))["report"]["language"])
-    except (OSError, UserError, yaml.YAMLError, LookupError, TypeError):
+    except (OSError, yaml.YAMLError, LookupError, TypeError):
         return "en"
 
 
