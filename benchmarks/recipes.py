@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from cifar_transfer.results.report import RESULT
-from cifar_transfer.training.checkpoint import load_data, load_model, read_checkpoint
+from cifar_transfer.training.checkpoint import read_checkpoint
+from cifar_transfer.training.evaluation import load_data, load_model
 
 RECIPES = {
     "default": [],

@@ -1,5 +1,6 @@
 """All commands under one name, `cifar-transfer fit ...` or `python -m cifar_transfer fit ...`; alone, their list."""
 
+import os
 import sys
 
 from cifar_transfer import start
@@ -14,6 +15,8 @@ def main() -> None:
     with one_sentence():
         if name == "--version":
             print(start.version())
+        elif name == "--complete":  # bash: complete -o default -C "cifar-transfer --complete" cifar-transfer
+            print("\n".join(start.completions(os.environ.get("COMP_LINE", ""))))
         elif name in ("-h", "--help"):
             print(start.list_text())
         else:

@@ -16,10 +16,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer import console
 from cifar_transfer.data import splits
-from cifar_transfer.results.predictions import PROJECTED, CollectPredictions
+from cifar_transfer.results.collect import PROJECTED, CollectPredictions
 from cifar_transfer.results.publish import publish
-from cifar_transfer.training.checkpoint import load_data, read_checkpoint
-from cifar_transfer.training.evaluation import evaluate_checkpoint
+from cifar_transfer.training.checkpoint import read_checkpoint
+from cifar_transfer.training.evaluation import evaluate_checkpoint, load_data
 
 
 def evaluate(

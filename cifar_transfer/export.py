@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from cifar_transfer.errors import UserError, first_line
 from cifar_transfer.files import atomic_write
 from cifar_transfer.network import build, weights
-from cifar_transfer.training.checkpoint import load_model
-from cifar_transfer.training.classifier import TransferClassifier
+from cifar_transfer.training.checkpoint import load_network
+from cifar_transfer.training.image_network import ImageNetwork
 
 Format = Literal["state_dict", "safetensors", "onnx", "torch_export"]
 ENDINGS = {"state_dict": ".pth", "safetensors": ".safetensors", "onnx": ".onnx", "torch_export": ".pt2"}
@@ -62,13 +62,13 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
     missing = [package for package in ("onnx", "onnxscript") if find_spec(package) is None]
     if to == "onnx" and missing:
         raise UserError(f"ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
-    model = load_model(ckpt)
+    model = load_network(ckpt)
     path = Path(out) if out else Path(ckpt).with_suffix(ENDINGS[to])
     if path.suffix != ENDINGS[to] or path.resolve() == Path(ckpt).resolve():
         raise UserError(f"{path} cannot be the file of {to}: name another with --out, one that ends in {ENDINGS[to]}.")
     if model.changes and to not in GRAPHS:
         raise UserError(
-            f"The library's {model.hparams['backbone']} cannot take these weights, because this one was adapted "
+            f"The library's {model.options['backbone']} cannot take these weights, because this one was adapted "
             f"({'; '.join(model.changes)}): export it --to onnx or torch_export."
         )
     inside = preprocess and to in GRAPHS
@@ -91,7 +91,7 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): name another file with --out.") from None
     except Exception as error:  # of any kind, from tracing somebody's network
-        raise UserError(f"{model.hparams['backbone']} cannot be exported to {to} ({first_line(error)}).") from error
+        raise UserError(f"{model.options['backbone']} cannot be exported to {to} ({first_line(error)}).") from error
     finally:
         partial.unlink(missing_ok=True)
     print(f"file        {path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -103,9 +103,9 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
     return difference
 
 
-def _notes(model: TransferClassifier, taken: Tensor, inside: bool) -> dict[str, Any]:
+def _notes(model: ImageNetwork, taken: Tensor, inside: bool) -> dict[str, Any]:
     """What a program needs to know beside the network."""
-    options = model.hparams
+    options = model.options
     size = f"float32 [batch, 3, {taken.shape[2]}, {taken.shape[3]}], RGB in [0, 1]"
     return {
         "backbone": options["backbone"],
@@ -145,7 +145,7 @@ def _write(to: Format, network: nn.Module, example: Tensor, notes: dict[str, Any
         onnx.save(path, external_data=False)
 
 
-def _read(to: Format, model: TransferClassifier, path: Path) -> Callable[[Tensor], Tensor] | None:
+def _read(to: Format, model: ImageNetwork, path: Path) -> Callable[[Tensor], Tensor] | None:
     """The file as others will use it; None without onnxruntime."""
     if to == "torch_export":
         return torch.export.load(path).module()
@@ -156,7 +156,7 @@ def _read(to: Format, model: TransferClassifier, path: Path) -> Callable[[Tensor
 
         session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
         return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-    options = model.hparams
+    options = model.options
     plain, _ = build.with_head(options["backbone"], options["num_classes"], options["aux_weight"] > 0, False)
     plain.load_state_dict(weights.read_file(path)[0])
     return plain.eval()

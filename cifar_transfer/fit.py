@@ -34,7 +34,7 @@ from torch.distributed import DistError
 from cifar_transfer.console import counted, duration, say, styled
 from cifar_transfer.errors import UserError, disk_fault
 from cifar_transfer.files import LOGS
-from cifar_transfer.results.predictions import PROJECTED, CollectPredictions
+from cifar_transfer.results.collect import PROJECTED, CollectPredictions
 from cifar_transfer.results.report import draw_final, log_final, write_result
 from cifar_transfer.training.checkpoint import newest_checkpoint
 from cifar_transfer.training.cli import FitCLI

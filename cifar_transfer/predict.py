@@ -15,6 +15,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -22,12 +23,9 @@ from tqdm import tqdm
 
 from cifar_transfer.data.images import MAX_MEGAPIXELS
 from cifar_transfer.errors import UserError
-from cifar_transfer.inference.explain import explained
 from cifar_transfer.inference.predictor import Classifier
 from cifar_transfer.inference.sources import find
-from cifar_transfer.results import gallery, plots
-from cifar_transfer.results.predictions import ImagePrediction
-from cifar_transfer.results.words import language, language_of
+from cifar_transfer.results.predictions import SHOWN, ImagePrediction
 from cifar_transfer.text import printable
 from cifar_transfer.training.checkpoint import newest_checkpoint
 
@@ -111,21 +109,28 @@ def main(args: Sequence[str]) -> int:
         nonlocal predicted
         stream = classifier.stream(find(options.images, refuse), options.top_k, options.batch_size, refuse)
         if options.explain:
+            from cifar_transfer.inference.explain import explained
+
             stream = explained(stream, classifier.model, options.explain)
         # Lines that scroll by on a terminal are progress enough.
         hidden = not sys.stderr.isatty() or sys.stdout.isatty()
         total = None if hidden or "-" in options.images else sum(1 for _ in find(options.images, lambda error: None))
         for prediction in tqdm(stream, total=total, unit=" images", delay=2, disable=hidden):
             predicted += 1
-            if predicted <= gallery.SHOWN:
+            if predicted <= SHOWN:
                 first.append(prediction)
             yield prediction
 
-    drawn = options.figure or options.explain
-    with language(language_of(Path(options.ckpt).resolve().parents[1]) if drawn else "en", classifier.names):
+    with ExitStack() as drawing:
+        if options.figure or options.explain:  # what draws is imported for it alone, because it takes a second
+            from cifar_transfer.results.words import language, language_of
+
+            drawing.enter_context(language(language_of(Path(options.ckpt).resolve().parents[1]), classifier.names))
         for text in FORMATS[options.format](predictions(), classifier.names):
             print(text, end="", flush=True)
         if options.figure and first:
+            from cifar_transfer.results import gallery, plots
+
             plots.save(gallery.gallery(first, predicted), options.figure)
     return int(refused > 0)
 

@@ -128,6 +128,13 @@ def known_options(command: str) -> list[str]:
     return found
 
 
+def completions(line: str) -> list[str]:
+    """What the last word of a line of the shell may become, `cifar-transfer fit --model.l`."""
+    _, *words = line.split(" ")
+    every = COMMANDS if len(words) < 2 else known_options(words[0]) if words[0] in COMMANDS else []
+    return [word for word in every if word.startswith(words[-1])]
+
+
 def unknown(name: str, known: Iterable[str]) -> UserError:
     """The error of an option that there is not, with those that may be meant."""
     meant = " or ".join(near(name, known))

@@ -18,8 +18,7 @@ from PIL import Image
 
 from cifar_transfer import Classifier, ImageFolderDataModule, ShapesDataModule, TransferClassifier
 from cifar_transfer.data import duplicates
-from cifar_transfer.data.folder import images_below
-from cifar_transfer.data.images import MAX_MEGAPIXELS, read_image
+from cifar_transfer.data.images import MAX_MEGAPIXELS, images_below, read_image
 from cifar_transfer.errors import UserError
 from cifar_transfer.fit import fit
 from cifar_transfer.predict import main

@@ -9,7 +9,7 @@ from matplotlib.text import Text
 from torch import nn
 
 from cifar_transfer import TransferClassifier
-from cifar_transfer.data.module import to_float
+from cifar_transfer.data.geometry import to_float
 from cifar_transfer.errors import UserError
 from cifar_transfer.inference.explain import heat_map
 from cifar_transfer.results.gallery import gallery, heated

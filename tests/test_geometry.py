@@ -16,8 +16,9 @@ from cifar_transfer.data.images import read_image, read_size
 from cifar_transfer.errors import UserError
 from cifar_transfer.evaluate import evaluate
 from cifar_transfer.export import export
-from cifar_transfer.results.predictions import CollectPredictions
-from cifar_transfer.training.checkpoint import load_data, load_model, read_checkpoint
+from cifar_transfer.results.collect import CollectPredictions
+from cifar_transfer.training.checkpoint import read_checkpoint
+from cifar_transfer.training.evaluation import load_data, load_model
 
 TINY = "shufflenet_v2_x0_5"
 

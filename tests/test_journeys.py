@@ -16,7 +16,7 @@ from test_scores import predicted
 from cifar_transfer import Classifier
 from cifar_transfer.evaluate import evaluate
 from cifar_transfer.export import export
-from cifar_transfer.training.checkpoint import load_model
+from cifar_transfer.training.evaluation import load_model
 
 SEEDS = [pytest.param(seed, marks=() if seed < 1 else pytest.mark.whole) for seed in range(200)]
 MOMENTS = ("start-up", "mid-step", "half of last.ckpt", "moving last.ckpt", "validation", "final test")

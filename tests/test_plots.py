@@ -15,7 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 from cifar_transfer import ShapesDataModule
 from cifar_transfer.data import splits
 from cifar_transfer.results import gallery, plots, publish
-from cifar_transfer.results.predictions import CollectPredictions, ImagePrediction, Predictions
+from cifar_transfer.results.collect import CollectPredictions
+from cifar_transfer.results.predictions import ImagePrediction, Predictions
 from cifar_transfer.results.words import BASE, lettering
 
 NAMES = {

@@ -17,8 +17,8 @@ from conftest import quiet_trainer, write_images
 from PIL import Image
 
 from cifar_transfer import Classifier, TransferClassifier
+from cifar_transfer.data.geometry import to_float
 from cifar_transfer.data.images import read_image
-from cifar_transfer.data.module import to_float
 from cifar_transfer.errors import UserError, one_sentence
 from cifar_transfer.inference.sources import find
 from cifar_transfer.predict import main
@@ -118,6 +118,8 @@ def test_json_agrees_with_the_network_for_images_of_every_mode(here, classifier,
     batch = torch.stack([torch.from_numpy(read_image(path, (32, 32))) for path in paths])
     with torch.no_grad():
         expected = classifier.model(to_float(batch)).softmax(1)
+        model = TransferClassifier.load_from_checkpoint("lightning_logs/version_0/checkpoints/best.ckpt").eval()
+        assert torch.equal(model(to_float(batch)).softmax(1), expected), "to the bit"
     assert expected.argmax(1).unique().numel() > 1, "a test that can tell images apart"
     for prediction, row in zip(predictions, expected, strict=True):
         assert [p for _, p in prediction["classes"]] == pytest.approx(
@@ -241,14 +243,18 @@ def test_a_list_comes_in_and_a_reader_may_leave(here, tmp_path):
     """The command itself, between a file and a pipe."""
     command = [sys.executable, "-m", "cifar_transfer.predict", "-", "--format=csv", "--batch_size=2"]
     (tmp_path / "list").write_text("photos/a/000.png\n" * 100_000)
-    with (tmp_path / "list").open() as listed:
-        process = subprocess.Popen(command, stdin=listed, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    timed = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
+    with (tmp_path / "list").open() as listed, (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(command, stdin=listed, stdout=subprocess.PIPE, stderr=errors, env=timed)
     with process:
         assert process.stdout.readline() == b"image,rank,class,probability\n"
         process.stdout.close()
-        errors = process.stderr.read().decode()
+    errors = (tmp_path / "errors").read_text()
     assert "Traceback" not in errors
     assert "version_0" in errors
+    imported = {line.rpartition("|")[2].strip() for line in errors.splitlines() if line.startswith("import time:")}
+    assert "torchvision" in imported
+    assert not imported & {"lightning", "torchmetrics", "matplotlib", "tensorboard"}, "which take seconds"
 
 
 def test_figure_and_heat_maps_are_written(here, tmp_path, capsys):

@@ -12,7 +12,8 @@ from conftest import RUN, assert_same_weights, curves
 from cifar_transfer import Classifier, TransferClassifier
 from cifar_transfer.evaluate import evaluate
 from cifar_transfer.fit import fit
-from cifar_transfer.training.checkpoint import load_data, read_checkpoint
+from cifar_transfer.training.checkpoint import read_checkpoint
+from cifar_transfer.training.evaluation import load_data
 
 IMAGES = 184  # of training: six batches, the last one smaller
 JOB = [

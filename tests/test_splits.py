@@ -14,7 +14,8 @@ from cifar_transfer.data.cifar import CLASSES
 from cifar_transfer.errors import UserError
 from cifar_transfer.evaluate import evaluate
 from cifar_transfer.fit import fit
-from cifar_transfer.training.checkpoint import load_data, read_checkpoint
+from cifar_transfer.training.checkpoint import read_checkpoint
+from cifar_transfer.training.evaluation import load_data
 
 JOB = ["--model.backbone=lenet5", "--model.weights=none", "--freeze.unfreeze_epoch=0", "--trainer.accelerator=cpu"]
 JOB += ["--report.figures=false", "--data=ImageFolderDataModule", "--data.root=photos", "--data.val_fraction=0.4"]

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,9 @@ def test_answers_within_a_second_import_nothing_heavy(command, status, says):
 def test_ctrl_c_while_pytorch_is_imported_is_quiet(tmp_path):
     command = [sys.executable, "-m", "cifar_transfer.fit", "--model.weights=none"]
     environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": ""}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    streams = {"stderr": subprocess.PIPE, "text": True}
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also if this process was told to ignore it
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=heard, **streams)
     assert process.stderr.readline() == f"cifar_transfer {__version__}: loading PyTorch ...\n"
     process.send_signal(signal.SIGINT)
     assert process.stderr.read() == ""
@@ -79,6 +82,13 @@ MEANT = {
 @pytest.mark.parametrize("name", MEANT)
 def test_a_near_name_means_the_right_option(name):
     assert start.near(name, start.known_options("fit"))[0] == MEANT[name]
+
+
+def test_a_shell_completes_commands_and_options():
+    assert start.completions("cifar-transfer f") == ["fit", "figures"]
+    assert start.completions("cifar-transfer fit --model.lr_") == ["--model.lr_factor", "--model.lr_patience"]
+    assert start.completions("cifar-transfer predict pho") == []
+    assert start.completions("cifar-transfer x y") == []
 
 
 def test_a_name_like_none_gets_no_hint():

@@ -20,7 +20,8 @@ from cifar_transfer.inference.predictor import Classifier
 from cifar_transfer.network import weights as weights_module
 from cifar_transfer.predict import main as predict
 from cifar_transfer.serve import main as serve
-from cifar_transfer.training.checkpoint import load_data, load_model, read_checkpoint
+from cifar_transfer.training.checkpoint import read_checkpoint
+from cifar_transfer.training.evaluation import load_data, load_model
 
 
 def disguises(run, program):

@@ -1,7 +1,7 @@
 """Folders of images, one folder a class: CIFAR-10 as fast.ai mirrors it, or anybody's own."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,7 +12,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from cifar_transfer.data import duplicates
 from cifar_transfer.data.cache import cached
 from cifar_transfer.data.geometry import Size, choose_size, pixels
-from cifar_transfer.data.images import LARGEST_SIDE, MAX_MEGAPIXELS, FileImages, Images, read_size
+from cifar_transfer.data.images import LARGEST_SIDE, MAX_MEGAPIXELS, FileImages, Images, images_below, read_size
 from cifar_transfer.data.module import ImageDataModule, Split
 from cifar_transfer.errors import UserError, check
 from cifar_transfer.text import printable
@@ -161,30 +161,3 @@ def folder_images(images: FileImages, folder: Path, split: str, limit_gb: float)
         found = cached(folder, split, [content, images.size], lambda: images)
     found.names = [path.removeprefix(f"{folder / split}{os.sep}").replace(os.sep, "/") for path in images.paths]
     return found
-
-
-def images_below(
-    folder: str, refuse: Callable[[UserError], None], above: frozenset[str] = frozenset()
-) -> Iterator[str]:
-    """Files named as images, anywhere below a folder and sorted; none that are hidden, as `._cat.jpg`, and no pipes.
-
-    Args:
-        folder: Where to look.
-        refuse: Called with the reason where a folder cannot be read.
-        above: The real folders on the way here; links back to them are not followed.
-    """
-    if (real := os.path.realpath(folder)) in above:
-        return
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        refuse(UserError(f"{folder} cannot be read ({error.strerror})."))
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        link = entry.is_symlink()
-        if os.path.isdir(entry.path) if link else entry.is_dir():  # which fails for a link to itself
-            yield from images_below(entry.path, refuse, above | {real})
-        elif entry.name.lower().endswith(IMG_EXTENSIONS) and (link or entry.is_file()):  # to read a broken link fails
-            yield entry.path

@@ -129,6 +129,11 @@ def resize(images: Tensor, side: int | None, stretch: bool = False) -> Tensor:
     return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
 
 
+def to_float(images: Tensor) -> Tensor:
+    """Uint8 images of any shape to float32 in [0, 1]."""
+    return images.float().div_(255)
+
+
 def pixels(size: Size) -> str:
     """A size for people, width first."""
     height, width = size

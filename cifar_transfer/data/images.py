@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from cifar_transfer.data.geometry import Size, cover
 from cifar_transfer.errors import UserError
@@ -162,3 +163,30 @@ class FileImages(Images):
 def cores() -> int:
     """How many cores this process may use, often fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def images_below(
+    folder: str, refuse: Callable[[UserError], None], above: frozenset[str] = frozenset()
+) -> Iterator[str]:
+    """Files named as images, anywhere below a folder and sorted; none that are hidden, as `._cat.jpg`, and no pipes.
+
+    Args:
+        folder: Where to look.
+        refuse: Called with the reason where a folder cannot be read.
+        above: The real folders on the way here; links back to them are not followed.
+    """
+    if (real := os.path.realpath(folder)) in above:
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        refuse(UserError(f"{folder} cannot be read ({error.strerror})."))
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        link = entry.is_symlink()
+        if os.path.isdir(entry.path) if link else entry.is_dir():  # which fails for a link to itself
+            yield from images_below(entry.path, refuse, above | {real})
+        elif entry.name.lower().endswith(IMG_EXTENSIONS) and (link or entry.is_file()):  # to read a broken link fails
+            yield entry.path

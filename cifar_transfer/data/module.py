@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from cifar_transfer.data import splits
 from cifar_transfer.data.augment import Augment
 from cifar_transfer.data.classes import Balance, loss_weights
-from cifar_transfer.data.geometry import Size
+from cifar_transfer.data.geometry import Size, to_float
 from cifar_transfer.data.images import Batch, Images
 from cifar_transfer.data.loading import check_processes, evaluation_loader, training_loader, workers_within
 from cifar_transfer.data.splits import SPLITS, Names, Split
@@ -287,11 +287,6 @@ class ImageDataModule(LightningDataModule):
         if images.is_cuda:
             torch.cuda.manual_seed(seed)
         return self.augment(images), labels
-
-
-def to_float(images: Tensor) -> Tensor:
-    """Uint8 images of any shape to float32 in [0, 1]."""
-    return images.float().div_(255)
 
 
 def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:

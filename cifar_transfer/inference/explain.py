@@ -16,17 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import Encoder
 
-from cifar_transfer.data.geometry import Size
-from cifar_transfer.data.module import to_float
+from cifar_transfer.data.geometry import Size, to_float
 from cifar_transfer.errors import UserError
 from cifar_transfer.results import gallery, plots
 from cifar_transfer.results.predictions import ImagePrediction
-from cifar_transfer.training.classifier import TransferClassifier
+from cifar_transfer.training.image_network import ImageNetwork
 
 SIDES = (4, 2)  # positions along a side that are wanted, or else at least
 
 
-def heat_map(model: TransferClassifier, pixels: np.ndarray) -> np.ndarray:
+def heat_map(model: ImageNetwork, pixels: np.ndarray) -> np.ndarray:
     """How much each place of an image speaks for its likeliest class.
 
     Args:
@@ -62,7 +61,7 @@ def heat_map(model: TransferClassifier, pixels: np.ndarray) -> np.ndarray:
             heat = (weights.mean((1, 2), keepdim=True) * values).sum(0).relu()
             heat = F.interpolate(heat[None, None], size=pixels.shape[1:], mode="bilinear")[0, 0]
             return (heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)).cpu().numpy()
-    name = model.hparams["backbone"]
+    name = model.options["backbone"]
     raise UserError(f"There is no heat map of {name} at this size: no layer of it has 2 x 2 places or more.")
 
 
@@ -93,9 +92,7 @@ def _places(values: Tensor, size: Size) -> Tensor | None:
     return None
 
 
-def explained(
-    predictions: Iterable[ImagePrediction], model: TransferClassifier, folder: Path
-) -> Iterator[ImagePrediction]:
+def explained(predictions: Iterable[ImagePrediction], model: ImageNetwork, folder: Path) -> Iterator[ImagePrediction]:
     """Pass predictions on, after the heat map of each has been drawn as `folder/NUMBER-NAME.png`."""
     for number, prediction in enumerate(predictions, 1):
         figure = gallery.heated(prediction, heat_map(model, prediction.pixels))

@@ -11,13 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cifar_transfer.data.geometry import Size
+from cifar_transfer.data.geometry import Size, to_float
 from cifar_transfer.data.images import MAX_MEGAPIXELS, cores, read_image, to_pixels
-from cifar_transfer.data.module import to_float
 from cifar_transfer.errors import UserError, check
 from cifar_transfer.results.predictions import ImagePrediction
-from cifar_transfer.training.checkpoint import load_model
-from cifar_transfer.training.classifier import TransferClassifier
+from cifar_transfer.training.checkpoint import load_network
+from cifar_transfer.training.image_network import ImageNetwork
 
 Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor
 Prediction = tuple[str, float]
@@ -28,7 +27,7 @@ class Classifier:
     """A trained network with its classes' names.
 
     Args:
-        model: As `load_model` gives it; put into eval mode, on the device.
+        model: As `load_network` gives it; put into eval mode, on the device.
         accelerator: "auto" for a GPU where there is one, "gpu" (or its kind, "cuda", "mps"), or "cpu".
         max_megapixels: A file of more million pixels is refused, before it is decoded.
 
@@ -45,19 +44,17 @@ class Classifier:
         classifier.predict("photo.jpg")  # [("cat", 0.93), ("dog", 0.05), ...]
     """
 
-    def __init__(
-        self, model: TransferClassifier, accelerator: str = "auto", max_megapixels: float = MAX_MEGAPIXELS
-    ) -> None:
+    def __init__(self, model: ImageNetwork, accelerator: str = "auto", max_megapixels: float = MAX_MEGAPIXELS) -> None:
         check("max_megapixels", max_megapixels, lambda x: x > 0, "a positive number")
         self.max_megapixels = max_megapixels
         self.model = model.eval().to(_device(accelerator))
-        self.names: list[str] = model.hparams["class_names"] or [str(i) for i in range(model.hparams["num_classes"])]
+        self.names: list[str] = model.options["class_names"] or [str(i) for i in range(model.options["num_classes"])]
         self.size = model.geometry.size
 
     @classmethod
     def load(cls, ckpt: str | Path, accelerator: str = "auto", max_megapixels: float = MAX_MEGAPIXELS) -> "Classifier":
         """That of a checkpoint of `fit`; a `UserError` says that it is missing, damaged or none."""
-        return cls(load_model(ckpt), accelerator, max_megapixels)
+        return cls(load_network(ckpt), accelerator, max_megapixels)
 
     @overload
     def predict(self, images: Picture, top_k: int = 5) -> list[Prediction]: ...

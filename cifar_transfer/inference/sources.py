@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from cifar_transfer.data.folder import images_below
+from cifar_transfer.data.images import images_below
 from cifar_transfer.errors import UserError
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
@@ -46,6 +45,12 @@ class Pretrained(NamedTuple):
     state: State  # tensors by the network's own names
     saved: dict[str, Any]  # the options of the run that wrote it, if it is a checkpoint of this project, else empty
     published: catalog.Weights | None  # the library's entry, if they were named
+
+
+def _say(line: str) -> None:
+    from lightning.pytorch.utilities import rank_zero_info  # which prediction, that fetches nothing, need not wait for
+
+    rank_zero_info(line)
 
 
 def read(name: str, weights: str) -> Pretrained:
@@ -106,7 +111,7 @@ def _put_aside(file: Path, name: Path, wanted: str, found: str) -> None:
     """Make room for a download, and keep what is there: it may be damaged, or somebody's other weights."""
     aside = file.with_name(f"{file.name}.other-{found[:8]}")
     os.replace(file, aside)
-    rank_zero_info(
+    _say(
         f"{name} is not the published file (SHA-256 {found[: len(wanted)]}, expected {wanted}): it is kept as "
         f"{aside.name}, and the published one is downloaded."
     )
@@ -127,7 +132,7 @@ def _from_hub(entry: catalog.Weights) -> Path:
                 return path
             _put_aside(blob, path, blob.name, found)
             path.unlink(missing_ok=True)  # the Hub's link to it
-    rank_zero_info(f"Fetching the weights {repository} from {constants.ENDPOINT} ...")
+    _say(f"Fetching the weights {repository} from {constants.ENDPOINT} ...")
     try:
         try:
             return _into_hubs_cache(repository, names[0])
@@ -236,7 +241,7 @@ def load(network: nn.Module, state: State, heads: Sequence[str], source: str, un
             weight = f"{head}.weight"
             outputs = f"it has {len(state[weight])} outputs, the data" if weight in given else "the data have"
             why = unwanted or f"{outputs} {len(expected[weight])} classes."
-            rank_zero_info(f"The pretrained head is dropped: {why}")
+            _say(f"The pretrained head is dropped: {why}")
             state = {key: value for key, value in state.items() if key not in given}
     other = {key for key in state.keys() & expected.keys() if state[key].shape != expected[key].shape}
     usable = OrderedDict((key, value) for key, value in state.items() if key not in other)

@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cifar_transfer.results.plots import SKY, image, note
-from cifar_transfer.results.predictions import ImagePrediction
+from cifar_transfer.results.predictions import SHOWN, ImagePrediction
 from cifar_transfer.results.words import class_name, lettering, word
 from cifar_transfer.text import printable
 
-SHOWN, BARS = 24, 10  # images in a gallery, classes of each
+BARS = 10  # classes of an image in a gallery
 TRACK, WORDS = "#EEEEEE", "#666666"
 LINE, GAP = 0.15, 0.4  # height of a line of text in inches, lines between two bars
 

@@ -17,7 +17,8 @@ from cifar_transfer.data import splits
 from cifar_transfer.data.geometry import pixels, resize
 from cifar_transfer.data.module import ImageDataModule, step_seed
 from cifar_transfer.results import plots
-from cifar_transfer.results.predictions import CollectPredictions, Predictions
+from cifar_transfer.results.collect import CollectPredictions
+from cifar_transfer.results.predictions import Predictions
 from cifar_transfer.results.words import class_name, language, language_of, word
 from cifar_transfer.text import printable
 

@@ -16,7 +16,7 @@ from cifar_transfer.console import say
 from cifar_transfer.errors import first_line
 from cifar_transfer.files import RESULT, atomic_write
 from cifar_transfer.results import publish
-from cifar_transfer.results.predictions import CollectPredictions
+from cifar_transfer.results.collect import CollectPredictions
 from cifar_transfer.results.terminal import Table
 from cifar_transfer.results.words import Language, language, language_of
 

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cifar_transfer.errors import UserError
+from cifar_transfer.training.checkpoint import RAW, STEPS
 from cifar_transfer.training.sizing import SizedModule
-
-RAW, STEPS = "current_model_state", "averaged_steps"  # in checkpoints; the first is Lightning's name for it
 
 
 class AveragedModule(SizedModule):

@@ -1,36 +1,28 @@
-"""Trained checkpoints: read once, checked, and turned into a network and its data."""
+"""Trained checkpoints: read once, checked, and turned into a network, without Lightning."""
 
 import math
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from lightning import LightningDataModule
-from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from cifar_transfer import __version__
-from cifar_transfer.data.augment import Augment
-from cifar_transfer.data.cifar import CIFAR10DataModule
-from cifar_transfer.data.folder import ImageFolderDataModule
 from cifar_transfer.data.geometry import GEOMETRY_KEY, Geometry
 from cifar_transfer.data.images import LARGEST_SIDE
-from cifar_transfer.data.module import PERMUTATION, ImageDataModule
-from cifar_transfer.data.shapes import ShapesDataModule
 from cifar_transfer.errors import UserError, first_line
-from cifar_transfer.files import LOGS, atomic_write
-from cifar_transfer.training.average import RAW, STEPS
-from cifar_transfer.training.classifier import VERSION_KEY, TransferClassifier
+from cifar_transfer.files import LOGS
+from cifar_transfer.start import known_options
+from cifar_transfer.training.image_network import ImageNetwork
 from cifar_transfer.untrusted import check_archive
 
 SHOWN = 80  # letters of a value in a message
-DATA_MODULES: dict[str, type[ImageDataModule]] = {
-    module.__name__: module for module in (CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule)
-}
+VERSION_KEY = "cifar_transfer_version"  # in checkpoints
+RAW, STEPS = "current_model_state", "averaged_steps"  # of a moving average; the first is Lightning's name for it
+Network = TypeVar("Network", bound=ImageNetwork)
 
 
 def newest_checkpoint(logs: str | Path = LOGS) -> Path:
@@ -65,7 +57,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     options = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
     if not isinstance(options, dict) or "backbone" not in options or "state_dict" not in checkpoint:
         raise UserError(f"{path} is not a checkpoint of this project. If it holds weights, use it as weights=FILE.")
-    if unknown := sorted(map(str, options.keys() - signature(TransferClassifier).parameters.keys())):
+    known = {"class_names", *(name.removeprefix("--model.") for name in known_options("fit"))}
+    if unknown := sorted(map(str, options.keys() - known)):
         raise UserError(
             f"{path} is of version {checkpoint.get(VERSION_KEY, '0.1.0')} of this project and has options that are "
             f"unknown here, in {__version__}: {', '.join(unknown)}. Read it with that version."
@@ -114,81 +107,33 @@ def _fields(checkpoint: dict[str, Any]) -> dict[str, tuple[Any, bool]]:
     }
 
 
-def load_model(path: str | Path) -> TransferClassifier:
-    """The trained network of a checkpoint, in eval mode, on the CPU.
+def load(path: str | Path, make: Callable[[dict[str, Any]], Network]) -> Network:
+    """The trained network of a checkpoint, in eval mode, on the CPU; no pretrained weights are fetched for it.
+
+    Args:
+        make: Makes it, untrained, from the options of `TransferClassifier` that the checkpoint has.
 
     Raises:
-        UserError: As `read_checkpoint`; or its weights are not those of the network that it names.
+        UserError: As `read_checkpoint`; or the weights are not those of the network that it names.
     """
-    read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     try:
-        return TransferClassifier.load_from_checkpoint(path, map_location="cpu").eval()
+        network = make(checkpoint["hyper_parameters"] | {"weights": "none"})
+        network.take_size(checkpoint)
+        network.load_state_dict(checkpoint["state_dict"])
+        return network.eval()
     except UserError:
         raise
     except Exception as error:  # of any kind: the file may come from anywhere
         raise UserError(f"{path} does not hold the network that it says it does ({first_line(error)}).") from None
 
 
-def load_data(checkpoint: dict, **overrides: str | int | None) -> ImageDataModule:
-    """The data module a checkpoint was trained with, whose images have the size that they had then.
+def load_network(path: str | Path) -> ImageNetwork:
+    """As `load`, what prediction needs of it."""
 
-    Args:
-        checkpoint: As loaded; only the modules of this package are made from it.
-        overrides: Options to change, say `root` on another machine.
+    def make(options: dict[str, Any]) -> ImageNetwork:
+        network = ImageNetwork()
+        network.build_network(options)
+        return network
 
-    Raises:
-        UserError: The checkpoint has no data module of this package's.
-    """
-    options = dict(checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
-    name = options.pop("data", None)
-    if name not in DATA_MODULES:
-        raise UserError(
-            "The checkpoint does not say which data it was trained on: it has no data module of this package's."
-        )
-    try:
-        options["augment"] = Augment(**options["augment"])
-        choice = options.pop("held_out_by", PERMUTATION)
-        data = DATA_MODULES[name](**options | overrides)
-        if checkpoint.get("input_size"):
-            data.fixed_size = Geometry.of(checkpoint).size
-    except (KeyError, TypeError) as error:
-        raise UserError(f"The checkpoint's options for its data are not those of this version ({error}).") from None
-    data.hparams["held_out_by"] = choice
-    return data
-
-
-def keep_size(data: ImageDataModule, model: TransferClassifier, checkpoint: dict) -> None:
-    """Have a run that continues decode its images as before, unless its options ask for another size."""
-    before = checkpoint["hyper_parameters"] | checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    now = {**model.hparams, **data.hparams}
-    same = all(before.get(name) == now.get(name) for name in ("image_size", "train_sizes", "decode_size"))
-    if same and checkpoint.get("input_size"):
-        data.fixed_size = Geometry.of(checkpoint).size
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that are never half written: the one before is kept until the new one is on the disk.
-
-    Lightning's come from the system's folder for temporary files, which may be another disk: that is no single move.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint, or raise a `UserError` and keep the one before."""
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:
-            # torch says "write failed" or "unexpected pos" when its zip file cannot grow.
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError):
-                raise
-            kept = "the one before is kept" if path.is_file() else "there is none before"
-            raise UserError(f"The checkpoint {path} cannot be written ({cause.strerror}); {kept}.") from error
-
-    def load_checkpoint(
-        self, path: Any, map_location: Callable | None = lambda storage, _: storage, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read a checkpoint as everywhere, onto the CPU: no code that it may hold is run."""
-        return read_checkpoint(path)
+    return load(path, make)

@@ -3,7 +3,6 @@
 import math
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from lightning import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -17,14 +16,12 @@ from cifar_transfer.data.geometry import pixels
 from cifar_transfer.data.images import LARGEST_SIDE, Batch
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.errors import UserError, check
-from cifar_transfer.network import build
 from cifar_transfer.network.stages import stages
 from cifar_transfer.results.publish import STAGES
 from cifar_transfer.training import optimizer, resume
 from cifar_transfer.training.average import AveragedModule
+from cifar_transfer.training.checkpoint import VERSION_KEY
 from cifar_transfer.training.optimizer import LARGEST_RATE
-
-VERSION_KEY = "cifar_transfer_version"  # in checkpoints
 
 
 class TransferClassifier(AveragedModule):
@@ -120,26 +117,13 @@ class TransferClassifier(AveragedModule):
         self.save_hyperparameters()
         self.hparams["num_classes"] = num_classes
         self._check()
-        form: dict[str, Any] = {"image_size": image_size, "small": small_images, "patch": patch_size}
-        built = build.build(backbone, weights, num_classes, class_names, **form, auxiliary=aux_weight > 0)
-        self.network = built.network.to(memory_format=torch.channels_last)  # faster on CPUs and on GPUs' tensor cores
-        self.heads, self.changes = built.heads, built.changes
+        self.build_network(self.hparams)
         self.stages = stages(self.network, self.heads)
-        if normalize == "weights":
-            if built.normalize is None:
-                raise UserError(f"{backbone} has no published weights, so normalize=weights says nothing: name others.")
-            self.hparams["normalize"] = built.normalize
-        self.hparams["image_size"] = built.image_size  # what "native" and "weights" came to, whatever is loaded later
-        self.begin_geometry(built.normalize or "imagenet")
 
     def _check(self) -> None:
         most = f"1 to {LARGEST_SIDE} pixels"
         for name, fits, wanted in (
-            ("num_classes", lambda n: n >= 2, "two or more"),
-            ("image_size", lambda n: n in (None, "native") or 1 <= n <= LARGEST_SIDE, f"{most}, or native"),
             ("train_sizes", lambda ns: ns is None or (ns and 1 <= min(ns) <= max(ns) <= LARGEST_SIDE), most),
-            ("patch_size", lambda n: n is None or 1 <= n <= LARGEST_SIDE, most),
-            ("aux_weight", lambda x: 0 <= x <= LARGEST_RATE, f"0 to {LARGEST_RATE}"),
             ("label_smoothing", lambda x: 0 <= x < 1, "a share in [0, 1)"),
             ("lr", lambda x: 0 < x <= LARGEST_RATE, f"a positive rate up to {LARGEST_RATE}"),
             ("head_lr", lambda x: x is None or 0 < x <= LARGEST_RATE, f"a positive rate up to {LARGEST_RATE}"),
@@ -153,18 +137,6 @@ class TransferClassifier(AveragedModule):
             ("ema", lambda x: x is None or 0 <= x < 1, "a decay in [0, 1), or null"),
         ):
             check(name, self.hparams[name], fits, wanted)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits, float [B, num_classes], of images, float [B, 3, H, W] in [0, 1], RGB."""
-        return self.all_logits(images, self.geometry.input_side)[0]
-
-    def all_logits(self, images: Tensor, side: int | None) -> tuple[Tensor, ...]:
-        """The main logits, and while auxiliary heads train, theirs."""
-        # bf16-true and 16-true convert the network, and lose too much in the images and the loss.
-        images = self.prepare(images, side).to(self.dtype)
-        logits = self.network(images.contiguous(memory_format=torch.channels_last))
-        logits = logits if isinstance(logits, tuple) else (logits,)
-        return tuple(each.to(torch.promote_types(each.dtype, torch.float32)) for each in logits)
 
     def setup(self, stage: str) -> None:
         """Check that data and network fit, before anything is trained, and say how the network was adapted."""

@@ -25,13 +25,13 @@ from cifar_transfer.results.report import LOG_EVERY, Report
 from cifar_transfer.text import without_password
 from cifar_transfer.training import find_lr
 from cifar_transfer.training import run as runs
-from cifar_transfer.training.checkpoint import AtomicCheckpointIO, keep_size, read_checkpoint
+from cifar_transfer.training.checkpoint import read_checkpoint
 from cifar_transfer.training.classifier import TransferClassifier
 from cifar_transfer.training.finite_loss import Guard
 from cifar_transfer.training.freeze import BackboneFreeze
 from cifar_transfer.training.interrupt import Interrupt
 from cifar_transfer.training.logger import RunLogger
-from cifar_transfer.training.resume import compare_checkpoint
+from cifar_transfer.training.resume import compare_checkpoint, keep_size
 from cifar_transfer.untrusted import read_yaml
 
 UNKNOWN = "unrecognized arguments: --"
@@ -203,7 +203,7 @@ class FitCLI(LightningCLI):
             kwargs["logger"] = RunLogger(resumed.parent, resumed.name) if resumed else RunLogger(root / LOGS)
         plugins = _listed(options.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+            kwargs["plugins"] = [*plugins, runs.AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self, options: Any) -> list[Callback]:

@@ -1,13 +1,57 @@
-"""The scores of a checkpoint: those of exactly the weights in its file."""
+"""A checkpoint's network, its data, and its scores: those of exactly the weights in its file."""
 
 from pathlib import Path
 
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
-from cifar_transfer.data.module import Split
-from cifar_transfer.results.predictions import CollectPredictions
-from cifar_transfer.training.checkpoint import load_model
+from cifar_transfer.data.augment import Augment
+from cifar_transfer.data.cifar import CIFAR10DataModule
+from cifar_transfer.data.folder import ImageFolderDataModule
+from cifar_transfer.data.geometry import Geometry
+from cifar_transfer.data.module import PERMUTATION, ImageDataModule, Split
+from cifar_transfer.data.shapes import ShapesDataModule
+from cifar_transfer.errors import UserError
+from cifar_transfer.results.collect import CollectPredictions
+from cifar_transfer.training.checkpoint import load
+from cifar_transfer.training.classifier import TransferClassifier
+
+DATA_MODULES: dict[str, type[ImageDataModule]] = {
+    module.__name__: module for module in (CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule)
+}
+
+
+def load_model(path: str | Path) -> TransferClassifier:
+    """As `checkpoint.load`, for Lightning's Trainer."""
+    return load(path, lambda options: TransferClassifier(**options))
+
+
+def load_data(checkpoint: dict, **overrides: str | int | None) -> ImageDataModule:
+    """The data module a checkpoint was trained with, whose images have the size that they had then.
+
+    Args:
+        checkpoint: As loaded; only the modules of this package are made from it.
+        overrides: Options to change, say `root` on another machine.
+
+    Raises:
+        UserError: The checkpoint has no data module of this package's.
+    """
+    options = dict(checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+    name = options.pop("data", None)
+    if name not in DATA_MODULES:
+        raise UserError(
+            "The checkpoint does not say which data it was trained on: it has no data module of this package's."
+        )
+    try:
+        options["augment"] = Augment(**options["augment"])
+        choice = options.pop("held_out_by", PERMUTATION)
+        data = DATA_MODULES[name](**options | overrides)
+        if checkpoint.get("input_size"):
+            data.fixed_size = Geometry.of(checkpoint).size
+    except (KeyError, TypeError) as error:
+        raise UserError(f"The checkpoint's options for its data are not those of this version ({error}).") from None
+    data.hparams["held_out_by"] = choice
+    return data
 
 
 def evaluate_checkpoint(

@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lightning import Trainer
+from lightning import LightningDataModule, Trainer
 
+from cifar_transfer.data.geometry import Geometry
+from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.errors import UserError
+from cifar_transfer.training.image_network import ImageNetwork
 
 _UNDONE = "would be undone by the checkpoint"
 _SPLIT = "would make validation images of images that were trained on"
@@ -99,3 +102,12 @@ def compare_checkpoint(trainer: Trainer, model: Any, data: Any, checkpoint: Mapp
     asked |= {"processes": trainer.world_size, "max_epochs": trainer.max_epochs}
     within = not loops["epoch_loop.batch_progress"]["is_last_batch"]
     return compare(saved, asked, within_epoch=within, unfrozen=False)
+
+
+def keep_size(data: ImageDataModule, model: ImageNetwork, checkpoint: dict) -> None:
+    """Have a run that continues decode its images as before, unless its options ask for another size."""
+    before = checkpoint["hyper_parameters"] | checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    now = {**model.options, **data.hparams}
+    same = all(before.get(name) == now.get(name) for name in ("image_size", "train_sizes", "decode_size"))
+    if same and checkpoint.get("input_size"):
+        data.fixed_size = Geometry.of(checkpoint).size

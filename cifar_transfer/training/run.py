@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from filelock import BaseFileLock, FileLock, Timeout
 from jsonargparse import set_parsing_settings
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from cifar_transfer.errors import UserError
 from cifar_transfer.files import CONFIG, RESULT, atomic_write, remove_partial
+from cifar_transfer.training.checkpoint import read_checkpoint
 from cifar_transfer.training.logger import RunLogger, slurm_job, trim_events
 
 LOCK = ".lock"  # held by the process that trains the run
@@ -215,3 +217,31 @@ def _done(state: Path | None) -> tuple[int, int]:
     checkpoint = torch.load(state, "cpu", weights_only=True, mmap=True)
     over = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
     return checkpoint["epoch"] + over, checkpoint["global_step"]
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are never half written: the one before is kept until the new one is on the disk.
+
+    Lightning's come from the system's folder for temporary files, which may be another disk: that is no single move.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint, or raise a `UserError` and keep the one before."""
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            # torch says "write failed" or "unexpected pos" when its zip file cannot grow.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            kept = "the one before is kept" if path.is_file() else "there is none before"
+            raise UserError(f"The checkpoint {path} cannot be written ({cause.strerror}); {kept}.") from error
+
+    def load_checkpoint(
+        self, path: Any, map_location: Callable | None = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint as everywhere, onto the CPU: no code that it may hold is run."""
+        return read_checkpoint(path)

@@ -6,52 +6,22 @@ from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
 
-from cifar_transfer.data.geometry import DEFAULT_SIDE, GEOMETRY_KEY, Geometry, Size, pixels, resize, statistics
+from cifar_transfer.data.geometry import GEOMETRY_KEY, Geometry, Size, pixels, statistics
 from cifar_transfer.errors import UserError
 from cifar_transfer.network import build
+from cifar_transfer.training.image_network import ImageNetwork
 from cifar_transfer.training.scoring import ScoredModule
 
 
-class SizedModule(ScoredModule):
-    """A classifier that knows how an image becomes its network's input.
-
-    A subclass records the options `image_size`, `train_sizes` and `normalize` and calls `begin_geometry`.
-
-    Attributes:
-        geometry: How an image becomes the network's input.
-        network: The plain network.
-        sized: Whether `geometry.size` is that of the images trained on; until training begins it is a guess.
-    """
-
-    network: nn.Module
-
-    def begin_geometry(self, weights_statistics: str | list[list[float]]) -> None:
-        """Begin with what the options say, and the channel statistics that the weights were trained with."""
-        self.mean: Tensor
-        self.std: Tensor
-        self._weights_statistics = weights_statistics
-        mean, std = statistics(self.hparams["normalize"] or weights_statistics)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        side = self.hparams["image_size"]
-        self.geometry = Geometry((side or DEFAULT_SIDE,) * 2, side, mean, std)
-        self.sized = False
-
-    def prepare(self, images: Tensor, side: int | None) -> Tensor:
-        """Float images [B, 3, H, W] in [0, 1], RGB, as `network` takes them: of this side (None: as is), normalised."""
-        return (resize(images, side, self.geometry.stretch) - self.mean) / self.std
+class SizedModule(ScoredModule, ImageNetwork):
+    """A classifier whose options are Lightning's `hparams`, and which settles its geometry when training begins."""
 
     @property
     def largest_side(self) -> int | None:
         """Side in pixels of the largest square that the network is given; None: it takes images as they are."""
         size = self.hparams["image_size"]
         return size and max([size, *(self.hparams["train_sizes"] or [])])
-
-    def all_logits(self, images: Tensor, side: int | None) -> tuple[Tensor, ...]:
-        """The logits, and those of auxiliary heads while they train, of images that are given at this side."""
-        raise NotImplementedError
 
     def on_fit_start(self) -> None:
         """Count the steps that `train_sizes` are shared out over."""
@@ -91,7 +61,7 @@ class SizedModule(ScoredModule):
     def settle_statistics(self, data: object) -> None:
         """Take the statistics of the data module, or else of the weights, if none were asked for."""
         if self.hparams["normalize"] is None:
-            chosen = self.hparams["normalize"] = getattr(data, "statistics", None) or self._weights_statistics
+            chosen = self.hparams["normalize"] = getattr(data, "statistics", None) or self.weights_statistics
             mean, std = statistics(chosen)
             self.geometry = replace(self.geometry, mean=mean, std=std)
             for buffer, values in ((self.mean, mean), (self.std, std)):
@@ -120,8 +90,7 @@ class SizedModule(ScoredModule):
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         saved, own = Geometry.of(checkpoint), self.geometry
         if not self.sized or saved.size == own.size:
-            self.geometry = replace(own, size=saved.size, stretch=saved.stretch)
-            self.sized = True
+            self.take_size(checkpoint)
         elif saved.input_side == own.input_side and not fitting:
             raise UserError(
                 f"The checkpoint was trained on images decoded to {pixels(saved.size)} pixels, and the data give "
