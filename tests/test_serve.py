@@ -205,6 +205,8 @@ def test_an_address_that_cannot_be_listened_at_is_a_sentence(server, classifier,
         page.Page(tmp_path, classifier, "nowhere.invalid", 0)
     with pytest.raises(UserError, match="port is 70000: take 0 to 65535"):
         main(["--port=70000"])
+    with pytest.raises(UserError, match=r"cannot be at port 0 of a{64}.example \(no name\): name another --port"):
+        page.Page(tmp_path, classifier, f"{'a' * 64}.example", 0)
 
 
 def test_the_command_takes_the_newest_run_and_its_images_and_ctrl_c_ends_it(run, monkeypatch, capfd):

@@ -74,9 +74,10 @@ class Page(ThreadingTCPServer):
         try:
             self.address_family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             super().__init__((str(address[0]), port), _Request)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter of what is no name
+            why = error.strerror if isinstance(error, OSError) else "no name"
             raise UserError(
-                f"The page cannot be at port {port} of {host} ({error.strerror}): name another --port, or 0 for any "
+                f"The page cannot be at port {port} of {host} ({why}): name another --port, or 0 for any "
                 f"that is free, and as --host a name or address of this machine."
             ) from None
         where, port = self.socket.getsockname()[:2]
