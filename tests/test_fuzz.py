@@ -89,7 +89,7 @@ OPTIONS = {
     "trainer.val_check_interval": ("1.0", "2"),
     "trainer.check_val_every_n_epoch": ("1", "2"),
     "trainer.num_sanity_val_steps": ("0", "1"),
-    "trainer.log_every_n_steps": ("1", "10"),
+    "trainer.log_every_n_steps": ("1", "7"),  # the default, 10, is less in a short run
     "trainer.accumulate_grad_batches": ("1", "2"),
     "trainer.gradient_clip_val": ("1.0", "null"),
     "trainer.gradient_clip_algorithm": ("norm", "value"),

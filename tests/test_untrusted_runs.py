@@ -49,17 +49,19 @@ def test_a_program_as_cached_or_kept_arrays_is_not_run(tmp_path, program):
     program(tmp_path / "unused.pth")
 
 
-@pytest.mark.parametrize("damage", ["config.yaml", "predictions", "not a number"])
-def test_a_run_of_somebody_else_is_drawn_without_running_it(tmp_path, run, program, damage):
+@pytest.mark.parametrize("where", ["freeze", "report"])
+def test_a_run_of_somebody_else_is_drawn_without_running_it(tmp_path, run, where):
     shutil.copytree(run / RUN, tmp_path / "run")
-    program(tmp_path / "unused.pth")
-    config, predictions = tmp_path / "run/config.yaml", tmp_path / "run/figures/predictions-test.npz"
-    if damage == "config.yaml":
-        config.write_text(f"freeze: !!python/object/apply:os.system ['touch \"{tmp_path}/it was run\"']\n")
-    elif damage == "predictions":
-        predictions.write_bytes(predictions.read_bytes()[:3000])
-    else:
-        config.write_text("freeze: {unfreeze_epoch: never}\n")
+    config = f"{where}: !!python/object/apply:os.system ['touch \"{tmp_path}/it was run\"']\n"
+    (tmp_path / "run/config.yaml").write_text(config)
+    figures(str(tmp_path / "run"))
+    assert not (tmp_path / "it was run").exists()
+
+
+def test_a_run_whose_predictions_are_damaged_is_not_drawn(tmp_path, run):
+    shutil.copytree(run / RUN, tmp_path / "run")
+    predictions = tmp_path / "run/figures/predictions-test.npz"
+    predictions.write_bytes(predictions.read_bytes()[:3000])
     with pytest.raises(UserError, match="cannot be drawn because a file of it is damaged"):
         figures(str(tmp_path / "run"))
 

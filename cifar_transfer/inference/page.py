@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
 from pathlib import Path
 from socketserver import ThreadingTCPServer
-from threading import Lock, Timer, active_count
+from threading import BoundedSemaphore, Lock, Timer
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -56,7 +56,7 @@ class Page(ThreadingTCPServer):
     daemon_threads = True
 
     def __init__(self, ckpt: Path, classifier: Classifier, host: str, port: int) -> None:
-        self.classifier, self.turn = classifier, Lock()
+        self.classifier, self.turn, self.places = classifier, Lock(), BoundedSemaphore(MOST_CONNECTIONS)
         page = Path(__file__).with_name("page.html").read_text("utf-8")
         inline = [(tag, page.split(f"<{tag}>")[1].split(f"</{tag}>")[0]) for tag in ("script", "style")]
         sums = [f"{tag}-src 'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for tag, text in inline]
@@ -98,8 +98,15 @@ class Page(ThreadingTCPServer):
             return shown | {"heat": _png(colormaps["plasma"](heat, alpha=0.75 * heat, bytes=True))}
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether one more connection, a thread and a timer, is not too many."""
-        return active_count() < 2 * MOST_CONNECTIONS
+        """Whether one more connection is not too many."""
+        return self.places.acquire(blocking=False)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer a connection, and leave its place."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of connections that broke off."""
