@@ -13,18 +13,17 @@ import argparse
 import codecs
 import csv
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from cifar_transfer.errors import UserError
 from cifar_transfer.files import CONFIG, LOGS, RESULT, atomic_write
-from cifar_transfer.network import catalog
+from cifar_transfer.network.contestant import Contestant, contestant
 from cifar_transfer.results import plots
 from cifar_transfer.text import markdown, without_password
 
@@ -43,39 +42,6 @@ COLUMNS: dict[str, tuple[str, Callable[[Row], float]]] = {
 # Shown while it goes.
 SHOWN = {"val %": "validation accuracy (%)", "test %": "test accuracy (%)", "minutes": "training time (min)"}
 LOG = "fit.log"  # in a network's folder, what its runs print
-
-
-class Contestant(NamedTuple):
-    """A backbone with its weights."""
-
-    name: str
-    label: str  # for people
-    folder: str  # for the file system
-    scratch: bool  # whether it starts without pretraining
-    options: list[str]  # for `fit`
-
-
-def contestant(text: str) -> Contestant:
-    """NAME or NAME=WEIGHTS.
-
-    Raises:
-        UserError: There is no such backbone, or no such file or weights.
-    """
-    name, _, weights = text.partition("=")
-    catalog.check(name)
-    scratch = weights.lower() == "none"
-    if weights and not scratch and weights not in ("DEFAULT", *catalog.weights(name)):
-        if not Path(weights).expanduser().is_file():
-            raise UserError(f"{text}: {weights} is neither a file nor a name of {name}'s weights, nor none.")
-        weights = str(Path(weights).expanduser().resolve())
-    kind = "from scratch" if scratch else Path(weights).stem.removeprefix(name).strip("-_.") or "pretrained"
-    label = f"{name}, {kind}"
-    options = [f"--model.backbone={name}"]
-    if weights:
-        options.append(f"--model.weights={weights}")
-    if scratch:
-        options.append("--freeze.unfreeze_epoch=0")  # there is nothing worth freezing
-    return Contestant(name, label, re.sub(r"[^\w.]+", "-", label), scratch, options)
 
 
 def compare(contestants: Sequence[Contestant], options: Sequence[str], out: Path) -> list[Row]:

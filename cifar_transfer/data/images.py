@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BytesIO
@@ -118,6 +119,11 @@ class Images(Dataset[Batch]):
         """uint8 [B, 3, H, W] of the rows int64 [B]."""
         raise NotImplementedError
 
+    def marks(self) -> np.ndarray:
+        """A number for each image, uint32 [N], which changes when the image does."""
+        rows = (self.pixels(np.array([row])).tobytes() for row in range(len(self)))
+        return np.fromiter(map(zlib.crc32, rows), np.uint32, len(self))
+
     def subset(self, rows: np.ndarray) -> "Images":
         """The same images, only these rows, without a copy."""
         return _Rows(self, rows)
@@ -131,6 +137,9 @@ class _Rows(Images):
     def pixels(self, rows: np.ndarray) -> np.ndarray:
         return self.images.pixels(self.rows[rows])
 
+    def marks(self) -> np.ndarray:
+        return self.images.marks()[self.rows]
+
 
 class ArrayImages(Images):
     """Images of an array uint8 [N, 3, H, W], in memory or mapped; `sums`: CRC-32 of each, uint32 [N], if known."""
@@ -142,6 +151,10 @@ class ArrayImages(Images):
     def pixels(self, rows: np.ndarray) -> np.ndarray:
         """As of `Images`."""
         return self.array[rows]
+
+    def marks(self) -> np.ndarray:
+        """As of `Images`."""
+        return super().marks() if self.sums is None else self.sums
 
 
 class FileImages(Images):
@@ -158,6 +171,15 @@ class FileImages(Images):
     def pixels(self, rows: np.ndarray) -> np.ndarray:
         """As of `Images`; a UserError names a broken file."""
         return np.stack([read_image(self.paths[row], self.size, self.max_megapixels) for row in rows])
+
+    def marks(self) -> np.ndarray:
+        """As of `Images`, by the size and the time of each file."""
+        stats = map(os.stat, self.paths)
+        texts = (
+            f"{path} {stat.st_size} {stat.st_mtime_ns} {self.size}"
+            for path, stat in zip(self.paths, stats, strict=True)
+        )
+        return np.fromiter((zlib.crc32(text.encode(errors="surrogateescape")) for text in texts), np.uint32, len(self))
 
 
 def cores() -> int:

@@ -1,7 +1,7 @@
 """Loaders: which images each process reads, in which order, and from where a resumed epoch goes on."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -100,6 +100,11 @@ def evaluation_loader(images: Images, batch_size: int, workers: int, rank: int, 
     """Batches in order, each image once over all processes: repeats to make these even would count in the metrics."""
     sampler = UnrepeatedDistributedSampler(images, num_replicas=world, rank=rank, shuffle=False)
     return DataLoader(images, batch_size, sampler=sampler, **_reading(workers))
+
+
+def rows_loader(images: Images, batches: Sequence[Sequence[int]], workers: int) -> DataLoader[Batch]:
+    """Batches of these rows, in this order."""
+    return DataLoader(images, batch_sampler=batches, **_reading(workers))  # type: ignore[arg-type] # any iterable does
 
 
 def workers_within(asked: int | None, batch_bytes: int) -> int:

@@ -244,7 +244,7 @@ class ImageDataModule(LightningDataModule):
         gone = {split: [name for name in before[split] if name not in here] for split in SPLITS}
         splits.write(folder, {split: self.names.get(split, []) + gone[split] for split in SPLITS})
 
-    def _shard(self, split: Split) -> dict[str, Any]:
+    def shard(self, split: Split) -> dict[str, Any]:
         """What a loader of this process needs to know of a split."""
         if split not in self.images:
             raise UserError(f"There are no {split} images: add a folder {split}/ with the same classes.")
@@ -259,7 +259,7 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled training batches, a shard a rank."""
-        options = {"seed": self.seed, "balanced": self.sampler is not None} | self._shard("train")
+        options = {"seed": self.seed, "balanced": self.sampler is not None} | self.shard("train")
         loader = training_loader(batch_size=self.batch_size, **options)
         loader.epoch = lambda: self.trainer.num_training_batches if self.trainer else len(loader)
         for state in self.resumed:
@@ -269,11 +269,11 @@ class ImageDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches in order, each image once over all ranks."""
-        return evaluation_loader(batch_size=self.eval_batch_size, **self._shard("val"))
+        return evaluation_loader(batch_size=self.eval_batch_size, **self.shard("val"))
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Test batches in order, each image once over all ranks."""
-        return evaluation_loader(batch_size=self.eval_batch_size, **self._shard("test"))
+        return evaluation_loader(batch_size=self.eval_batch_size, **self.shard("test"))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Bytes to float32 in [0, 1], and the augmentation while training, on the device the batch has come to."""

@@ -68,6 +68,8 @@ class Parser(LightningArgumentParser):
 class FitCLI(LightningCLI):
     """`LightningCLI` for `TransferClassifier` and the data modules, without subcommands."""
 
+    keeps_nothing = False  # whether the Trainer has no folder, log, checkpoints or callbacks
+
     def __init__(self, args: Sequence[str]) -> None:
         console.hush()
         super().__init__(
@@ -122,7 +124,7 @@ class FitCLI(LightningCLI):
         self.resumed = Path(run).resolve() if run else None
         if self.config.resume and not run:  # of a configuration that an earlier version wrote when its run continued
             self.config.ckpt_path = None
-        if self.resumed is None and not self.config.find_lr:
+        if self.resumed is None and not (self.config.find_lr or self.keeps_nothing):
             self.resumed = runs.requeued_run(root.resolve() / LOGS, self.config_text)
         if self.resumed:
             state = runs.newest_state(self.resumed)
@@ -177,7 +179,7 @@ class FitCLI(LightningCLI):
             )
         root = Path(options.default_root_dir or ".").resolve()
         ours = options.logger is None or options.logger is True
-        if self.config.find_lr or options.default_root_dir:
+        if self.config.find_lr or self.keeps_nothing or options.default_root_dir:
             _require_writable(root)
         elif ours:
             _require_writable(self.resumed or root / LOGS)
@@ -194,6 +196,9 @@ class FitCLI(LightningCLI):
         bars = self.trainer_defaults["callbacks"] = [console.ProgressBar()] if bar else []
         if self.config.find_lr:
             return super().instantiate_trainer(**kwargs | find_lr.settings())
+        if self.keeps_nothing:
+            kept = {"logger": False, "enable_checkpointing": False, "callbacks": [], "plugins": [AtomicCheckpointIO()]}
+            return super().instantiate_trainer(**kwargs | kept | {"enable_progress_bar": False})
         self.trainer_defaults["callbacks"] = [*self._callbacks(options), *bars]
         if not options.fast_dev_run:
             # First, because others ask for the run's folder when training starts.

@@ -1,0 +1,1 @@
+"""Features: what a frozen backbone gives its head, computed once."""

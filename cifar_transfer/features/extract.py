@@ -1,0 +1,202 @@
+"""What a frozen backbone gives its head for each image of a data module, computed once and kept.
+
+images (uint8) -> device -> float32 in [0, 1] -> a view of them -> network, in eval mode -> what comes into its head
+"""
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from cifar_transfer.data.images import Batch
+from cifar_transfer.data.loading import rows_loader
+from cifar_transfer.data.module import ImageDataModule, step_seed, to_float
+from cifar_transfer.data.splits import SPLITS, Split
+from cifar_transfer.errors import UserError
+from cifar_transfer.features.store import LIMIT_GB, FeatureFile, make_room
+
+BATCH_PIXELS = 2**20  # that the network sees at once, within 8 to 256 images
+VERSION = b"1"  # of what features are: another one computes all anew
+
+
+class Features(NamedTuple):
+    """Of N images."""
+
+    views: list[np.ndarray]  # [N, D] each, memory-mapped: float16 of training images, float32 of others
+    labels: np.ndarray  # int64 [N]
+
+
+class Part(NamedTuple):
+    """A view of a split's images."""
+
+    split: Split
+    view: int
+    file: FeatureFile
+    missing: list[int]  # batches that this process computes
+
+
+class FeatureExtractor(LightningModule):
+    """Computes what is missing of the features of a data module's images, on as many devices as the Trainer has.
+
+    Images of training are only fitted on: their features are computed in bfloat16 where that is faster, and kept in
+    half precision. Those of others are kept as the network computes them in float32, so that a head has the very
+    accuracy on them that the network has with this head.
+
+    Args:
+        classifier: A `TransferClassifier`, whose network stays as it is.
+        data: Its images.
+        folder: Where to keep the features.
+        views: Of each training image: 1 the image, 2 also its mirror image, each further one an augmented image.
+        limit_gb: Most that the folder may hold, 1e9 bytes each.
+    """
+
+    def __init__(
+        self, classifier: Any, data: ImageDataModule, folder: Path, views: int = 1, limit_gb: float = LIMIT_GB
+    ) -> None:
+        super().__init__()
+        self.classifier, self.data, self.folder = classifier.eval(), data, folder
+        self.views, self.limit_gb = views, limit_gb
+        self.parts: list[Part] = []
+        self.computed = 0  # images, of all processes
+        head = classifier.network.get_submodule(classifier.heads[0])
+        if not isinstance(head, torch.nn.Linear) or head.bias is None:
+            raise UserError(
+                f"{classifier.hparams['backbone']} cannot be probed, because its head is no linear layer with a bias: "
+                f"take another."
+            )
+        self._half: bool | None = None  # whether training images take bfloat16; None: not known yet
+
+    def prepare_data(self) -> None:
+        """As of the data."""
+        self.data.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        """Have data and network meet, and see which batches are missing."""
+        self.trainer.datamodule = self.data  # type: ignore[attr-defined] # where the classifier looks for it
+        self.data.trainer = self.trainer
+        self.data.setup()
+        self.classifier.setup(stage)
+        size = self.classifier.geometry.size
+        width = self._features(torch.zeros(1, 3, *size, device=self.classifier.device)).shape[1]
+        side = self.classifier.geometry.input_size
+        batch = min(256, max(8, BATCH_PIXELS // (side[0] * side[1])))
+        weights = self._fingerprint()
+        for split in SPLITS:
+            for view in range((self.views if split == "train" else 1) * (split in self.data.images)):
+                images = self.data.images[split]
+                key = hashlib.sha256(weights + images.marks().tobytes())
+                kind = "float16" if split == "train" else "float32"
+                key.update(repr((kind, batch, view, view > 1 and (self.data.augment, self.data.seed))).encode())
+                path = self.folder / f"features-{key.hexdigest()[:32]}.bin"
+                self.parts.append(Part(split, view, FeatureFile(path, len(images), width, kind, batch), []))
+        if self.trainer.is_global_zero:
+            paths = [part.file.path for part in self.parts]
+            make_room(self.folder, sum(part.file.bytes for part in self.parts), paths, self.limit_gb)
+            for part in self.parts:
+                part.file.make()
+        self.trainer.strategy.barrier()
+        for part in self.parts:
+            missing = part.file.missing()
+            self.computed += sum(len(part.file.batches[number]) for number in missing)
+            part.missing.extend(missing[self.trainer.global_rank :: self.trainer.world_size])
+        self.trainer.strategy.barrier()  # before one of them writes
+
+    def _fingerprint(self) -> bytes:
+        """Of the backbone's weights and of how images come to it."""
+        digest = hashlib.sha256(VERSION + repr(self.classifier.geometry).encode())
+        heads = tuple(f"{head}." for head in self.classifier.heads)
+        for name, value in self.classifier.network.state_dict().items():
+            if not name.startswith(heads):
+                digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        return digest.digest()
+
+    def test_dataloader(self) -> list[DataLoader[Batch]]:
+        """The missing batches of each part."""
+        loaders = []
+        for split, _, file, missing in self.parts:
+            shard = self.data.shard(split)
+            loaders.append(rows_loader(shard["images"], [file.batches[n] for n in missing], shard["workers"]))
+        return loaders
+
+    def on_test_start(self) -> None:
+        """Show how much there is to do."""
+        total = sum(len(file.batches[n]) for _, _, file, missing in self.parts for n in missing)
+        self._bar = tqdm(
+            total=total, unit="img", desc="features", disable=None if self.trainer.is_global_zero else True
+        )
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Compute a batch, and write it."""
+        split, view, file, missing = self.parts[dataloader_idx]
+        number = missing[batch_idx]
+        images = to_float(batch[0].flip(3) if view == 1 else batch[0])
+        if view > 1:
+            torch.manual_seed(step_seed(self.data.seed, view, number, 0))
+            images = self.data.augment(images)
+        if split == "train" and self._half is None:
+            self._half = self._faster_in_bfloat16(images)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=split == "train" and bool(self._half)):
+            features = self._features(images)
+        file.write(number, features.float().cpu().numpy())
+        self._bar.update(len(images))
+
+    def on_test_end(self) -> None:
+        """Put the bar away."""
+        self._bar.close()
+
+    @torch.inference_mode()
+    def _features(self, images: Tensor) -> Tensor:
+        """What comes into the head: [B, D] of images, float [B, 3, H, W] in [0, 1]."""
+        seen: list[Tensor] = []
+        head = self.classifier.network.get_submodule(self.classifier.heads[0])
+        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            self.classifier(images)
+        finally:
+            hook.remove()
+        return seen[0].flatten(1)
+
+    def _faster_in_bfloat16(self, images: Tensor) -> bool:
+        """Measured, because some processors have it and others emulate it at a tenth of the speed."""
+        seconds = {}
+        for half in (False, True):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+                for _ in range(2):  # the first warms up
+                    start = time.perf_counter()
+                    self._features(images).float().cpu()
+                    seconds[half] = time.perf_counter() - start
+        return seconds[True] < seconds[False]
+
+    def put(self, head: Any) -> None:
+        """Give the network this head, `heads.Linear`; of several heads, whose logits it averages, the first has all."""
+        first, *others = (self.classifier.network.get_submodule(name) for name in self.classifier.heads)
+        with torch.no_grad():
+            for name, value in (("weight", head.weight), ("bias", head.bias)):
+                getattr(first, name).copy_(value * (1 + len(others)))
+                for other in others:
+                    getattr(other, name).zero_()
+
+
+def features(trainer: Trainer, extractor: FeatureExtractor) -> dict[Split, Features]:
+    """The features of each split, computed where they are missing; all processes call it together.
+
+    Args:
+        trainer: Made with `use_distributed_sampler=False` and `enable_progress_bar=False`.
+        extractor: Of the network and the data.
+
+    Raises:
+        UserError: Data and network do not fit each other, or the features would exceed the limit.
+    """
+    trainer.test(extractor, verbose=False)
+    found = {}
+    for split in extractor.data.images:
+        files = [part.file for part in extractor.parts if part.split == split]
+        found[split] = Features([file.read() for file in files], extractor.data.images[split].labels)
+    return found

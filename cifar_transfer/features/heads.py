@@ -1,0 +1,190 @@
+"""Heads on features: what frozen features of a backbone tell of the classes, each way a function from Data to scores.
+
+Features are read in blocks, so that memory is bounded however many images there are.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cifar_transfer.data.splits import Split
+from cifar_transfer.features.extract import Features
+
+BLOCK = 16384  # images that are in memory at once, beside those kept
+KEPT = 2**32  # bytes of standardised features that may be kept in memory, because they are gone through often
+# L2 penalties on the weights, of half their squares, beside the mean cross-entropy; all are tried at once.
+PENALTIES = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
+ITERATIONS = 100  # of L-BFGS
+NEIGHBOURS = (1, 5, 20)
+SHOTS, DRAWS = (1, 5, 10, 50), 5  # images a class, and how often they are drawn anew
+SMALLEST = 1e-6  # deviation of a feature
+
+
+Moments = tuple[Tensor, Tensor]  # mean and deviation of each feature, float32 [D]
+
+
+class Linear(NamedTuple):
+    """A linear head on features as the network gives them: weight float32 [C, D], bias [C]."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def logits(self, features: Features) -> Tensor:
+        """float32 [N, C] of the images as they are."""
+        views = blocks(features.views[0])
+        return torch.cat([values @ self.weight.T + self.bias for values in views])
+
+
+def blocks(values: np.ndarray) -> Iterator[Tensor]:
+    """Rows as float32 [B, D], a block after the other."""
+    for start in range(0, len(values), BLOCK):
+        yield torch.from_numpy(np.array(values[start : start + BLOCK], np.float32))
+
+
+def accuracy(logits: Tensor, labels: np.ndarray) -> float:
+    """Share of 1."""
+    return float((logits.argmax(1).numpy() == labels).mean())
+
+
+def moments(train: Features) -> Moments:
+    """Mean and deviation of each feature over all views, float32 [D] each."""
+    count, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
+    for view in train.views:
+        for values in blocks(view):
+            count += len(values)
+            total = total + values.double().sum(0)
+            squares = squares + values.double().square().sum(0)
+    mean = total / count
+    return mean.float(), (squares / count - mean**2).clamp_min(0).sqrt().clamp_min(SMALLEST).float()
+
+
+def logistic(train: Features, val: Features, classes: int, standard: Moments) -> tuple[Linear, float]:
+    """Logistic regression on standardised features, with the penalty that is best on the images held out.
+
+    All penalties are fitted at once: what takes time is to go through the features, and they share that.
+
+    Returns:
+        The head, with the standardisation folded in, and its penalty.
+    """
+    mean, deviation = standard
+    labels = torch.from_numpy(train.labels)
+    count, width = len(labels) * len(train.views), len(mean)
+
+    def standardised() -> Iterator[tuple[Tensor, Tensor]]:
+        for view in train.views:
+            for values, those in zip(blocks(view), labels.split(BLOCK), strict=True):
+                yield (values - mean) / deviation, those
+
+    kept = list(standardised()) if 4 * count * width <= KEPT else None
+    penalties = torch.tensor(PENALTIES)
+    weights = torch.zeros(len(penalties), classes, width)
+    biases = torch.zeros(len(penalties), classes)
+    solver = torch.optim.LBFGS([weights, biases], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        weights.grad, biases.grad = weights * penalties[:, None, None], torch.zeros_like(biases)
+        total = float((penalties * weights.square().sum((1, 2))).sum() / 2)
+        for values, those in kept or standardised():
+            logits = (values @ weights.flatten(0, 1).T).view(-1, *biases.shape) + biases
+            chosen = those[:, None, None].expand(-1, len(penalties), 1)
+            errors = logits.log_softmax(2)
+            total -= float(errors.gather(2, chosen).sum()) / count
+            errors = errors.exp_().scatter_add_(2, chosen, torch.full_like(chosen, -1, dtype=torch.float32)) / count
+            weights.grad += (errors.flatten(1).T @ values).view_as(weights)
+            biases.grad += errors.sum(0)
+        return torch.tensor(total)
+
+    solver.step(loss)  # which sets the gradients itself, and needs no graph
+    weights /= deviation
+    biases -= (weights * mean).sum(2)
+    heads = [Linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    scores = [accuracy(head.logits(val), val.labels) for head in heads]
+    best = int(np.argmax(scores))
+    return heads[best], PENALTIES[best]
+
+
+def nearest_mean(train: Features, other: Features, classes: int, standard: Moments) -> Tensor:
+    """Scores [N, C] by the distance to the mean of each class, of standardised features."""
+    mean, deviation = standard
+    sums, labels = torch.zeros(classes, len(mean)), torch.from_numpy(train.labels)
+    for view in train.views:
+        for values, those in zip(blocks(view), labels.split(BLOCK), strict=True):
+            sums.index_add_(0, those, (values - mean) / deviation)
+    counts = len(train.views) * torch.bincount(labels, minlength=classes).clamp_min(1)
+    means = sums / counts[:, None]
+    return torch.cat([-torch.cdist((values - mean) / deviation, means) for values in blocks(other.views[0])])
+
+
+def nearest_neighbours(train: Features, other: Features, classes: int, standard: Moments) -> dict[int, Tensor]:
+    """Votes [N, C] of the `NEIGHBOURS` most alike training images, by the cosine of standardised features.
+
+    Of classes with as many votes the one with the more alike images is first.
+    """
+    mean, deviation = standard
+    labels = torch.from_numpy(train.labels)
+
+    def directions(values: Tensor) -> Tensor:
+        return F.normalize((values - mean) / deviation)
+
+    votes: dict[int, list[Tensor]] = {k: [] for k in NEIGHBOURS}
+    for values in blocks(other.views[0]):
+        found, near = directions(values), []
+        for theirs, those in zip(blocks(train.views[0]), labels.split(BLOCK), strict=True):
+            likeness = found @ directions(theirs).T
+            best = likeness.topk(min(NEIGHBOURS[-1], len(those)))
+            near.append((best.values, those[best.indices]))
+        likeness, labelled = (torch.cat(parts, 1) for parts in zip(*near, strict=True))
+        order = likeness.argsort(1, descending=True)[:, : NEIGHBOURS[-1]]
+        likeness, labelled = likeness.gather(1, order), labelled.gather(1, order)
+        for k in NEIGHBOURS:
+            weight = 1 + 1e-3 * likeness[:, :k]
+            votes[k].append(torch.zeros(len(values), classes).scatter_add_(1, labelled[:, :k], weight))
+    return {k: torch.cat(parts) for k, parts in votes.items()}
+
+
+def few_shot(train: Features, val: Features, test: Features, classes: int, standard: Moments) -> dict[str, list[float]]:
+    """Accuracies of `logistic` from so many images of each class, drawn anew for each; standardised as all are."""
+    scores: dict[str, list[float]] = {}
+    for shots in SHOTS:
+        if np.bincount(train.labels, minlength=classes).min() < shots:
+            break
+        for draw in range(DRAWS):
+            order = np.random.default_rng([shots, draw]).permutation(len(train.labels))
+            rows = np.sort(np.concatenate([order[train.labels[order] == c][:shots] for c in range(classes)]))
+            head, _ = logistic(Features([train.views[0][rows]], train.labels[rows]), val, classes, standard)
+            scores.setdefault(str(shots), []).append(accuracy(head.logits(test), test.labels))
+    return scores
+
+
+def best(found: dict[Split, Features], classes: int) -> tuple[Linear, dict[str, Any]]:
+    """The best logistic regression, and the accuracies of all heads on the test images, or those held out if none are.
+
+    Returns:
+        The head, and `val` (and `test`, `balanced`), `neighbours`, `means`, `few_shot` (of each number of images of a
+        class, a list), as shares of 1; the `penalty`, the `width` of the features and the images `per_class`.
+    """
+    train, val = found["train"], found["val"]
+    other = found.get("test", val)
+    standard = moments(train)
+    head, penalty = logistic(train, val, classes, standard)
+    logits = head.logits(other)
+    right = logits.argmax(1).numpy() == other.labels
+    scores: dict[str, Any] = {
+        "penalty": penalty,
+        "width": len(head.weight[0]),
+        "val": accuracy(head.logits(val), val.labels),
+    }
+    if "test" in found:
+        scores["test"] = accuracy(logits, other.labels)
+    counts = np.bincount(other.labels, minlength=classes)
+    scores["balanced"] = float((np.bincount(other.labels, right, classes)[counts > 0] / counts[counts > 0]).mean())
+    votes = nearest_neighbours(train, other, classes, standard)
+    scores["neighbours"] = max(accuracy(votes[k], other.labels) for k in votes)
+    scores["means"] = accuracy(nearest_mean(train, other, classes, standard), other.labels)
+    scores["few_shot"] = few_shot(train, val, other, classes, standard)
+    scores["per_class"] = len(train.labels) // classes
+    return head, scores

@@ -1,0 +1,41 @@
+"""A backbone with its weights, as a command line names it."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from cifar_transfer.errors import UserError
+from cifar_transfer.network import catalog
+
+
+class Contestant(NamedTuple):
+    """A backbone with its weights."""
+
+    name: str
+    label: str  # for people
+    folder: str  # for the file system
+    scratch: bool  # whether it starts without pretraining
+    options: list[str]  # for `fit`
+
+
+def contestant(text: str) -> Contestant:
+    """NAME or NAME=WEIGHTS.
+
+    Raises:
+        UserError: There is no such backbone, or no such file or weights.
+    """
+    name, _, weights = text.partition("=")
+    catalog.check(name)
+    scratch = weights.lower() == "none"
+    if weights and not scratch and weights not in ("DEFAULT", *catalog.weights(name)):
+        if not Path(weights).expanduser().is_file():
+            raise UserError(f"{text}: {weights} is neither a file nor a name of {name}'s weights, nor none.")
+        weights = str(Path(weights).expanduser().resolve())
+    kind = "from scratch" if scratch else Path(weights).stem.removeprefix(name).strip("-_.") or "pretrained"
+    label = f"{name}, {kind}"
+    options = [f"--model.backbone={name}"]
+    if weights:
+        options.append(f"--model.weights={weights}")
+    if scratch:
+        options.append("--freeze.unfreeze_epoch=0")  # there is nothing worth freezing
+    return Contestant(name, label, re.sub(r"[^\w.]+", "-", label), scratch, options)

@@ -1,0 +1,288 @@
+"""Features of frozen backbones, heads on them, and the checkpoints that these become."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, quiet_trainer, run_fit
+
+from cifar_transfer import Classifier, ShapesDataModule, TransferClassifier
+from cifar_transfer.errors import UserError
+from cifar_transfer.evaluate import evaluate
+from cifar_transfer.features import heads
+from cifar_transfer.features.extract import FeatureExtractor, Features, features
+from cifar_transfer.features.store import FeatureFile, make_room
+
+SIZES = {"train_images": 300, "test_images": 70}
+NETWORK = "shufflenet_v2_x0_5"
+
+
+def extract(folder, views=1, seed=0, limit_gb=1.0, **options):
+    torch.manual_seed(seed)
+    data = ShapesDataModule(**SIZES | options)
+    model = TransferClassifier(NETWORK, "none", class_names=data.class_names, image_size=64)
+    extractor = FeatureExtractor(model, data, folder, views, limit_gb)
+    return features(quiet_trainer(use_distributed_sampler=False), extractor), extractor
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.bin")}
+
+
+def test_features_are_what_comes_into_the_head(tmp_path):
+    found, extractor = extract(tmp_path, views=3)
+    model, data = extractor.classifier, extractor.data
+    head = model.network.fc
+    with torch.inference_mode():
+        for split, exact in (("train", False), ("val", True), ("test", True)):
+            images = data.images[split].__getitems__(range(len(data.images[split])))[0].float() / 255
+            logits = head(torch.from_numpy(np.array(found[split].views[0], np.float32)))
+            torch.testing.assert_close(logits, model(images), atol=1e-5 if exact else 0.05, rtol=0)
+            assert found[split].views[0].dtype == (np.float32 if exact else np.float16)
+            if split == "train":
+                plain, mirrored, augmented = found[split].views
+                seen = head(torch.from_numpy(np.array(mirrored, np.float32)))
+                torch.testing.assert_close(seen, model(images.flip(3)), atol=0.05, rtol=0)
+                assert not np.array_equal(augmented, plain)
+                assert not np.array_equal(augmented, mirrored)
+    assert [len(found[split].views) for split in ("val", "test")] == [1, 1]
+    assert extractor.computed == 3 * len(found["train"].labels) + len(found["val"].labels) + 70
+
+
+def test_what_is_there_is_not_computed_again(tmp_path, monkeypatch):
+    first, extractor = extract(tmp_path, views=3)
+    whole = files(tmp_path)
+    assert len(whole) == 5
+    assert extract(tmp_path, views=3)[1].computed == 0
+
+    written, write = [], FeatureFile.write
+
+    def killed(self, number, values):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(number)
+        write(self, number, values)
+
+    monkeypatch.setattr("cifar_transfer.features.extract.BATCH_PIXELS", 64 * 64 * 20)
+    monkeypatch.setattr(FeatureFile, "write", killed)
+    other = tmp_path / "other"
+    with pytest.raises(SystemExit):  # Lightning's, of a KeyboardInterrupt
+        extract(other, views=3)
+    monkeypatch.setattr(FeatureFile, "write", write)
+    again, extractor = extract(other, views=3)
+    assert extractor.computed == 3 * len(first["train"].labels) + len(first["val"].labels) + 70 - 3 * 20
+    for split in first:
+        for one, two in zip(first[split].views, again[split].views, strict=True):
+            np.testing.assert_allclose(one, two, atol=2e-2 if split == "train" else 1e-4)
+
+
+def test_a_damaged_batch_is_computed_anew_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr("cifar_transfer.features.extract.BATCH_PIXELS", 64 * 64 * 20)
+    extract(tmp_path)
+    whole = files(tmp_path)
+    path = max(tmp_path.glob("*.bin"), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[1024 * 2 * 25] ^= 1  # of the second batch
+    path.write_bytes(content)
+    _, extractor = extract(tmp_path)
+    assert extractor.computed == 20
+    assert files(tmp_path) == whole
+    path.write_bytes(content[:-100])
+    assert extract(tmp_path)[1].computed > 200
+    assert files(tmp_path) == whole
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"train_images": 301}, {"seed_of_data": 1}])
+def test_other_weights_or_images_have_other_features(tmp_path, change):
+    extract(tmp_path)
+    seed = change.pop("seed_of_data", None)
+    data = {"seed": seed} if seed else {}
+    if data:
+        monkey = ShapesDataModule(**SIZES, seed=seed)
+        assert monkey.seed == 1
+    before = set(files(tmp_path))
+    torch.manual_seed(change.get("seed", 0))
+    module = ShapesDataModule(**SIZES | {key: value for key, value in change.items() if key != "seed"} | data)
+    model = TransferClassifier(NETWORK, "none", class_names=module.class_names, image_size=64)
+    extractor = FeatureExtractor(model, module, tmp_path)
+    features(quiet_trainer(use_distributed_sampler=False), extractor)
+    assert set(files(tmp_path)) - before
+    assert extractor.computed >= 200
+
+
+def test_old_features_make_room_and_nothing_of_others_goes(tmp_path):
+    names = [f"features-{number:032x}.bin" for number in range(3)]
+    for number, name in enumerate([*names, "features-mine.bin", "notes.bin"]):
+        (tmp_path / name).write_bytes(bytes(1000))
+        os.utime(tmp_path / name, (number, number))
+    make_room(tmp_path, 500, [tmp_path / names[0]], limit_gb=1.6e-6)
+    assert {path.name for path in tmp_path.iterdir()} == {names[0], names[2], "features-mine.bin", "notes.bin"}
+    with pytest.raises(UserError, match=r"0\.0 GB in .*more than limit_gb=1e-06: raise it"):
+        make_room(tmp_path, 2000, [], limit_gb=1e-6)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Features of four classes, unequal, in blocks of seven."""
+    monkeypatch.setattr(heads, "BLOCK", 7)
+    rng = np.random.default_rng(0)
+    centres = 0.7 * rng.normal(size=(4, 6)) * [1, 10, 0.1, 1, 1, 1]
+
+    def some(count):
+        labels = np.sort(rng.choice(4, count, p=[0.4, 0.3, 0.2, 0.1]))
+        values = centres[labels] + rng.normal(size=(count, 6)) * [1, 10, 0.1, 1, 1, 1] + 3
+        return Features([values.astype(np.float32)], labels)
+
+    return some(93), some(40), some(50)
+
+
+def test_logistic_regression_is_at_its_minimum(drawn, monkeypatch):
+    train, val, _ = drawn
+    monkeypatch.setattr(heads, "PENALTIES", (0.1,))
+    mean, deviation = heads.moments(train)
+    values = torch.from_numpy(train.views[0])
+    torch.testing.assert_close(mean, values.mean(0))
+    torch.testing.assert_close(deviation, values.std(0, correction=0))
+    head, penalty = heads.logistic(train, val, 4, (mean, deviation))
+    assert penalty == 0.1
+    logits = head.logits(train).requires_grad_()
+    weight = head.weight * deviation
+    loss = F.cross_entropy(logits, torch.from_numpy(train.labels))
+    (errors,) = torch.autograd.grad(loss, logits)
+    gradient = errors.T @ ((values - mean) / deviation) + 0.1 * weight
+    assert gradient.abs().max() < 1e-4
+    assert errors.sum(0).abs().max() < 1e-4
+    assert heads.accuracy(logits, train.labels) > 0.7
+
+
+def test_the_penalty_is_that_of_the_held_out_images(drawn):
+    train, val, _ = drawn
+    standard = heads.moments(train)
+    head, penalty = heads.logistic(train, val, 4, standard)
+    alone = []
+    for each in heads.PENALTIES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(heads, "PENALTIES", (each,))
+            single, _ = heads.logistic(train, val, 4, standard)
+            alone.append(heads.accuracy(single.logits(val), val.labels))
+            if each == penalty:
+                torch.testing.assert_close(single.logits(val), head.logits(val), atol=0.05, rtol=0)
+    assert heads.accuracy(head.logits(val), val.labels) == pytest.approx(max(alone), abs=0.03)
+
+
+def test_neighbours_and_means_are_those_of_plain_loops(drawn):
+    train, _, test = drawn
+    mean, deviation = standard = heads.moments(train)
+    votes = heads.nearest_neighbours(train, test, 4, standard)
+    scores = heads.nearest_mean(train, test, 4, standard)
+    known, asked = ((part.views[0] - mean.numpy()) / deviation.numpy() for part in (train, test))
+    means = np.stack([known[train.labels == label].mean(0) for label in range(4)])
+    for row, one in enumerate(asked):
+        assert scores[row].argmax() == np.square(means - one).sum(1).argmin()
+        likeness = known @ one / np.linalg.norm(known, axis=1)
+        order = np.argsort(-likeness)
+        for k in heads.NEIGHBOURS:
+            counts = np.bincount(train.labels[order[:k]], minlength=4)
+            assert counts[votes[k][row].argmax()] == counts.max()
+
+
+def test_few_shots_draw_so_many_of_each_class(drawn, monkeypatch):
+    train, val, test = drawn
+    seen = []
+    logistic = heads.logistic
+    monkeypatch.setattr(heads, "logistic", lambda some, *rest: seen.append(some) or logistic(some, *rest))
+    scores = heads.few_shot(train, val, test, 4, heads.moments(train))
+    least = np.bincount(train.labels).min()
+    assert [*scores] == [str(shots) for shots in heads.SHOTS if shots <= least]
+    assert len(scores) > 1
+    for number, some in enumerate(seen):
+        assert set(np.bincount(some.labels)) == {heads.SHOTS[number // heads.DRAWS]}
+    assert len({some.views[0].tobytes() for some in seen}) == len(seen)
+
+
+def test_a_network_with_two_heads_gives_the_logits_of_the_head(tmp_path):
+    pytest.importorskip("timm", reason="timm is an optional extra")
+    data = ShapesDataModule(train_images=60, test_images=20)
+    model = TransferClassifier("timm/deit_tiny_distilled_patch16_224", "none", class_names=data.class_names)
+    extractor = FeatureExtractor(model, data, tmp_path)
+    found = features(quiet_trainer(use_distributed_sampler=False), extractor)
+    width = found["test"].views[0].shape[1]
+    head = heads.Linear(torch.randn(10, width), torch.randn(10))
+    extractor.put(head)
+    images = data.images["test"].__getitems__(range(20))[0].float() / 255
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), head.logits(found["test"]), atol=1e-4, rtol=1e-4)
+
+
+def test_a_head_that_is_not_linear_is_refused(tmp_path):
+    model = TransferClassifier("squeezenet1_1", "none")
+    with pytest.raises(UserError, match="squeezenet1_1 cannot be probed, because its head is no linear layer"):
+        FeatureExtractor(model, ShapesDataModule(), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("probe")
+    done = run_fit(
+        folder,
+        *(f"{NETWORK}=none", "squeezenet1_1=none", "--model.image_size=64", "--features=kept", *TINY[2:]),
+        module="cifar_transfer.probe",
+        expect=1,
+    )
+    return folder, done
+
+
+def test_the_checkpoint_has_the_accuracy_of_the_probe(probed, monkeypatch):
+    folder, done = probed
+    monkeypatch.chdir(folder)
+    home = folder / "lightning_logs" / "probe" / f"{NETWORK}-from-scratch"
+    result = json.loads((home / "result.json").read_text())
+    ckpt = home / "checkpoints" / "best.ckpt"
+    for split in ("val", "test"):
+        scores = evaluate(str(ckpt), split, accelerator="cpu", figures=False)
+        assert scores[f"{split}/acc"] == pytest.approx(result[split], abs=1e-7)
+    images, labels = ShapesDataModule(train_images=200, test_images=50).load("test").__getitems__(range(50))
+    classifier = Classifier.load(ckpt, "cpu")
+    said = [classifier.names.index(rows[0][0]) for rows in classifier.predict([*images])]
+    assert np.mean(np.array(said) == labels.numpy()) == pytest.approx(result["test"], abs=1e-7)
+    assert f"{100 * result['test']:.2f}" in done.stdout
+    assert str(ckpt.relative_to(folder)) in done.stdout
+
+
+def test_a_failure_loses_no_other(probed):
+    folder, done = probed
+    assert "squeezenet1_1 cannot be probed" in done.stderr
+    lines = (folder / "lightning_logs" / "probe" / "probe.md").read_text().splitlines()
+    assert len(lines) == 4
+    assert NETWORK in lines[2]
+    assert "squeezenet1_1, from scratch: squeezenet1_1 cannot be probed" in lines[3]
+    assert (folder / "lightning_logs" / "probe" / "probe.png").stat().st_size > 5000
+
+
+def test_two_processes_compute_the_same_features(probed, tmp_path):
+    folder, _ = probed
+    two = ["--trainer.devices=2", "--features=two", f"--out={tmp_path}"]
+    run_fit(folder, f"{NETWORK}=none", "--model.image_size=64", *TINY[2:], *two, module="cifar_transfer.probe")
+    one, other = files(folder / "kept"), files(folder / "two")
+    assert one.keys() == other.keys()
+    assert json.loads((tmp_path / f"{NETWORK}-from-scratch" / "result.json").read_text())["val"] >= 0
+    for name, content in one.items():
+        assert len(other[name]) == len(content)
+
+
+@pytest.mark.parametrize("option", ["--resume=lightning_logs/version_0", "--ckpt_path=a.ckpt", "--find_lr"])
+def test_what_is_for_fit_alone_is_refused(tmp_path, option):
+    done = run_fit(tmp_path, f"{NETWORK}=none", option, *TINY[2:], module="cifar_transfer.probe", expect=2)
+    assert len(done.stderr.strip().splitlines()) < 6
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+def test_fit_goes_on_from_the_probes_head(probed, tmp_path):
+    folder, _ = probed
+    ckpt = folder / "lightning_logs" / "probe" / f"{NETWORK}-from-scratch" / "checkpoints" / "best.ckpt"
+    begun = TransferClassifier(NETWORK, str(ckpt), class_names=ShapesDataModule().class_names, image_size=64)
+    saved = torch.load(ckpt, weights_only=True)["state_dict"]
+    torch.testing.assert_close(begun.network.fc.weight, saved["network.fc.weight"])
