@@ -21,6 +21,7 @@ WARNINGS = (
     ".*recommended to use a single device.*",  # of repeated images, which the samplers here do not give
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
     ".*but have no logger configured.*",  # evaluation prints its figures
+    ".*Total length of `DataLoader` across ranks is zero.*",  # of features that are there
     ".*is smaller than the logging interval.*",  # the figures of epochs are logged all the same
 )
 LINES = (

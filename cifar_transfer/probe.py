@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from matplotlib.figure import Figure
 
 from cifar_transfer.errors import UserError, check
@@ -132,6 +133,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
+@rank_zero_only
 def write(rows: Sequence[Row], out: Path) -> None:
     """Write `probe.md`, `probe.csv` and `probe.png` into `out`."""
     lines = table(rows)
@@ -158,6 +160,13 @@ def figure(rows: Sequence[Row]) -> Figure:
     return drawn
 
 
+@rank_zero_only
+def _tell(out: Path, done: Sequence[str]) -> None:
+    print((out / "probe.md").read_text())
+    for folder in done:
+        print(f"checkpoint  {out / folder / CHECKPOINT}")
+
+
 def main(args: Sequence[str]) -> int:
     """Parse the options, probe each backbone, print the table; 1 if one failed."""
     parser = argparse.ArgumentParser(
@@ -182,18 +191,15 @@ def main(args: Sequence[str]) -> int:
     contestants = [contestant(text) for text in options.backbones]
     rows: list[Row] = []
     for number, one in enumerate(contestants, 1):
-        print(f"--- {number}/{len(contestants)} {one.label} ---", file=sys.stderr, flush=True)
+        rank_zero_info(f"{number}/{len(contestants)} {one.label}")
         try:
             home = options.out / one.folder
             rows.append(probe(one, [*recipe, *of_fit], home, options.views, options.features, options.limit_gb))
         except UserError as error:
             if len(contestants) == 1:
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            rank_zero_warn(f"{one.label}: {error}")
             rows.append({"label": one.label, "failed": str(error)})
         write(rows, options.out)
-    print((options.out / "probe.md").read_text())
-    for one, row in zip(contestants, rows, strict=True):
-        if "failed" not in row:
-            print(f"checkpoint  {options.out / one.folder / CHECKPOINT}")
+    _tell(options.out, [one.folder for one, row in zip(contestants, rows, strict=True) if "failed" not in row])
     return int(any("failed" in row for row in rows))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from cifar_transfer.data.images import Batch
 from cifar_transfer.data.loading import rows_loader
 from cifar_transfer.data.module import ImageDataModule, step_seed, to_float
-from cifar_transfer.data.splits import SPLITS, Split
+from cifar_transfer.data.splits import Split
 from cifar_transfer.errors import UserError
 from cifar_transfer.features.store import LIMIT_GB, FeatureFile, make_room
 
@@ -63,6 +63,7 @@ class FeatureExtractor(LightningModule):
         super().__init__()
         self.classifier, self.data, self.folder = classifier.eval(), data, folder
         self.views, self.limit_gb = views, limit_gb
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # of parts that are there
         self.parts: list[Part] = []
         self.computed = 0  # images, of all processes
         head = classifier.network.get_submodule(classifier.heads[0])
@@ -71,7 +72,7 @@ class FeatureExtractor(LightningModule):
                 f"{classifier.hparams['backbone']} cannot be probed, because its head is no linear layer with a bias: "
                 f"take another."
             )
-        self._half: bool | None = None  # whether training images take bfloat16; None: not known yet
+        self._half = False  # whether training images take bfloat16
 
     def prepare_data(self) -> None:
         """As of the data."""
@@ -83,19 +84,10 @@ class FeatureExtractor(LightningModule):
         self.data.trainer = self.trainer
         self.data.setup()
         self.classifier.setup(stage)
-        size = self.classifier.geometry.size
-        width = self._features(torch.zeros(1, 3, *size, device=self.classifier.device)).shape[1]
-        side = self.classifier.geometry.input_size
-        batch = min(256, max(8, BATCH_PIXELS // (side[0] * side[1])))
-        weights = self._fingerprint()
-        for split in SPLITS:
-            for view in range((self.views if split == "train" else 1) * (split in self.data.images)):
-                images = self.data.images[split]
-                key = hashlib.sha256(weights + images.marks().tobytes())
-                kind = "float16" if split == "train" else "float32"
-                key.update(repr((kind, batch, view, view > 1 and (self.data.augment, self.data.seed))).encode())
-                path = self.folder / f"features-{key.hexdigest()[:32]}.bin"
-                self.parts.append(Part(split, view, FeatureFile(path, len(images), width, kind, batch), []))
+        found = [half for half in (True, False) if self._all_parts(half)[0].file.path.is_file()]
+        half = found[0] if found else self._faster_in_bfloat16()
+        self._half = self.trainer.strategy.broadcast(half)
+        self.parts = self._all_parts(self._half)
         if self.trainer.is_global_zero:
             paths = [part.file.path for part in self.parts]
             make_room(self.folder, sum(part.file.bytes for part in self.parts), paths, self.limit_gb)
@@ -107,6 +99,22 @@ class FeatureExtractor(LightningModule):
             self.computed += sum(len(part.file.batches[number]) for number in missing)
             part.missing.extend(missing[self.trainer.global_rank :: self.trainer.world_size])
         self.trainer.strategy.barrier()  # before one of them writes
+
+    def _all_parts(self, half: bool) -> list[Part]:
+        height, width = self.classifier.geometry.input_size
+        batch = min(256, max(8, BATCH_PIXELS // (height * width)))
+        columns, weights, parts = self._features(self._noise(1)).shape[1], self._fingerprint(), []
+        for split, images in self.data.images.items():
+            for view in range(self.views if split == "train" else 1):
+                kind = ("float16", half) if split == "train" else ("float32", False)
+                key = hashlib.sha256(weights + images.marks().tobytes())
+                key.update(repr((kind, batch, view, view > 1 and (self.data.augment, self.data.seed))).encode())
+                path = self.folder / f"features-{key.hexdigest()[:32]}.bin"
+                parts.append(Part(split, view, FeatureFile(path, len(images), columns, kind[0], batch), []))
+        return parts
+
+    def _noise(self, count: int) -> Tensor:
+        return torch.rand(count, 3, *self.classifier.geometry.size, device=self.classifier.device)
 
     def _fingerprint(self) -> bytes:
         """Of the backbone's weights and of how images come to it."""
@@ -140,9 +148,7 @@ class FeatureExtractor(LightningModule):
         if view > 1:
             torch.manual_seed(step_seed(self.data.seed, view, number, 0))
             images = self.data.augment(images)
-        if split == "train" and self._half is None:
-            self._half = self._faster_in_bfloat16(images)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=split == "train" and bool(self._half)):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=split == "train" and self._half):
             features = self._features(images)
         file.write(number, features.float().cpu().numpy())
         self._bar.update(len(images))
@@ -163,11 +169,11 @@ class FeatureExtractor(LightningModule):
             hook.remove()
         return seen[0].flatten(1)
 
-    def _faster_in_bfloat16(self, images: Tensor) -> bool:
+    def _faster_in_bfloat16(self) -> bool:
         """Measured, because some processors have it and others emulate it at a tenth of the speed."""
-        seconds = {}
+        seconds, images = {}, self._noise(16)
         for half in (False, True):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            with torch.autocast(self.classifier.device.type, torch.bfloat16, enabled=half):
                 for _ in range(2):  # the first warms up
                     start = time.perf_counter()
                     self._features(images).float().cpu()

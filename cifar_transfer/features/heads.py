@@ -83,7 +83,7 @@ def logistic(train: Features, val: Features, classes: int, standard: Moments) ->
     penalties = torch.tensor(PENALTIES)
     weights = torch.zeros(len(penalties), classes, width)
     biases = torch.zeros(len(penalties), classes)
-    solver = torch.optim.LBFGS([weights, biases], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS([weights, biases], max_iter=ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         weights.grad, biases.grad = weights * penalties[:, None, None], torch.zeros_like(biases)
