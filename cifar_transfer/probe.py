@@ -181,7 +181,7 @@ def main(args: Sequence[str]) -> int:
     seen = "Views of each training image: 1 itself, 2 also mirrored, each further one augmented (default: 1)."
     parser.add_argument("--views", type=int, default=1, metavar="N", help=seen)
     parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help=f"Where to write (default: {OUT}).")
-    kept = f"Where features are kept (default: {FOLDER})."
+    kept = "Where features are kept (default: in the user's cache)."
     parser.add_argument("--features", type=Path, default=FOLDER, metavar="FOLDER", help=kept)
     most = f"Most that it may hold, 1e9 bytes each (default: {LIMIT_GB:g}); those not used for longest go first."
     parser.add_argument("--limit_gb", type=float, default=LIMIT_GB, metavar="GB", help=most)
