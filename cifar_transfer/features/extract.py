@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from cifar_transfer.data.geometry import to_float
 from cifar_transfer.data.images import Batch
 from cifar_transfer.data.loading import rows_loader
-from cifar_transfer.data.module import ImageDataModule, step_seed, to_float
+from cifar_transfer.data.module import ImageDataModule, step_seed
 from cifar_transfer.data.splits import Split
 from cifar_transfer.errors import UserError
 from cifar_transfer.features.store import LIMIT_GB, FeatureFile, make_room

@@ -197,7 +197,12 @@ class FitCLI(LightningCLI):
         if self.config.find_lr:
             return super().instantiate_trainer(**kwargs | find_lr.settings())
         if self.keeps_nothing:
-            kept = {"logger": False, "enable_checkpointing": False, "callbacks": [], "plugins": [AtomicCheckpointIO()]}
+            kept = {
+                "logger": False,
+                "enable_checkpointing": False,
+                "callbacks": [],
+                "plugins": [runs.AtomicCheckpointIO()],
+            }
             return super().instantiate_trainer(**kwargs | kept | {"enable_progress_bar": False})
         self.trainer_defaults["callbacks"] = [*self._callbacks(options), *bars]
         if not options.fast_dev_run:
