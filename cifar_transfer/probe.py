@@ -136,6 +136,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
 @rank_zero_only
 def write(rows: Sequence[Row], out: Path) -> None:
     """Write `probe.md`, `probe.csv` and `probe.png` into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
     lines = table(rows)
     with atomic_write(out / "probe.md") as file:
         file.write(markdown(lines).encode())

@@ -75,7 +75,7 @@ def test_what_is_there_is_not_computed_again(tmp_path, monkeypatch):
     monkeypatch.setattr("cifar_transfer.features.extract.BATCH_PIXELS", 64 * 64 * 20)
     monkeypatch.setattr(FeatureFile, "write", killed)
     other = tmp_path / "other"
-    with pytest.raises(SystemExit):  # Lightning's, of a KeyboardInterrupt
+    with pytest.raises(SystemExit, match=r"^1$"):  # Lightning's, of a KeyboardInterrupt
         extract(other, views=3)
     monkeypatch.setattr(FeatureFile, "write", write)
     again, extractor = extract(other, views=3)

@@ -27,6 +27,7 @@ from cifar_transfer.training import find_lr
 from cifar_transfer.training import run as runs
 from cifar_transfer.training.checkpoint import read_checkpoint
 from cifar_transfer.training.classifier import TransferClassifier
+from cifar_transfer.training.evaluation import DATA_MODULES
 from cifar_transfer.training.finite_loss import Guard
 from cifar_transfer.training.freeze import BackboneFreeze
 from cifar_transfer.training.interrupt import Interrupt
@@ -60,7 +61,7 @@ class Parser(LightningArgumentParser):
         elif "is not allowed" in message:
             hint = " (If you trust it, name it on the command line too.)"
         elif 'key "data"' in message and "import path" in message:
-            names = sorted(kind.__name__ for kind in ImageDataModule.__subclasses__())
+            names = sorted(DATA_MODULES)
             hint = f" (Data modules: {', '.join(names)}.)"
         raise UserError(message + hint)
 
