@@ -6,6 +6,8 @@ file is opened again, and nothing else.
 
 import os
 import re
+import stat
+import time
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +21,7 @@ from cifar_transfer.errors import UserError
 FOLDER = platformdirs.user_cache_path("cifar_transfer") / "features"
 NAME = re.compile(r"features-[0-9a-f]{32}\.bin")
 LIMIT_GB = 20.0  # of all such files in a folder
+IN_USE = 3600  # seconds since a file was taken up or written to, within which another process may be at it
 
 
 class FeatureFile:
@@ -40,11 +43,12 @@ class FeatureFile:
         self.bytes = count * self._row + 4 * len(self.batches)
 
     def make(self) -> None:
-        """Have the file there, its whole size without a batch; called by one process."""
+        """Have the file there, its whole size without a batch, and note that it is used; called by one process."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.is_file() or self.path.stat().st_size != self.bytes:
             with self.path.open("wb") as file:
                 file.truncate(self.bytes)
+        os.utime(self.path)
 
     def missing(self) -> list[int]:
         """Numbers of the batches that are not there as they were written."""
@@ -74,7 +78,7 @@ def _sum(content: bytes) -> int:
 
 
 def make_room(folder: Path, wanted: int, kept: Sequence[Path], limit_gb: float) -> None:
-    """Remove the features that were not used for longest until there is room for `wanted` bytes more.
+    """Remove the features that were not used for longest, and not within an hour, for `wanted` bytes more.
 
     Args:
         folder: Where features are; only files of exactly their form are removed.
@@ -92,8 +96,10 @@ def make_room(folder: Path, wanted: int, kept: Sequence[Path], limit_gb: float) 
     found = []
     for path in folder.glob("features-*.bin") if folder.is_dir() else ():
         with suppress(OSError):  # another process has removed it
-            if NAME.fullmatch(path.name) and path.is_file() and not path.is_symlink() and path not in kept:
-                found.append((path.stat().st_mtime, path.stat().st_size, path))
+            status = path.lstat()
+            ours = NAME.fullmatch(path.name) and stat.S_ISREG(status.st_mode) and path not in kept
+            if ours and time.time() - status.st_mtime > IN_USE:
+                found.append((status.st_mtime, status.st_size, path))
     total = wanted + sum(size for _, size, _ in found)
     for _, size, path in sorted(found):
         if total <= limit_gb * 1e9:
