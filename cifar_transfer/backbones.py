@@ -108,7 +108,6 @@ def main(args: Sequence[str]) -> None:
     """Parse the options and print."""
     parser = argparse.ArgumentParser(
         prog="python -m cifar_transfer.backbones",
-        description="The backbones that --model.backbone takes, in the words of their libraries.",
         allow_abbrev=False,
     )
     listed = "Part of a name, or a pattern with * and ?. timm's networks are listed with 'timm/*' and the like."

@@ -156,7 +156,6 @@ def main(args: Sequence[str]) -> int:
     """Parse the options, compare, print the table; 1 if one failed."""
     parser = argparse.ArgumentParser(
         prog="python -m cifar_transfer.compare",
-        description="Fit several backbones under one recipe and compare them.",
         allow_abbrev=False,
     )
     wanted = "A backbone, with a name or a file of weights if not those of the recipe"

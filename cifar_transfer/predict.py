@@ -136,8 +136,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def _parse(args: Sequence[str]) -> Namespace:
-    about = "The likeliest classes of images."
-    parser = ArgumentParser(prog="python -m cifar_transfer.predict", description=about, allow_abbrev=False)
+    parser = ArgumentParser(prog="python -m cifar_transfer.predict", allow_abbrev=False)
     add = parser.add_argument
     images = "Files, folders, patterns ('photos/**/*.jpg'); - reads them from standard input, one a line."
     add("images", nargs="+", metavar="IMAGE", help=images)

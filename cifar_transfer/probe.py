@@ -4,6 +4,8 @@ Each backbone's features are computed once and kept; on them are fitted logistic
 class means, and few-shot heads. The best logistic regression becomes a checkpoint, for `predict`, `evaluate`, `export`,
 and for `fit --model.weights=CHECKPOINT --freeze.unfreeze_epoch=0` to go on from
 (Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
+
+All other options are those of fit, say `--data.root=photos --model.image_size=128`.
 """
 
 from cifar_transfer import start
@@ -44,7 +46,10 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "test (%)": lambda row: _percent(row, "test"),
     "balanced (%)": lambda row: _percent(row, "balanced"),
     "val (%)": lambda row: _percent(row, "val"),
-    "nearest (%)": lambda row: _percent(row, "neighbours"),
+    **{
+        f"{k}-nearest (%)": partial(lambda k, row: f"{100 * row['neighbours'][str(k)]:.2f}", k)
+        for k in heads.NEIGHBOURS
+    },
     "means (%)": lambda row: _percent(row, "means"),
     **{f"{shots}-shot (%)": partial(lambda shots, row: _few(row, shots), shots) for shots in heads.SHOTS},
     "features": lambda row: str(row["width"]),
@@ -52,6 +57,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "features (s)": lambda row: f"{row['feature_seconds']:.0f}",
     "heads (s)": lambda row: f"{row['head_seconds']:.0f}",
 }
+SHOWN = ("test (%)", "val (%)", "features (s)")  # on the terminal
 
 
 def _percent(row: Row, name: str) -> str:
@@ -69,7 +75,7 @@ class ProbeCLI(FitCLI):
     keeps_nothing = True
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """As of `fit`."""
+        """As of `fit`; a `UserError` refuses options that are for training alone."""
         for name in ("find_lr", "resume", "ckpt_path"):
             if self.config[name]:
                 raise UserError(f"--{name} is for fit: leave it out.")
@@ -105,9 +111,8 @@ def probe(one: Contestant, options: Sequence[str], home: Path, views: int, folde
         head, scores = heads.best(found, data.num_classes)
         row |= scores | {"head_seconds": time.monotonic() - begun}
     head, row = trainer.strategy.broadcast((head, row))
-    extractor.put(head)
-    trainer.limit_val_batches = 1
-    trainer.validate(model, data, verbose=False)  # a look, which attaches the network to the Trainer
+    extractor.put(head, found["val"])
+    trainer.strategy.connect(model)
     trainer.save_checkpoint(home / CHECKPOINT, weights_only=True)  # there is no optimizer
     if trainer.is_global_zero:
         data.record_splits(home)
@@ -122,14 +127,14 @@ def _accuracy(row: Row) -> float:
     return accuracies[0] if accuracies else -1.0
 
 
-def table(rows: Sequence[Row]) -> list[list[str]]:
+def table(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
     """A heading and a line for each backbone, the best first."""
-    lines = [["network", *COLUMNS]]
+    lines = [["network", *columns]]
     for row in sorted(rows, key=_accuracy, reverse=True):
         if "failed" in row:
-            lines.append([f"{row['label']}: {row['failed']}", *[""] * len(COLUMNS)])
+            lines.append([f"{row['label']}: failed", *[""] * len(columns)])
         else:
-            lines.append([row["label"], *(form(row) for form in COLUMNS.values())])
+            lines.append([row["label"], *(COLUMNS[column](row) for column in columns)])
     return lines
 
 
@@ -137,7 +142,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
 def write(rows: Sequence[Row], out: Path) -> None:
     """Write `probe.md`, `probe.csv` and `probe.png` into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    lines = table(rows)
+    lines = table(rows, [*COLUMNS])
     with atomic_write(out / "probe.md") as file:
         file.write(markdown(lines).encode())
     with atomic_write(out / "probe.csv") as file:
@@ -162,8 +167,9 @@ def figure(rows: Sequence[Row]) -> Figure:
 
 
 @rank_zero_only
-def _tell(out: Path, done: Sequence[str]) -> None:
-    print((out / "probe.md").read_text())
+def _tell(rows: Sequence[Row], out: Path, done: Sequence[str]) -> None:
+    print(f"\n{markdown(table(rows, SHOWN))}")
+    print(f"all of it   {out / 'probe.md'}, {out / 'probe.png'}")
     for folder in done:
         print(f"checkpoint  {out / folder / CHECKPOINT}")
 
@@ -172,8 +178,6 @@ def main(args: Sequence[str]) -> int:
     """Parse the options, probe each backbone, print the table; 1 if one failed."""
     parser = argparse.ArgumentParser(
         prog="python -m cifar_transfer.probe",
-        description="What the frozen features of backbones tell of the classes, in minutes.",
-        epilog="All other options are those of fit, say --data.root=photos --model.image_size=128.",
         allow_abbrev=False,
     )
     wanted = "A backbone, with a name or a file of weights if not those of its library."
@@ -202,5 +206,5 @@ def main(args: Sequence[str]) -> int:
             rank_zero_warn(f"{one.label}: {error}")
             rows.append({"label": one.label, "failed": str(error)})
         write(rows, options.out)
-    _tell(options.out, [one.folder for one, row in zip(contestants, rows, strict=True) if "failed" not in row])
+    _tell(rows, options.out, [one.folder for one, row in zip(contestants, rows, strict=True) if "failed" not in row])
     return int(any("failed" in row for row in rows))

@@ -24,8 +24,7 @@ def main(args: Sequence[str]) -> None:
     Raises:
         UserError: An unfit checkpoint or option, or a port that is taken.
     """
-    about = "A page that classifies the images dropped on it."
-    parser = ArgumentParser(prog="python -m cifar_transfer.serve", description=about, allow_abbrev=False)
+    parser = ArgumentParser(prog="python -m cifar_transfer.serve", allow_abbrev=False)
     add = parser.add_argument
     add("--ckpt", help="Checkpoint; without, the best of the newest run in lightning_logs/.")
     add("--port", type=int, default=7860, help="Of the page; 0 takes any that is free.")

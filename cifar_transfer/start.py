@@ -125,7 +125,7 @@ def known_options(command: str) -> list[str]:
         about = _read()["commands"][name]
         found += [option.partition("=")[0] for options in about["groups"].values() for option in options]
         found += about["silent"]
-    return found
+    return [option for option in found if option.startswith("--")]
 
 
 def completions(line: str) -> list[str]:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, quiet_trainer, run_fit
+from conftest import RUN, TINY, quiet_trainer, run_fit, untouched, weights
+from test_terminal import on_terminal
 
 from cifar_transfer import Classifier, ShapesDataModule, TransferClassifier
 from cifar_transfer.errors import UserError
@@ -197,8 +200,10 @@ def test_neighbours_and_means_are_those_of_plain_loops(drawn):
         likeness = known @ one / np.linalg.norm(known, axis=1)
         order = np.argsort(-likeness)
         for k in heads.NEIGHBOURS:
-            counts = np.bincount(train.labels[order[:k]], minlength=4)
-            assert counts[votes[k][row].argmax()] == counts.max()
+            nearest = train.labels[order[:k]]
+            counts = np.bincount(nearest, minlength=4)
+            near = np.bincount(nearest, likeness[order[:k]] / np.linalg.norm(one), minlength=4)
+            assert votes[k][row].argmax() == max(range(4), key=lambda label: (counts[label], near[label]))
 
 
 def test_few_shots_draw_so_many_of_each_class(drawn, monkeypatch):
@@ -223,7 +228,7 @@ def test_a_network_with_two_heads_gives_the_logits_of_the_head(tmp_path):
     found = features(quiet_trainer(use_distributed_sampler=False), extractor)
     width = found["test"].views[0].shape[1]
     head = heads.Linear(torch.randn(10, width), torch.randn(10))
-    extractor.put(head)
+    extractor.put(head, found["val"])
     images = data.images["test"].__getitems__(range(20))[0].float() / 255
     with torch.inference_mode():
         torch.testing.assert_close(model(images), head.logits(found["test"]), atol=1e-4, rtol=1e-4)
@@ -270,31 +275,67 @@ def test_a_failure_loses_no_other(probed):
     lines = (folder / "lightning_logs" / "probe" / "probe.md").read_text().splitlines()
     assert len(lines) == 4
     assert NETWORK in lines[2]
-    assert "squeezenet1_1, from scratch: squeezenet1_1 cannot be probed" in lines[3]
+    assert "squeezenet1_1, from scratch: failed" in lines[3]
     assert (folder / "lightning_logs" / "probe" / "probe.png").stat().st_size > 5000
 
 
-def test_two_processes_compute_the_same_features(probed, tmp_path):
-    folder, _ = probed
-    two = ["--trainer.devices=2", "--features=two", f"--out={tmp_path}"]
-    run_fit(folder, f"{NETWORK}=none", "--model.image_size=64", *TINY[2:], *two, module="cifar_transfer.probe")
-    one, other = files(folder / "kept"), files(folder / "two")
-    for name in one.keys() & other.keys():  # of training images others, where another precision was the faster one
-        assert other[name] == one[name]
-    assert len(one.keys() & other.keys()) >= 2
-    assert json.loads((tmp_path / f"{NETWORK}-from-scratch" / "result.json").read_text())["val"] >= 0
+def test_two_processes_compute_the_same_features(tmp_path):
+    options = [f"{NETWORK}=none", "--model.image_size=64", *TINY[2:], "--features=kept"]
+    for devices in (1, 2):
+        (tmp_path / str(devices) / "kept").mkdir(parents=True)
+        for path in (tmp_path / "1" / "kept").iterdir():  # so that both take the same precision
+            (tmp_path / str(devices) / "kept" / path.name).touch()
+        one = [*options, f"--trainer.devices={devices}", f"--out={tmp_path / str(devices)}"]
+        run_fit(tmp_path / str(devices), *one, module="cifar_transfer.probe")
+    one, two = files(tmp_path / "1" / "kept"), files(tmp_path / "2" / "kept")
+    assert len(one) == 3
+    assert one == two
+    results = [json.loads(path.read_text()) for path in sorted(tmp_path.glob(f"*/{NETWORK}-from-scratch/result.json"))]
+    figures = [{name: found for name, found in result.items() if "seconds" not in name} for result in results]
+    assert figures[0] == figures[1]
+    assert len(figures) == 2
 
 
-@pytest.mark.parametrize("option", ["--resume=lightning_logs/version_0", "--ckpt_path=a.ckpt", "--find_lr"])
-def test_what_is_for_fit_alone_is_refused(tmp_path, option):
-    done = run_fit(tmp_path, f"{NETWORK}=none", option, *TINY[2:], module="cifar_transfer.probe", expect=2)
-    assert len(done.stderr.strip().splitlines()) < 6
-    assert not (tmp_path / "lightning_logs").exists()
+@pytest.mark.parametrize("option", ["--resume=RUN", "--ckpt_path=RUN/checkpoints/last.ckpt", "--find_lr"])
+def test_what_is_for_fit_alone_is_refused(run, tmp_path, option):
+    shutil.copytree(run / RUN, tmp_path / "run")
+    option = option.replace("RUN", str(tmp_path / "run"))
+    with untouched(tmp_path):
+        done = run_fit(tmp_path, f"{NETWORK}=none", option, *TINY[2:], module="cifar_transfer.probe", expect=2)
+    assert f"error: {option.partition('=')[0]} is for fit: leave it out." in done.stderr
 
 
 def test_fit_goes_on_from_the_probes_head(probed, tmp_path):
     folder, _ = probed
     ckpt = folder / "lightning_logs" / "probe" / f"{NETWORK}-from-scratch" / "checkpoints" / "best.ckpt"
-    begun = TransferClassifier(NETWORK, str(ckpt), class_names=ShapesDataModule().class_names, image_size=64)
-    saved = torch.load(ckpt, weights_only=True)["state_dict"]
-    torch.testing.assert_close(begun.network.fc.weight, saved["network.fc.weight"])
+    still = ["--model.lr=1e-30", "--freeze.unfreeze_epoch=0", "--trainer.max_epochs=1", "--model.image_size=64"]
+    run_fit(tmp_path, *TINY, f"--model.weights={ckpt}", *still)
+    names = ("network.fc.weight", "network.conv5.0.weight")
+    before, after = weights(ckpt), weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
+    for name in names:
+        torch.testing.assert_close(after[name], before[name])
+
+
+def test_on_a_terminal_too(tmp_path):
+    options = [f"{NETWORK}=none", "squeezenet1_1=none", *TINY[2:], "--features=kept"]
+    written = on_terminal(tmp_path, 80, *options, module="cifar_transfer.probe", expect=1)
+    lines = [line for line in re.split(r"[\r\n]+", written) if line.startswith("|")]
+    assert len(lines) == 4
+    assert max(map(len, lines)) < 80, "no line of the table wraps"
+    assert "squeezenet1_1, from scratch: failed" in lines[3]
+
+
+def test_features_beyond_half_precision_are_refused(drawn):
+    train, _, _ = drawn
+    values = train.views[0].copy()
+    values[3, 2] = np.inf
+    with pytest.raises(UserError, match=r"NaN, infinite or above 65,504"):
+        heads.moments(train._replace(views=[values]))
+
+
+def test_a_network_that_does_more_with_its_logits_is_refused(tmp_path):
+    found, extractor = extract(tmp_path)
+    head = heads.Linear(torch.randn(10, found["val"].views[0].shape[1]), torch.randn(10))
+    extractor.classifier.network.fc.register_forward_hook(lambda module, inputs, logits: logits.relu())
+    with pytest.raises(UserError, match="does more with its head's logits"):
+        extractor.put(head, found["val"])

@@ -37,15 +37,15 @@ def drawn(written):
     return pieces, lines
 
 
-def on_terminal(folder, columns, *options):
-    """What `fit` writes to a terminal of so many columns."""
+def on_terminal(folder, columns, *options, module="cifar_transfer.fit", expect=0):
+    """What a command writes to a terminal of so many columns."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     (folder / "out").symlink_to(os.ttyname(slave))
     (folder / "err").touch()
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
     environment |= {"RUN_FIT": f"{folder}{os.sep}", "TERM": "xterm"}
-    process = FORKS.Process(target=run_module, args=(folder, "cifar_transfer.fit", options, environment))
+    process = FORKS.Process(target=run_module, args=(folder, module, options, environment))
     process.start()
     written = b""
     while (alive := process.is_alive()) or select.select([master], [], [], 0)[0]:
@@ -53,7 +53,7 @@ def on_terminal(folder, columns, *options):
             written += os.read(master, 65536)
     os.close(slave)
     os.close(master)
-    assert process.exitcode == 0, (folder / "err").read_text()
+    assert process.exitcode == expect, (folder / "err").read_text()
     return written.decode()
 
 

@@ -5,6 +5,7 @@ images (uint8) -> device -> float32 in [0, 1] -> a view of them -> network, in e
 
 import hashlib
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,8 @@ from cifar_transfer.errors import UserError
 from cifar_transfer.features.store import LIMIT_GB, FeatureFile, make_room
 
 BATCH_PIXELS = 2**20  # that the network sees at once, within 8 to 256 images
-VERSION = b"1"  # of what features are: another one computes all anew
+TRIED = 16  # validation images
+VERSION = b"2"  # of what features are: another one computes all anew
 
 
 class Features(NamedTuple):
@@ -85,10 +87,11 @@ class FeatureExtractor(LightningModule):
         self.data.trainer = self.trainer
         self.data.setup()
         self.classifier.setup(stage)
-        found = [half for half in (True, False) if self._all_parts(half)[0].file.path.is_file()]
+        choices = self._choices()
+        found = [half for half, parts in choices.items() if parts[0].file.path.is_file()]
         half = found[0] if found else self._faster_in_bfloat16()
         self._half = self.trainer.strategy.broadcast(half)
-        self.parts = self._all_parts(self._half)
+        self.parts = choices[self._half]
         if self.trainer.is_global_zero:
             paths = [part.file.path for part in self.parts]
             make_room(self.folder, sum(part.file.bytes for part in self.parts), paths, self.limit_gb)
@@ -101,18 +104,21 @@ class FeatureExtractor(LightningModule):
             part.missing.extend(missing[self.trainer.global_rank :: self.trainer.world_size])
         self.trainer.strategy.barrier()  # before one of them writes
 
-    def _all_parts(self, half: bool) -> list[Part]:
+    def _choices(self) -> dict[bool, list[Part]]:
+        """The parts, that of the training images first, if these take bfloat16 or not."""
         height, width = self.classifier.geometry.input_size
         batch = min(256, max(8, BATCH_PIXELS // (height * width)))
-        columns, weights, parts = self._features(self._noise(1)).shape[1], self._fingerprint(), []
+        columns, weights = self._features(self._noise(1)).shape[1], self._fingerprint()
+        choices: dict[bool, list[Part]] = {True: [], False: []}
         for split, images in self.data.images.items():
-            for view in range(self.views if split == "train" else 1):
+            known = weights + images.marks().tobytes()
+            for view, half in product(range(self.views if split == "train" else 1), choices):
                 kind = ("float16", half) if split == "train" else ("float32", False)
-                key = hashlib.sha256(weights + images.marks().tobytes())
-                key.update(repr((kind, batch, view, view > 1 and (self.data.augment, self.data.seed))).encode())
-                path = self.folder / f"features-{key.hexdigest()[:32]}.bin"
-                parts.append(Part(split, view, FeatureFile(path, len(images), columns, kind[0], batch), []))
-        return parts
+                augmented = (self.data.augment, self.data.seed) if view > 1 else None
+                key = hashlib.sha256(known + repr((kind, batch, view, augmented)).encode()).hexdigest()
+                file = FeatureFile(self.folder / f"features-{key[:32]}.bin", len(images), columns, kind[0], batch)
+                choices[half].append(Part(split, view, file, []))
+        return choices
 
     def _noise(self, count: int) -> Tensor:
         return torch.rand(count, 3, *self.classifier.geometry.size, device=self.classifier.device)
@@ -181,14 +187,26 @@ class FeatureExtractor(LightningModule):
                     seconds[half] = time.perf_counter() - start
         return seconds[True] < seconds[False]
 
-    def put(self, head: Any) -> None:
-        """Give the network this head, `heads.Linear`; of several heads, whose logits it averages, the first has all."""
+    def put(self, head: Any, val: Features) -> None:
+        """Give the network this head, `heads.Linear`; of several heads, whose logits it averages, the first has all.
+
+        Raises:
+            UserError: The network does not give the logits of the head for validation images.
+        """
         first, *others = (self.classifier.network.get_submodule(name) for name in self.classifier.heads)
+        images, _ = self.data.images["val"].__getitems__(range(min(TRIED, len(val.labels))))
         with torch.no_grad():
             for name, value in (("weight", head.weight), ("bias", head.bias)):
                 getattr(first, name).copy_(value * (1 + len(others)))
                 for other in others:
                     getattr(other, name).zero_()
+            given = self.classifier(to_float(images).to(self.classifier.device)).cpu()
+        wanted = head.logits(val._replace(views=[val.views[0][: len(images)]]))
+        if not torch.allclose(given, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
+            raise UserError(
+                f"{self.classifier.hparams['backbone']} cannot be probed, because it does more with its head's logits: "
+                f"take another."
+            )
 
 
 def features(trainer: Trainer, extractor: FeatureExtractor) -> dict[Split, Features]:

@@ -1,9 +1,10 @@
-"""Heads on features: what frozen features of a backbone tell of the classes, each way a function from Data to scores.
+"""Heads on features: what frozen features of a backbone tell of the classes.
 
 Features are read in blocks, so that memory is bounded however many images there are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifar_transfer.data.splits import Split
+from cifar_transfer.errors import UserError
 from cifar_transfer.features.extract import Features
 
 BLOCK = 16384  # images that are in memory at once, beside those kept
@@ -22,8 +24,7 @@ ITERATIONS = 100  # of L-BFGS
 NEIGHBOURS = (1, 5, 20)
 SHOTS, DRAWS = (1, 5, 10, 50), 5  # images a class, and how often they are drawn anew
 SMALLEST = 1e-6  # deviation of a feature
-
-
+TIE = 1e-3  # what a cosine weighs beside a vote; twenty of them are less than one vote
 Moments = tuple[Tensor, Tensor]  # mean and deviation of each feature, float32 [D]
 
 
@@ -51,15 +52,28 @@ def accuracy(logits: Tensor, labels: np.ndarray) -> float:
 
 
 def moments(train: Features) -> Moments:
-    """Mean and deviation of each feature over all views, float32 [D] each."""
-    count, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
-    for view in train.views:
-        for values in blocks(view):
-            count += len(values)
-            total = total + values.double().sum(0)
-            squares = squares + values.double().square().sum(0)
-    mean = total / count
-    return mean.float(), (squares / count - mean**2).clamp_min(0).sqrt().clamp_min(SMALLEST).float()
+    """Mean and deviation of each feature over all views, float32 [D] each.
+
+    Raises:
+        UserError: A feature is NaN or infinite, or beyond half precision, in which those of training are kept.
+    """
+    sums = ((v.double().sum(0), v.double().square().sum(0)) for view in train.views for v in blocks(view))
+    count = len(train.views) * len(train.labels)
+    mean, squares = (sum(parts, torch.zeros(())) / count for parts in zip(*sums, strict=True))
+    if not squares.isfinite().all():
+        raise UserError(
+            "The features of this backbone are NaN, infinite or above 65,504, which is the most that is kept of them: "
+            "take other weights, or --model.normalize=weights."
+        )
+    return mean.float(), (squares - mean**2).clamp_min(0).sqrt().clamp_min(SMALLEST).float()
+
+
+def standardised(views: Sequence[np.ndarray], labels: np.ndarray, standard: Moments) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of standardised features, float32 [B, D], with their labels, int64 [B]: one view after the other."""
+    mean, deviation = standard
+    for view in views:
+        for values, those in zip(blocks(view), torch.from_numpy(labels).split(BLOCK), strict=True):
+            yield (values - mean) / deviation, those
 
 
 def logistic(train: Features, val: Features, classes: int, standard: Moments) -> tuple[Linear, float]:
@@ -71,15 +85,9 @@ def logistic(train: Features, val: Features, classes: int, standard: Moments) ->
         The head, with the standardisation folded in, and its penalty.
     """
     mean, deviation = standard
-    labels = torch.from_numpy(train.labels)
-    count, width = len(labels) * len(train.views), len(mean)
-
-    def standardised() -> Iterator[tuple[Tensor, Tensor]]:
-        for view in train.views:
-            for values, those in zip(blocks(view), labels.split(BLOCK), strict=True):
-                yield (values - mean) / deviation, those
-
-    kept = list(standardised()) if 4 * count * width <= KEPT else None
+    count, width = len(train.labels) * len(train.views), len(mean)
+    read = partial(standardised, train.views, train.labels, standard)
+    kept = list(read()) if 4 * count * width <= KEPT else None
     penalties = torch.tensor(PENALTIES)
     weights = torch.zeros(len(penalties), classes, width)
     biases = torch.zeros(len(penalties), classes)
@@ -88,7 +96,7 @@ def logistic(train: Features, val: Features, classes: int, standard: Moments) ->
     def loss() -> Tensor:
         weights.grad, biases.grad = weights * penalties[:, None, None], torch.zeros_like(biases)
         total = float((penalties * weights.square().sum((1, 2))).sum() / 2)
-        for values, those in kept or standardised():
+        for values, those in kept or read():
             logits = (values @ weights.flatten(0, 1).T).view(-1, *biases.shape) + biases
             chosen = those[:, None, None].expand(-1, len(penalties), 1)
             errors = logits.log_softmax(2)
@@ -108,40 +116,33 @@ def logistic(train: Features, val: Features, classes: int, standard: Moments) ->
 
 
 def nearest_mean(train: Features, other: Features, classes: int, standard: Moments) -> Tensor:
-    """Scores [N, C] by the distance to the mean of each class, of standardised features."""
-    mean, deviation = standard
-    sums, labels = torch.zeros(classes, len(mean)), torch.from_numpy(train.labels)
-    for view in train.views:
-        for values, those in zip(blocks(view), labels.split(BLOCK), strict=True):
-            sums.index_add_(0, those, (values - mean) / deviation)
-    counts = len(train.views) * torch.bincount(labels, minlength=classes).clamp_min(1)
-    means = sums / counts[:, None]
-    return torch.cat([-torch.cdist((values - mean) / deviation, means) for values in blocks(other.views[0])])
+    """Scores [N, C] by the distance to the mean of each class over all views, of standardised features."""
+    sums = torch.zeros(classes, len(standard[0]))
+    for values, those in standardised(train.views, train.labels, standard):
+        sums.index_add_(0, those, values)
+    counts = len(train.views) * np.bincount(train.labels, minlength=classes).clip(1)
+    means = sums / torch.from_numpy(counts)[:, None]
+    asked = standardised(other.views[:1], other.labels, standard)
+    return torch.cat([-torch.cdist(values, means) for values, _ in asked])
 
 
 def nearest_neighbours(train: Features, other: Features, classes: int, standard: Moments) -> dict[int, Tensor]:
-    """Votes [N, C] of the `NEIGHBOURS` most alike training images, by the cosine of standardised features.
+    """Votes [N, C] of the most alike training images, `NEIGHBOURS` of them, by the cosine of standardised features.
 
-    Of classes with as many votes the one with the more alike images is first.
+    Views beyond the images themselves do not vote. Of classes with as many votes the one whose images are more alike is
+    first.
     """
-    mean, deviation = standard
-    labels = torch.from_numpy(train.labels)
-
-    def directions(values: Tensor) -> Tensor:
-        return F.normalize((values - mean) / deviation)
-
     votes: dict[int, list[Tensor]] = {k: [] for k in NEIGHBOURS}
-    for values in blocks(other.views[0]):
-        found, near = directions(values), []
-        for theirs, those in zip(blocks(train.views[0]), labels.split(BLOCK), strict=True):
-            likeness = found @ directions(theirs).T
-            best = likeness.topk(min(NEIGHBOURS[-1], len(those)))
+    for values, _ in standardised(other.views[:1], other.labels, standard):
+        asked, near = F.normalize(values), []
+        for theirs, those in standardised(train.views[:1], train.labels, standard):
+            best = (asked @ F.normalize(theirs).T).topk(min(NEIGHBOURS[-1], len(those)))
             near.append((best.values, those[best.indices]))
         likeness, labelled = (torch.cat(parts, 1) for parts in zip(*near, strict=True))
-        order = likeness.argsort(1, descending=True)[:, : NEIGHBOURS[-1]]
-        likeness, labelled = likeness.gather(1, order), labelled.gather(1, order)
+        likeness, order = likeness.topk(min(NEIGHBOURS[-1], likeness.shape[1]))
+        labelled = labelled.gather(1, order)
         for k in NEIGHBOURS:
-            weight = 1 + 1e-3 * likeness[:, :k]
+            weight = 1 + TIE * likeness[:, :k]
             votes[k].append(torch.zeros(len(values), classes).scatter_add_(1, labelled[:, :k], weight))
     return {k: torch.cat(parts) for k, parts in votes.items()}
 
@@ -164,8 +165,12 @@ def best(found: dict[Split, Features], classes: int) -> tuple[Linear, dict[str, 
     """The best logistic regression, and the accuracies of all heads on the test images, or those held out if none are.
 
     Returns:
-        The head, and `val` (and `test`, `balanced`), `neighbours`, `means`, `few_shot` (of each number of images of a
-        class, a list), as shares of 1; the `penalty`, the `width` of the features and the images `per_class`.
+        The head, and as shares of 1 `val` (and `test`, `balanced`), `neighbours` (by their number), `means`, `few_shot`
+        (by the images of a class, a list); the `penalty`, the `width` of the features and how many training images
+        `per_class` there are on average.
+
+    Raises:
+        UserError: As `moments`.
     """
     train, val = found["train"], found["val"]
     other = found.get("test", val)
@@ -183,7 +188,7 @@ def best(found: dict[Split, Features], classes: int) -> tuple[Linear, dict[str, 
     counts = np.bincount(other.labels, minlength=classes)
     scores["balanced"] = float((np.bincount(other.labels, right, classes)[counts > 0] / counts[counts > 0]).mean())
     votes = nearest_neighbours(train, other, classes, standard)
-    scores["neighbours"] = max(accuracy(votes[k], other.labels) for k in votes)
+    scores["neighbours"] = {str(k): accuracy(votes[k], other.labels) for k in votes}
     scores["means"] = accuracy(nearest_mean(train, other, classes, standard), other.labels)
     scores["few_shot"] = few_shot(train, val, other, classes, standard)
     scores["per_class"] = len(train.labels) // classes

@@ -1,7 +1,7 @@
 """A run on the terminal: a table that grows by a line an epoch."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -10,16 +10,6 @@ from cifar_transfer.console import duration, epoch_of, say, styled
 HEADINGS = ("epoch", "train loss", "train acc", "val loss", "val acc  ", "lr", "time", "left")
 WIDTHS = (10, 9, 8, 9, 7, 6, 8)  # of all but the first, in letters: up to 999 epochs take fewer than 80 columns
 SCORES = {"train/loss_epoch": ".3f", "train/acc": ".2%", "val/loss": ".3f", "val/acc": ".2%"}
-
-
-@runtime_checkable
-class Phased(Protocol):
-    """A callback that knows the phases of a run, as `BackboneFreeze` does."""
-
-    phase: int  # of now
-
-    def phase_at(self, epoch: int, max_epochs: int) -> int | None:
-        """The phase of an epoch to come, counted from 0; None if that depends on a figure."""
 
 
 class Table:
@@ -59,7 +49,8 @@ class Table:
         last, epoch = trainer.max_epochs or 0, trainer.current_epoch
         if last <= epoch + 1 or trainer.max_steps > 0:
             return ""
-        phased = next((each for each in trainer.callbacks if isinstance(each, Phased)), None)  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        phased = next((each for each in callbacks if hasattr(each, "phase_at")), None)  # `BackboneFreeze`
         phases = [phased.phase_at(number, last) if phased else 0 for number in range(epoch + 1, last)]
         now, *sides = [module.side_at(2 * number + 1, 2 * last) for number in range(epoch, last)]  # amid the epoch
         self._seconds[phased.phase if phased else 0, now] = seconds

@@ -191,20 +191,15 @@ class FitCLI(LightningCLI):
         state = self.config.ckpt_path
         self.folder = runs.RunFolder(self.config_text, self.resumed, Path(state) if state else None)
         own_bar = any(isinstance(callback, ProgressBar) for callback in _listed(options.callbacks))
-        bar = options.enable_progress_bar is not False and sys.stdout.isatty() and not own_bar
+        bar = options.enable_progress_bar is not False and sys.stdout.isatty() and not (own_bar or self.keeps_nothing)
         if not (bar or own_bar):
             kwargs["enable_progress_bar"] = False
         bars = self.trainer_defaults["callbacks"] = [console.ProgressBar()] if bar else []
         if self.config.find_lr:
             return super().instantiate_trainer(**kwargs | find_lr.settings())
         if self.keeps_nothing:
-            kept = {
-                "logger": False,
-                "enable_checkpointing": False,
-                "callbacks": [],
-                "plugins": [runs.AtomicCheckpointIO()],
-            }
-            return super().instantiate_trainer(**kwargs | kept | {"enable_progress_bar": False})
+            off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+            return super().instantiate_trainer(**kwargs | off, callbacks=[], plugins=[runs.AtomicCheckpointIO()])
         self.trainer_defaults["callbacks"] = [*self._callbacks(options), *bars]
         if not options.fast_dev_run:
             # First, because others ask for the run's folder when training starts.
