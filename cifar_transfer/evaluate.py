@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer import console
 from cifar_transfer.data import splits
+from cifar_transfer.files import CONFIG
 from cifar_transfer.results.collect import PROJECTED, CollectPredictions
 from cifar_transfer.results.publish import publish
 from cifar_transfer.training.checkpoint import read_checkpoint
@@ -66,7 +67,7 @@ def evaluate(
             print(f"{name} {value:.4f}" if name.endswith("loss") else f"{name}  {value:.2%}")
         if collected:
             folder, step = Path(ckpt).parent, checkpoint["global_step"]
-            if (folder.parent / "config.yaml").is_file():
+            if (folder.parent / CONFIG).is_file():
                 with SummaryWriter(str(folder.parent)) as board:
                     publish(folder.parent, split, collected, board, step)
             else:

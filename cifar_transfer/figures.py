@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import auto_cli
 
 from cifar_transfer.errors import UserError, disk_fault, first_line
+from cifar_transfer.files import CONFIG
 from cifar_transfer.results.predictions import Predictions
 from cifar_transfer.results.publish import FOLDER, curves, prediction_plots, save
 from cifar_transfer.results.words import language, language_of
@@ -28,7 +29,7 @@ def figures(run: str) -> list[Path]:
         UserError: It is no run's folder, or a file of it is damaged.
     """
     folder = Path(run)
-    if not (folder / "config.yaml").is_file():
+    if not (folder / CONFIG).is_file():
         raise UserError(f"There is no {folder / 'config.yaml'}: name a run's folder, say lightning_logs/version_0.")
     try:
         spoken = language_of(folder)

@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from cifar_transfer.data import splits
 from cifar_transfer.data.geometry import pixels, resize
 from cifar_transfer.data.module import ImageDataModule, step_seed
+from cifar_transfer.files import CONFIG
 from cifar_transfer.results import plots
 from cifar_transfer.results.collect import CollectPredictions
 from cifar_transfer.results.predictions import Predictions
@@ -50,7 +51,7 @@ def curves(run: Path) -> dict[str, Figure]:
         points.setdefault(NAMES.get(tag, tag), {}).update((event.step, event.value) for event in events.Scalars(tag))
     # Sorted, because a clock that was set back puts the file of a resumed run before that of its beginning.
     found = {name: plots.Curve(*np.array(sorted(values.items()), np.float64).T) for name, values in points.items()}
-    recorded = splits.read(run / "config.yaml")
+    recorded = splits.read(run / CONFIG)
     val = "test" if recorded and recorded["val"][0].startswith("test/") else "validation"
     drawn = {}
     epochs, begins, phases = 1, list[int](), plots.Phases("", ())

@@ -1,4 +1,4 @@
-"""What a run tells: its epochs, figures, the graph, comparable hyper-parameters, event files without overlaps."""
+"""What a run tells: its epochs, figures, the graph, comparable hyper-parameters."""
 
 import json
 import os

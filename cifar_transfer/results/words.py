@@ -19,6 +19,7 @@ from matplotlib.ft2font import FT2Font
 
 from cifar_transfer.data.cifar import CLASSES
 from cifar_transfer.errors import check
+from cifar_transfer.files import CONFIG
 from cifar_transfer.text import printable
 from cifar_transfer.untrusted import read_yaml
 
@@ -120,7 +121,7 @@ def class_name(name: str) -> str:
 def language_of(run: Path) -> str:
     """The language in a run's configuration; English where there is none. Errors are those of `read_yaml`."""
     try:
-        return str(yaml.safe_load(read_yaml(run / "config.yaml"))["report"]["language"])
+        return str(yaml.safe_load(read_yaml(run / CONFIG))["report"]["language"])
     except (OSError, yaml.YAMLError, LookupError, TypeError):
         return "en"
 

@@ -260,8 +260,7 @@ class BackboneFreeze(Callback):
         return bool(self.phases or self.unfreeze_epoch)
 
     def _settings(self) -> dict[str, Any]:
-        names = ("unfreeze_epoch", "unfrozen_lr", "frozen", "batch_norm", "phases", "monitor", "mode")
-        settings = {name: getattr(self, name) for name in names}
+        settings = {name: getattr(self, name) for name in resume.FREEZE}
         if isinstance(self.phases, list):
             settings["phases"] = [asdict(phase) for phase in self.phases]
         return settings

@@ -23,8 +23,8 @@ REFUSED = {
     **{f"data.{name}": _SPLIT for name in ("data", "seed", "val_fraction", "task", "train_images")},
 }
 REFUSED_WITHIN_AN_EPOCH = {name: _SKIPPED for name in ("data.batch_size", "data.sampler", "processes")}
-_FREEZE = ("unfreeze_epoch", "unfrozen_lr", "frozen", "batch_norm", "phases", "monitor", "mode")
-REFUSED_UNFROZEN = {f"freeze.{name}": _UNFROZEN for name in _FREEZE}
+FREEZE = ("unfreeze_epoch", "unfrozen_lr", "frozen", "batch_norm", "phases", "monitor", "mode")
+REFUSED_UNFROZEN = {f"freeze.{name}": _UNFROZEN for name in FREEZE}
 CHANGED = {
     "model.image_size": "the network sees images of another size",
     "model.train_sizes": "the sizes are shared out over the run anew",
@@ -96,7 +96,7 @@ def compare_checkpoint(trainer: Trainer, model: Any, data: Any, checkpoint: Mapp
     """What differs between a checkpoint and the run of these that continues from it; see `compare`."""
     loops = checkpoint["loops"]["fit_loop"]
     run = checkpoint["callbacks"].get("RunFolder", {})
-    saved_data = checkpoint.get("datamodule_hyper_parameters", {})
+    saved_data = checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     saved = flat(model=checkpoint.get("hyper_parameters", {}), data=saved_data) | run
     asked = flat(model=model.hparams, data=getattr(data, "hparams", {}))
     asked |= {"processes": trainer.world_size, "max_epochs": trainer.max_epochs}

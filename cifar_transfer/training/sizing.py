@@ -78,7 +78,7 @@ class SizedModule(ScoredModule, ImageNetwork):
         """Keep the geometry."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[GEOMETRY_KEY] = self.geometry.saved()
-        checkpoint["input_size"] = list(self.geometry.size)  # for older versions of this project
+        checkpoint["input_size"] = list(self.geometry.size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the size of the checkpoint's images; all else in a geometry follows from the options.
