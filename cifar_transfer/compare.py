@@ -22,7 +22,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cifar_transfer.errors import UserError
-from cifar_transfer.files import CONFIG, LOGS, RESULT, atomic_write
+from cifar_transfer.files import CONFIG, LOGS, RESULT, atomic_write, make_folder
 from cifar_transfer.network.contestant import Contestant, contestant
 from cifar_transfer.results import plots
 from cifar_transfer.text import markdown, without_password
@@ -53,11 +53,11 @@ def compare(contestants: Sequence[Contestant], options: Sequence[str], out: Path
         out: Folder of the runs, the tables and the figure.
 
     Raises:
-        UserError: Two contestants are the same, or `out` holds a comparison under another recipe.
+        UserError: Two contestants are the same, or `out` is no folder or holds a comparison under another recipe.
     """
     if len({one.folder for one in contestants}) < len(contestants):
         raise UserError("Two of the backbones are the same: name each once.")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "--out")
     _check_recipe(options, out / "recipe.json")
     rows: list[Row] = []
     width = max(len(one.label) for one in contestants)

@@ -10,9 +10,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from cifar_transfer.errors import UserError
+
 LOGS = "lightning_logs"  # where runs are, in the current folder
 CONFIG, RESULT = "config.yaml", "result.json"  # in a run's folder, the second when it is finished
 ABANDONED = 3600  # seconds without a byte, after which a temporary file has lost its writer
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Make a folder that is not there yet; a `UserError` names the option if it cannot be, say because it is a file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {folder} cannot be made a folder ({error.strerror}).") from None
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from cifar_transfer.data.images import MAX_MEGAPIXELS
 from cifar_transfer.errors import UserError
+from cifar_transfer.files import make_folder
 from cifar_transfer.inference.predictor import Classifier
 from cifar_transfer.inference.sources import find
 from cifar_transfer.results.predictions import SHOWN, ImagePrediction
@@ -152,8 +153,5 @@ def _parse(args: Sequence[str]) -> Namespace:
     if options.figure and not (options.figure.suffix == ".png" and options.figure.parent.is_dir()):
         raise UserError(f"--figure {options.figure}: name a file that ends in .png, in a folder that exists.")
     if options.explain:
-        try:
-            options.explain.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--explain {options.explain} cannot be made a folder ({error.strerror}).") from None
+        make_folder(options.explain, "--explain")
     return options

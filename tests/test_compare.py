@@ -108,10 +108,12 @@ def test_a_comparison_that_was_killed_continues(tmp_path):
         (["resnet18=gone.pth"], "neither a file nor a name of resnet18's weights"),
         (["lenet5=none", "lenet5=none"], "name each once"),
         (["lenet5=none", "--config", "gone.yaml"], "gone.yaml is neither a file nor a recipe"),
+        (["lenet5=none", "--out=file/runs"], "--out file/runs cannot be made a folder"),
     ],
 )
 def test_mistakes_get_a_sentence(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     with pytest.raises(UserError, match=message) as error:
         compare.main(options)
     assert "\n" not in str(error.value)
