@@ -1,4 +1,4 @@
-"""A job that the tests of DDP start: `python ddp_job.py FOLDER STRATEGY DEVICES [phases|balanced]`.
+"""A job that the tests of DDP start: `python ddp_job.py FOLDER STRATEGY DEVICES [phases|balanced|TEACHER.ckpt]`.
 
 Every rank writes what it saw.
 """
@@ -50,7 +50,8 @@ def main(folder, strategy, devices, case=None):
     if case == "balanced":
         images = {"train_images": 157, "val_fraction": 0.4, "class_weights": case}
     data = ShapesDataModule(**images, test_images=45, batch_size=16, augment=off)
-    model = TransferClassifier("shufflenet_v2_x0_5", "none", class_names=data.class_names)
+    teacher = case if case and case.endswith(".ckpt") else None
+    model = TransferClassifier("shufflenet_v2_x0_5", "none", class_names=data.class_names, teacher=teacher)
     witness = Witness()
     trainer = Trainer(
         accelerator="cpu",

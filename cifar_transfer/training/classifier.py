@@ -22,6 +22,7 @@ from cifar_transfer.training import optimizer, resume
 from cifar_transfer.training.average import AveragedModule
 from cifar_transfer.training.checkpoint import VERSION_KEY
 from cifar_transfer.training.optimizer import LARGEST_RATE
+from cifar_transfer.training.teacher import Teacher
 
 
 class TransferClassifier(AveragedModule):
@@ -53,6 +54,12 @@ class TransferClassifier(AveragedModule):
         aux_weight: Weight of the auxiliary heads' losses in GoogLeNet (0.3 in its paper) and Inception v3 (0.4 in
             torchvision's tutorial); 0 drops these heads.
         label_smoothing: Share of each label that is spread over all classes while training, in [0, 1).
+        teacher: A checkpoint of `fit` or `probe` whose network teaches this one (Hinton et al. 2015,
+            https://arxiv.org/abs/1503.02531): the training loss becomes (1 - teacher_weight) times what it is
+            without, plus teacher_weight * temperature² * KL(teacher || student). Only training needs the file.
+        teacher_weight: In [0, 1]: 1 learns from the teacher alone.
+        temperature: What the logits of both are divided by in that divergence (4 as in Tian et al. 2020,
+            https://arxiv.org/abs/1910.10699).
         optimizer: "adam", "adamw" or "sgd" (with Nesterov's momentum).
         lr: Learning rate, until the unfreezing or the schedule changes it.
         head_lr: Learning rate of the heads, also after the unfreezing; None: they have the backbone's.
@@ -80,6 +87,7 @@ class TransferClassifier(AveragedModule):
     """
 
     _class_weights: Tensor | None = None  # in the loss, float32 [num_classes]
+    _teacher: Teacher | None = None
 
     def __init__(
         self,
@@ -94,6 +102,9 @@ class TransferClassifier(AveragedModule):
         patch_size: int | None = None,
         aux_weight: float = 0.0,
         label_smoothing: float = 0.0,
+        teacher: str | None = None,
+        teacher_weight: float = 0.5,
+        temperature: float = 4.0,
         optimizer: optimizer.Kind = "adam",
         lr: float = 1e-3,
         head_lr: float | None = None,
@@ -125,6 +136,8 @@ class TransferClassifier(AveragedModule):
         for name, fits, wanted in (
             ("train_sizes", lambda ns: ns is None or (ns and 1 <= min(ns) <= max(ns) <= LARGEST_SIDE), most),
             ("label_smoothing", lambda x: 0 <= x < 1, "a share in [0, 1)"),
+            ("teacher_weight", lambda x: 0 <= x <= 1, "a share in [0, 1]"),
+            ("temperature", lambda x: 0.01 <= x <= 1000, "0.01 to 1000"),
             ("lr", lambda x: 0 < x <= LARGEST_RATE, f"a positive rate up to {LARGEST_RATE}"),
             ("head_lr", lambda x: x is None or 0 < x <= LARGEST_RATE, f"a positive rate up to {LARGEST_RATE}"),
             ("layer_decay", lambda x: x is None or 0 < x <= 1, "a share in (0, 1], or null"),
@@ -146,6 +159,10 @@ class TransferClassifier(AveragedModule):
         self.settle_statistics(data)
         if isinstance(data, ImageDataModule):
             self.unequal = stage != "fit" and data.unequal("val" if stage == "validate" else "test")
+        if stage == "fit" and (path := self.hparams["teacher"]):
+            names = self.hparams["class_names"] or getattr(data, "class_names", None)
+            size = data.image_size if isinstance(data, ImageDataModule) else None
+            self._teacher = Teacher(path, self.hparams["num_classes"], names, size)
         if data is None or not hasattr(data, "num_classes"):  # or it is of somebody else
             return
         if (names := self.hparams["class_names"]) and hasattr(data, "class_names"):
@@ -165,10 +182,14 @@ class TransferClassifier(AveragedModule):
         """Compile the network, now that its graph is drawn."""
         if self.hparams["compile"]:
             self.network.compile()  # in place, so that the names in its state dict stay
+            if self._teacher:
+                self._teacher.network.compile()
 
     def on_fit_start(self) -> None:
-        """Take the weights of the classes in the loss."""
+        """Take the weights of the classes in the loss, and have the teacher where the network is."""
         super().on_fit_start()
+        if self._teacher:
+            self._teacher.network.to(self.device, self.dtype)  # type: ignore[arg-type] # a dtype
         data = getattr(self.trainer, "datamodule", None)
         weights = data.loss_weights() if isinstance(data, ImageDataModule) else None
         self._class_weights = None if weights is None else weights.to(self.device)
@@ -176,7 +197,8 @@ class TransferClassifier(AveragedModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross-entropy of a batch, with that of the auxiliary heads if they train.
 
-        Each image's, smoothed or not, counts with the weight of its class if the data module weighs classes.
+        Each image's, smoothed or not, counts with the weight of its class if the data module weighs classes. A teacher
+        speaks of all images alike, and to the main head.
         """
         images, labels = batch
         if not self.sized:  # no data module has said it
@@ -185,6 +207,9 @@ class TransferClassifier(AveragedModule):
         loss = self._loss(logits, labels, self.hparams["label_smoothing"])
         for other in auxiliary:
             loss = loss + self.hparams["aux_weight"] * self._loss(other, labels)
+        if self._teacher:
+            told = self._teacher.loss(images, logits, self.hparams["temperature"])
+            loss = loss.lerp(told, self.hparams["teacher_weight"])
         self.count(loss, logits, labels)
         return loss
 

@@ -78,7 +78,8 @@ class Guard(Callback):
         """When the last epoch of the first phase is over, warn if it taught the head nothing."""
         freeze = next((c for c in trainer.callbacks if isinstance(c, BackboneFreeze)), None)  # type: ignore[attr-defined]
         data = getattr(trainer, "datamodule", None)
-        if freeze is None or data is None or len(freeze.plan) == 1:
+        taught = pl_module.hparams.get("teacher")  # whose loss has another scale
+        if freeze is None or data is None or len(freeze.plan) == 1 or taught:
             return
         if counted(trainer.current_epoch) != freeze.plan[1].beginning(trainer.max_epochs):
             return

@@ -14,6 +14,7 @@ _UNDONE = "would be undone by the checkpoint"
 _SPLIT = "would make validation images of images that were trained on"
 _SKIPPED = "would skip images of the epoch that the checkpoint is in, or repeat them"
 _AVERAGE = "would score other weights than the run has so far"
+_LOSS = "the training loss is another one"
 _UNFROZEN = "would have no effect, because parameters are unfrozen already"
 REFUSED = {
     **{f"model.{name}": _UNDONE for name in ("backbone", "num_classes", "small_images", "patch_size", "aux_weight")},
@@ -29,10 +30,10 @@ CHANGED = {
     "model.image_size": "the network sees images of another size",
     "model.train_sizes": "the sizes are shared out over the run anew",
     "model.normalize": "the network sees images with other statistics",
-    "model.label_smoothing": "the training loss is another one",
+    **{f"model.{name}": _LOSS for name in ("label_smoothing", "teacher", "teacher_weight", "temperature")},
     "model.warmup_epochs": "the learning rate follows another curve",
     "data.batch_size": "an epoch has another number of steps",
-    "data.class_weights": "the training loss is another one",
+    "data.class_weights": _LOSS,
     "data.sampler": "an epoch draws other images",
     "data.augment": "training images are augmented in another way",
     "data.root": "the images are read from there",
