@@ -12,23 +12,17 @@ import csv
 import io
 import json
 import re
-import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
-from tqdm import tqdm
 
-from cifar_transfer.data.images import MAX_MEGAPIXELS
-from cifar_transfer.errors import UserError
 from cifar_transfer.files import make_folder
-from cifar_transfer.inference.predictor import Classifier
-from cifar_transfer.inference.sources import find
+from cifar_transfer.inference.images import NamedImages, add_options, check_file
 from cifar_transfer.results.predictions import SHOWN, ImagePrediction
 from cifar_transfer.text import printable
-from cifar_transfer.training.checkpoint import newest_checkpoint
 
 CONTROL = re.compile("[\x7f-\x9f]")  # characters that steer a terminal, and that JSON lets stand
 FORMULA = ("=", "+", "-", "@")  # how one begins (https://owasp.org/www-community/attacks/CSV_Injection)
@@ -94,29 +88,18 @@ def main(args: Sequence[str]) -> int:
         UserError: An unfit checkpoint or option, or a network without heat maps.
     """
     options = _parse(args)
-    if options.ckpt is None:
-        options.ckpt = newest_checkpoint()
-        print(f"The newest run's checkpoint: {options.ckpt}", file=sys.stderr)
-    classifier = Classifier.load(options.ckpt, options.accelerator, options.max_megapixels)
-    refused = predicted = 0
+    images = NamedImages(options)
+    classifier, predicted = images.classifier, 0
     first: list[ImagePrediction] = []
-
-    def refuse(error: UserError) -> None:
-        nonlocal refused
-        refused += 1
-        tqdm.write(f"error: {error}", file=sys.stderr)
 
     def predictions() -> Iterator[ImagePrediction]:
         nonlocal predicted
-        stream = classifier.stream(find(options.images, refuse), options.top_k, options.batch_size, refuse)
+        stream = images.predictions(options.top_k)
         if options.explain:
             from cifar_transfer.inference.explain import explained
 
             stream = explained(stream, classifier.model, options.explain)
-        # Lines that scroll by on a terminal are progress enough.
-        hidden = not sys.stderr.isatty() or sys.stdout.isatty()
-        total = None if hidden or "-" in options.images else sum(1 for _ in find(options.images, lambda error: None))
-        for prediction in tqdm(stream, total=total, unit=" images", delay=2, disable=hidden):
+        for prediction in images.shown(stream, printed=True):
             predicted += 1
             if predicted <= SHOWN:
                 first.append(prediction)
@@ -133,25 +116,20 @@ def main(args: Sequence[str]) -> int:
             from cifar_transfer.results import gallery, plots
 
             plots.save(gallery.gallery(first, predicted), options.figure)
-    return int(refused > 0)
+    return int(images.refused > 0)
 
 
 def _parse(args: Sequence[str]) -> Namespace:
     parser = ArgumentParser(prog="python -m cifar_transfer.predict", allow_abbrev=False)
     add = parser.add_argument
-    images = "Files, folders, patterns ('photos/**/*.jpg'); - reads them from standard input, one a line."
-    add("images", nargs="+", metavar="IMAGE", help=images)
-    add("--ckpt", help="Checkpoint; without, the best of the newest run in lightning_logs/.")
     add("--top_k", type=int, default=5, help="How many classes to give for each image.")
     add("--format", choices=list(FORMATS), default="table", help="Of what is printed.")
     add("--figure", type=Path, metavar="FILE.png", help="Draw the first 24 images with their classes.")
     add("--explain", type=Path, metavar="FOLDER", help="Draw for each image where its class is seen (Grad-CAM).")
-    add("--batch_size", type=int, default=64, help="Images that the network sees at once.")
-    add("--accelerator", default="auto", help="auto takes a GPU where there is one; cpu, gpu.")
-    add("--max_megapixels", type=float, default=MAX_MEGAPIXELS, help="Larger images are refused before decoding.")
+    add_options(parser)
     options = parser.parse_args(list(args))
-    if options.figure and not (options.figure.suffix == ".png" and options.figure.parent.is_dir()):
-        raise UserError(f"--figure {options.figure}: name a file that ends in .png, in a folder that exists.")
+    if options.figure:
+        check_file("--figure", options.figure, ".png")
     if options.explain:
         make_folder(options.explain, "--explain")
     return options

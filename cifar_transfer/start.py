@@ -21,7 +21,10 @@ from typing import Any, NoReturn
 from cifar_transfer import __version__
 from cifar_transfer.errors import UserError, one_sentence
 
-COMMANDS = ("fit", "evaluate", "predict", "export", "compare", "probe", "backbones", "figures", "serve", "demo")
+COMMANDS = (
+    *("fit", "evaluate", "predict", "embed", "export", "compare", "probe", "backbones"),
+    *("figures", "serve", "demo"),
+)
 TAKE_OPTIONS_OF_FIT = ("compare", "demo", "probe")
 OPTIONS = Path(__file__).with_name("options.json")
 _INSTALLED, _CHECKOUT = (folder / "configs" for folder in Path(__file__).parents[:2])

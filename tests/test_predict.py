@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import count
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import quiet_trainer, write_images
@@ -19,6 +20,7 @@ from PIL import Image
 from cifar_transfer import Classifier, TransferClassifier
 from cifar_transfer.data.geometry import to_float
 from cifar_transfer.data.images import read_image
+from cifar_transfer.embed import main as embed
 from cifar_transfer.errors import UserError, one_sentence
 from cifar_transfer.inference.sources import find
 from cifar_transfer.predict import main
@@ -265,3 +267,56 @@ def test_figure_and_heat_maps_are_written(here, tmp_path, capsys):
         with Image.open(path) as picture:
             assert picture.width >= 4 * DPI
             assert np.asarray(picture.convert("L")).std() > 5, "not an empty page"
+
+
+def test_features_are_what_comes_into_the_head(here, classifier, tmp_path, capsys):
+    images = ["photos/b", "broken.png", "alpha.png", "gone.png", "photos/a"]
+    files = [tmp_path / "features.npz", tmp_path / "features.parquet"]
+    for file in files:
+        assert embed([*images, f"--out={file}", "--batch_size=3"]) == 1
+    told = capsys.readouterr().err
+    assert all(told.count(part) == 2 for part in ("broken.png cannot be decoded", "gone.png does not exist"))
+    names = [f"photos/b/{i:03d}.png" for i in range(4)] + ["alpha.png"] + [f"photos/a/{i:03d}.png" for i in range(4)]
+    batch = torch.stack([torch.from_numpy(read_image(name, (32, 32))) for name in names])
+    head, seen = classifier.model.network.classifier[-1], []
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        logits = classifier.model(to_float(batch))
+    hook.remove()
+    expected = [NAMES[label] for label in logits.argmax(1).tolist()]
+    with np.load(files[0], allow_pickle=False) as arrays:
+        assert sorted(arrays) == ["features", "names", "predicted"]
+        assert arrays["names"].tolist() == names
+        assert arrays["predicted"].tolist() == expected
+        assert arrays["features"].dtype == np.float32
+        np.testing.assert_allclose(arrays["features"], seen[0].numpy(), rtol=1e-4, atol=1e-5)
+        columns = pq.read_table(files[1]).to_pydict()
+        assert columns == {name: arrays[name].tolist() for name in ("names", "features", "predicted")}
+
+
+def test_a_name_that_is_no_text_is_escaped_in_parquet_and_whole_in_npz(here, tmp_path):
+    image = tmp_path / os.fsdecode(b"caf\xe9.png")
+    image.write_bytes((here / "alpha.png").read_bytes())
+    for file in (tmp_path / "f.npz", tmp_path / "f.parquet"):
+        assert embed([str(image), f"--out={file}"]) == 0
+    assert np.load(tmp_path / "f.npz")["names"].tolist() == [str(image)]
+    assert pq.read_table(tmp_path / "f.parquet")["names"].to_pylist() == [f"{tmp_path}/caf\\udce9.png"]
+
+
+def test_features_that_cannot_be_written_are_refused_before_and_what_was_there_stays(here, tmp_path, monkeypatch):
+    (tmp_path / "folder.npz").mkdir()
+    for out in ("f.csv", "gone/f.npz", "folder.npz"):
+        with pytest.raises(UserError, match=r"--out .*: name a file that ends in \.npz or \.parquet, in a folder"):
+            embed(["photos", f"--out={tmp_path / out}", "--ckpt=gone.ckpt"])
+    file = tmp_path / "f.npz"
+    file.write_text("before")
+    with pytest.raises(UserError, match=r"gone\.ckpt does not exist"):
+        embed(["photos", f"--out={file}", "--ckpt=gone.ckpt"])
+    assert embed(["gone.png", f"--out={file}"]) == 1
+    monkeypatch.setattr(np, "savez", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError, match="division"):
+        embed(["photos", f"--out={file}"])
+    assert file.read_text() == "before"
+    monkeypatch.setattr("cifar_transfer.embed.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install pyarrow, or name a file that ends in \.npz"):
+        embed(["photos", f"--out={tmp_path / 'f.parquet'}"])

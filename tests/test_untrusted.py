@@ -12,6 +12,7 @@ import torch
 from conftest import RUN, TINY, Program, run_fit, weights
 
 import cifar_transfer
+from cifar_transfer.embed import main as embed
 from cifar_transfer.errors import UserError
 from cifar_transfer.evaluate import evaluate
 from cifar_transfer.export import export
@@ -77,6 +78,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "predict": lambda bad: predict(["x.png", f"--ckpt={bad}"]),
     "export": lambda bad: export(bad, "onnx"),
+    "embed": lambda bad: embed(["x.png", "--out=x.npz", f"--ckpt={bad}"]),
     "serve": lambda bad: serve([f"--ckpt={bad}", "--port=0"]),
 }
 
