@@ -31,6 +31,7 @@ def evaluate(
     devices: int = 1,
     precision: str = "32-true",
     mirrored: bool = False,
+    leave_out: str | None = None,
     figures: bool = True,
     projector: bool = False,
 ) -> dict[str, float]:
@@ -44,6 +45,7 @@ def evaluate(
         devices: As in Lightning's Trainer.
         precision: As in Lightning's Trainer.
         mirrored: Also predict from each image and its mirror image together, for twice the time.
+        leave_out: A file of images, as `fit --data.leave_out` takes it: score all images, and also all but these.
         figures: Draw confusion, reliability and mistakes into the folder `figures` of the checkpoint's run, and into
             the run's TensorBoard; for a checkpoint outside a run, beside it.
         projector: Also give TensorBoard's projector the features of 1,000 images.
@@ -51,21 +53,25 @@ def evaluate(
     Returns:
         `test/loss` and `test/acc`, or `val/loss` and `val/acc`. Where classes are unequal also `test/balanced_accuracy`
         and `test/macro_f1`, the mean recall and F1 of the classes that have images. With `mirrored` also
-        `test/mirrored_acc`. All but the loss are shares of 1.
+        `test/mirrored_acc`, and with `leave_out` also `test/acc_without`. All but the loss are shares of 1.
     """
     console.hush()
     checkpoint = read_checkpoint(ckpt)
-    data = load_data(checkpoint, **({"root": root} if root else {}))
+    overrides = {"root": root} if root else {}
+    data = load_data(checkpoint, **overrides | ({"leave_out": None} if leave_out else {}))
     data.recorded = splits.read(ckpt)
-    collected = CollectPredictions(PROJECTED if projector else 0) if figures else None
+    collected = CollectPredictions(PROJECTED if projector else 0) if figures or leave_out else None
     given: Any = {"accelerator": accelerator, "devices": devices, "precision": precision}  # Lightning checks them
     given |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": (terminal := sys.stdout.isatty())}
     trainer = Trainer(**given, callbacks=[console.ProgressBar()] if terminal else [])
     results = evaluate_checkpoint(trainer, ckpt, data, split, collected, mirrored)
+    if leave_out and collected and collected.predictions:  # of the first process
+        said, rows = collected.predictions, splits.without({split: data.names[split]}, leave_out)[split]
+        results[f"{split}/acc_without"] = float((said.predicted == said.labels)[rows].float().mean())
     if trainer.is_global_zero:
         for name, value in results.items():
             print(f"{name} {value:.4f}" if name.endswith("loss") else f"{name}  {value:.2%}")
-        if collected:
+        if collected and figures:
             folder, step = Path(ckpt).parent, checkpoint["global_step"]
             if (folder.parent / CONFIG).is_file():
                 with SummaryWriter(str(folder.parent)) as board:

@@ -18,9 +18,9 @@ from PIL import Image
 
 from cifar_transfer import Augment, CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule, TransferClassifier
 from cifar_transfer.data import cifar
+from cifar_transfer.data.augment import step_seed
 from cifar_transfer.data.cache import CACHE_FOLDER
 from cifar_transfer.data.images import read_image
-from cifar_transfer.data.module import step_seed
 from cifar_transfer.errors import UserError
 
 PER_BATCH = 30

@@ -18,6 +18,7 @@ The parameters live on the host, so that no step waits for the device, and a see
 from dataclasses import dataclass, fields
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -254,3 +255,8 @@ def _turn_hue(pixels: Tensor, turns: Tensor) -> None:
     # 0 to 1 from the channel's corner (or 5 to 6, the other way round): 0; at 2 to 4: 1; in between: a ramp.
     fall = (sixths + offsets[..., None]).abs_().sub_(3).abs_().neg_().add_(2).clamp_(0, 1)
     torch.addcmul(largest, chroma, fall, value=-1, out=pixels)
+
+
+def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
+    """A seed of 63 bits that differs for every seed, epoch, step of the epoch and rank."""
+    return int(np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))

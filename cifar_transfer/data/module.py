@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cifar_transfer.data import splits
-from cifar_transfer.data.augment import Augment
+from cifar_transfer.data.augment import Augment, step_seed
 from cifar_transfer.data.classes import Balance, loss_weights
 from cifar_transfer.data.geometry import Size, to_float
 from cifar_transfer.data.images import Batch, Images
@@ -51,6 +51,8 @@ class ImageDataModule(LightningDataModule):
             mean of 1 over the images drawn. The weighted losses of a batch are divided by the number of its images, so
             that several processes take the step of one with their joint batch. `val/loss` has no weights.
         sampler: "balanced" draws each class equally often, in epochs of the same length, see `loading.Balanced`.
+        leave_out: A file of images to do without, wherever they are: one of those that `python -m cifar_transfer.audit`
+            writes, or any CSV with a column `image` that names them alike, say "train/cat/007.png".
         num_workers: Processes that decode images that are not cached; None takes one for each core. Cached images are
             read by the process itself, which is faster.
         seed: Of the held-out images, the shuffling, the augmentation and dropout.
@@ -70,6 +72,7 @@ class ImageDataModule(LightningDataModule):
         augment: Augment = Augment(),  # noqa: B008 # frozen
         class_weights: Balance | list[float] | None = None,
         sampler: Balance | None = None,
+        leave_out: str | None = None,
         num_workers: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -88,17 +91,18 @@ class ImageDataModule(LightningDataModule):
         check("seed", seed, lambda n: 0 <= n < 2**32, "a number from 0 to 4294967295")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_fraction, self.augment, self.num_workers, self.seed = val_fraction, augment, num_workers, seed
-        self.class_weights, self.sampler = class_weights, sampler
+        self.class_weights, self.sampler, self.leave_out = class_weights, sampler, leave_out
         self.resumed: list[dict[str, int]] = []  # the state of the next training loader, if a run continues
         self.size: Size | None = None  # that `load` brings images to
         self.images: dict[Split, Images] = {}
-        self.names: Names = {}  # of `images`
+        self.names: Names = {}  # of `images`, and of those left out
         self.recorded: Names | None = None  # the splits of a run that is continued or evaluated
         self._loaded: dict[Split, Images | None] = {}  # what `load` has said
 
     def record(self, **options: str | int | float | None) -> None:
         """Keep these options and those of this class with every checkpoint, as primitives, for `weights_only`."""
-        own = ("batch_size", "eval_batch_size", "val_fraction", "num_workers", "seed", "class_weights", "sampler")
+        own = ["batch_size", "eval_batch_size", "val_fraction", "num_workers", "seed"]
+        own += ["class_weights", "sampler", "leave_out"]
         shared = {name: getattr(self, name) for name in own} | {"augment": asdict(self.augment)}
         self.save_hyperparameters({"data": type(self).__name__, "held_out_by": HASH} | shared | options)
 
@@ -194,6 +198,9 @@ class ImageDataModule(LightningDataModule):
             loaded[split] = images if rows.all() else images.subset(np.flatnonzero(rows))
             self.names[split] = all_names[rows].tolist()
         self.images = {split: loaded[split] for split in SPLITS if split in loaded}
+        if self.leave_out:
+            for split, rows in splits.without(self.names, self.leave_out).items():
+                self.images[split] = self.images[split].subset(rows)
         rank_zero_info("Images: %s", ", ".join(f"{len(images):,} {split}" for split, images in self.images.items()))
 
     def _chosen(self, source: Split, images: Images) -> np.ndarray:
@@ -287,8 +294,3 @@ class ImageDataModule(LightningDataModule):
         if images.is_cuda:
             torch.cuda.manual_seed(seed)
         return self.augment(images), labels
-
-
-def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
-    """A seed of 63 bits that differs for every seed, epoch, step of the epoch and rank."""
-    return int(np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))

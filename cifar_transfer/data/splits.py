@@ -1,6 +1,8 @@
 """Which image is in which split: chosen by a hash, recorded with the run, kept when the run continues."""
 
+import csv
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Sequence
@@ -9,8 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 
-from cifar_transfer.errors import UserError
+from cifar_transfer.errors import UserError, first_line
 from cifar_transfer.files import atomic_write
 from cifar_transfer.untrusted import open_regular
 
@@ -82,6 +85,40 @@ def read(checkpoint: str | Path) -> Names | None:
             f"{path}, the record of which images were trained on, is damaged: restore it, or remove it if the images "
             f"are those that the run began with."
         ) from None
+
+
+def listed(path: str | Path) -> frozenset[str]:
+    """The names in the column `image` of a CSV.
+
+    Raises:
+        UserError: It cannot be read, or has no such column.
+    """
+    try:
+        with open_regular(path) as file:
+            rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
+            if "image" in (rows.fieldnames or ()):
+                return frozenset(row["image"] for row in rows if row["image"])
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as a list of images ({first_line(error)}).") from None
+    raise UserError(f"{path} has no column `image`: it takes a CSV as `python -m cifar_transfer.audit` writes.")
+
+
+def without(names: Names, path: str) -> dict[Split, np.ndarray]:
+    """Rows int64 of each split but for the images that a CSV lists.
+
+    Raises:
+        UserError: As `listed`; or it lists none of these images, or all of a split.
+    """
+    out = listed(path)
+    rows = {split: np.flatnonzero([name not in out for name in found]) for split, found in names.items()}
+    before, after = (sum(map(len, each.values())) for each in (names, rows))
+    if out and after == before:
+        raise UserError(f"leave_out={path} lists none of these images, but, say, {min(out)}: it is of others.")
+    for split, left in rows.items():
+        if names[split] and not len(left):
+            raise UserError(f"leave_out={path} lists all {split} images: list fewer.")
+    rank_zero_info(f"Left out: {before - after:,} of {before:,} images, those in {path}.")
+    return rows
 
 
 def changes(now: Names, before: Names) -> str | None:

@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer.data import splits
+from cifar_transfer.data.augment import step_seed
 from cifar_transfer.data.geometry import pixels, resize
-from cifar_transfer.data.module import ImageDataModule, step_seed
+from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.files import CONFIG
 from cifar_transfer.results import plots
 from cifar_transfer.results.collect import CollectPredictions

@@ -23,8 +23,9 @@ REFUSED = {
     "model.ema": _AVERAGE,
     **{f"data.{name}": _SPLIT for name in ("data", "seed", "val_fraction", "task", "train_images")},
 }
-REFUSED_WITHIN_AN_EPOCH = {name: _SKIPPED for name in ("data.batch_size", "data.sampler", "processes")}
-FREEZE = ("unfreeze_epoch", "unfrozen_lr", "frozen", "batch_norm", "phases", "monitor", "mode")
+_ORDER = ("data.batch_size", "data.sampler", "data.leave_out", "processes")
+REFUSED_WITHIN_AN_EPOCH = {name: _SKIPPED for name in _ORDER}
+FREEZE = ("unfreeze_epoch", "unfrozen_lr", "frozen", "batch_norm", "phases", "probe", "monitor", "mode")
 REFUSED_UNFROZEN = {f"freeze.{name}": _UNFROZEN for name in FREEZE}
 CHANGED = {
     "model.image_size": "the network sees images of another size",
@@ -35,6 +36,7 @@ CHANGED = {
     "data.batch_size": "an epoch has another number of steps",
     "data.class_weights": _LOSS,
     "data.sampler": "an epoch draws other images",
+    "data.leave_out": "the images are others",
     "data.augment": "training images are augmented in another way",
     "data.root": "the images are read from there",
     "data.decode_size": "the images are decoded at another size",
@@ -44,6 +46,7 @@ CHANGED = {
     "freeze.frozen": "other parameters are frozen until the unfreezing",
     "freeze.batch_norm": "frozen modules are in that mode until the unfreezing",
     "freeze.phases": "phases that have not begun follow the new plan",
+    "freeze.probe": "the head is what it has become",
     "freeze.monitor": "the next phase waits for that figure",
     "freeze.mode": "this is the better figure",
     "processes": "a step has another number of images",
