@@ -28,10 +28,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from lightning import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed import DistError
 
 from cifar_transfer.console import counted, duration, say, styled
+from cifar_transfer.data.shapes import ShapesDataModule
 from cifar_transfer.errors import UserError, disk_fault
 from cifar_transfer.files import LOGS
 from cifar_transfer.results.collect import PROJECTED, CollectPredictions
@@ -42,6 +44,10 @@ from cifar_transfer.training.evaluation import evaluate_checkpoint
 from cifar_transfer.training.find_lr import find_lr
 from cifar_transfer.training.interrupt import end_with_the_first
 
+BFLOAT16 = (
+    "avx512_bf16",
+    "amx_bf16",
+)  # of the processor itself; others emulate it slowly
 SCORES = {"acc": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1"}
 
 
@@ -138,6 +144,8 @@ def _best(cli: FitCLI) -> Path | None:
 
 def _train(cli: FitCLI) -> None:
     trainer, stop = cli.trainer, cli.interrupt
+    if slow_precision(trainer) and not isinstance(cli.datamodule, ShapesDataModule):  # which takes no time worth a word
+        say(trainer, "This processor computes in bfloat16: --trainer.precision=bf16-mixed takes less time.")
     try:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)
     except SystemExit:
@@ -149,6 +157,13 @@ def _train(cli: FitCLI) -> None:
         raise SystemExit(stop.status if trainer.is_global_zero else 0) from None
     if trainer.received_sigterm:  # when the training was over
         raise SIGTERMException
+
+
+def slow_precision(trainer: Trainer) -> bool:
+    """Whether a run computes in float32 on a processor that has bfloat16 of its own."""
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # which older versions do not know
+    on_it = trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true"
+    return on_it and any(has.get(name) for name in BFLOAT16)
 
 
 def _advice(cli: FitCLI) -> str:
