@@ -119,6 +119,7 @@ class TransferClassifier(AveragedModule):
         compile: bool = False,
     ) -> None:
         num_classes = len(class_names or range(10)) if num_classes is None else num_classes
+        check("num_classes", num_classes, lambda n: n >= 2, "two or more")
         super().__init__(num_classes)
         if class_names and len(class_names) != num_classes:
             raise UserError(
