@@ -3,8 +3,8 @@
 Without options it is the whole recipe: ResNet18 with ImageNet weights on CIFAR-10, 5 epochs with a frozen backbone and
 35 without, then the test with the best checkpoint. What people change first:
 
-  --config=fast                a recipe: fast (minutes), accurate (one GPU),
-                               scratch (no pretraining); or a file of options
+  --config=fast                a recipe: fast, cpu (minutes), accurate (one
+                               GPU), scratch (no pretraining); or a file
   --data=ImageFolderDataModule your own images, photos/train/<class>/*,
   --data.root=photos           and where they are
   --data.batch_size=128        images a step and process (64)
@@ -161,7 +161,7 @@ def _train(cli: FitCLI) -> None:
 
 def slow_precision(trainer: Trainer) -> bool:
     """Whether a run computes in float32 on a processor that has bfloat16 of its own."""
-    has = getattr(torch.cpu, "get_capabilities", dict)()  # which older versions do not know
+    has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # which older versions do not know
     on_it = trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true"
     return on_it and any(has.get(name) for name in BFLOAT16)
 

@@ -24,19 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from matplotlib.figure import Figure
 
 from cifar_transfer.errors import UserError, check
 from cifar_transfer.features import heads
-from cifar_transfer.features.extract import FeatureExtractor, features
-from cifar_transfer.features.store import FOLDER, LIMIT_GB
 from cifar_transfer.files import LOGS, RESULT, atomic_write
 from cifar_transfer.network.contestant import Contestant, contestant
 from cifar_transfer.results import plots
 from cifar_transfer.text import markdown
-from cifar_transfer.training.cli import FitCLI
+from cifar_transfer.training.probing import extract, parser
 
 OUT = Path(LOGS, "probe")
 MOST_VIEWS = 100
@@ -69,42 +66,25 @@ def _few(row: Row, shots: int) -> str:
     return f"{100 * np.mean(accuracies):.1f} ± {100 * np.std(accuracies):.1f}" if accuracies else ""
 
 
-class ProbeCLI(FitCLI):
-    """The options of `fit`, and a Trainer that keeps nothing, whose loaders say themselves which process reads what."""
-
-    keeps_nothing = True
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """As of `fit`; a `UserError` refuses options that are for training alone."""
-        for name in ("find_lr", "resume", "ckpt_path"):
-            if self.config[name]:
-                raise UserError(f"--{name} is for fit: leave it out.")
-        return super().instantiate_trainer(**kwargs | {"use_distributed_sampler": False})
-
-
-def probe(one: Contestant, options: Sequence[str], home: Path, views: int, folder: Path, limit_gb: float) -> Row:
+def probe(one: Contestant, options: argparse.Namespace, of_fit: Sequence[str]) -> Row:
     """Fit heads on the features of a backbone, and write the network with the best one as a checkpoint.
 
     Args:
         one: The backbone and its weights.
-        options: Of `fit`.
-        home: Where `checkpoints/best.ckpt` and `result.json` go.
-        views: Of each training image, see `FeatureExtractor`.
-        folder: Where features are kept.
-        limit_gb: Most that it may hold.
+        options: Of this command; `checkpoints/best.ckpt` and `result.json` go into a folder in `out`.
+        of_fit: Options of `fit`.
 
     Returns:
         Accuracies as shares of 1, and what it took; the same on all processes.
 
     Raises:
-        UserError: A mistake in the options, the data or the weights, or a network whose head is no linear layer.
+        UserError: As `extract`, or the network does more with its head's logits.
     """
-    cli = ProbeCLI([*options, *one.options])
-    trainer, model, data = cli.trainer, cli.model, cli.datamodule
-    begun = time.monotonic()
-    extractor = FeatureExtractor(model, data, folder, views, limit_gb)
-    found = features(trainer, extractor)
-    row: Row = {"label": one.label, "feature_seconds": time.monotonic() - begun, "computed": extractor.computed}
+    home = options.out / one.folder
+    cli, extractor, found, seconds = extract(one, options, of_fit, home, options.views)
+    trainer, data = cli.trainer, cli.datamodule
+    row: Row = {"label": one.label, "feature_seconds": seconds, "computed": extractor.computed}
+    row["bfloat16"] = extractor.in_bfloat16
     head = None
     if trainer.is_global_zero:
         begun = time.monotonic()
@@ -112,7 +92,7 @@ def probe(one: Contestant, options: Sequence[str], home: Path, views: int, folde
         row |= scores | {"head_seconds": time.monotonic() - begun}
     head, row = trainer.strategy.broadcast((head, row))
     extractor.put(head, found["val"])
-    trainer.strategy.connect(model)
+    trainer.strategy.connect(cli.model)
     trainer.save_checkpoint(home / CHECKPOINT, weights_only=True)  # there is no optimizer
     if trainer.is_global_zero:
         data.record_splits(home)
@@ -176,35 +156,26 @@ def _tell(rows: Sequence[Row], out: Path, done: Sequence[str]) -> None:
 
 def main(args: Sequence[str]) -> int:
     """Parse the options, probe each backbone, print the table; 1 if one failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cifar_transfer.probe",
-        allow_abbrev=False,
-    )
+    options = parser("probe", OUT)
     wanted = "A backbone, with a name or a file of weights if not those of its library."
-    parser.add_argument("backbones", nargs="+", metavar="NAME[=WEIGHTS]", help=wanted)
-    parser.add_argument("--config", metavar="FILE", help="A recipe, as fit takes it.")
+    options.add_argument("backbones", nargs="+", metavar="NAME[=WEIGHTS]", help=wanted)
     seen = "Views of each training image: 1 itself, 2 also mirrored, each further one augmented (default: 1)."
-    parser.add_argument("--views", type=int, default=1, metavar="N", help=seen)
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help=f"Where to write (default: {OUT}).")
-    kept = "Where features are kept (default: in the user's cache)."
-    parser.add_argument("--features", type=Path, default=FOLDER, metavar="FOLDER", help=kept)
-    most = f"Most that it may hold, 1e9 bytes each (default: {LIMIT_GB:g}); those not used for longest go first."
-    parser.add_argument("--limit_gb", type=float, default=LIMIT_GB, metavar="GB", help=most)
-    options, of_fit = parser.parse_known_args(args)
-    check("--views", options.views, lambda n: 1 <= n <= MOST_VIEWS, f"1 to {MOST_VIEWS}")
-    recipe = [f"--config={options.config}"] if options.config else []
-    contestants = [contestant(text) for text in options.backbones]
+    options.add_argument("--views", type=int, default=1, metavar="N", help=seen)
+    given, of_fit = options.parse_known_args(args)
+    check("--views", given.views, lambda n: 1 <= n <= MOST_VIEWS, f"1 to {MOST_VIEWS}")
+    contestants = [contestant(text) for text in given.backbones]
+    if len({one.folder for one in contestants}) < len(contestants):
+        raise UserError("Two of the backbones have one name, and so one folder: name each once, or rename its weights.")
     rows: list[Row] = []
     for number, one in enumerate(contestants, 1):
         rank_zero_info(f"{number}/{len(contestants)} {one.label}")
         try:
-            home = options.out / one.folder
-            rows.append(probe(one, [*recipe, *of_fit], home, options.views, options.features, options.limit_gb))
+            rows.append(probe(one, given, of_fit))
         except UserError as error:
             if len(contestants) == 1:
                 raise
             rank_zero_warn(f"{one.label}: {error}")
             rows.append({"label": one.label, "failed": str(error)})
-        write(rows, options.out)
-    _tell(rows, options.out, [one.folder for one, row in zip(contestants, rows, strict=True) if "failed" not in row])
+        write(rows, given.out)
+    _tell(rows, given.out, [one.folder for one, row in zip(contestants, rows, strict=True) if "failed" not in row])
     return int(any("failed" in row for row in rows))

@@ -22,10 +22,10 @@ from cifar_transfer import __version__
 from cifar_transfer.errors import UserError, one_sentence
 
 COMMANDS = (
-    *("fit", "evaluate", "predict", "embed", "export", "compare", "probe", "backbones"),
-    *("figures", "serve", "demo"),
+    *("fit", "evaluate", "predict", "embed", "export", "compare", "probe", "audit"),
+    *("backbones", "figures", "serve", "demo"),
 )
-TAKE_OPTIONS_OF_FIT = ("compare", "demo", "probe")
+TAKE_OPTIONS_OF_FIT = ("audit", "compare", "demo", "probe")
 OPTIONS = Path(__file__).with_name("options.json")
 _INSTALLED, _CHECKOUT = (folder / "configs" for folder in Path(__file__).parents[:2])
 RECIPES = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT

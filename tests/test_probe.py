@@ -154,14 +154,13 @@ def drawn(monkeypatch):
     return some(93), some(40), some(50)
 
 
-def test_logistic_regression_is_at_its_minimum(drawn, monkeypatch):
+def test_logistic_regression_is_at_its_minimum(drawn):
     train, val, _ = drawn
-    monkeypatch.setattr(heads, "PENALTIES", (0.1,))
     mean, deviation = heads.moments(train)
     values = torch.from_numpy(train.views[0])
     torch.testing.assert_close(mean, values.mean(0))
     torch.testing.assert_close(deviation, values.std(0, correction=0))
-    head, penalty = heads.logistic(train, val, 4, (mean, deviation))
+    head, penalty = heads.logistic(train, val, 4, (mean, deviation), (0.1,))
     assert penalty == 0.1
     logits = head.logits(train).requires_grad_()
     weight = head.weight * deviation
@@ -179,12 +178,10 @@ def test_the_penalty_is_that_of_the_held_out_images(drawn):
     head, penalty = heads.logistic(train, val, 4, standard)
     alone = []
     for each in heads.PENALTIES:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(heads, "PENALTIES", (each,))
-            single, _ = heads.logistic(train, val, 4, standard)
-            alone.append(heads.accuracy(single.logits(val), val.labels))
-            if each == penalty:
-                torch.testing.assert_close(single.logits(val), head.logits(val), atol=0.05, rtol=0)
+        single, _ = heads.logistic(train, val, 4, standard, (each,))
+        alone.append(heads.accuracy(single.logits(val), val.labels))
+        if each == penalty:
+            torch.testing.assert_close(single.logits(val), head.logits(val), atol=0.05, rtol=0)
     assert heads.accuracy(head.logits(val), val.labels) == pytest.approx(max(alone), abs=0.03)
 
 
@@ -282,9 +279,9 @@ def test_a_failure_loses_no_other(probed):
 def test_two_processes_compute_the_same_features(tmp_path):
     options = [f"{NETWORK}=none", "--model.image_size=64", *TINY[2:], "--features=kept"]
     for devices in (1, 2):
-        (tmp_path / str(devices) / "kept").mkdir(parents=True)
-        for path in (tmp_path / "1" / "kept").iterdir():  # so that both take the same precision
-            (tmp_path / str(devices) / "kept" / path.name).touch()
+        (tmp_path / str(devices)).mkdir()
+        if devices == 2:
+            as_precise(tmp_path / "1", tmp_path / "2" / "kept")
         one = [*options, f"--trainer.devices={devices}", f"--out={tmp_path / str(devices)}"]
         run_fit(tmp_path / str(devices), *one, module="cifar_transfer.probe")
     one, two = files(tmp_path / "1" / "kept"), files(tmp_path / "2" / "kept")
@@ -339,3 +336,86 @@ def test_a_network_that_does_more_with_its_logits_is_refused(tmp_path):
     extractor.classifier.network.fc.register_forward_hook(lambda module, inputs, logits: logits.relu())
     with pytest.raises(UserError, match="does more with its head's logits"):
         extractor.put(head, found["val"])
+
+
+def as_precise(probed, kept):
+    """Have features in a new folder take the precision that those of the probe took."""
+    kept.mkdir(parents=True)
+    for path in (probed / "kept").iterdir():
+        (kept / path.name).touch()
+
+
+def test_options_of_training_do_not_cut_or_round_the_features(probed, tmp_path):
+    folder, _ = probed
+    as_precise(folder, tmp_path / "kept")
+    cut = ["--features=kept"]
+    cut += ["--trainer.limit_test_batches=1", "--trainer.fast_dev_run=true", "--trainer.precision=bf16-true"]
+    run_fit(tmp_path, f"{NETWORK}=none", "--model.image_size=64", *TINY[2:], *cut, module="cifar_transfer.probe")
+    figures = [
+        json.loads((each / "lightning_logs/probe" / f"{NETWORK}-from-scratch" / "result.json").read_text())
+        for each in (folder, tmp_path)
+    ]
+    timed = ("feature_seconds", "head_seconds", "bfloat16")
+    assert {k: v for k, v in figures[0].items() if k not in timed} == {
+        k: v for k, v in figures[1].items() if k not in timed
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--features=FILE"], "error: --features .* cannot be made a folder"),
+        (["--out=FILE"], "error: --out .* cannot be made a folder"),
+        (["--limit_gb=nan"], "error: --limit_gb is nan: take a positive number"),
+        ([f"{NETWORK}=none"], "error: Two of the backbones have one name"),
+    ],
+)
+def test_what_would_lose_the_features_is_refused_before(tmp_path, options, match):
+    (tmp_path / "file").touch()
+    options = [option.replace("FILE", str(tmp_path / "file")) for option in options]
+    done = run_fit(tmp_path, f"{NETWORK}=none", *options, *TINY[2:], module="cifar_transfer.probe", expect=2)
+    assert re.search(match, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def heads_of(folder, monkeypatch, *options):
+    """The head and a layer below, and the rates, after a run of `freeze.probe` that learns nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    still = ["--model.image_size=64", "--freeze.unfrozen_lr=1e-30", "--trainer.max_epochs=1", "--freeze.probe=true"]
+    return run_fit(folder, *TINY, *still, *options)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_fit_may_begin_with_the_probes_head(probed, tmp_path, monkeypatch, devices):
+    as_precise(probed[0], tmp_path / "cache" / "cifar_transfer" / "features")
+    done = heads_of(tmp_path, monkeypatch, f"--trainer.devices={devices}")
+    assert "Epoch 1: everything at rate 1e-30" in done.stdout
+    fitted = weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
+    folder, _ = probed
+    best = weights(folder / "lightning_logs" / "probe" / f"{NETWORK}-from-scratch" / "checkpoints" / "best.ckpt")
+    torch.testing.assert_close(fitted["network.fc.weight"], best["network.fc.weight"])
+    torch.testing.assert_close(fitted["network.conv5.0.weight"], best["network.conv5.0.weight"])
+
+
+def test_a_resumed_fit_keeps_its_head(tmp_path, monkeypatch):
+    heads_of(tmp_path, monkeypatch)
+    before = weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
+    shutil.rmtree(tmp_path / "cache")
+    done = run_fit(tmp_path, f"--resume={RUN}", "--trainer.max_epochs=2")
+    assert "Features of" not in done.stderr
+    after = weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
+    torch.testing.assert_close(after["network.fc.weight"], before["network.fc.weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--freeze.unfreeze_epoch=0"], "error: --freeze.probe=true is in place of the frozen epochs"),
+        (["--freeze.phases=gradual"], "error: --freeze.probe=true is in place of the frozen epochs"),
+        (["--trainer.precision=bf16-true"], "error: .*probe=true needs a network in 32 bits"),
+    ],
+)
+def test_a_probe_that_cannot_be_is_refused(tmp_path, monkeypatch, options, match):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = run_fit(tmp_path, *TINY, "--freeze.probe=true", *options, expect=2)
+    assert re.search(match, done.stderr), done.stderr

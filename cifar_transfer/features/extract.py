@@ -4,6 +4,7 @@ images (uint8) -> device -> float32 in [0, 1] -> a view of them -> network, in e
 """
 
 import hashlib
+import math
 import time
 from itertools import product
 from pathlib import Path
@@ -12,17 +13,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning import LightningModule, Trainer
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from cifar_transfer.data.augment import step_seed
 from cifar_transfer.data.geometry import to_float
 from cifar_transfer.data.images import Batch
 from cifar_transfer.data.loading import rows_loader
-from cifar_transfer.data.module import ImageDataModule, step_seed
+from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split
 from cifar_transfer.errors import UserError
-from cifar_transfer.features.store import LIMIT_GB, FeatureFile, make_room
+from cifar_transfer.features.store import LIMIT_GB, FeatureFile, default_folder, make_room
 
 BATCH_PIXELS = 2**20  # that the network sees at once, within 8 to 256 images
 TRIED = 16  # validation images
@@ -55,17 +59,24 @@ class FeatureExtractor(LightningModule):
     Args:
         classifier: A `TransferClassifier`, whose network stays as it is.
         data: Its images.
-        folder: Where to keep the features.
+        folder: Where to keep the features; None: `store.default_folder`.
         views: Of each training image: 1 the image, 2 also its mirror image, each further one an augmented image.
         limit_gb: Most that the folder may hold, 1e9 bytes each.
+        test: Also of test images.
     """
 
     def __init__(
-        self, classifier: Any, data: ImageDataModule, folder: Path, views: int = 1, limit_gb: float = LIMIT_GB
+        self,
+        classifier: Any,
+        data: ImageDataModule,
+        folder: Path | None = None,
+        views: int = 1,
+        limit_gb: float = LIMIT_GB,
+        test: bool = True,
     ) -> None:
         super().__init__()
-        self.classifier, self.data, self.folder = classifier.eval(), data, folder
-        self.views, self.limit_gb = views, limit_gb
+        self.classifier, self.data, self.folder = classifier.eval(), data, folder or default_folder()
+        self.views, self.limit_gb, self.test = views, limit_gb, test
         self.allow_zero_length_dataloader_with_multiple_devices = True  # of parts that are there
         self.parts: list[Part] = []
         self.computed = 0  # images, of all processes
@@ -75,7 +86,7 @@ class FeatureExtractor(LightningModule):
                 f"{classifier.hparams['backbone']} cannot be probed, because its head is no linear layer with a bias: "
                 f"take another."
             )
-        self._half = False  # whether training images take bfloat16
+        self.in_bfloat16 = False  # whether training images take bfloat16
 
     def prepare_data(self) -> None:
         """As of the data."""
@@ -87,11 +98,14 @@ class FeatureExtractor(LightningModule):
         self.data.trainer = self.trainer
         self.data.setup()
         self.classifier.setup(stage)
+        self._plan()
+
+    def _plan(self) -> None:
         choices = self._choices()
         found = [half for half, parts in choices.items() if parts[0].file.path.is_file()]
         half = found[0] if found else self._faster_in_bfloat16()
-        self._half = self.trainer.strategy.broadcast(half)
-        self.parts = choices[self._half]
+        self.in_bfloat16 = self.trainer.strategy.broadcast(half)
+        self.parts = choices[self.in_bfloat16]
         if self.trainer.is_global_zero:
             paths = [part.file.path for part in self.parts]
             make_room(self.folder, sum(part.file.bytes for part in self.parts), paths, self.limit_gb)
@@ -110,7 +124,8 @@ class FeatureExtractor(LightningModule):
         batch = min(256, max(8, BATCH_PIXELS // (height * width)))
         columns, weights = self._features(self._noise(1)).shape[1], self._fingerprint()
         choices: dict[bool, list[Part]] = {True: [], False: []}
-        for split, images in self.data.images.items():
+        for split in self.splits:
+            images = self.data.images[split]
             known = weights + images.marks().tobytes()
             for view, half in product(range(self.views if split == "train" else 1), choices):
                 kind = ("float16", half) if split == "train" else ("float32", False)
@@ -119,6 +134,11 @@ class FeatureExtractor(LightningModule):
                 file = FeatureFile(self.folder / f"features-{key[:32]}.bin", len(images), columns, kind[0], batch)
                 choices[half].append(Part(split, view, file, []))
         return choices
+
+    @property
+    def splits(self) -> list[Split]:
+        """Whose images, those of training first; known after the data's `setup`."""
+        return [split for split in self.data.images if split != "test" or self.test]
 
     def _noise(self, count: int) -> Tensor:
         return torch.rand(count, 3, *self.classifier.geometry.size, device=self.classifier.device)
@@ -143,6 +163,8 @@ class FeatureExtractor(LightningModule):
     def on_test_start(self) -> None:
         """Show how much there is to do."""
         total = sum(len(file.batches[n]) for _, _, file, missing in self.parts for n in missing)
+        wanted = sum(part.file.shape[0] for part in self.parts)
+        rank_zero_info(f"Features of {self.computed:,} images to compute, of {wanted:,}.")
         self._bar = tqdm(
             total=total, unit="img", desc="features", disable=None if self.trainer.is_global_zero else True
         )
@@ -155,7 +177,7 @@ class FeatureExtractor(LightningModule):
         if view > 1:
             torch.manual_seed(step_seed(self.data.seed, view, number, 0))
             images = self.data.augment(images)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=split == "train" and self._half):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=split == "train" and self.in_bfloat16):
             features = self._features(images)
         file.write(number, features.float().cpu().numpy())
         self._bar.update(len(images))
@@ -163,6 +185,23 @@ class FeatureExtractor(LightningModule):
     def on_test_end(self) -> None:
         """Put the bar away."""
         self._bar.close()
+
+    def found(self) -> dict[Split, Features]:
+        """The features of each split, once they are there."""
+        files = {split: [part.file for part in self.parts if part.split == split] for split in self.splits}
+        return {s: Features([file.read() for file in files[s]], self.data.images[s].labels) for s in files}
+
+    def within(self, trainer: Trainer) -> dict[Split, Features]:
+        """The features, computed within a fit of the network itself, by all of its processes together."""
+        self.trainer = trainer
+        self._plan()
+        self.on_test_start()
+        for number, loader in enumerate(self.test_dataloader()):
+            for index, batch in enumerate(loader):
+                self.test_step(move_data_to_device(batch, trainer.strategy.root_device), index, number)
+        self.on_test_end()
+        trainer.strategy.barrier()
+        return self.found()
 
     @torch.inference_mode()
     def _features(self, images: Tensor) -> Tensor:
@@ -178,14 +217,14 @@ class FeatureExtractor(LightningModule):
 
     def _faster_in_bfloat16(self) -> bool:
         """Measured, because some processors have it and others emulate it at a tenth of the speed."""
-        seconds, images = {}, self._noise(16)
+        images, seconds = self._noise(16), dict[bool, float]()
         for half in (False, True):
             with torch.autocast(self.classifier.device.type, torch.bfloat16, enabled=half):
-                for _ in range(2):  # the first warms up
+                for _ in range(4):  # the first warms up, and others may be disturbed
                     start = time.perf_counter()
                     self._features(images).float().cpu()
-                    seconds[half] = time.perf_counter() - start
-        return seconds[True] < seconds[False]
+                    seconds[half] = min(time.perf_counter() - start, seconds.get(half, math.inf))
+        return seconds[True] < 0.8 * seconds[False]
 
     def put(self, head: Any, val: Features) -> None:
         """Give the network this head, `heads.Linear`; of several heads, whose logits it averages, the first has all.
@@ -220,8 +259,4 @@ def features(trainer: Trainer, extractor: FeatureExtractor) -> dict[Split, Featu
         UserError: Data and network do not fit each other, or the features would exceed the limit.
     """
     trainer.test(extractor, verbose=False)
-    found = {}
-    for split in extractor.data.images:
-        files = [part.file for part in extractor.parts if part.split == split]
-        found[split] = Features([file.read() for file in files], extractor.data.images[split].labels)
-    return found
+    return extractor.found()

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning import Trainer
 from torch import Tensor
 
+from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split
 from cifar_transfer.errors import UserError
-from cifar_transfer.features.extract import Features
+from cifar_transfer.features.extract import FeatureExtractor, Features
 
 BLOCK = 16384  # images that are in memory at once, beside those kept
 KEPT = 2**32  # bytes of standardised features that may be kept in memory, because they are gone through often
@@ -76,7 +78,9 @@ def standardised(views: Sequence[np.ndarray], labels: np.ndarray, standard: Mome
             yield (values - mean) / deviation, those
 
 
-def logistic(train: Features, val: Features, classes: int, standard: Moments) -> tuple[Linear, float]:
+def logistic(
+    train: Features, val: Features, classes: int, standard: Moments, penalties: Sequence[float] = PENALTIES
+) -> tuple[Linear, float]:
     """Logistic regression on standardised features, with the penalty that is best on the images held out.
 
     All penalties are fitted at once: what takes time is to go through the features, and they share that.
@@ -88,17 +92,17 @@ def logistic(train: Features, val: Features, classes: int, standard: Moments) ->
     count, width = len(train.labels) * len(train.views), len(mean)
     read = partial(standardised, train.views, train.labels, standard)
     kept = list(read()) if 4 * count * width <= KEPT else None
-    penalties = torch.tensor(PENALTIES)
-    weights = torch.zeros(len(penalties), classes, width)
-    biases = torch.zeros(len(penalties), classes)
+    strengths = torch.tensor(penalties)
+    weights = torch.zeros(len(strengths), classes, width)
+    biases = torch.zeros(len(strengths), classes)
     solver = torch.optim.LBFGS([weights, biases], max_iter=ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
-        weights.grad, biases.grad = weights * penalties[:, None, None], torch.zeros_like(biases)
-        total = float((penalties * weights.square().sum((1, 2))).sum() / 2)
+        weights.grad, biases.grad = weights * strengths[:, None, None], torch.zeros_like(biases)
+        total = float((strengths * weights.square().sum((1, 2))).sum() / 2)
         for values, those in kept or read():
             logits = (values @ weights.flatten(0, 1).T).view(-1, *biases.shape) + biases
-            chosen = those[:, None, None].expand(-1, len(penalties), 1)
+            chosen = those[:, None, None].expand(-1, len(strengths), 1)
             errors = logits.log_softmax(2)
             total -= float(errors.gather(2, chosen).sum()) / count
             errors = errors.exp_().scatter_add_(2, chosen, torch.full_like(chosen, -1, dtype=torch.float32)) / count
@@ -112,7 +116,7 @@ def logistic(train: Features, val: Features, classes: int, standard: Moments) ->
     heads = [Linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     scores = [accuracy(head.logits(val), val.labels) for head in heads]
     best = int(np.argmax(scores))
-    return heads[best], PENALTIES[best]
+    return heads[best], penalties[best]
 
 
 def nearest_mean(train: Features, other: Features, classes: int, standard: Moments) -> Tensor:
@@ -193,3 +197,24 @@ def best(found: dict[Split, Features], classes: int) -> tuple[Linear, dict[str, 
     scores["few_shot"] = few_shot(train, val, other, classes, standard)
     scores["per_class"] = len(train.labels) // classes
     return head, scores
+
+
+def begin_with_logistic(trainer: Trainer, classifier: Any) -> None:
+    """Within a fit, give the network that is fitted the best logistic regression on its backbone's features.
+
+    Raises:
+        UserError: As `FeatureExtractor`; or network or data are not of this package.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if not (isinstance(data, ImageDataModule) and hasattr(classifier, "geometry")):
+        raise UserError("probe=true needs a TransferClassifier and a data module of this package: leave it out.")
+    if next(classifier.network.parameters()).dtype != torch.float32:
+        raise UserError("probe=true needs a network in 32 bits: take precision=32-true, bf16-mixed or 16-mixed.")
+    modes = {module: module.training for module in classifier.modules()}
+    extractor = FeatureExtractor(classifier, data, test=False)
+    found, head = extractor.within(trainer), None
+    if trainer.is_global_zero:
+        head, _ = logistic(found["train"], found["val"], data.num_classes, moments(found["train"]))
+    extractor.put(trainer.strategy.broadcast(head), found["val"])
+    for module, training in modes.items():
+        module.training = training

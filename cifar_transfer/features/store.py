@@ -17,11 +17,16 @@ import numpy as np
 import platformdirs
 
 from cifar_transfer.errors import UserError
+from cifar_transfer.files import make_folder
 
-FOLDER = platformdirs.user_cache_path("cifar_transfer") / "features"
 NAME = re.compile(r"features-[0-9a-f]{32}\.bin")
 LIMIT_GB = 20.0  # of all such files in a folder
 IN_USE = 3600  # seconds since a file was taken up or written to, within which another process may be at it
+
+
+def default_folder() -> Path:
+    """Where features are kept, in the user's cache."""
+    return platformdirs.user_cache_path("cifar_transfer") / "features"
 
 
 class FeatureFile:
@@ -44,7 +49,7 @@ class FeatureFile:
 
     def make(self) -> None:
         """Have the file there, its whole size without a batch, and note that it is used; called by one process."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent, "--features")
         if not self.path.is_file() or self.path.stat().st_size != self.bytes:
             with self.path.open("wb") as file:
                 file.truncate(self.bytes)

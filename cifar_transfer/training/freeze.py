@@ -12,7 +12,7 @@ stays frozen when resumed after the unfreezing (#21901); and frozen batch-norm k
 
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cifar_transfer.console import say, styled
 from cifar_transfer.errors import UserError, check
+from cifar_transfer.features import heads
 from cifar_transfer.training import optimizer, resume
 from cifar_transfer.training import phases as plans
 from cifar_transfer.training.phases import Phase
@@ -49,6 +50,9 @@ class BackboneFreeze(Callback):
         phases: In place of `unfreeze_epoch` and `frozen`, a list of phases; or "gradual", which unfreezes a stage an
             epoch, from the head down, at `unfrozen_lr` (ULMFiT, https://arxiv.org/abs/1801.06146). What is in no phase
             stays frozen.
+        probe: In place of the frozen epochs, begin with the head that logistic regression on the backbone's features
+            gives (Kumar et al. 2022, https://arxiv.org/abs/2202.10054), and with all unfrozen at `unfrozen_lr`; for a
+            `TransferClassifier` and the data modules of this package.
         monitor: The figure that a phase's `patience` looks at, logged in validation.
         mode: Whether its best is the lowest or the highest.
 
@@ -82,6 +86,7 @@ class BackboneFreeze(Callback):
         frozen: list[str] | None = None,
         batch_norm: Literal["eval", "train"] = "eval",
         phases: list[Phase] | Literal["gradual"] | None = None,
+        probe: bool = False,
         monitor: str = "val/loss",
         mode: Literal["min", "max"] = "min",
     ) -> None:
@@ -96,7 +101,9 @@ class BackboneFreeze(Callback):
             plans.check_begins(phases)
         self.unfreeze_epoch, self.unfrozen_lr = unfreeze_epoch, unfrozen_lr
         self.frozen, self.batch_norm = frozen, batch_norm
-        self.phases, self.monitor, self.mode = phases, monitor, mode
+        if probe and (phases or frozen or not unfreeze_epoch):
+            raise UserError("probe=true is in place of the frozen epochs: leave out phases, frozen and unfreeze_epoch.")
+        self.phases, self.probe, self.monitor, self.mode = phases, probe, monitor, mode
         self._forget()
 
     def _forget(self) -> None:
@@ -126,6 +133,10 @@ class BackboneFreeze(Callback):
         """Freeze, now that the optimizer has everything that trains at some time."""
         stages = plans.own_stages(pl_module)
         self.plan = plans.planned(pl_module, stages, self.phases or self.frozen, self.unfreeze_epoch, self.unfrozen_lr)
+        if self.probe:
+            self.plan[1] = replace(self.plan[1], epoch=0)
+            if not (trainer.ckpt_path or trainer.fast_dev_run):  # type: ignore[attr-defined]
+                heads.begin_with_logistic(trainer, pl_module)
         self._begins = plans.begins(pl_module, [phase.train for phase in self.plan], stages)
         first: dict[nn.Parameter, int] = {}
         for name, parameter in pl_module.named_parameters():

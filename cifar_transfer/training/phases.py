@@ -49,7 +49,7 @@ class Phase:
     from_best: bool = False
 
     def __post_init__(self) -> None:
-        check("epoch", self.epoch, lambda n: n is None or n >= 1, "1 or a later one")
+        check("epoch", self.epoch, lambda n: n is None or n >= 0, "0 or a later one")
         check("share", self.share, lambda x: x is None or 0 < x < 1, "a share of the run between 0 and 1")
         check("patience", self.patience, lambda n: n is None or n >= 1, "1 epoch or more")
         check("lr", self.lr, lambda x: x is None or 0 < x <= LARGEST_RATE, RATE)

@@ -1,0 +1,204 @@
+"""What is found in images: wrong labels, near-duplicates, outliers and images of nothing; and doing without them."""
+
+import csv
+import io
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import RUN, run_fit, untouched, write_images
+from PIL import Image, ImageEnhance, ImageOps
+
+from cifar_transfer import ImageFolderDataModule, ShapesDataModule
+from cifar_transfer.data import splits
+from cifar_transfer.errors import UserError
+from cifar_transfer.evaluate import evaluate
+from cifar_transfer.features import findings
+from cifar_transfer.features.extract import Features
+
+NETWORK = "shufflenet_v2_x0_5"
+
+
+def clusters(count=600, classes=4, flipped=0.1):
+    """Features of classes that lie apart, with wrong labels; and which are wrong."""
+    rng = np.random.default_rng(0)
+    true = rng.integers(0, classes, count)
+    values = 4 * np.eye(classes, 6)[true] + rng.normal(size=(count, 6))
+    wrong = rng.random(count) < flipped
+    labels = np.where(wrong, (true + rng.integers(1, classes, count)) % classes, true)
+    return values.astype(np.float32), labels, wrong
+
+
+def test_flipped_labels_are_found():
+    values, labels, wrong = clusters()
+    parts = {"train": slice(0, 400), "val": slice(400, 500), "test": slice(500, 600)}
+    found = {split: Features([values[part]], labels[part]) for split, part in parts.items()}
+    shares = findings.probabilities(found, 4)
+    assert shares.shape == (600, 4)
+    rows = [finding.row for finding in findings.wrong_labels(shares, torch.from_numpy(labels))]
+    assert len(set(rows) & set(np.flatnonzero(wrong))) > 0.9 * wrong.sum()
+    assert wrong[rows[: wrong.sum() // 2]].all(), "the surest first"
+
+
+def test_the_rule_of_confident_learning_by_hand():
+    shares = torch.tensor([[0.9, 0.1, 0], [0.7, 0.3, 0], [0.2, 0.8, 0], [0.3, 0.7, 0], [0.75, 0.25, 0]])
+    labels = torch.tensor([0, 0, 1, 0, 1])
+    # Means of given labels: class 0 (0.9 + 0.7 + 0.3) / 3, class 1 (0.8 + 0.25) / 2; there is no image of class 2.
+    assert findings.wrong_labels(shares, labels) == [(4, 0.5, 0), (3, pytest.approx(0.4), 1)]
+
+
+def test_no_image_is_judged_by_itself():
+    """Labels at random: what has seen them would know them."""
+    rng = np.random.default_rng(0)
+    values, labels = rng.normal(size=(120, 200)).astype(np.float32), rng.integers(0, 2, 120)
+    found = {
+        split: Features(
+            [values[:100]] if split == "train" else [values[100:]], labels[:100] if split == "train" else labels[100:]
+        )
+        for split in ("train", "val")
+    }
+    assert (findings.probabilities(found, 2).argmax(1).numpy() == labels)[:100].mean() < 0.7
+
+
+def photo(seed, side=64):
+    """Blobs, which look like no other image."""
+    small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+    return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def compressed(image):
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=40)
+    return Image.open(file)
+
+
+CHANGES = {
+    "the same": lambda image: image,
+    "mirrored": ImageOps.mirror,
+    "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.2),
+    "compressed": compressed,
+    "shifted": lambda image: image.transform(image.size, Image.Transform.AFFINE, (1, 0, 4, 0, 1, -5)),
+    "mirrored, shifted": lambda image: ImageOps.mirror(image).transform(
+        image.size, Image.Transform.AFFINE, (1, 0, 6, 0, 1, 3)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_copies_correlate_and_others_do_not(change):
+    images = [photo(seed) for seed in range(20)]
+    plain, changed = (
+        findings.small(torch.stack([torch.from_numpy(np.array(each).transpose(2, 0, 1)) for each in some]))[0]
+        for some in (images, [CHANGES[change](image) for image in images])
+    )
+    assert findings.correlations(plain, changed).min() > findings.SAME
+    assert findings.correlations(plain, plain.roll(1, 0)).max() < findings.SAME - 0.1
+
+
+def test_pairs_name_the_later_image_once():
+    images = torch.stack([torch.from_numpy(np.array(photo(seed).convert("L"))) for seed in (0, 1, 0, 0)])[:, ::2, ::2]
+    cosines, rows = torch.full((4, 3), 0.9), torch.tensor([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]])
+    found = findings.near_duplicates(cosines, rows, images)
+    assert sorted((finding.row, finding.like) for finding in found) == [(2, 0), (3, 0)]
+    assert findings.near_duplicates(cosines - 0.6, rows, images) == [], "features disagree"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Photos of two kinds, with a copy in the test images, an empty image, and a name that a page must escape."""
+    folder = tmp_path_factory.mktemp("audit") / "photos"
+    for split, count in (("train", 24), ("test", 8)):
+        for number, kind in enumerate(("cat", "<b>dog")):
+            (folder / split / kind).mkdir(parents=True)
+            for row in range(count):
+                image = photo(1000 * count + 100 * number + row, 32)
+                image.save(folder / split / kind / f"{row:03}.png")
+    copied = Image.open(folder / "train" / "cat" / "005.png")
+    compressed(copied).save(folder / "test" / "cat" / "copy.png")
+    Image.new("RGB", (32, 32), (90, 90, 90)).save(folder / "train" / "cat" / "nothing.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def audited(photos):
+    data = ["--data=ImageFolderDataModule", f"--data.root={photos}", "--data.val_fraction=0.2"]
+    options = [f"{NETWORK}=none", *data, "--model.image_size=64", "--features=kept", "--trainer.accelerator=cpu"]
+    with untouched(*(photos / split for split in ("train", "test"))):
+        done = run_fit(photos.parent, *options, module="cifar_transfer.audit")
+    return photos.parent / "lightning_logs" / "audit", done
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_files_and_the_page_tell_what_was_found(audited):
+    out, done = audited
+    assert [*rows(out / "blank.csv")[0].values()] == ["train/cat/nothing.png", "cat", "blank", "1.0000", ""]
+    (copy,) = rows(out / "duplicates.csv")
+    assert (copy["image"], copy["like"]) == ("test/cat/copy.png", "train/cat/005.png")
+    assert float(copy["score"]) > findings.SAME
+    assert {row["like"] for row in rows(out / "labels.csv")} <= {"cat", "<b>dog"}
+    page = (out / "audit.html").read_text()
+    assert page.count("<img ") == sum(len(rows(out / f"{name}.csv")) for name in ("labels", "outliers", "blank")) + 2
+    assert "<b>dog" not in page
+    assert "&lt;b&gt;dog" in page
+    assert f"look at it   {(out / 'audit.html').relative_to(out.parents[1])}" in done.stdout
+    assert [line.split("|")[2:5] for line in done.stdout.splitlines() if line.startswith("| duplicates")] == [
+        ["     0 ", "   0 ", "    1 "]
+    ]
+
+
+def test_a_run_does_without_what_is_listed(photos, tmp_path):
+    (tmp_path / "out.csv").write_text("image\ntest/cat/copy.png\ntrain/cat/nothing.png\ntrain/gone.png\n")
+    data = ["--data=ImageFolderDataModule", f"--data.root={photos}", f"--data.leave_out={tmp_path / 'out.csv'}"]
+    done = run_fit(tmp_path, *data, f"--model.backbone={NETWORK}", "--model.weights=none", "--trainer.max_epochs=1")
+    assert f"Left out: 2 of 66 images, those in {tmp_path / 'out.csv'}." in done.stderr
+    recorded = splits.read(tmp_path / RUN / "checkpoints" / "best.ckpt")
+    assert "train/cat/nothing.png" in recorded["train"] + recorded["val"]  # so that it comes back to where it was
+    again = run_fit(tmp_path, f"--resume={tmp_path / RUN}", "--trainer.max_epochs=2")
+    assert "Left out: 2 of 66" in again.stderr
+    assert "have changed" not in again.stderr
+
+
+def test_evaluate_tells_both(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run / RUN, tmp_path / "run")
+    ckpt = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    names = splits.read(ckpt)["test"]
+    (tmp_path / "half.csv").write_text("image,why\n" + "".join(f"{name},x\n" for name in names[: len(names) // 2]))
+    scores = evaluate(str(ckpt), accelerator="cpu", figures=False, leave_out="half.csv")
+    (tmp_path / "other.csv").write_text("image\n" + "".join(f"{name}\n" for name in names[len(names) // 2 :]))
+    others = evaluate(str(ckpt), accelerator="cpu", figures=False, leave_out="other.csv")
+    share = len(names) // 2 / len(names)
+    both = (1 - share) * scores["test/acc_without"] + share * others["test/acc_without"]
+    assert both == pytest.approx(scores["test/acc"], abs=1e-6)
+    assert scores["test/acc"] == others["test/acc"]
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (b"train/cat/1.png\n", "has no column `image`"),
+        (b"image\ntrain/kite/1.png\n", r"lists none of these images, but, say, train/kite/1\.png"),
+        (b"image\n\xff\n", "cannot be read as a list of images"),
+        (None, r"cannot be read as a list of images \(\[Errno 2\]"),
+    ],
+)
+def test_a_list_of_nothing_is_refused(tmp_path, text, match):
+    if text is not None:
+        (tmp_path / "list.csv").write_bytes(text)
+    with pytest.raises(UserError, match=match):
+        ShapesDataModule(train_images=40, test_images=10, leave_out=str(tmp_path / "list.csv")).setup()
+
+
+def test_all_of_a_split_is_refused(tmp_path):
+    write_images(tmp_path / "photos" / "train", 5)
+    write_images(tmp_path / "photos" / "test", 2)
+    names = "".join(f"test/{kind}/{row:03}.png\n" for kind in ("cat", "dog") for row in range(2))
+    (tmp_path / "list.csv").write_text(f"image\n{names}")
+    data = ImageFolderDataModule(root=str(tmp_path / "photos"), leave_out=str(tmp_path / "list.csv"))
+    with pytest.raises(UserError, match="lists all test images: list fewer"):
+        data.setup()
