@@ -36,7 +36,7 @@ from cifar_transfer.features.findings import Finding
 from cifar_transfer.files import LOGS, atomic_write
 from cifar_transfer.network.contestant import contestant
 from cifar_transfer.text import markdown, printable
-from cifar_transfer.training.probing import extract, parser
+from cifar_transfer.training.probing import features_of, parser
 
 OUT = Path(LOGS, "audit")
 BATCH = 256  # images looked at at once
@@ -159,13 +159,13 @@ def main(args: Sequence[str]) -> None:
     """Parse the options, look at all images, and write what is found.
 
     Raises:
-        UserError: As `extract`.
+        UserError: As `features_of`.
     """
     options = parser("audit", OUT)
     wanted = "A backbone, with a name or a file of weights if not those of its library; a checkpoint will do."
     options.add_argument("backbone", metavar="NAME[=WEIGHTS]", help=wanted)
     given, of_fit = options.parse_known_args(args)
-    cli, _, extracted, _ = extract(contestant(given.backbone), given, of_fit, given.out)
+    cli, _, extracted, _ = features_of(contestant(given.backbone), given, of_fit, given.out)
     if not cli.trainer.is_global_zero:
         return
     audited = Audited(cli.datamodule)

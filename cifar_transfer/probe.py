@@ -33,7 +33,7 @@ from cifar_transfer.files import LOGS, RESULT, atomic_write
 from cifar_transfer.network.contestant import Contestant, contestant
 from cifar_transfer.results import plots
 from cifar_transfer.text import markdown
-from cifar_transfer.training.probing import extract, parser
+from cifar_transfer.training.probing import features_of, parser
 
 OUT = Path(LOGS, "probe")
 MOST_VIEWS = 100
@@ -78,10 +78,10 @@ def probe(one: Contestant, options: argparse.Namespace, of_fit: Sequence[str]) -
         Accuracies as shares of 1, and what it took; the same on all processes.
 
     Raises:
-        UserError: As `extract`, or the network does more with its head's logits.
+        UserError: As `features_of`, or the network does more with its head's logits.
     """
     home = options.out / one.folder
-    cli, extractor, found, seconds = extract(one, options, of_fit, home, options.views)
+    cli, extractor, found, seconds = features_of(one, options, of_fit, home, options.views)
     trainer, data = cli.trainer, cli.datamodule
     row: Row = {"label": one.label, "feature_seconds": seconds, "computed": extractor.computed}
     row["bfloat16"] = extractor.in_bfloat16

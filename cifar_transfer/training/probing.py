@@ -33,7 +33,7 @@ class FeaturesCLI(FitCLI):
 
 
 class Extracted(NamedTuple):
-    """What `extract` gives."""
+    """What `features_of` gives."""
 
     cli: FeaturesCLI
     extractor: FeatureExtractor
@@ -53,7 +53,7 @@ def parser(command: str, out: Path) -> argparse.ArgumentParser:
     return options
 
 
-def extract(
+def features_of(
     one: Contestant, options: argparse.Namespace, of_fit: Sequence[str], out: Path, views: int = 1
 ) -> Extracted:
     """The features of the data's images by a backbone.
