@@ -263,7 +263,7 @@ def means(text, value):
         with suppress(ValueError):
             return value == float(text.strip(" '").replace(".inf", "inf"))  # also 1e-3, which is text to YAML
         return False
-    return str(value) == text.strip(" ") or (isinstance(value, Path) and value == Path(text))
+    return str(value) in (text, text.strip(" ")) or (isinstance(value, Path) and value == Path(text))
 
 
 def too_large(values):
