@@ -124,7 +124,8 @@ class ProgressBar(callbacks.ProgressBar):
         parts += ["{bar} {percentage:3.0f}%"]
         parts += [f" loss {loss:.3f}"] if training and loss is not None else []
         parts += [f" {self._images / self._bar.format_dict['elapsed']:.0f} images/s"] if self._images else []
-        form = " ".join([*parts, " {remaining} left"] if wide else parts)
+        known = wide and not self._bar.disable and done > self._bar.initial  # how long a batch takes
+        form = " ".join([*parts, " {remaining} left"] if known else parts)
         if self._bar.disable:
             total = trainer.num_training_batches if training else getattr(trainer, f"num_{stage}_batches")[0]
             own: dict[str, Any] = {"colour": "green" if _coloured() else None, "bar_format": form, "ncols": columns}

@@ -141,6 +141,7 @@ def figure(rows: Sequence[Row]) -> Figure:
         color = plots.COLOURS[number % len(plots.COLOURS)]
         axes.plot([*few], [100 * share for share in few.values()], "o-", color=color, ms=4, label=row["label"])
     axes.set(xlabel="training images of a class", ylabel="accuracy (%)", xscale="log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return drawn

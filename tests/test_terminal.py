@@ -65,6 +65,7 @@ def test_a_run_at_80_columns_and_its_continuation_in_a_pipe(tmp_path):
     form = r"epoch 4/4 [█▏▎▍▌▋▊▉ ]{20,40} \d+%  loss \d\.\d{3}  \d+ images/s  \d\d:\d\d left *"
     assert any(re.fullmatch(form, piece) for piece in pieces), [piece for piece in pieces if "4/4" in piece]
     assert any(piece.startswith("test ") for piece in pieces)
+    assert not any("?" in piece for piece in pieces), "nothing is said of what is not known yet"
     table = lines[lines.index(HEADING) + 1 :][:6]
     assert table[0] == "Epochs 1 to 2: backbone frozen, 10,250 parameters train."
     assert table[3] == "Epochs 3 to 4: everything at rate 0.0001, 352,042 parameters train."
