@@ -65,7 +65,7 @@ class Audited:
     def __init__(self, data: ImageDataModule) -> None:
         self.data = data
         out = splits.listed(data.leave_out) if data.leave_out else frozenset[str]()
-        self.names = [name for split in data.images for name in data.names[split] if name not in out]
+        self.names = [data.names[split][row] for split in data.images for row in splits.others(data.names[split], out)]
         self.labels = torch.from_numpy(np.concatenate([images.labels for images in data.images.values()]))
 
     def batches(self) -> Iterator[Tensor]:
@@ -98,7 +98,7 @@ def write(audited: Audited, found: Mapping[str, Sequence[Finding]], out: Path) -
     page = [f"<!doctype html><meta charset=utf-8><title>audit</title><style>{STYLE}</style>"]
     for name, rows in found.items():
         with atomic_write(out / f"{name}.csv") as file:
-            table = csv.writer(codecs.getwriter("utf-8")(file))
+            table = csv.writer(codecs.getwriter("utf-8")(file, "backslashreplace"))
             table.writerow(["image", "label", "finding", "score", "like"])
             for row, score, like in rows:
                 label = audited.data.class_names[int(audited.labels[row])]
@@ -168,7 +168,10 @@ def main(args: Sequence[str]) -> None:
     cli, _, extracted, _ = features_of(contestant(given.backbone), given, of_fit, given.out)
     if not cli.trainer.is_global_zero:
         return
-    audited = Audited(cli.datamodule)
+    data = cli.datamodule
+    if data.names["val"] == data.names.get("test"):  # as with val_fraction=0: each would be its own duplicate
+        del data.images["test"], extracted["test"]
+    audited = Audited(data)
     found = audit(audited, extracted)
     write(audited, found, given.out)
     print(f"\n{summary(audited, found)}\nlook at it   {given.out / 'audit.html'}")

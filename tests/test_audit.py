@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import shutil
 
 import numpy as np
@@ -59,6 +60,13 @@ def test_no_image_is_judged_by_itself():
         for split in ("train", "val")
     }
     assert (findings.probabilities(found, 2).argmax(1).numpy() == labels)[:100].mean() < 0.7
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_fewer_images_than_folds(count):
+    features = Features([np.eye(count, 4, dtype=np.float32)], np.arange(count) % 2)
+    shares = findings.probabilities({"train": features, "val": features}, 2)
+    assert shares.sum(1).tolist() == pytest.approx([1.0] * (2 * count))
 
 
 def photo(seed, side=64):
@@ -149,6 +157,26 @@ def test_the_files_and_the_page_tell_what_was_found(audited):
     assert [line.split("|")[2:5] for line in done.stdout.splitlines() if line.startswith("| duplicates")] == [
         ["     0 ", "   0 ", "    1 "]
     ]
+
+
+def test_each_image_is_looked_at_once_whatever_it_is_called(tmp_path):
+    """Without images held out; and with names that are no text, of which a list has escapes."""
+    strange = os.fsdecode(b"\xff\n,.png")
+    for number, path in enumerate(["train/a/1.png", f"train/b/{strange}", "test/a/1.png", f"test/b/{strange}"]):
+        (tmp_path / path).parent.mkdir(parents=True)
+        photo(number, 32).save(tmp_path / path)
+    data = ["--data=ImageFolderDataModule", f"--data.root={tmp_path}", "--data.val_fraction=0"]
+    job = ["lenet5=none", *data, "--trainer.accelerator=cpu", f"--features={tmp_path}", f"--out={tmp_path / 'out'}"]
+    refused = run_fit(tmp_path, "squeezenet1_1=none", *job[1:], module="cifar_transfer.audit", expect=2)
+    assert "no linear layer" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    run_fit(tmp_path, *job, module="cifar_transfer.audit")
+    assert rows(tmp_path / "out" / "duplicates.csv") == []
+    found = [row["image"] for row in rows(tmp_path / "out" / "outliers.csv")]
+    assert sorted(found) == ["test/a/1.png", "test/b/\\udcff\n,.png", "train/a/1.png", "train/b/\\udcff\n,.png"]
+    (tmp_path / "list.csv").write_text('image\n"train/b/\\udcff\n,.png"\n', newline="")
+    left = splits.without({"train": ["train/a/1.png", f"train/b/{strange}"]}, str(tmp_path / "list.csv"))
+    assert left["train"].tolist() == [0]
 
 
 def test_a_run_does_without_what_is_listed(photos, tmp_path):

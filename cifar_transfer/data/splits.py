@@ -5,7 +5,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
@@ -103,6 +103,11 @@ def listed(path: str | Path) -> frozenset[str]:
     raise UserError(f"{path} has no column `image`: it takes a CSV as `python -m cifar_transfer.audit` writes.")
 
 
+def others(names: Sequence[str], out: Collection[str]) -> np.ndarray:
+    """Rows int64 of the names that are not listed, where what is no text in a name is written as escapes."""
+    return np.flatnonzero([name.encode(errors="backslashreplace").decode() not in out for name in names])
+
+
 def without(names: Names, path: str) -> dict[Split, np.ndarray]:
     """Rows int64 of each split but for the images that a CSV lists.
 
@@ -110,7 +115,7 @@ def without(names: Names, path: str) -> dict[Split, np.ndarray]:
         UserError: As `listed`; or it lists none of these images, or all of a split.
     """
     out = listed(path)
-    rows = {split: np.flatnonzero([name not in out for name in found]) for split, found in names.items()}
+    rows = {split: others(found, out) for split, found in names.items()}
     before, after = (sum(map(len, each.values())) for each in (names, rows))
     if out and after == before:
         raise UserError(f"leave_out={path} lists none of these images, but, say, {min(out)}: it is of others.")

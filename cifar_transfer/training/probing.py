@@ -71,7 +71,7 @@ def features_of(
     check("--limit_gb", options.limit_gb, lambda x: x > 0, "a positive number")
     recipe = [f"--config={options.config}"] if options.config else []
     cli = FeaturesCLI([*recipe, *of_fit, *one.options])
-    make_folder(out, "--out")
     extractor = FeatureExtractor(cli.model, cli.datamodule, options.features, views, options.limit_gb)
+    make_folder(out, "--out")
     begun = time.monotonic()
     return Extracted(cli, extractor, features(cli.trainer, extractor), time.monotonic() - begun)
