@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 import shutil
 
 import numpy as np
@@ -17,6 +18,7 @@ from cifar_transfer.errors import UserError
 from cifar_transfer.evaluate import evaluate
 from cifar_transfer.features import findings
 from cifar_transfer.features.extract import Features
+from cifar_transfer.training import resume
 
 NETWORK = "shufflenet_v2_x0_5"
 
@@ -189,6 +191,20 @@ def test_a_run_does_without_what_is_listed(photos, tmp_path):
     again = run_fit(tmp_path, f"--resume={tmp_path / RUN}", "--trainer.max_epochs=2")
     assert "Left out: 2 of 66" in again.stderr
     assert "have changed" not in again.stderr
+    shutil.copy(tmp_path / "out.csv", tmp_path / "same.csv")
+    (tmp_path / "out.csv").write_text("image\ntest/cat/copy.png\n")
+    checkpoint = torch.load(tmp_path / RUN / "checkpoints" / "last.ckpt", weights_only=True)
+    saved = resume.flat(data=checkpoint["datamodule_hyper_parameters"])
+    same, other = (saved | {"data.left_out": splits.mark(str(tmp_path / f"{name}.csv"))} for name in ("same", "out"))
+    assert resume.compare(saved, same, within_epoch=True, unfrozen=False) == []
+    with pytest.raises(UserError, match=r"data\.leave_out=1 images \(.*\) would skip .* written with 3 images \("):
+        resume.compare(saved, other, within_epoch=True, unfrozen=False)
+    (said,) = resume.compare(saved, other, within_epoch=False, unfrozen=False)
+    assert said.startswith("data.leave_out is changed from 3 images")
+    with untouched(tmp_path / RUN):
+        (tmp_path / "out.csv").unlink()
+        refused = run_fit(tmp_path, f"--resume={tmp_path / RUN}", "--trainer.max_epochs=3", expect=2)
+    assert re.search(r"--data\.leave_out=\S+out\.csv cannot be read .*: name another one", refused.stderr)
 
 
 def test_evaluate_tells_both(run, tmp_path, monkeypatch):

@@ -104,6 +104,7 @@ class ImageDataModule(LightningDataModule):
         own = ["batch_size", "eval_batch_size", "val_fraction", "num_workers", "seed"]
         own += ["class_weights", "sampler", "leave_out"]
         shared = {name: getattr(self, name) for name in own} | {"augment": asdict(self.augment)}
+        shared["left_out"] = splits.mark(self.leave_out) if self.leave_out else None
         self.save_hyperparameters({"data": type(self).__name__, "held_out_by": HASH} | shared | options)
 
     @property

@@ -99,8 +99,17 @@ def listed(path: str | Path) -> frozenset[str]:
             if "image" in (rows.fieldnames or ()):
                 return frozenset(row["image"] for row in rows if row["image"])
     except (OSError, UnicodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as a list of images ({first_line(error)}).") from None
-    raise UserError(f"{path} has no column `image`: it takes a CSV as `python -m cifar_transfer.audit` writes.")
+        why = first_line(error)
+        raise UserError(f"leave_out={path} cannot be read as a list of images ({why}): name another one.") from None
+    raise UserError(
+        f"leave_out={path} has no column `image`: it takes a CSV as `python -m cifar_transfer.audit` writes."
+    )
+
+
+def mark(path: str) -> str:
+    """What tells the list of a CSV from another one, however it is written; errors are those of `listed`."""
+    names = sorted(listed(path))
+    return f"{len(names):,} images ({zlib.crc32(json.dumps(names).encode()):08x})"
 
 
 def others(names: Sequence[str], out: Collection[str]) -> np.ndarray:

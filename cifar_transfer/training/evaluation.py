@@ -45,6 +45,7 @@ def load_data(checkpoint: dict, **overrides: str | int | None) -> ImageDataModul
     try:
         options["augment"] = Augment(**options["augment"])
         choice = options.pop("held_out_by", PERMUTATION)
+        options.pop("left_out", None)
         data = DATA_MODULES[name](**options | overrides)
         if checkpoint.get("input_size"):
             data.fixed_size = Geometry.of(checkpoint).size

@@ -23,7 +23,7 @@ REFUSED = {
     "model.ema": _AVERAGE,
     **{f"data.{name}": _SPLIT for name in ("data", "seed", "val_fraction", "task", "train_images")},
 }
-_ORDER = ("data.batch_size", "data.sampler", "data.leave_out", "processes")
+_ORDER = ("data.batch_size", "data.sampler", "data.left_out", "processes")
 REFUSED_WITHIN_AN_EPOCH = {name: _SKIPPED for name in _ORDER}
 FREEZE = ("unfreeze_epoch", "unfrozen_lr", "frozen", "batch_norm", "phases", "probe", "monitor", "mode")
 REFUSED_UNFROZEN = {f"freeze.{name}": _UNFROZEN for name in FREEZE}
@@ -36,7 +36,7 @@ CHANGED = {
     "data.batch_size": "an epoch has another number of steps",
     "data.class_weights": _LOSS,
     "data.sampler": "an epoch draws other images",
-    "data.leave_out": "the images are others",
+    "data.left_out": "the images are others",
     "data.augment": "training images are augmented in another way",
     "data.root": "the images are read from there",
     "data.decode_size": "the images are decoded at another size",
@@ -84,15 +84,15 @@ def compare(saved: Mapping[str, Any], asked: Mapping[str, Any], within_epoch: bo
         if isinstance(before, dict) and isinstance(after, dict):
             both = {key: (before.get(key), value) for key, value in after.items() if before.get(key) != value}
             before, after = ({key: pair[at] for key, pair in both.items()} for at in (0, 1))
+        option = {"data.seed": "seed_everything", "data.left_out": "data.leave_out"}.get(name, name)
         if name in refused:
-            option = "seed_everything" if name == "data.seed" else name
             written = ", which" if refused[name] == _UNDONE else "; the checkpoint"
             raise UserError(
                 f"{option}={after} {refused[name]}{written} was written with {before}: leave it out to continue that "
                 f"run, or begin a new one from its weights with --model.weights=CHECKPOINT."
             )
         if name in CHANGED:
-            changes.append(f"{name} is changed from {before} to {after}: {CHANGED[name]}.")
+            changes.append(f"{option} is changed from {before} to {after}: {CHANGED[name]}.")
     return sorted(changes)
 
 
