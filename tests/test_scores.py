@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RUN, assert_same_weights, curves
+import torch.nn.functional as F
+from conftest import RUN, assert_same_weights, curves, quiet_trainer
 
-from cifar_transfer import Classifier, TransferClassifier
+from cifar_transfer import Classifier, ShapesDataModule, TransferClassifier
 from cifar_transfer.evaluate import evaluate
 from cifar_transfer.fit import fit
 from cifar_transfer.training.checkpoint import read_checkpoint
@@ -177,3 +178,26 @@ def test_an_epoch_that_is_stopped_and_resumed_is_that_of_a_run_never_stopped(tmp
             now[0]["test/acc"], now[0]["test/loss"] = now[0]["test/acc"][-1:], now[0]["test/loss"][-1:]
         assert now == expected
         assert_same_weights(folder / RUN / "checkpoints/last.ckpt", whole / RUN / "checkpoints/last.ckpt")
+
+
+def test_a_mean_loss_is_that_of_all_images_however_they_are_batched(tmp_path):
+    """The mean of batches would weigh the one image of the last batch like the six of another."""
+    data = ShapesDataModule(train_images=61, test_images=13, eval_batch_size=6)
+    model = TransferClassifier("lenet5", "none", class_names=data.class_names)
+    with torch.no_grad():
+        model.network.get_submodule(model.heads[0]).weight.mul_(50)  # so that images differ in their loss
+    trainer = quiet_trainer(default_root_dir=tmp_path, accelerator="cpu")
+    trainer.validate(model, data, verbose=False)
+    found = {name: float(score) for name, score in trainer.callback_metrics.items()}
+    found |= trainer.test(model, data, verbose=False)[0]
+    for split, images in data.images.items():
+        pixels, labels = images.__getitems__(range(len(images)))
+        with torch.inference_mode():
+            losses = F.cross_entropy(model(pixels.float() / 255), labels, reduction="none")
+        if split != "train":
+            assert found[f"{split}/loss"] == pytest.approx(float(losses.mean()), rel=1e-4)
+            batches = torch.stack([batch.mean() for batch in losses.split(6)])
+            assert float(batches.mean()) != pytest.approx(float(losses.mean()), rel=1e-3), "this shows nothing"
+    for loss, count in ((1.0, 5), (4.0, 1)):
+        model.count(torch.tensor(loss), torch.zeros(count, data.num_classes), torch.zeros(count, dtype=torch.long))
+    assert float(model.train_loss.compute()) == pytest.approx(9 / 6)

@@ -54,7 +54,8 @@ class ScoredModule(LightningModule):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        # Their checks would make every step wait for the device.
+        # Their checks would make every step wait for the device. Without them a mean ignores weights, so each image's
+        # loss is given (torchmetrics 1.9, `_cast_and_nan_check_input`).
         self.train_loss, self.eval_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
         self.train_acc, self.val_acc, self.test_acc, self.mirrored_acc = (
             MulticlassAccuracy(num_classes, average="micro", validate_args=False) for _ in range(4)
@@ -88,7 +89,7 @@ class ScoredModule(LightningModule):
 
     def count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a step of training: its mean loss, logits [B, num_classes] and labels [B]."""
-        self.train_loss.update(loss.detach(), len(labels))
+        self.train_loss.update(loss.detach().expand(len(labels)))
         self.train_acc.update(logits.detach(), labels)
         if self._trainer is None:  # called by hand
             return
@@ -115,7 +116,7 @@ class ScoredModule(LightningModule):
         accuracy.update(logits, labels)
         loss = F.cross_entropy(logits, labels)
         # Not by Lightning's `sync_dist`, which divides by the processes' mean of images as a whole number.
-        self.eval_loss.update(loss, len(labels))
+        self.eval_loss.update(loss.expand(len(labels)))
         self.log(f"{split}/loss", self.eval_loss, prog_bar=True, logger=logger)
         self.log(f"{split}/acc", accuracy, prog_bar=True, logger=logger)
         for name, score in self.by_class.items() if self.unequal else ():
