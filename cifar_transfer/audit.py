@@ -94,7 +94,8 @@ class Audited:
 
 
 def write(audited: Audited, found: Mapping[str, Sequence[Finding]], out: Path) -> None:
-    """Write a CSV for each finding, and `audit.html`, into `out`."""
+    """Write a CSV for each finding, and `audit.html`, into the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
     page = [f"<!doctype html><meta charset=utf-8><title>audit</title><style>{STYLE}</style>"]
     for name, rows in found.items():
         with atomic_write(out / f"{name}.csv") as file:

@@ -5,7 +5,6 @@ from cifar_transfer import start
 if __name__ == "__main__":
     start.run("backbones")
 
-import argparse
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from cifar_transfer.network import build, catalog
 from cifar_transfer.network.catalog import LENET, TIMM
 from cifar_transfer.network.small_images import ASSUMED
 from cifar_transfer.network.stages import stages
+from cifar_transfer.options import PartParser
 from cifar_transfer.text import markdown
 
 COLUMNS = {
@@ -106,10 +106,7 @@ def _built(name: str, size: int | None, small: bool) -> build.Backbone:
 
 def main(args: Sequence[str]) -> None:
     """Parse the options and print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cifar_transfer.backbones",
-        allow_abbrev=False,
-    )
+    parser = PartParser("backbones")
     listed = "Part of a name, or a pattern with * and ?. timm's networks are listed with 'timm/*' and the like."
     parser.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help=listed)
     parser.add_argument("--json", action="store_true", help="Print JSON.")

@@ -9,7 +9,6 @@ from cifar_transfer import start
 if __name__ == "__main__":
     start.run("compare")
 
-import argparse
 import codecs
 import csv
 import json
@@ -24,6 +23,7 @@ from matplotlib.figure import Figure
 from cifar_transfer.errors import UserError
 from cifar_transfer.files import CONFIG, LOGS, RESULT, atomic_write, make_folder
 from cifar_transfer.network.contestant import Contestant, contestant
+from cifar_transfer.options import PartParser
 from cifar_transfer.results import plots
 from cifar_transfer.text import markdown, without_password
 
@@ -154,21 +154,13 @@ def figure(rows: Sequence[Row]) -> Figure:
 
 def main(args: Sequence[str]) -> int:
     """Parse the options, compare, print the table; 1 if one failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cifar_transfer.compare",
-        allow_abbrev=False,
-    )
+    parser = PartParser("compare")
     wanted = "A backbone, with a name or a file of weights if not those of the recipe"
     scratch = "NAME=none trains from scratch, without frozen epochs."
     parser.add_argument("backbones", nargs="+", metavar="NAME[=WEIGHTS]", help=f"{wanted}; {scratch}")
     parser.add_argument("--config", metavar="FILE", help="The recipe, as fit takes it.")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=OUT,
-        metavar="FOLDER",
-        help=f"Folder of the runs, tables and figure (default: {OUT}).",
-    )
+    place = f"Folder of the runs, tables and figure (default: {OUT})."
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help=place)
     options, of_fit = parser.parse_known_args(start.with_recipes(args))
     recipe = [f"--config={options.config}"] if options.config else []
     contestants = [contestant(text) for text in options.backbones]

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from cifar_transfer import console
 from cifar_transfer.data import splits
 from cifar_transfer.files import CONFIG
+from cifar_transfer.options import Parser
 from cifar_transfer.results.collect import PROJECTED, CollectPredictions
 from cifar_transfer.results.publish import publish
 from cifar_transfer.training.checkpoint import read_checkpoint
@@ -83,4 +84,4 @@ def evaluate(
 
 def main(args: Sequence[str]) -> None:
     """Parse the options and evaluate."""
-    auto_cli(evaluate, args=[*args], as_positional=False, allow_abbrev=False)
+    auto_cli(evaluate, args=[*args], as_positional=False, parser_class=Parser)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from cifar_transfer.errors import UserError, first_line
 from cifar_transfer.files import atomic_write
 from cifar_transfer.network import build, weights
+from cifar_transfer.options import Parser
 from cifar_transfer.training.checkpoint import load_network
 from cifar_transfer.training.image_network import ImageNetwork
 
@@ -179,4 +180,4 @@ def _difference(
 
 def main(args: Sequence[str]) -> None:
     """Parse the options and export."""
-    auto_cli(export, args=[*args], as_positional=False, allow_abbrev=False)
+    auto_cli(export, args=[*args], as_positional=False, parser_class=Parser)

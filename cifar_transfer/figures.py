@@ -14,6 +14,7 @@ from jsonargparse import auto_cli
 
 from cifar_transfer.errors import UserError, disk_fault, first_line
 from cifar_transfer.files import CONFIG
+from cifar_transfer.options import Parser
 from cifar_transfer.results.predictions import Predictions
 from cifar_transfer.results.publish import FOLDER, curves, prediction_plots, save
 from cifar_transfer.results.words import language, language_of
@@ -50,4 +51,4 @@ def figures(run: str) -> list[Path]:
 
 def main(args: Sequence[str]) -> None:
     """Parse the options and draw."""
-    auto_cli(figures, args=[*args], allow_abbrev=False)
+    auto_cli(figures, args=[*args], parser_class=Parser)

@@ -25,6 +25,14 @@ def make_folder(folder: Path, option: str) -> None:
         raise UserError(f"{option} {folder} cannot be made a folder ({error.strerror}).") from None
 
 
+def require_writable(folder: Path, option: str) -> None:
+    """Refuse a folder that cannot be made or written into, without making it; a `UserError` names the option for it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "is no folder" if not there.is_dir() else "cannot be written by this user"
+        raise UserError(f"{folder} cannot be written, because {there} {why}: name another place with {option}=FOLDER.")
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which replaces `path`, in an existing folder, in one move when it is complete and on the disk.

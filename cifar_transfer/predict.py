@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from cifar_transfer.files import make_folder
 from cifar_transfer.inference.images import NamedImages, add_options, check_file
+from cifar_transfer.options import Parser
 from cifar_transfer.results.predictions import SHOWN, ImagePrediction
 from cifar_transfer.text import printable
 
@@ -120,7 +121,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def _parse(args: Sequence[str]) -> Namespace:
-    parser = ArgumentParser(prog="python -m cifar_transfer.predict", allow_abbrev=False)
+    parser = Parser(prog="python -m cifar_transfer.predict")
     add = parser.add_argument
     add("--top_k", type=int, default=5, help="How many classes to give for each image.")
     add("--format", choices=list(FORMATS), default="table", help="Of what is printed.")

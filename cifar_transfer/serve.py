@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 from cifar_transfer.data.images import MAX_MEGAPIXELS
 from cifar_transfer.errors import check
 from cifar_transfer.inference.page import Page
 from cifar_transfer.inference.predictor import Classifier
+from cifar_transfer.options import Parser
 from cifar_transfer.training.checkpoint import newest_checkpoint
 
 
@@ -24,7 +23,7 @@ def main(args: Sequence[str]) -> None:
     Raises:
         UserError: An unfit checkpoint or option, or a port that is taken.
     """
-    parser = ArgumentParser(prog="python -m cifar_transfer.serve", allow_abbrev=False)
+    parser = Parser(prog="python -m cifar_transfer.serve")
     add = parser.add_argument
     add("--ckpt", help="Checkpoint; without, the best of the newest run in lightning_logs/.")
     add("--port", type=int, default=7860, help="Of the page; 0 takes any that is free.")

@@ -365,7 +365,7 @@ def test_options_of_training_do_not_cut_or_round_the_features(probed, tmp_path):
     ("options", "match"),
     [
         (["--features=FILE"], "error: --features .* cannot be made a folder"),
-        (["--out=FILE"], "error: --out .* cannot be made a folder"),
+        (["--out=FILE"], "error: .* cannot be written, because .* is no folder: name another place with --out=FOLDER"),
         (["--limit_gb=nan"], "error: --limit_gb is nan: take a positive number"),
         ([f"{NETWORK}=none"], "error: Two of the backbones have one name"),
     ],

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,23 @@ def test_answers_within_a_second_import_nothing_heavy(command, status, says):
     assert says in (done.stdout if status == 0 else "\n".join(said))
     assert "cifar_transfer.errors" in imported
     assert not imported & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "says"),
+    [
+        ("predict", [], "the following arguments are required: images"),
+        ("export", ["--ckpt=x", "--to=coreml"], 'Parser key "to": .* Got value: coreml'),
+        ("evaluate", ["--ckpt=x", "--devices=two"], 'Parser key "devices": .* Got value: two'),
+        ("figures", ["one", "two"], "unrecognized arguments: two"),
+        ("audit", [], r"the following arguments are required: NAME\[=WEIGHTS\]"),
+        ("probe", ["--views=two", "resnet18"], "argument --views: invalid int value: 'two'"),
+        ("backbones", ["--image_size=big"], "argument --image_size: invalid int value: 'big'"),
+    ],
+)
+def test_a_mistake_in_the_options_of_any_command_is_a_sentence(command, options, says):
+    with pytest.raises(UserError, match=rf"^{says} \(All options: --help\)$"):
+        import_module(f"cifar_transfer.{command}").main(options)
 
 
 def test_ctrl_c_while_pytorch_is_imported_is_quiet(tmp_path):

@@ -4,13 +4,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from tqdm import tqdm
 
 from cifar_transfer.data.images import MAX_MEGAPIXELS
 from cifar_transfer.errors import UserError
 from cifar_transfer.inference.predictor import Classifier
 from cifar_transfer.inference.sources import find
+from cifar_transfer.options import Parser
 from cifar_transfer.results.predictions import ImagePrediction
 from cifar_transfer.training.checkpoint import newest_checkpoint
 
@@ -49,7 +50,7 @@ class NamedImages:
         yield from tqdm(predictions, total=total, unit=" images", delay=2, disable=hidden)
 
 
-def add_options(parser: ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Have a parser know the options of `NamedImages`."""
     add = parser.add_argument
     images = "Files, folders, patterns ('photos/**/*.jpg'); - reads them from standard input, one a line."

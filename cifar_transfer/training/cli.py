@@ -20,7 +20,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from cifar_transfer import console, start
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.errors import UserError, account, caused_by_us, check
-from cifar_transfer.files import CONFIG, LOGS
+from cifar_transfer.files import CONFIG, LOGS, require_writable
+from cifar_transfer.options import HELP_HINT
 from cifar_transfer.results.report import LOG_EVERY, Report
 from cifar_transfer.text import without_password
 from cifar_transfer.training import find_lr
@@ -35,8 +36,8 @@ from cifar_transfer.training.logger import RunLogger
 from cifar_transfer.training.resume import compare_checkpoint, keep_size
 from cifar_transfer.untrusted import read_yaml
 
+ROOT = "--trainer.default_root_dir"
 UNKNOWN = "unrecognized arguments: --"
-HELP_HINT = "All options: --help"
 
 
 class Parser(LightningArgumentParser):
@@ -181,9 +182,9 @@ class FitCLI(LightningCLI):
         root = Path(options.default_root_dir or ".").resolve()
         ours = options.logger is None or options.logger is True
         if self.config.find_lr or self.keeps_nothing or options.default_root_dir:
-            _require_writable(root)
+            require_writable(root, ROOT)
         elif ours:
-            _require_writable(self.resumed or root / LOGS)
+            require_writable(self.resumed or root / LOGS, ROOT)
         if torch.cuda.is_available():
             torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have by default
         if options.benchmark is None and not options.deterministic:
@@ -241,6 +242,8 @@ def _check_trainer(options: Any) -> None:
     if options.max_epochs is None and options.max_steps == -1 and options.max_time is None:
         raise UserError("max_epochs is null, which Lightning takes for 1000: give a number, or -1 for no end.")
     check("accumulate_grad_batches", options.accumulate_grad_batches, lambda n: n >= 1, "1 batch or more")
+    every = options.check_val_every_n_epoch
+    check("check_val_every_n_epoch", every, lambda n: n is None or n >= 1, "1 epoch or more, or null")
     if options.gradient_clip_val is not None:
         check("gradient_clip_val", options.gradient_clip_val, lambda x: 0 <= x < math.inf, "0 (off) or more")
 
@@ -250,12 +253,3 @@ def _integer_seed(seed: bool | int) -> int:
         raise UserError(f"seed_everything is {str(seed).lower()}: give a number, for the data follow from it.")
     check("seed_everything", seed, lambda n: 0 <= n < 2**32, "a number from 0 to 4294967295")
     return seed
-
-
-def _require_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written into, without making it."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "is no folder" if not there.is_dir() else "cannot be written by this user"
-        other = "name another place with --trainer.default_root_dir=FOLDER"
-        raise UserError(f"{folder} cannot be written, because {there} {why}: {other}.")

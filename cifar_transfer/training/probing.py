@@ -12,8 +12,9 @@ from cifar_transfer.data.splits import Split
 from cifar_transfer.errors import UserError, check
 from cifar_transfer.features.extract import FeatureExtractor, Features, features
 from cifar_transfer.features.store import LIMIT_GB
-from cifar_transfer.files import make_folder
+from cifar_transfer.files import require_writable
 from cifar_transfer.network.contestant import Contestant
+from cifar_transfer.options import PartParser
 from cifar_transfer.training.cli import FitCLI
 
 
@@ -41,9 +42,9 @@ class Extracted(NamedTuple):
     seconds: float  # that the features took
 
 
-def parser(command: str, out: Path) -> argparse.ArgumentParser:
+def parser(command: str, out: Path) -> PartParser:
     """What `probe` and `audit` have in common: `--config`, `--out`, `--features` and `--limit_gb`."""
-    options = argparse.ArgumentParser(prog=f"python -m cifar_transfer.{command}", allow_abbrev=False)
+    options = PartParser(command)
     options.add_argument("--config", metavar="FILE", help="A recipe, as fit takes it.")
     options.add_argument("--out", type=Path, default=out, metavar="FOLDER", help=f"Where to write (default: {out}).")
     kept = "Where features are kept (default: in the user's cache)."
@@ -62,7 +63,7 @@ def features_of(
         one: The backbone and its weights.
         options: Of `parser`.
         of_fit: Options of `fit`.
-        out: A folder to make before features are computed, which may take hours.
+        out: The folder to write to, which is seen to before features are computed, for that may take hours.
         views: Of each training image, see `FeatureExtractor`.
 
     Raises:
@@ -72,6 +73,6 @@ def features_of(
     recipe = [f"--config={options.config}"] if options.config else []
     cli = FeaturesCLI([*recipe, *of_fit, *one.options])
     extractor = FeatureExtractor(cli.model, cli.datamodule, options.features, views, options.limit_gb)
-    make_folder(out, "--out")
+    require_writable(out, "--out")
     begun = time.monotonic()
     return Extracted(cli, extractor, features(cli.trainer, extractor), time.monotonic() - begun)

@@ -1,0 +1,34 @@
+"""Parsers of command lines, whose errors are a sentence without a page of usage before it."""
+
+import argparse
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from cifar_transfer.errors import UserError, account
+
+HELP_HINT = "All options: --help"
+
+
+class _OneSentence:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise a `UserError` with what is wrong and a hint."""
+        raise UserError(f"{account(message)} ({HELP_HINT})")
+
+
+class Parser(_OneSentence, jsonargparse.ArgumentParser):
+    """Of a command whose options are all its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+
+
+class PartParser(_OneSentence, argparse.ArgumentParser):
+    """Of a command that hands on the options which it does not know, as jsonargparse's cannot.
+
+    Args:
+        command: Its name.
+    """
+
+    def __init__(self, command: str) -> None:
+        super().__init__(prog=f"python -m cifar_transfer.{command}", allow_abbrev=False)
