@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer, callbacks
@@ -31,6 +32,7 @@ LINES = (
     "Detected KeyboardInterrupt",  # `Interrupt` has its own words
     "^Restoring states|^Loaded model weights",  # of the test, which says itself that it is of the best checkpoint
 )
+OURS = str(Path(__file__).parent)
 _PATTERN = re.compile("|".join(LINES))
 
 
@@ -44,8 +46,20 @@ def _unless_told_again(failed: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failed)
 
 
+def _plainly(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if filename.startswith(OURS):
+        return f"warning: {message}\n"  # which line of ours says so is nothing to a reader
+    return _FORMAT(message, category, filename, lineno, line)
+
+
+_FORMAT = warnings.formatwarning  # Lightning's
+
+
 def hush() -> None:
-    """Filter these, by name; everything else is printed."""
+    """Filter these, by name; everything else is printed, and what this project warns of without its place in it."""
+    warnings.formatwarning = _plainly
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser
-from torch import Tensor
 
 from cifar_transfer.errors import UserError
 from cifar_transfer.files import atomic_write
 from cifar_transfer.inference.images import NamedImages, add_options, check_file
+from cifar_transfer.options import Parser
 from cifar_transfer.text import printable
 
 
@@ -33,7 +32,7 @@ def main(args: Sequence[str]) -> int:
     Raises:
         UserError: An unfit checkpoint or option, or a package that is missing.
     """
-    parser = ArgumentParser(prog="python -m cifar_transfer.embed", allow_abbrev=False)
+    parser = Parser(prog="python -m cifar_transfer.embed")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="FILE.npz or FILE.parquet.")
     add_options(parser)
     options = parser.parse_args(list(args))
@@ -42,10 +41,8 @@ def main(args: Sequence[str]) -> int:
     if parquet and find_spec("pyarrow") is None:
         raise UserError("A .parquet file needs pyarrow: pip install pyarrow, or name a file that ends in .npz.")
     images = NamedImages(options)
-    model, seen = images.classifier.model, list[Tensor]()
-    head = model.network.get_submodule(model.heads[0])
-    head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
-    found = [(one.source, one.classes[0][0]) for one in images.shown(images.predictions(1), printed=False)]
+    with images.classifier.model.features() as seen:
+        found = [(one.source, one.classes[0][0]) for one in images.shown(images.predictions(1), printed=False)]
     if found:
         names, predicted = map(list, zip(*found, strict=True))
         features = torch.cat(seen).numpy()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from matplotlib.figure import Figure
 
 from cifar_transfer.errors import UserError, check
@@ -175,7 +175,7 @@ def main(args: Sequence[str]) -> int:
         except UserError as error:
             if len(contestants) == 1:
                 raise
-            rank_zero_warn(f"{one.label}: {error}")
+            rank_zero_info(f"error: {one.label}: {error}")
             rows.append({"label": one.label, "failed": str(error)})
         write(rows, given.out)
     _tell(rows, given.out, [one.folder for one, row in zip(contestants, rows, strict=True) if "failed" not in row])

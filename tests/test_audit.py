@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from cifar_transfer.evaluate import evaluate
 from cifar_transfer.features import findings
 from cifar_transfer.features.extract import Features
 from cifar_transfer.training import resume
+from cifar_transfer.training.evaluation import load_data
 
 NETWORK = "shufflenet_v2_x0_5"
 
@@ -201,6 +203,11 @@ def test_a_run_does_without_what_is_listed(photos, tmp_path):
         resume.compare(saved, other, within_epoch=True, unfrozen=False)
     (said,) = resume.compare(saved, other, within_epoch=False, unfrozen=False)
     assert said.startswith("data.leave_out is changed from 3 images")
+    with pytest.warns(UserWarning, match=r"out\.csv, the list .* has changed: now 1 images \(.*, in training 3 images"):
+        load_data(checkpoint)
+    shutil.copy(tmp_path / "same.csv", tmp_path / "out.csv")
+    with warnings.catch_warnings(action="error"):
+        load_data(checkpoint)
     with untouched(tmp_path / RUN):
         (tmp_path / "out.csv").unlink()
         refused = run_fit(tmp_path, f"--resume={tmp_path / RUN}", "--trainer.max_epochs=3", expect=2)

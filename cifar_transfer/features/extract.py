@@ -179,7 +179,7 @@ class FeatureExtractor(LightningModule):
             images = self.data.augment(images)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=split == "train" and self.in_bfloat16):
             features = self._features(images)
-        file.write(number, features.float().cpu().numpy())
+        file.write(number, features.numpy())
         self._bar.update(len(images))
 
     def on_test_end(self) -> None:
@@ -205,15 +205,10 @@ class FeatureExtractor(LightningModule):
 
     @torch.inference_mode()
     def _features(self, images: Tensor) -> Tensor:
-        """What comes into the head: [B, D] of images, float [B, 3, H, W] in [0, 1]."""
-        seen: list[Tensor] = []
-        head = self.classifier.network.get_submodule(self.classifier.heads[0])
-        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
+        """What comes into the head, float32 [B, D] on the CPU, of images, float [B, 3, H, W] in [0, 1]."""
+        with self.classifier.features() as seen:
             self.classifier(images)
-        finally:
-            hook.remove()
-        return seen[0].flatten(1)
+        return seen[0]
 
     def _faster_in_bfloat16(self) -> bool:
         """Measured, because some processors have it and others emulate it at a tenth of the speed."""
@@ -222,7 +217,7 @@ class FeatureExtractor(LightningModule):
             with torch.autocast(self.classifier.device.type, torch.bfloat16, enabled=half):
                 for _ in range(4):  # the first warms up, and others may be disturbed
                     start = time.perf_counter()
-                    self._features(images).float().cpu()
+                    self._features(images)
                     seconds[half] = min(time.perf_counter() - start, seconds.get(half, math.inf))
         return seconds[True] < 0.8 * seconds[False]
 

@@ -188,7 +188,7 @@ def read_file(path: Path) -> tuple[State, dict[str, Any]]:
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not opened: it holds more than tensors, or is no file of weights.") from None
     except Exception as error:  # of any kind: the file may come from anywhere
-        raise UserError(f"{path} cannot be read as weights ({error}): it may be cut short.") from None
+        raise UserError(f"{path} cannot be read as weights ({first_line(error)}): it may be cut short.") from None
     saved: dict[str, Any] = {}
     options = content.get("hyper_parameters") if isinstance(content, dict) else None
     if isinstance(options, dict) and "backbone" in options and isinstance(content.get("state_dict"), Mapping):

@@ -16,7 +16,7 @@ from cifar_transfer.data.images import LARGEST_SIDE
 from cifar_transfer.errors import UserError, first_line
 from cifar_transfer.files import LOGS
 from cifar_transfer.start import known_options
-from cifar_transfer.training.image_network import ImageNetwork
+from cifar_transfer.training.image_network import MOST_CLASSES, ImageNetwork
 from cifar_transfer.untrusted import check_archive
 
 SHOWN = 80  # letters of a value in a message
@@ -97,7 +97,7 @@ def _fields(checkpoint: dict[str, Any]) -> dict[str, tuple[Any, bool]]:
     known = isinstance(geometry, dict) and geometry.keys() == {field.name for field in fields(Geometry)}
     whole = known and all(each(geometry[name], *kind) for name, kind in shape.items())  # type: ignore[index]
     return {
-        "num_classes": (count, count is None or (type(count) is int and count >= 2)),
+        "num_classes": (count, count is None or (type(count) is int and 2 <= count <= MOST_CLASSES)),
         "class_names": (names, names is None or each(names, lambda name: type(name) is str, count)),
         "image_size": (image_size, image_size is None or side(image_size)),
         "input_size": (size, size is None or each(size, side, 2)),

@@ -21,6 +21,7 @@ from cifar_transfer.results.publish import STAGES
 from cifar_transfer.training import optimizer, resume
 from cifar_transfer.training.average import AveragedModule
 from cifar_transfer.training.checkpoint import VERSION_KEY
+from cifar_transfer.training.image_network import MOST_CLASSES
 from cifar_transfer.training.optimizer import LARGEST_RATE
 from cifar_transfer.training.teacher import Teacher
 
@@ -119,7 +120,7 @@ class TransferClassifier(AveragedModule):
         compile: bool = False,
     ) -> None:
         num_classes = len(class_names or range(10)) if num_classes is None else num_classes
-        check("num_classes", num_classes, lambda n: n >= 2, "two or more")
+        check("num_classes", num_classes, lambda n: 2 <= n <= MOST_CLASSES, f"2 to {MOST_CLASSES:,}")
         super().__init__(num_classes)
         if class_names and len(class_names) != num_classes:
             raise UserError(

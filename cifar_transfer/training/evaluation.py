@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities import rank_zero_warn
 
 from cifar_transfer.data.augment import Augment
 from cifar_transfer.data.cifar import CIFAR10DataModule
@@ -45,13 +46,16 @@ def load_data(checkpoint: dict, **overrides: str | int | None) -> ImageDataModul
     try:
         options["augment"] = Augment(**options["augment"])
         choice = options.pop("held_out_by", PERMUTATION)
-        options.pop("left_out", None)
+        left_out = options.pop("left_out", None)
         data = DATA_MODULES[name](**options | overrides)
         if checkpoint.get("input_size"):
             data.fixed_size = Geometry.of(checkpoint).size
     except (KeyError, TypeError) as error:
         raise UserError(f"The checkpoint's options for its data are not those of this version ({error}).") from None
     data.hparams["held_out_by"] = choice
+    if "leave_out" not in overrides and data.hparams.get("left_out") != left_out:
+        listed = f"now {data.hparams['left_out']}, in training {left_out}"
+        rank_zero_warn(f"{data.leave_out}, the list of images that are left out, has changed: {listed}.")
     return data
 
 

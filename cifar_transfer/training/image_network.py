@@ -1,6 +1,7 @@
 """A network with all that is done to an image on its way into it: what prediction needs, without Lightning."""
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from cifar_transfer.data.images import LARGEST_SIDE
 from cifar_transfer.errors import UserError, check
 from cifar_transfer.network import build
 
+MOST_CLASSES = 10**6  # more would be a mistake, and take the memory of the machine
 # Options that checkpoints of earlier versions may lack, as they were then.
 ABSENT = {"class_names": None, "image_size": None, "normalize": None, "small_images": False, "patch_size": None}
 
@@ -43,7 +45,6 @@ class ImageNetwork(nn.Module):
             options.setdefault(name, value)
         most = f"1 to {LARGEST_SIDE} pixels"
         for name, fits, wanted in (
-            ("num_classes", lambda n: n >= 2, "two or more"),
             ("image_size", lambda n: n in (None, "native") or 1 <= n <= LARGEST_SIDE, f"{most}, or native"),
             ("patch_size", lambda n: n is None or 1 <= n <= LARGEST_SIDE, most),
             ("aux_weight", lambda x: 0 <= x <= 1000, "0 to 1000"),
@@ -89,6 +90,17 @@ class ImageNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float [B, num_classes], of images, float [B, 3, H, W] in [0, 1], RGB."""
         return self.all_logits(images, self.geometry.input_side)[0]
+
+    @contextmanager
+    def features(self) -> Iterator[list[Tensor]]:
+        """A list to which each pass within adds what comes into the (first) head: float32 [B, D], on the CPU."""
+        seen: list[Tensor] = []
+        head = self.network.get_submodule(self.heads[0])
+        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
+        try:
+            yield seen
+        finally:
+            hook.remove()
 
     def all_logits(self, images: Tensor, side: int | None) -> tuple[Tensor, ...]:
         """The main logits, and while auxiliary heads train, theirs, of images that are given at this side."""

@@ -87,8 +87,9 @@ def compare(saved: Mapping[str, Any], asked: Mapping[str, Any], within_epoch: bo
         option = {"data.seed": "seed_everything", "data.left_out": "data.leave_out"}.get(name, name)
         if name in refused:
             written = ", which" if refused[name] == _UNDONE else "; the checkpoint"
+            mend = "have the list as it was" if name == "data.left_out" else "leave it out"
             raise UserError(
-                f"{option}={after} {refused[name]}{written} was written with {before}: leave it out to continue that "
+                f"{option}={after} {refused[name]}{written} was written with {before}: {mend} to continue that "
                 f"run, or begin a new one from its weights with --model.weights=CHECKPOINT."
             )
         if name in CHANGED:
