@@ -153,6 +153,7 @@ def undisturbed(tmp_path_factory):
     return once(tmp_path_factory, "averaged", lambda folder: run_fit(folder, *JOB))
 
 
+@pytest.mark.slow
 def test_every_use_of_a_checkpoint_is_of_the_average(tmp_path, monkeypatch, undisturbed):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(undisturbed / "lightning_logs", "lightning_logs")
@@ -208,6 +209,7 @@ def test_stopped_and_resumed_it_is_that_of_a_run_never_stopped(tmp_path, monkeyp
     assert_same_run(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_is_that_of_a_run_never_killed(tmp_path, undisturbed):
     options = JOB
     for moment, number in (("mid-step", 8), ("validation", 1), ("moving last.ckpt", 1)):
@@ -217,6 +219,7 @@ def test_killed_and_resumed_it_is_that_of_a_run_never_killed(tmp_path, undisturb
     assert_same_run(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_same_average(tmp_path):
     """Also of batch-norm's statistics, though each has seen other images, and of steps after the last validation."""
     subprocess.run([sys.executable, __file__, tmp_path], check=True, timeout=240, stdin=subprocess.DEVNULL)

@@ -26,6 +26,7 @@ def test_ratios_are_those_within_a_round():
     assert [cell.strip() for cell in fast.split("|")[1:-1]] == ["fast", "10", "10 to 15", "2.00", "2.00 to 3.00"]
 
 
+@pytest.mark.slow
 def test_recipes_are_run_once_evaluated_each_epoch_and_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(recipes.RECIPES, "fast", ["--model.schedule=linear"])
     options = [

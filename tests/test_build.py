@@ -55,6 +55,7 @@ def batches(count=4, classes=3):
     return DataLoader(TensorDataset(images, torch.arange(count) % classes), batch_size=count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.whole] * (name in LARGER)) for name in TABLE])
 def test_every_network_of_the_table(name, tmp_path, monkeypatch):
     if name.startswith("timm/"):

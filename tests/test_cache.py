@@ -125,6 +125,7 @@ def test_every_byte_before_the_pixels_may_be_damaged(tmp_path):
         flip(at)(path)
 
 
+@pytest.mark.slow
 def test_without_room_for_the_cache_images_are_decoded_on_the_fly(tmp_path):
     write_images(tmp_path / "photos" / "train", 40)  # 80 * 3072 bytes
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
@@ -144,6 +145,7 @@ def without_privileges():
     ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="root is bound by modes on Linux only")
 @pytest.mark.parametrize("home", ["writable", pytest.param("read-only", marks=pytest.mark.whole)])
 def test_a_folder_that_cannot_be_written_is_read(tmp_path, home):
@@ -160,6 +162,7 @@ def test_a_folder_that_cannot_be_written_is_read(tmp_path, home):
     assert not (folder / "photos" / CACHE_FOLDER).exists()
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_decodes(tmp_path):
     write_images(tmp_path / "photos" / "train", 60)
     witness = """

@@ -110,6 +110,7 @@ def test_tensorboard_has_figures_layout_configuration_and_projector(job):
     assert len(tensors.read_text().splitlines()) == 50, "a line for each test image"
 
 
+@pytest.mark.slow
 def test_the_configuration_of_a_run_is_beside_it_and_runs_again(job, tmp_path):
     folder, done = job
     config = yaml.safe_load((folder / RUN / "config.yaml").read_text())

@@ -30,6 +30,7 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_each_is_fitted_once_and_a_failure_loses_nothing(tmp_path, monkeypatch):
     done = run(tmp_path, BOTH[0], "inception_v3=none", BOTH[1], expect=1)
     assert "75 or more" in done.stderr, "why it failed is said"

@@ -250,6 +250,7 @@ def test_batches_are_shuffled_by_seed_and_epoch_and_kept_in_order_for_evaluation
     assert labels(data.test_dataloader()) == data.images["test"].labels.tolist()
 
 
+@pytest.mark.slow
 def test_chance_follows_from_seed_epoch_step_and_rank():
     numbers = list(product(range(3), repeat=4))
     assert len({step_seed(*four) for four in numbers}) == len(numbers)

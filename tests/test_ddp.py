@@ -64,6 +64,7 @@ def phases(tmp_path_factory):
 HEAD, MIDDLE, ALL = ("network.fc.",), ("network.fc.", "network.stage4.", "network.conv5."), ("network.",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "epoch", "trains"),
     [
@@ -118,6 +119,7 @@ def test_the_command_runs_and_resumes_on_two_processes(tmp_path):
     assert not torch.equal(before["network.conv1.0.weight"], after["network.conv1.0.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="names of threads are in Linux's /proc")
 @pytest.mark.parametrize(("end", "status"), [("", 0), ("error", 2), ("stop", 128 + signal.SIGTERM)])
 def test_no_thread_of_the_process_group_outlives_the_job(tmp_path, end, status):

@@ -32,6 +32,7 @@ def limited(folder, size, *options):
     )
 
 
+@pytest.mark.slow
 def test_no_room_for_a_checkpoint_keeps_the_one_before_and_the_run_continues(tmp_path):
     """Unfrozen, the optimizer's state makes a checkpoint of 4 MB of one of 1.4 MB."""
     whole_run, folder = tmp_path / "whole", tmp_path / "full"
@@ -50,6 +51,7 @@ def test_no_room_for_a_checkpoint_keeps_the_one_before_and_the_run_continues(tmp
     assert_same_weights(folder / LAST, whole_run / LAST)
 
 
+@pytest.mark.slow
 def test_no_room_for_the_curves_ends_the_run_with_a_sentence(tmp_path):
     done = limited(tmp_path, 6000, *JOB, "--trainer.enable_checkpointing=false")
     assert done.returncode == 2, done.stderr

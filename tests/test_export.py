@@ -78,6 +78,7 @@ def parsed(metadata):
     return {key: json.loads(value) if value[0] in "[{" else value for key, value in metadata.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "inside"), [("resnet18", True), ("lenet5", False)])
 def test_onnx(trained, tmp_path, name, inside):
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -36,6 +36,7 @@ def whole(*names):
     return [pytest.param(name, marks=pytest.mark.whole) for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

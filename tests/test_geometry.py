@@ -81,6 +81,7 @@ WHOLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("images", "model", "data", "size"), [*(pytest.param(*case, id=name) for name, case in CASES.items()), *WHOLE]
 )

@@ -61,6 +61,7 @@ def test_wheel_and_sdist_install_the_same_and_all_of_it(installed):
 PYTHON, FEW = [sys.executable, "-m"], [*TINY, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
 
 
+@pytest.mark.slow
 def test_it_is_used_from_a_folder_of_its_own(installed, tmp_path):
     place, program = {"PYTHONPATH": str(installed[0])}, [sys.executable, installed[0] / "bin" / "cifar-transfer"]
     where = [sys.executable, "-c", "import cifar_transfer; print(cifar_transfer.__file__)"]

@@ -64,6 +64,7 @@ def job(chance, folder):
     return options + chance.choice([[], ["--data.augment.padding_mode=reflect"], ["--data.augment.degrees=0"]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_use_of_the_whole_program(tmp_path, monkeypatch, seed):
     chance = random.Random(seed)

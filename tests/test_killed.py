@@ -95,6 +95,7 @@ def test_killed_again_and_again_ends_with_the_weights_of_a_run_that_never_was(tm
         assert points == expected[tag], tag
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "victims", [["the first"], pytest.param(["the second", "the first", "the second"], marks=pytest.mark.whole)]
 )

@@ -45,6 +45,7 @@ def test_an_epoch_continues_after_the_batches_that_were_given(given):
     assert labels(resumed) == (expected if given == 3 else expected[4 * given :]), "after the last the next begins"
 
 
+@pytest.mark.slow
 def test_two_processes_with_too_few_images_are_refused_before_training(tmp_path):
     done = run_fit(tmp_path, *DDP, "--data.test_images=1", expect=2, timeout=120)
     assert "1 test images are too few for 2 processes, of which each needs 1: take fewer devices" in done.stderr

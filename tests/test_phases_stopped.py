@@ -76,6 +76,7 @@ def ends_alike(folder, how, variant, processes, count=None):
     assert one["callbacks"]["BackboneFreeze"]["phase"] == EPOCHS - 1
 
 
+@pytest.mark.slow
 def test_stopped_again_and_again_with_an_average_ends_alike(tmp_path):
     ends_alike(tmp_path, "told to stop", "adamw, cosine, layer decay, average", 1, count=5)
 

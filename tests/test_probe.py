@@ -276,6 +276,7 @@ def test_a_failure_loses_no_other(probed):
     assert (folder / "lightning_logs" / "probe" / "probe.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_two_processes_compute_the_same_features(tmp_path):
     options = [f"{NETWORK}=none", "--model.image_size=64", *TINY[2:], "--features=kept"]
     for devices in (1, 2):
@@ -385,6 +386,7 @@ def heads_of(folder, monkeypatch, *options):
     return run_fit(folder, *TINY, *still, *options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_fit_may_begin_with_the_probes_head(probed, tmp_path, monkeypatch, devices):
     as_precise(probed[0], tmp_path / "cache" / "cifar_transfer" / "features")
@@ -397,6 +399,7 @@ def test_a_fit_may_begin_with_the_probes_head(probed, tmp_path, monkeypatch, dev
     torch.testing.assert_close(fitted["network.conv5.0.weight"], best["network.conv5.0.weight"])
 
 
+@pytest.mark.slow
 def test_a_resumed_fit_keeps_its_head(tmp_path, monkeypatch):
     heads_of(tmp_path, monkeypatch)
     before = weights(tmp_path / RUN / "checkpoints" / "last.ckpt")

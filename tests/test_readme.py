@@ -227,6 +227,7 @@ def test_the_python_example_of_the_recipes_runs():
     assert [phase.epoch for phase in names["freeze"].phases] == [None, 2, 4]
 
 
+@pytest.mark.slow
 def test_the_python_examples_of_exports_give_what_predict_gives(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime", reason="onnxruntime is an optional extra")
     monkeypatch.chdir(tmp_path)

@@ -104,6 +104,7 @@ def test_the_configuration_of_a_run_that_was_continued_begins_a_new_one(again, f
         assert len(curves(run)["val/acc"]) == 1, "from the beginning"
 
 
+@pytest.mark.slow
 def test_a_run_belongs_to_one_process(tmp_path, again):
     """Until that process is gone, however it ends."""
     resume = f"--resume={again}"

@@ -147,6 +147,7 @@ INTERVALS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", INTERVALS)
 def test_an_epoch_that_is_stopped_and_resumed_is_that_of_a_run_never_stopped(tmp_path, monkeypatch, steps, case):
     whole = tmp_path / "whole"

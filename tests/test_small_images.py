@@ -67,6 +67,7 @@ def random_weights(tmp_path):
 
 # The tolerances are about twice what was measured. Deep random networks with batch-norm blow every difference at the
 # border up, so that theirs are seen at the stem, and with real weights.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "factor", "largest"),
     [

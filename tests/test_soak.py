@@ -37,6 +37,7 @@ class Gauge(Callback):
         self.rows.append((memory, files, disk))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("epochs", "memory_a_thousand"),
     # Forty epochs see up to 80 kB each of the allocator's own on a busy machine; a kept batch is 700 kB.

@@ -46,6 +46,7 @@ def stopped(*args, **kwargs):
     return result
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_is_told_and_both_save_the_same_step(tmp_path):
     """89 images a process in batches of 2, without the single last one: 44 steps an epoch."""
     job = [*JOB, "--trainer.devices=2", "--trainer.max_epochs=3", "--data.batch_size=2"]
@@ -69,6 +70,7 @@ def test_of_two_processes_one_is_told_and_both_save_the_same_step(tmp_path):
         assert torch.equal(getattr(of_two, name), getattr(of_one, name)), "in the order of the images"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "delay"),
     [
@@ -103,6 +105,7 @@ def slurm(tmp_path):
     return os.environ | {"PATH": path} | {f"SLURM_{name}": value for name, value in job.items()}
 
 
+@pytest.mark.slow
 def test_slurm_requeues_the_job_and_the_run_continues_in_its_folder(tmp_path, slurm):
     job = [*JOB, "--trainer.max_epochs=4"]
     alone, here = tmp_path / "alone", tmp_path / "here"

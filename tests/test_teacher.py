@@ -169,6 +169,7 @@ def test_mistakes_get_a_sentence(tmp_path, options, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_one_that_was_not_stopped_and_needs_the_teacher(tmp_path, teacher):
     job = [*TINY, f"--model.teacher={teacher}", "--freeze.unfreeze_epoch=1", "--trainer.max_epochs=2"]
     run_fit(tmp_path, *job)
@@ -192,6 +193,7 @@ def test_another_teacher_on_resuming_is_said():
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_step_of_one_with_the_joint_batch(tmp_path):
     teacher = write_teacher(tmp_path / "teacher.ckpt")
     command = [sys.executable, Path(__file__).with_name("ddp_job.py"), tmp_path, "auto", "2", teacher]

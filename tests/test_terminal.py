@@ -57,6 +57,7 @@ def on_terminal(folder, columns, *options, module="cifar_transfer.fit", expect=0
     return written.decode()
 
 
+@pytest.mark.slow
 def test_a_run_at_80_columns_and_its_continuation_in_a_pipe(tmp_path):
     more = ["--data.batch_size=8", "--trainer.max_epochs=4", "--freeze.unfreeze_epoch=2"]
     written = on_terminal(tmp_path, 80, *TINY, *more)

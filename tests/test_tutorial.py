@@ -78,6 +78,7 @@ def test_the_outputs_kept_are_whole_and_of_no_machine(name):
         assert not ABSOLUTE.search(shown), shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("tutorial.ipynb", marks=pytest.mark.whole), "tutorial.zh-CN.ipynb"])
 def test_it_runs_on_drawn_shapes(name, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="nbclient runs the notebooks and is of the test extra")

@@ -216,6 +216,7 @@ def test_a_run_that_is_stopped_and_resumed_is_one_never_stopped(tmp_path, photos
     assert whole["train/loss"] == resumed["train/loss"]
 
 
+@pytest.mark.slow
 def test_a_step_of_two_processes_has_the_gradients_of_their_joint_batch(tmp_path):
     command = [sys.executable, Path(__file__).with_name("ddp_job.py"), tmp_path, "auto", "2", "balanced"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)

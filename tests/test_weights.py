@@ -210,6 +210,7 @@ def test_publishers_wrappings(tmp_path, publisher):
     assert_backbone_arrived(model, state)
 
 
+@pytest.mark.slow
 def test_microsofts_own_files_of_swin_and_beit(tmp_path):
     """With tables of indices, and Swin's mergings and head by other names: timm converts them."""
     pytest.importorskip("timm", reason="timm is an optional extra")

@@ -70,6 +70,7 @@ def test_every_word_is_chinese_and_names_are_if_they_are_cifar10s(fonts):
     assert "训练" not in drawn(CLASSES), "after it as before"
 
 
+@pytest.mark.slow
 def test_every_translation_is_used(fonts):
     fonts(range(0x10000))
     asked = set()
