@@ -149,6 +149,15 @@ def test_the_help_is_that_of_the_parsers():
     assert live == written, "python tests/test_contract.py writes it anew"
 
 
+def test_the_defaults_that_are_told_of_fit_are_those_it_has():
+    fit = json.loads(start.OPTIONS.read_text("utf-8"))["commands"]["fit"]
+    defaults = dict(option.partition("=")[::2] for options in fit["groups"].values() for option in options)
+    told = re.findall(r"(--[\w.]+)=.*\((\d[\d.e-]*)\)", "\n".join(fit["text"]))
+    assert len(told) == 4
+    for option, default in told:
+        assert float(default) == float(defaults[option]), option
+
+
 if __name__ == "__main__":
     start.OPTIONS.write_text(json.dumps(commands(), indent=1, ensure_ascii=False) + "\n", "utf-8")
     with tempfile.TemporaryDirectory() as folder:

@@ -25,6 +25,7 @@ from cifar_transfer.results.words import class_name, language, language_of, word
 from cifar_transfer.text import printable
 
 FOLDER = "figures"  # in that of the run
+PREDICTIONS = "predictions-{}.npz"  # of a split, in there
 STEPS = "steps"  # how many the run has made, logged by epoch
 STAGES = "stages/"  # before the name of a stage in the tag of its learning rate
 FINAL = "result/"  # before that of a score of the best checkpoint
@@ -146,9 +147,9 @@ def publish(run: Path, split: str, collected: CollectPredictions, board: Summary
         return
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    collected.predictions.save(folder / f"predictions-{split}.npz")
+    collected.predictions.save(folder / PREDICTIONS.format(split))
     # Drawn from the file, so that drawing it again later gives the same pixels.
-    kept = Predictions.load(folder / f"predictions-{split}.npz")
+    kept = Predictions.load(folder / PREDICTIONS.format(split))
     with language(language_of(run), kept.names):
         save(prediction_plots(kept, split), folder, board, step)
     if board is not None and collected.features is not None:
