@@ -379,10 +379,12 @@ def test_what_would_lose_the_features_is_refused_before(tmp_path, options, match
     assert "Traceback" not in done.stderr
 
 
-def heads_of(folder, monkeypatch, *options):
-    """The head and a layer below, and the rates, after a run of `freeze.probe` that learns nothing."""
+def heads_of(folder, monkeypatch, state, *options):
+    """A run of `freeze.probe`, from these weights but for the head, that learns nothing."""
+    torch.save({k: v for k, v in state.items() if not k.startswith("network.fc.")}, folder / "backbone.pth")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     still = ["--model.image_size=64", "--freeze.unfrozen_lr=1e-30", "--trainer.max_epochs=1", "--freeze.probe=true"]
+    still += ["--model.weights=backbone.pth"]
     return run_fit(folder, *TINY, *still, *options)
 
 
@@ -390,18 +392,18 @@ def heads_of(folder, monkeypatch, *options):
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_fit_may_begin_with_the_probes_head(probed, tmp_path, monkeypatch, devices):
     as_precise(probed[0], tmp_path / "cache" / "cifar_transfer" / "features")
-    done = heads_of(tmp_path, monkeypatch, f"--trainer.devices={devices}")
-    assert "Epoch 1: everything at rate 1e-30" in done.stdout
-    fitted = weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
     folder, _ = probed
     best = weights(folder / "lightning_logs" / "probe" / f"{NETWORK}-from-scratch" / "checkpoints" / "best.ckpt")
+    done = heads_of(tmp_path, monkeypatch, best, f"--trainer.devices={devices}")
+    assert "Epoch 1: everything at rate 1e-30" in done.stdout
+    fitted = weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
     torch.testing.assert_close(fitted["network.fc.weight"], best["network.fc.weight"])
     torch.testing.assert_close(fitted["network.conv5.0.weight"], best["network.conv5.0.weight"])
 
 
 @pytest.mark.slow
 def test_a_resumed_fit_keeps_its_head(tmp_path, monkeypatch):
-    heads_of(tmp_path, monkeypatch)
+    heads_of(tmp_path, monkeypatch, TransferClassifier(NETWORK, weights="none").state_dict())
     before = weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
     shutil.rmtree(tmp_path / "cache")
     done = run_fit(tmp_path, f"--resume={RUN}", "--trainer.max_epochs=2")
@@ -416,6 +418,7 @@ def test_a_resumed_fit_keeps_its_head(tmp_path, monkeypatch):
         (["--freeze.unfreeze_epoch=0"], "error: --freeze.probe=true is in place of the frozen epochs"),
         (["--freeze.phases=gradual"], "error: --freeze.probe=true is in place of the frozen epochs"),
         (["--trainer.precision=bf16-true"], "error: .*probe=true needs a network in 32 bits"),
+        ([], "error: .*probe=true needs a backbone that has learned something, not .*weights=none"),
     ],
 )
 def test_a_probe_that_cannot_be_is_refused(tmp_path, monkeypatch, options, match):
