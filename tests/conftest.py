@@ -1,6 +1,7 @@
 """What several tests share: a tiny job, real data where it is at hand."""
 
 import copy
+import logging
 import multiprocessing
 import os
 import runpy
@@ -26,6 +27,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar_transfer.results.publish import NAMES
+
+for name in ("lightning.pytorch", "lightning.fabric"):
+    # Which they do anyway if pytest has set up logging before they are imported; that depends on its version.
+    logging.getLogger(name).propagate = True
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 

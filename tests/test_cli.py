@@ -225,6 +225,8 @@ def test_checkpoints_that_are_none_are_explained(tmp_path):
 
 @pytest.mark.parametrize("bar", ["TQDMProgressBar", "RichProgressBar"])
 def test_the_users_own_progress_bar_replaces_ours_and_limit_test_batches_0_skips_the_test(tmp_path, monkeypatch, bar):
+    if bar == "RichProgressBar":
+        pytest.importorskip("rich", reason="rich is an optional package of Lightning's")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     options = [f"--trainer.callbacks+={bar}", "--trainer.limit_test_batches=0", "--trainer.max_epochs=1"]
