@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
@@ -138,9 +138,10 @@ def test_options_of_our_own_data_modules_are_known(options):
 
 
 def test_another_lightning_may_have_other_options(tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "OPTIONS", tmp_path / "options.json")
+    start.OPTIONS.write_text(json.dumps(json.loads(ABOUT) | {"lightning": metadata.version("lightning")}))
     with pytest.raises(UserError, match=r"--trainer\.max_epoch: did you mean --trainer\.max_epochs"):
         start.answer("fit", ["--trainer.max_epoch=3"])
-    monkeypatch.setattr(start, "OPTIONS", tmp_path / "options.json")
     start.OPTIONS.write_text(json.dumps(json.loads(ABOUT) | {"lightning": "2.0"}))
     assert start.answer("fit", ["--trainer.max_epoch=3"]) == ["--trainer.max_epoch=3"]
 
