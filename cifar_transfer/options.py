@@ -32,3 +32,10 @@ class PartParser(_OneSentence, argparse.ArgumentParser):
 
     def __init__(self, command: str) -> None:
         super().__init__(prog=f"python -m cifar_transfer.{command}", allow_abbrev=False)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, which would take an unknown option with a space in its value for no option."""
+        known = self._option_string_actions
+        aside = [arg for arg in args if arg.startswith("--") and " " in arg and arg.partition("=")[0] not in known]
+        given, rest = super().parse_known_args([arg for arg in args if arg not in aside], namespace)
+        return given, [*rest, *aside]

@@ -12,6 +12,7 @@ import pytest
 
 from cifar_transfer import __version__, start
 from cifar_transfer.errors import UserError
+from cifar_transfer.options import PartParser
 
 HEAVY = {"torch", "torchvision", "lightning", "jsonargparse", "matplotlib", "numpy"}
 ABOUT = start.OPTIONS.read_text("utf-8")
@@ -62,6 +63,16 @@ def test_answers_within_a_second_import_nothing_heavy(command, status, says):
 def test_a_mistake_in_the_options_of_any_command_is_a_sentence(command, options, says):
     with pytest.raises(UserError, match=rf"^{says} \(All options: --help\)$"):
         import_module(f"cifar_transfer.{command}").main(options)
+
+
+def test_a_value_with_a_space_is_handed_on():
+    parser = PartParser("probe")
+    parser.add_argument("backbones", nargs="+")
+    parser.add_argument("--out")
+    args = ["lenet5", "--data.root=my photos", "--out=my probe", "--model.lr=1"]
+    given, rest = parser.parse_known_args(args)
+    assert (given.backbones, given.out) == (["lenet5"], "my probe")
+    assert sorted(rest) == ["--data.root=my photos", "--model.lr=1"]
 
 
 def test_ctrl_c_while_pytorch_is_imported_is_quiet(tmp_path):
