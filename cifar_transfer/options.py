@@ -36,6 +36,7 @@ class PartParser(_OneSentence, argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, which would take an unknown option with a space in its value for no option."""
         known = self._option_string_actions
-        aside = [arg for arg in args if arg.startswith("--") and " " in arg and arg.partition("=")[0] not in known]
-        given, rest = super().parse_known_args([arg for arg in args if arg not in aside], namespace)
-        return given, [*rest, *aside]
+        unknown = [arg.startswith("--") and arg.partition("=")[0] not in known for arg in args]
+        hidden = [arg.replace(" ", "\0") if other else arg for arg, other in zip(args, unknown, strict=True)]
+        given, rest = super().parse_known_args(hidden, namespace)
+        return given, [arg.replace("\0", " ") for arg in rest]

@@ -69,10 +69,18 @@ def test_a_value_with_a_space_is_handed_on():
     parser = PartParser("probe")
     parser.add_argument("backbones", nargs="+")
     parser.add_argument("--out")
-    args = ["lenet5", "--data.root=my photos", "--out=my probe", "--model.lr=1"]
+    args = [
+        "lenet5",
+        "--data.root=my photos",
+        "--out=my probe",
+        "--model.lr=1",
+        "--data.root=others",
+        "--data.seed",
+        "1",
+    ]
     given, rest = parser.parse_known_args(args)
     assert (given.backbones, given.out) == (["lenet5"], "my probe")
-    assert sorted(rest) == ["--data.root=my photos", "--model.lr=1"]
+    assert rest == ["--data.root=my photos", "--model.lr=1", "--data.root=others", "--data.seed", "1"]
 
 
 def test_ctrl_c_while_pytorch_is_imported_is_quiet(tmp_path):

@@ -210,9 +210,8 @@ def begin_with_logistic(trainer: Trainer, classifier: Any) -> None:
         raise UserError("probe=true needs a TransferClassifier and a data module of this package: leave it out.")
     if next(classifier.network.parameters()).dtype != torch.float32:
         raise UserError("probe=true needs a network in 32 bits: take precision=32-true, bf16-mixed or 16-mixed.")
-    if (
-        str(classifier.hparams["weights"]).lower() == "none"
-    ):  # in eval mode it does not even give what it gives in training
+    # In eval mode such a one does not even give what it gives in training.
+    if str(classifier.hparams["weights"]).lower() == "none":
         raise UserError("probe=true needs a backbone that has learned something, not weights=none: leave it out.")
     modes = {module: module.training for module in classifier.modules()}
     extractor = FeatureExtractor(classifier, data, test=False)

@@ -46,14 +46,14 @@ def load_data(checkpoint: dict, **overrides: str | int | None) -> ImageDataModul
     try:
         options["augment"] = Augment(**options["augment"])
         choice = options.pop("held_out_by", PERMUTATION)
-        left_out = options.pop("left_out", None)
+        left_out = options.pop("left_out", None)  # None also of a checkpoint that does not say
         data = DATA_MODULES[name](**options | overrides)
         if checkpoint.get("input_size"):
             data.fixed_size = Geometry.of(checkpoint).size
     except (KeyError, TypeError) as error:
         raise UserError(f"The checkpoint's options for its data are not those of this version ({error}).") from None
     data.hparams["held_out_by"] = choice
-    if "leave_out" not in overrides and data.hparams.get("left_out") != left_out:
+    if left_out and "leave_out" not in overrides and data.hparams["left_out"] != left_out:
         listed = f"now {data.hparams['left_out']}, in training {left_out}"
         rank_zero_warn(f"{data.leave_out}, the list of images that are left out, has changed: {listed}.")
     return data
