@@ -294,6 +294,33 @@ def test_features_are_what_comes_into_the_head(here, classifier, tmp_path, capsy
         assert columns == {name: arrays[name].tolist() for name in ("names", "features", "predicted")}
 
 
+def test_the_projector_shows_each_image_among_its_features(here, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cifar_transfer.embed.PROJECTED", 5)
+    strange = tmp_path / "tab\tand\nline.png"
+    strange.write_bytes((here / "alpha.png").read_bytes())
+    options = [f"--out={tmp_path / 'f.npz'}", f"--projector={tmp_path / 'new' / 'board'}", "--batch_size=2"]
+    assert embed([str(strange), "broken.png", "photos", *options]) == 1
+    told = capsys.readouterr().out
+    assert f"tensorboard --logdir {tmp_path / 'new' / 'board'}" in told
+    kept = np.load(tmp_path / "f.npz")
+    [points] = (tmp_path / "new" / "board").rglob("tensors.tsv")
+    np.testing.assert_allclose(np.loadtxt(points, delimiter="\t"), kept["features"][:5], rtol=1e-5)
+    heading, *lines = points.with_name("metadata.tsv").read_text().splitlines()
+    assert heading == "class\timage"
+    names = [rf"{tmp_path}/tab\tand\nline.png", *kept["names"][1:5]]
+    assert lines == [f"{c}\t{name}" for c, name in zip(kept["predicted"][:5], names, strict=True)]
+    with Image.open(points.with_name("sprite.png")) as sprite:
+        assert sprite.size == (3 * 32, 3 * 32)
+        shown = np.asarray(sprite)[:32, 32:64]
+    np.testing.assert_allclose(shown, read_image(names[1], (32, 32)).transpose(1, 2, 0), atol=1)
+    config = (tmp_path / "new" / "board" / "projector_config.pbtxt").read_text()
+    assert str(points.relative_to(tmp_path / "new" / "board")) in config
+    with pytest.raises(UserError, match="board is there already: name a new folder"):
+        embed(["photos", *options])
+    with pytest.raises(UserError, match=r"alpha\.png is no folder: name another place with --projector"):
+        embed(["photos", options[0], f"--projector={here / 'alpha.png' / 'board'}"])
+
+
 def test_a_name_that_is_no_text_is_escaped_in_parquet_and_whole_in_npz(here, tmp_path):
     image = tmp_path / os.fsdecode(b"caf\xe9.png")
     image.write_bytes((here / "alpha.png").read_bytes())

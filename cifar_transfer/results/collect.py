@@ -103,8 +103,12 @@ def _thumbnails(images: Images, rows: Tensor, side: int) -> Tensor:
     """uint8 [K, 3, H, W] of these rows, no longer than `side`."""
     if not len(rows):
         return torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-    pixels = images.__getitems__(rows.tolist())[0]
-    if (longest := max(pixels.shape[2:])) <= side:
-        return pixels
-    smaller = F.interpolate(pixels.float(), scale_factor=side / longest, mode="bilinear", antialias=True)
+    return thumbnails(images.__getitems__(rows.tolist())[0], side)
+
+
+def thumbnails(images: Tensor, side: int = SPRITE) -> Tensor:
+    """Images, uint8 [K, 3, H, W], made smaller until none is longer than `side` pixels."""
+    if (longest := max(images.shape[2:])) <= side:
+        return images
+    smaller = F.interpolate(images.float(), scale_factor=side / longest, mode="bilinear", antialias=True)
     return smaller.round().clamp(0, 255).byte()
