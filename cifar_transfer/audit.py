@@ -15,8 +15,6 @@ if __name__ == "__main__":
     start.run("audit")
 
 import base64
-import codecs
-import csv
 import html
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +31,7 @@ from cifar_transfer.data.loading import rows_loader
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.features import findings
 from cifar_transfer.features.findings import Finding
-from cifar_transfer.files import LOGS, atomic_write
+from cifar_transfer.files import LOGS, write_csv, write_text
 from cifar_transfer.network.contestant import contestant
 from cifar_transfer.text import markdown, printable
 from cifar_transfer.training.probing import features_of, parser
@@ -41,6 +39,7 @@ from cifar_transfer.training.probing import features_of, parser
 OUT = Path(LOGS, "audit")
 BATCH = 256  # images looked at at once
 SHOWN, THUMBNAIL = 500, 96  # of each finding on the page, and pixels of the longest side
+COLUMNS = ["image", "label", "finding", "score", "like"]  # of a CSV
 PAIRS = 10  # classes most often taken for others
 ABOUT = {
     "labels": "Probably of another class than their label says.",
@@ -98,18 +97,16 @@ def write(audited: Audited, found: Mapping[str, Sequence[Finding]], out: Path) -
     out.mkdir(parents=True, exist_ok=True)
     page = [f"<!doctype html><meta charset=utf-8><title>audit</title><style>{STYLE}</style>"]
     for name, rows in found.items():
-        with atomic_write(out / f"{name}.csv") as file:
-            table = csv.writer(codecs.getwriter("utf-8")(file, "backslashreplace"))
-            table.writerow(["image", "label", "finding", "score", "like"])
-            for row, score, like in rows:
-                label = audited.data.class_names[int(audited.labels[row])]
-                table.writerow([audited.names[row], label, name, f"{score:.4f}", audited.like(name, like)])
+        table = [COLUMNS]
+        for row, score, like in rows:
+            label = audited.data.class_names[int(audited.labels[row])]
+            table.append([audited.names[row], label, name, f"{score:.4f}", audited.like(name, like)])
+        write_csv(out / f"{name}.csv", table)
         shown = f"the first {SHOWN:,} of {len(rows):,}" if len(rows) > SHOWN else f"{len(rows):,}"
         page.append(f"<h2>{name}: {shown}</h2><p>{ABOUT[name]}</p><main>")
         page += [_figure(audited, name, each) for each in rows[:SHOWN]]
         page.append("</main>")
-    with atomic_write(out / "audit.html") as file:
-        file.write("\n".join(page).encode(errors="backslashreplace"))
+    write_text(out / "audit.html", "\n".join(page))
 
 
 def _figure(audited: Audited, name: str, finding: Finding) -> str:

@@ -9,8 +9,6 @@ from cifar_transfer import start
 if __name__ == "__main__":
     start.run("compare")
 
-import codecs
-import csv
 import json
 import subprocess
 import sys
@@ -21,8 +19,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cifar_transfer.errors import UserError
-from cifar_transfer.files import CONFIG, LOGS, RESULT, atomic_write, make_folder
-from cifar_transfer.network.contestant import Contestant, contestant
+from cifar_transfer.files import CONFIG, LOGS, RESULT, make_folder, write_csv, write_json, write_text
+from cifar_transfer.network.contestant import Contestant, contestants
 from cifar_transfer.options import PartParser
 from cifar_transfer.results import plots
 from cifar_transfer.text import markdown, without_password
@@ -44,27 +42,25 @@ SHOWN = {"val %": "validation accuracy (%)", "test %": "test accuracy (%)", "min
 LOG = "fit.log"  # in a network's folder, what its runs print
 
 
-def compare(contestants: Sequence[Contestant], options: Sequence[str], out: Path) -> list[Row]:
+def compare(backbones: Sequence[Contestant], options: Sequence[str], out: Path) -> list[Row]:
     """Fit each that is not done yet, and write the tables and the figure after each.
 
     Args:
-        contestants: Whom to compare.
+        backbones: Whom to compare.
         options: Of `fit`, for all alike.
         out: Folder of the runs, the tables and the figure.
 
     Raises:
-        UserError: Two contestants are the same, or `out` is no folder or holds a comparison under another recipe.
+        UserError: `out` is no folder or holds a comparison under another recipe.
     """
-    if len({one.folder for one in contestants}) < len(contestants):
-        raise UserError("Two of the backbones are the same: name each once.")
     make_folder(out, "--out")
     _check_recipe(options, out / "recipe.json")
     rows: list[Row] = []
-    width = max(len(one.label) for one in contestants)
+    width = max(len(one.label) for one in backbones)
     print(
         f"What each run prints: {out / '*' / LOG}\n\n{'network':<{width}}  {'  '.join(f'{name:>7}' for name in SHOWN)}"
     )
-    for one in contestants:
+    for one in backbones:
         home = out / one.folder
         print(f"{one.label:<{width}}", end="", flush=True)
         if not (result := _result(home)):
@@ -93,8 +89,7 @@ def _check_recipe(options: Sequence[str], path: Path) -> None:
         raise UserError(
             f"{path.parent} holds a comparison under another recipe ({path}): name another folder with --out."
         )
-    with atomic_write(path) as file:
-        file.write(json.dumps(recipe, indent=1).encode())
+    write_json(path, recipe)
 
 
 def _runs(home: Path) -> list[Path]:
@@ -113,10 +108,8 @@ def write(rows: Sequence[Row], out: Path) -> None:
     for row in rows:
         network = f"{row['label']}: {row['failed']}" if "failed" in row else row["label"]
         table.append([network, *(_cell(row, column) for column in COLUMNS)])
-    with atomic_write(out / "comparison.md") as file:
-        file.write(markdown(table).encode())
-    with atomic_write(out / "comparison.csv") as file:
-        csv.writer(codecs.getwriter("utf-8")(file)).writerows(table)
+    write_text(out / "comparison.md", markdown(table))
+    write_csv(out / "comparison.csv", table)
     if done := [row for row in rows if "failed" not in row]:
         plots.save(figure(done), out / "comparison.png", dpi=110, bbox_inches="tight")
 
@@ -163,9 +156,9 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help=place)
     options, of_fit = parser.parse_known_args(start.with_recipes(args))
     recipe = [f"--config={options.config}"] if options.config else []
-    contestants = [contestant(text) for text in options.backbones]
+    backbones = contestants(options.backbones)
     try:
-        rows = compare(contestants, [*recipe, *of_fit], options.out)
+        rows = compare(backbones, [*recipe, *of_fit], options.out)
     except KeyboardInterrupt:
         print("\nStopped; the same command continues.")
         return 130

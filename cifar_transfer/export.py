@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from cifar_transfer.errors import UserError, first_line
-from cifar_transfer.files import atomic_write
+from cifar_transfer.files import write_json
 from cifar_transfer.network import build, weights
 from cifar_transfer.options import Parser
 from cifar_transfer.training.checkpoint import load_network
@@ -84,8 +84,7 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
         network = _read(to, model, partial)
         difference = _difference(model, images, network, taken) if network else None
         if to == "state_dict":
-            with atomic_write(path.with_suffix(".json")) as file:
-                file.write((json.dumps(notes, ensure_ascii=False, indent=1) + "\n").encode())
+            write_json(path.with_suffix(".json"), notes)
         os.replace(partial, path)
     except UserError:
         raise

@@ -1,11 +1,14 @@
 """Files that are complete or not there, whatever happens while they are written; and what those of a run are called."""
 
+import csv
 import errno
+import io
+import json
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -64,6 +67,24 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             os.fsync(folder)  # so that the move outlives a power failure
         finally:
             os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `atomic_write`, in UTF-8, with escapes for what is no text in a name."""
+    with atomic_write(path) as file:
+        file.write(text.encode(errors="backslashreplace"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """As `write_text`, in ASCII, a line for each entry."""
+    write_text(path, f"{json.dumps(value, indent=1)}\n")
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """As `write_text`, with the line ends of RFC 4180."""
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def sync(file: BinaryIO) -> None:

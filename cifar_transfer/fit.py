@@ -44,10 +44,7 @@ from cifar_transfer.training.evaluation import evaluate_checkpoint
 from cifar_transfer.training.find_lr import find_lr
 from cifar_transfer.training.interrupt import end_with_the_first
 
-BFLOAT16 = (
-    "avx512_bf16",
-    "amx_bf16",
-)  # of the processor itself; others emulate it slowly
+BFLOAT16 = ("avx512_bf16", "amx_bf16")  # of the processor itself; others emulate it slowly
 SCORES = {"acc": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1"}
 
 

@@ -14,9 +14,6 @@ if __name__ == "__main__":
     start.run("probe")
 
 import argparse
-import codecs
-import csv
-import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,8 +26,8 @@ from matplotlib.figure import Figure
 
 from cifar_transfer.errors import UserError, check
 from cifar_transfer.features import heads
-from cifar_transfer.files import LOGS, RESULT, atomic_write
-from cifar_transfer.network.contestant import Contestant, contestant
+from cifar_transfer.files import LOGS, RESULT, write_csv, write_json, write_text
+from cifar_transfer.network.contestant import Contestant, contestants
 from cifar_transfer.results import plots
 from cifar_transfer.text import markdown
 from cifar_transfer.training.probing import features_of, parser
@@ -96,8 +93,7 @@ def probe(one: Contestant, options: argparse.Namespace, of_fit: Sequence[str]) -
     trainer.save_checkpoint(home / CHECKPOINT, weights_only=True)  # there is no optimizer
     if trainer.is_global_zero:
         data.record_splits(home)
-        with atomic_write(home / RESULT) as file:
-            file.write(f"{json.dumps(row, indent=1)}\n".encode())
+        write_json(home / RESULT, row)
     return row
 
 
@@ -123,10 +119,8 @@ def write(rows: Sequence[Row], out: Path) -> None:
     """Write `probe.md`, `probe.csv` and `probe.png` into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     lines = table(rows, [*COLUMNS])
-    with atomic_write(out / "probe.md") as file:
-        file.write(markdown(lines).encode())
-    with atomic_write(out / "probe.csv") as file:
-        csv.writer(codecs.getwriter("utf-8")(file)).writerows(lines)
+    write_text(out / "probe.md", markdown(lines))
+    write_csv(out / "probe.csv", lines)
     if done := [row for row in rows if "failed" not in row]:
         plots.save(figure(done), out / "probe.png")
 
@@ -164,19 +158,17 @@ def main(args: Sequence[str]) -> int:
     options.add_argument("--views", type=int, default=1, metavar="N", help=seen)
     given, of_fit = options.parse_known_args(args)
     check("--views", given.views, lambda n: 1 <= n <= MOST_VIEWS, f"1 to {MOST_VIEWS}")
-    contestants = [contestant(text) for text in given.backbones]
-    if len({one.folder for one in contestants}) < len(contestants):
-        raise UserError("Two of the backbones have one name, and so one folder: name each once, or rename its weights.")
+    backbones = contestants(given.backbones)
     rows: list[Row] = []
-    for number, one in enumerate(contestants, 1):
-        rank_zero_info(f"{number}/{len(contestants)} {one.label}")
+    for number, one in enumerate(backbones, 1):
+        rank_zero_info(f"{number}/{len(backbones)} {one.label}")
         try:
             rows.append(probe(one, given, of_fit))
         except UserError as error:
-            if len(contestants) == 1:
+            if len(backbones) == 1:
                 raise
             rank_zero_info(f"error: {one.label}: {error}")
             rows.append({"label": one.label, "failed": str(error)})
         write(rows, given.out)
-    _tell(rows, given.out, [one.folder for one, row in zip(contestants, rows, strict=True) if "failed" not in row])
+    _tell(rows, given.out, [one.folder for one, row in zip(backbones, rows, strict=True) if "failed" not in row])
     return int(any("failed" in row for row in rows))

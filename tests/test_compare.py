@@ -16,6 +16,7 @@ from PIL import Image
 from cifar_transfer import backbones, compare
 from cifar_transfer.errors import UserError
 from cifar_transfer.network import catalog
+from cifar_transfer.network.contestant import contestant, contestants
 
 OPTIONS = [*TINY[2:], "--trainer.max_epochs=2"]
 BOTH = ["lenet5=none", "shufflenet_v2_x0_5=none"]
@@ -60,8 +61,8 @@ def test_each_is_fitted_once_and_a_failure_loses_nothing(tmp_path, monkeypatch):
 
     started = []
     monkeypatch.setattr(compare.subprocess, "run", lambda command, **_: started.append(command) or Mock(returncode=3))
-    contestants = [compare.contestant(name) for name in (BOTH[0], "inception_v3=none", BOTH[1])]
-    again = compare.compare(contestants, OPTIONS, home)
+    three = contestants([BOTH[0], "inception_v3=none", BOTH[1]])
+    again = compare.compare(three, OPTIONS, home)
     (command,) = started
     assert "--model.backbone=inception_v3" in command, "what failed is tried again, and nothing else"
     assert "--resume" not in command, "a refused start has left no run"
@@ -70,7 +71,7 @@ def test_each_is_fitted_once_and_a_failure_loses_nothing(tmp_path, monkeypatch):
         pytest.approx(float(row["images/s"]), abs=0.5) for row in (lenet, shufflenet)
     ]
     with pytest.raises(UserError, match="another recipe"):
-        compare.compare(contestants, [*OPTIONS, "--model.lr=0.5"], home)
+        compare.compare(three, [*OPTIONS, "--model.lr=0.5"], home)
 
 
 @pytest.mark.whole
@@ -122,16 +123,18 @@ def test_mistakes_get_a_sentence(tmp_path, monkeypatch, options, message):
 
 def test_contestants(tmp_path):
     (tmp_path / "mine.pth").touch()
-    one = compare.contestant(f"resnet18={tmp_path / 'mine.pth'}")
+    one = contestant(f"resnet18={tmp_path / 'mine.pth'}")
     assert (one.label, one.folder) == ("resnet18, mine", "resnet18-mine")
     assert one.options == ["--model.backbone=resnet18", f"--model.weights={tmp_path / 'mine.pth'}"]
     (tmp_path / "resnet18-tiny.pth").touch()
-    assert compare.contestant(f"resnet18={tmp_path / 'resnet18-tiny.pth'}").label == "resnet18, tiny"
-    scratch = compare.contestant("resnet18=none")
+    assert contestant(f"resnet18={tmp_path / 'resnet18-tiny.pth'}").label == "resnet18, tiny"
+    scratch = contestant("resnet18=none")
     assert scratch.options[1:] == ["--model.weights=none", "--freeze.unfreeze_epoch=0"]
-    assert compare.contestant("resnet18").options == ["--model.backbone=resnet18"]
+    assert contestant("resnet18").options == ["--model.backbone=resnet18"]
+    with pytest.raises(UserError, match="Two of the backbones have one name"):
+        contestants(["resnet18=none", "lenet5=none", "resnet18=none"])
     pytest.importorskip("timm", reason="timm is an optional extra")
-    assert compare.contestant("timm/vit_tiny_patch16_224").folder == "timm-vit_tiny_patch16_224-pretrained"
+    assert contestant("timm/vit_tiny_patch16_224").folder == "timm-vit_tiny_patch16_224-pretrained"
 
 
 @pytest.fixture

@@ -174,11 +174,8 @@ class FileImages(Images):
 
     def marks(self) -> np.ndarray:
         """As of `Images`, by the size and the time of each file."""
-        stats = map(os.stat, self.paths)
-        texts = (
-            f"{path} {stat.st_size} {stat.st_mtime_ns} {self.size}"
-            for path, stat in zip(self.paths, stats, strict=True)
-        )
+        files = zip(self.paths, map(os.stat, self.paths), strict=True)
+        texts = (f"{path} {file.st_size} {file.st_mtime_ns} {self.size}" for path, file in files)
         return np.fromiter((zlib.crc32(text.encode(errors="surrogateescape")) for text in texts), np.uint32, len(self))
 
 

@@ -1,6 +1,7 @@
 """A backbone with its weights, as a command line names it."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,14 @@ class Contestant(NamedTuple):
     folder: str  # for the file system
     scratch: bool  # whether it starts without pretraining
     options: list[str]  # for `fit`
+
+
+def contestants(texts: Sequence[str]) -> list[Contestant]:
+    """As `contestant`, for each; a `UserError` refuses two of one name, which would share a folder."""
+    found = [contestant(text) for text in texts]
+    if len({one.folder for one in found}) < len(found):
+        raise UserError("Two of the backbones have one name, and so one folder: name each once, or rename its weights.")
+    return found
 
 
 def contestant(text: str) -> Contestant:

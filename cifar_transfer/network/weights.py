@@ -155,9 +155,8 @@ def _into_hubs_cache(repository: str, name: str) -> Path:
     folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"))
     blob = folder / "blobs" / str(found.etag)
     fetch([found.location], blob, digest=f"sha256:{found.etag}", max_bytes=found.size or LARGEST)
-    return Path(
-        within(HUB_SECONDS, partial(hf_hub_download, repository, name))
-    )  # which finds the blob, and links to it
+    link = within(HUB_SECONDS, partial(hf_hub_download, repository, name))  # which finds the blob
+    return Path(link)
 
 
 def _sha256(path: Path) -> str:

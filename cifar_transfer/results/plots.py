@@ -67,9 +67,8 @@ def iterations(curves: dict[str, Curve], phases: Phases, val: str = "validation"
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = [("loss", 1, "train/loss", "val/loss_step"), ("accuracy", 100, "train/acc_step", "val/acc_step")]
     panels = [panel for panel in panels if panel[2] in curves]
-    for axes, (what, scale, batch, tested) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
+    places = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (what, scale, batch, tested) in zip(places, panels, strict=True):
         x, y = curves[batch].x + 1, scale * curves[batch].y
         marker = "." if len(x) < FEW else ""
         axes.plot(x, y, BLUE, marker=marker, alpha=0.35, lw=0.8, label=word("one batch"))
@@ -106,9 +105,8 @@ def epochs(curves: dict[str, Curve], phases: Phases, val: str = "validation") ->
     for axes, (what, scale, tags) in zip(figure.subplots(1, 2), panels, strict=True):
         for tag, color, label, marker in zip(tags, (BLUE, ORANGE), ("training", val), "os", strict=True):
             if tag in curves:
-                axes.plot(
-                    curves[tag].x, scale * curves[tag].y, marker + "-", color=color, ms=3, label=word(f"{label} {what}")
-                )
+                x, y = curves[tag].x, scale * curves[tag].y
+                axes.plot(x, y, marker + "-", color=color, ms=3, label=word(f"{label} {what}"))
         _shade(axes, phases)
         for number, epoch in enumerate(sorted({*changes} - {*phases.begins})):
             axes.axvline(epoch + 0.5, color=GREY, ls=":", lw=1, label="" if number else word("learning rate changed"))
@@ -135,9 +133,8 @@ def rates_by_stage(rates: np.ndarray, stages: Sequence[str]) -> Figure:
     axes.set_facecolor("#dddddd")
     low, high = (shown.min(), shown.max()) if shown.count() else (1.0, 1.0)
     colours = LogNorm(low, high if high > low else 2 * low)
-    picture = axes.imshow(
-        shown, "viridis", norm=colours, aspect="auto", extent=(0.5, rates.shape[1] + 0.5, len(stages), 0)
-    )
+    extent = 0.5, rates.shape[1] + 0.5, len(stages), 0
+    picture = axes.imshow(shown, "viridis", norm=colours, aspect="auto", extent=extent)
     axes.set_yticks(np.arange(len(stages)) + 0.5, [printable(stage) for stage in reversed(stages)], fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(xlabel=word("epoch"), title=word("Learning rate by stage at the end of each epoch (grey: 0)"))
@@ -172,12 +169,8 @@ def confusion(predictions: Predictions, split: str = "test") -> Figure:
             color = "w" if value > values.max() / 2 else "k"
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
     accuracy, of = float(predictions.correct.float().mean()), len(predictions.labels)
-    title = word(
-        "Confusion matrix: {score} {value:.2%} of {count:,} images",
-        score=word(f"{SPLITS[split]} accuracy"),
-        value=accuracy,
-        count=of,
-    )
+    score = word(f"{SPLITS[split]} accuracy")
+    title = word("Confusion matrix: {score} {value:.2%} of {count:,} images", score=score, value=accuracy, count=of)
     if classes < every:
         title += "\n" + word("The {shown} of {all:,} classes with the most mistakes", shown=classes, all=every)
     figure.suptitle(title)
@@ -242,9 +235,8 @@ def grid(images: np.ndarray, titles: Sequence[Sequence[str]], heading: str) -> F
 
     Of more than eight, the last few that would begin a row are left out.
     """
-    columns = (
-        min(range(COLUMNS, COLUMNS // 2, -1), key=lambda n: len(images) % n) if len(images) > COLUMNS else len(images)
-    )
+    few = len(images) <= COLUMNS
+    columns = len(images) if few else min(range(COLUMNS, COLUMNS // 2, -1), key=lambda n: len(images) % n)
     rows = len(images) // columns
     letters = lettering(line for lines in titles for line in lines)
     lines = max(map(len, titles), default=0)

@@ -1,6 +1,5 @@
 """What a run tells: its epochs, figures, the graph, comparable hyper-parameters."""
 
-import json
 import os
 import time
 import warnings
@@ -14,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer.console import say
 from cifar_transfer.errors import first_line
-from cifar_transfer.files import RESULT, atomic_write
+from cifar_transfer.files import RESULT, write_json
 from cifar_transfer.results import publish
 from cifar_transfer.results.collect import CollectPredictions
 from cifar_transfer.results.terminal import Table
@@ -198,6 +197,5 @@ def write_result(trainer: Trainer, pl_module: LightningModule, scores: dict[str,
         "images_per_second": round(report.images_per_second, 1),
     }
     if folder is not None and trainer.is_global_zero:
-        with atomic_write(Path(folder, RESULT)) as file:
-            file.write(f"{json.dumps(result, indent=1)}\n".encode())
+        write_json(Path(folder, RESULT), result)
     return result

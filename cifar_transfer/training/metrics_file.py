@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from cifar_transfer.files import atomic_write
+from cifar_transfer.files import write_text
 
 METRICS = "metrics.csv"  # in the folder of a run
 OF_EPOCH = "trainable_parameters"  # a column that only rows of epochs fill
@@ -66,6 +66,5 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+    write_text(path, text.getvalue())
     return columns

@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from cifar_transfer.errors import UserError
-from cifar_transfer.files import CONFIG, RESULT, atomic_write, remove_partial
+from cifar_transfer.files import CONFIG, RESULT, atomic_write, remove_partial, write_text
 from cifar_transfer.training.checkpoint import read_checkpoint
 from cifar_transfer.training.logger import RunLogger, slurm_job, trim_events
 
@@ -183,8 +183,7 @@ class RunFolder(Callback):
                 remove_partial(place)
             trim_events(self.resumed, *_done(self.state))
         trainer.datamodule.record_splits(folder)  # type: ignore[attr-defined] # as it is one of ours
-        with atomic_write(folder / CONFIG) as file:
-            file.write(self.config.encode())
+        write_text(folder / CONFIG, self.config)
         if isinstance(trainer.logger, TensorBoardLogger):
             text = "\n".join(f"    {line}" for line in self.config.splitlines())
             trainer.logger.experiment.add_text(CONFIG, text)
