@@ -389,13 +389,21 @@ def heads_of(folder, monkeypatch, state, *options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
-def test_a_fit_may_begin_with_the_probes_head(probed, tmp_path, monkeypatch, devices):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--trainer.devices=1"], "Epoch 1: everything at rate 1e-30"),
+        (["--trainer.devices=2"], "Epoch 1: everything at rate 1e-30"),
+        (["--freeze.unfreeze_epoch=0", "--model.lr=1e-30"], "Epoch 1: everything, "),
+    ],
+    ids=["one process", "two", "never frozen"],
+)
+def test_a_fit_may_begin_with_the_probes_head(probed, tmp_path, monkeypatch, options, said):
     as_precise(probed[0], tmp_path / "cache" / "cifar_transfer" / "features")
     folder, _ = probed
     best = weights(folder / "lightning_logs" / "probe" / f"{NETWORK}-from-scratch" / "checkpoints" / "best.ckpt")
-    done = heads_of(tmp_path, monkeypatch, best, f"--trainer.devices={devices}")
-    assert "Epoch 1: everything at rate 1e-30" in done.stdout
+    done = heads_of(tmp_path, monkeypatch, best, *options)
+    assert said in done.stdout
     fitted = weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
     torch.testing.assert_close(fitted["network.fc.weight"], best["network.fc.weight"])
     torch.testing.assert_close(fitted["network.conv5.0.weight"], best["network.conv5.0.weight"])
@@ -415,7 +423,6 @@ def test_a_resumed_fit_keeps_its_head(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (["--freeze.unfreeze_epoch=0"], "error: --freeze.probe=true is in place of the frozen epochs"),
         (["--freeze.phases=gradual"], "error: --freeze.probe=true is in place of the frozen epochs"),
         (["--trainer.precision=bf16-true"], "error: .*probe=true needs a network in 32 bits"),
         ([], "error: .*probe=true needs a backbone that has learned something, not .*weights=none"),

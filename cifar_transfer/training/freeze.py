@@ -51,8 +51,8 @@ class BackboneFreeze(Callback):
             epoch, from the head down, at `unfrozen_lr` (ULMFiT, https://arxiv.org/abs/1801.06146). What is in no phase
             stays frozen.
         probe: In place of the frozen epochs, begin with the head that logistic regression on the backbone's features
-            gives (Kumar et al. 2022, https://arxiv.org/abs/2202.10054), and with all unfrozen at `unfrozen_lr`; for a
-            `TransferClassifier` and the data modules of this package.
+            gives (Kumar et al. 2022, https://arxiv.org/abs/2202.10054), and with all unfrozen at `unfrozen_lr`, or if
+            `unfreeze_epoch` is 0 at the rate as it is; for a `TransferClassifier` and data modules of this package.
         monitor: The figure that a phase's `patience` looks at, logged in validation.
         mode: Whether its best is the lowest or the highest.
 
@@ -101,8 +101,8 @@ class BackboneFreeze(Callback):
             plans.check_begins(phases)
         self.unfreeze_epoch, self.unfrozen_lr = unfreeze_epoch, unfrozen_lr
         self.frozen, self.batch_norm = frozen, batch_norm
-        if probe and (phases or frozen or not unfreeze_epoch):
-            raise UserError("probe=true is in place of the frozen epochs: leave out phases, frozen and unfreeze_epoch.")
+        if probe and (phases or frozen):
+            raise UserError("probe=true is in place of the frozen epochs: leave out phases and frozen.")
         self.phases, self.probe, self.monitor, self.mode = phases, probe, monitor, mode
         self._forget()
 
@@ -134,7 +134,7 @@ class BackboneFreeze(Callback):
         stages = plans.own_stages(pl_module)
         self.plan = plans.planned(pl_module, stages, self.phases or self.frozen, self.unfreeze_epoch, self.unfrozen_lr)
         if self.probe:
-            self.plan[1] = replace(self.plan[1], epoch=0)
+            self.plan[1:] = [replace(phase, epoch=0) for phase in self.plan[1:]]
             if not (trainer.ckpt_path or trainer.fast_dev_run):  # type: ignore[attr-defined]
                 heads.begin_with_logistic(trainer, pl_module)
         self._begins = plans.begins(pl_module, [phase.train for phase in self.plan], stages)
