@@ -10,7 +10,7 @@ demo: .venv/ready  ## Pretrain, transfer and compare on drawn shapes: no data, n
 fit: .venv/ready  ## The whole recipe on CIFAR-10
 	$(VENV)/python -m cifar_transfer.fit
 
-test: .venv/ready  ## All tests, with a sample of the longest; ARGS are those of pytest
+test: .venv/ready  ## The tests, but for the slow ones (ARGS="-m slow") and the longest (ARGS="-m whole"); ARGS are those of pytest
 	$(VENV)/python -m pytest $(ARGS)
 
 check: .venv/ready  ## Style, types, and which room may import which
