@@ -30,8 +30,8 @@ def run(name: str, options: list[str]) -> dict[str, Any]:
         UserError: The run keeps no result.
         SystemExit: The run failed, and has said why.
     """
-    if any(option.startswith(("--trainer.fast_dev_run", "--find_lr")) for option in options):
-        raise UserError("The demo compares runs, but fast_dev_run and find_lr keep none: leave them out.")
+    if any(option.startswith("--trainer.fast_dev_run") for option in options):
+        raise UserError("The demo compares runs, but fast_dev_run keeps none: leave it out.")
     root = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     root.add_argument("--trainer.default_root_dir", dest="folder", type=Path, default=Path())
     logs = root.parse_known_args(options)[0].folder / LOGS

@@ -41,7 +41,6 @@ from cifar_transfer.results.report import draw_final, log_final, write_result
 from cifar_transfer.training.checkpoint import newest_checkpoint
 from cifar_transfer.training.cli import FitCLI
 from cifar_transfer.training.evaluation import evaluate_checkpoint
-from cifar_transfer.training.find_lr import find_lr
 from cifar_transfer.training.interrupt import end_with_the_first
 
 BFLOAT16 = ("avx512_bf16", "amx_bf16")  # of the processor itself; others emulate it slowly
@@ -60,7 +59,7 @@ def fit(args: Sequence[str]) -> Outcome | None:
     """Run the job that options, as on the command line, describe.
 
     Returns:
-        The outcome, or None after `fast_dev_run` and `find_lr`, which keep nothing.
+        The outcome, or None after `fast_dev_run`, which keeps nothing.
 
     Raises:
         UserError: A mistake in the options, the data or the checkpoint.
@@ -68,9 +67,6 @@ def fit(args: Sequence[str]) -> Outcome | None:
     end_with_the_first()
     cli = FitCLI(args)
     try:
-        if cli.config.find_lr:
-            find_lr(cli.trainer, cli.model, cli.datamodule)
-            return None
         return _job(cli)
     except UserError as error:
         raise cli.named_as_options(error) from error
@@ -120,8 +116,8 @@ def _job(cli: FitCLI) -> Outcome | None:
         "network": f"{model.hparams['backbone']}, {result['parameters']:,} parameters",
         "run": str(run),
         "look at it": f"tensorboard --logdir {run.parent}",
-        "predict": f"python -m cifar_transfer.predict IMAGE{'' if newest else f' --ckpt {checkpoint}'}",
-        "and more": "python -m cifar_transfer",
+        "predict": f"{start.program('predict')} IMAGE{'' if newest else f' --ckpt {checkpoint}'}",
+        "and more": start.program("").rstrip(" ."),
     }
     width = max(map(len, lines))
     say(trainer, "\n".join(["", *(f"{name:<{width}}  {text}" for name, text in lines.items())]))
@@ -167,7 +163,7 @@ def _advice(cli: FitCLI) -> str:
     if not cli.folder.started:
         return "It had not begun to train: start it again."
     logger = cli.trainer.logger  # `trainer.log_dir` would ask the other processes
-    return f"Continue with: python -m cifar_transfer.fit --resume {_here(logger.log_dir if logger else '.')}"
+    return f"Continue with: {start.program('fit')} --resume {_here(logger.log_dir if logger else '.')}"
 
 
 def _here(path: str | Path | None) -> Path:

@@ -50,9 +50,7 @@ TINY = [
 # A server that has imported what takes seconds, and of which each run of `run_fit` is a fork. That `python -m` does the
 # same is seen wherever a test starts a process by itself.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["cifar_transfer.training.cli", "cifar_transfer.training.find_lr", "cifar_transfer.inference.predictor"]
-)
+FORKS.set_forkserver_preload(["cifar_transfer.training.cli", "cifar_transfer.inference.predictor"])
 
 
 class Done(NamedTuple):

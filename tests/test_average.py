@@ -21,8 +21,7 @@ from cifar_transfer.errors import UserError
 from cifar_transfer.evaluate import evaluate
 from cifar_transfer.export import export
 from cifar_transfer.fit import fit
-from cifar_transfer.training import find_lr
-from cifar_transfer.training.average import RAW, STEPS, AveragedModule
+from cifar_transfer.training.average import RAW, STEPS
 
 DECAY = 0.7  # reached by the warm-up at the seventh step
 JOB = [*TINY, f"--model.ema={DECAY}", "--freeze.unfreeze_epoch=1", "--trainer.max_epochs=3"]
@@ -269,13 +268,6 @@ def test_a_checkpoint_without_an_average_is_continued_without(tmp_path, monkeypa
     torch.save(checkpoint, LAST)
     with untouched(tmp_path), pytest.raises(UserError, match=r"--model.ema=0.7 finds no average in the checkpoint"):
         fit(resume)
-
-
-def test_the_search_for_a_rate_averages_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(find_lr, "STEPS", 5)
-    monkeypatch.setattr(AveragedModule, "_follow", lambda *_: pytest.fail("it does"))
-    fit([*JOB, "--find_lr"])
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ LEFT_TO_THE_PARSER = [
     ["--freeze.phases.epoch=3"],
     [OWN, "--data.side=3"],
     ["--config", str(start.RECIPES / "fast.yaml"), "--data.side=3"],
-    ["--no_find_lr", "--print_config=skip_default"],
+    ["--print_config=skip_default"],
     ["--", "--epochs"],
 ]
 

@@ -1,4 +1,4 @@
-"""The command line of `fit`: Lightning's, with our classes, our defaults, `--resume` and `--find_lr`."""
+"""The command line of `fit`: Lightning's, with our classes, our defaults and `--resume`."""
 
 import argparse
 import math
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import ActionYesNo
 from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback
@@ -24,7 +23,6 @@ from cifar_transfer.files import CONFIG, LOGS, require_writable
 from cifar_transfer.options import HELP_HINT
 from cifar_transfer.results.report import LOG_EVERY, Report
 from cifar_transfer.text import without_password
-from cifar_transfer.training import find_lr
 from cifar_transfer.training import run as runs
 from cifar_transfer.training.checkpoint import read_checkpoint
 from cifar_transfer.training.classifier import TransferClassifier
@@ -89,13 +87,13 @@ class FitCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The callback's options, the two ways to continue, the search for a rate, and what links the classes."""
+        """The callback's options, the two ways to continue, and what links the classes."""
         parser.add_lightning_class_args(BackboneFreeze, "freeze")
         parser.add_lightning_class_args(Report, "report")
         parser.add_argument("--ckpt_path", type=str | None, help="Checkpoint to continue from, in a new run.")
         parser.add_argument("--resume", type=str | None, help="Folder of a run to continue in place.")
-        found = "Find learning rates to begin with, and train nothing."
-        parser.add_argument("--find_lr", action=ActionYesNo, nargs="?", help=found)
+        # Nothing looks at it, but it is in the configurations that version 0.1.0 has written.
+        parser.add_argument("--find_lr", help=argparse.SUPPRESS)
         parser.set_defaults({"data": {"class_path": "cifar_transfer.CIFAR10DataModule"}})
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_integer_seed)
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
@@ -119,14 +117,14 @@ class FitCLI(LightningCLI):
             read_yaml(file)
         self.config = parser.parse_args(args)
         kept = self.config.clone()  # the configuration as given, but for what continues another run
-        for name in ("resume", "ckpt_path"):
+        for name in ("resume", "ckpt_path", "find_lr"):
             kept.pop(name)
         self.config_text = without_password(self.parser.dump(kept, skip_unset=False))
         root = Path(self.config.trainer.default_root_dir or ".")
         self.resumed = Path(run).resolve() if run else None
         if self.config.resume and not run:  # of a configuration that an earlier version wrote when its run continued
             self.config.ckpt_path = None
-        if self.resumed is None and not (self.config.find_lr or self.keeps_nothing):
+        if self.resumed is None and not self.keeps_nothing:
             self.resumed = runs.requeued_run(root.resolve() / LOGS, self.config_text)
         if self.resumed:
             state = runs.newest_state(self.resumed)
@@ -136,10 +134,6 @@ class FitCLI(LightningCLI):
         """A checkpoint holds all weights, so none are fetched, and what the words for size and statistics meant."""
         self._weights = self.config.model.weights
         self._continued: dict[str, Any] | None = None
-        if self.config.find_lr:
-            if self.config.ckpt_path:
-                raise UserError("--find_lr looks at a run that begins: leave out --resume and --ckpt_path.")
-            self.config.model.train_sizes = None  # at the last size, for another in the middle would bend the curve
         if path := self.config.ckpt_path:
             self._continued = read_checkpoint(path)
             saved = self._continued["hyper_parameters"]
@@ -181,7 +175,7 @@ class FitCLI(LightningCLI):
             )
         root = Path(options.default_root_dir or ".").resolve()
         ours = options.logger is None or options.logger is True
-        if self.config.find_lr or self.keeps_nothing or options.default_root_dir:
+        if self.keeps_nothing or options.default_root_dir:
             require_writable(root, ROOT)
         elif ours:
             require_writable(self.resumed or root / LOGS, ROOT)
@@ -196,8 +190,6 @@ class FitCLI(LightningCLI):
         if not (bar or own_bar):
             kwargs["enable_progress_bar"] = False
         bars = self.trainer_defaults["callbacks"] = [console.ProgressBar()] if bar else []
-        if self.config.find_lr:
-            return super().instantiate_trainer(**kwargs | find_lr.settings())
         if self.keeps_nothing:
             off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
             return super().instantiate_trainer(**kwargs | off, callbacks=[], plugins=[runs.AtomicCheckpointIO()])

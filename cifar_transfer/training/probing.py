@@ -25,7 +25,7 @@ class FeaturesCLI(FitCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """As of `fit`; a `UserError` refuses options that are for training alone."""
-        for name in ("find_lr", "resume", "ckpt_path"):
+        for name in ("resume", "ckpt_path"):
             if self.config[name]:
                 raise UserError(f"--{name} is for fit: leave it out.")
         # All images are read, and each feature is as precise as the extractor says, whatever a recipe for training has.
@@ -45,7 +45,7 @@ class Extracted(NamedTuple):
 def parser(command: str, out: Path) -> PartParser:
     """What `probe` and `audit` have in common: `--config`, `--out`, `--features` and `--limit_gb`."""
     options = PartParser(command)
-    options.add_argument("--config", metavar="FILE", help="A recipe, as fit takes it.")
+    options.add_argument("--config", action="append", default=[], metavar="FILE", help="A recipe, as fit takes it.")
     options.add_argument("--out", type=Path, default=out, metavar="FOLDER", help=f"Where to write (default: {out}).")
     kept = "Where features are kept (default: in the user's cache)."
     options.add_argument("--features", type=Path, metavar="FOLDER", help=kept)
@@ -70,8 +70,8 @@ def features_of(
         UserError: A mistake in the options, the data or the weights, or a network whose head is no linear layer.
     """
     check("--limit_gb", options.limit_gb, lambda x: x > 0, "a positive number")
-    recipe = [f"--config={options.config}"] if options.config else []
-    cli = FeaturesCLI([*recipe, *of_fit, *one.options])
+    recipes = [f"--config={file}" for file in options.config]
+    cli = FeaturesCLI([*recipes, *of_fit, *one.options])
     extractor = FeatureExtractor(cli.model, cli.datamodule, options.features, views, options.limit_gb)
     require_writable(out, "--out")
     begun = time.monotonic()
