@@ -29,6 +29,7 @@ from torch import Tensor
 from cifar_transfer.data import splits
 from cifar_transfer.data.loading import rows_loader
 from cifar_transfer.data.module import ImageDataModule
+from cifar_transfer.errors import UserError
 from cifar_transfer.features import findings
 from cifar_transfer.features.findings import Finding
 from cifar_transfer.files import LOGS, write_csv, write_text
@@ -124,6 +125,10 @@ def audit(audited: Audited, extracted: Mapping[splits.Split, findings.Features])
     """All that is found in images, by their features: `labels`, `duplicates`, `outliers` and `blank`."""
     rank_zero_info("Judging labels by cross-validation ...")
     shares = findings.probabilities(extracted, audited.data.num_classes)
+    agreed = float((shares.argmax(1) == audited.labels).float().mean())
+    rank_zero_info(
+        f"cross-validated accuracy  {agreed:.1%}"
+    )  # where it is low, the findings are the network's mistakes
     rank_zero_info("Looking for each image's nearest ones ...")
     cosines, rows = findings.nearest(extracted)
     rank_zero_info("Comparing pixels ...")
@@ -146,10 +151,10 @@ def summary(audited: Audited, found: Mapping[str, Sequence[Finding]]) -> str:
     names, labels = audited.data.class_names, audited.labels.tolist()
     taken: dict[str, int] = {}
     for row, _, like in found["labels"]:
-        pair = f"{printable(names[labels[row]])} for {printable(names[like])}"
+        pair = f"{printable(names[labels[row]])}, perhaps {printable(names[like])}"
         taken[pair] = taken.get(pair, 0) + 1
     most = sorted(taken.items(), key=lambda pair: -pair[1])[:PAIRS]
-    pairs = ", ".join(f"{pair} {count}" for pair, count in most) or "none"
+    pairs = "; ".join(f"{pair}: {count}" for pair, count in most) or "none"
     return f"{markdown(lines)}\nLabels that may be wrong, most often: {pairs}."
 
 
@@ -163,6 +168,8 @@ def main(args: Sequence[str]) -> None:
     wanted = "A backbone, with a name or a file of weights if not those of its library; a checkpoint will do."
     options.add_argument("backbone", metavar="NAME[=WEIGHTS]", help=wanted)
     given, of_fit = options.parse_known_args(args)
+    if there := [path for path in (given.out / f"{name}.csv" for name in ABOUT) if path.exists()]:
+        raise UserError(f"{there[0]} is there already, and may have been edited: name another folder with --out.")
     cli, _, extracted, _ = features_of(contestant(given.backbone), given, of_fit, given.out)
     if not cli.trainer.is_global_zero:
         return
@@ -173,3 +180,4 @@ def main(args: Sequence[str]) -> None:
     found = audit(audited, extracted)
     write(audited, found, given.out)
     print(f"\n{summary(audited, found)}\nlook at it   {given.out / 'audit.html'}")
+    print(f"do without   {start.program('fit')} --data.leave_out={given.out / 'labels.csv'}")

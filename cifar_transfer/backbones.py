@@ -126,4 +126,4 @@ def main(args: Sequence[str]) -> None:
         return
     print(markdown([list(COLUMNS.values()), *map(_cells, rows)]), end="")
     if not options.pattern.startswith(TIMM):
-        print("\ntimm's networks: python -m cifar_transfer.backbones 'timm/*' (needs timm)")
+        print(f"\ntimm's networks: {start.program('backbones')} 'timm/*' (needs timm)")

@@ -18,12 +18,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from cifar_transfer.errors import UserError
 from cifar_transfer.files import CONFIG, LOGS, RESULT, make_folder, write_csv, write_json, write_text
 from cifar_transfer.network.contestant import Contestant, contestants
-from cifar_transfer.options import PartParser
+from cifar_transfer.options import RECIPE, PartParser, check_recipe
 from cifar_transfer.results import plots
-from cifar_transfer.text import markdown, without_password
+from cifar_transfer.text import markdown
 
 Row = dict[str, Any]  # of the comparison: what `result.json` says, "backbone", "label" and "scratch", perhaps "failed"
 
@@ -51,10 +50,10 @@ def compare(backbones: Sequence[Contestant], options: Sequence[str], out: Path) 
         out: Folder of the runs, the tables and the figure.
 
     Raises:
-        UserError: `out` is no folder or holds a comparison under another recipe.
+        UserError: `out` is no folder or holds results of another recipe.
     """
     make_folder(out, "--out")
-    _check_recipe(options, out / "recipe.json")
+    write_json(out / RECIPE, check_recipe(out, options))
     rows: list[Row] = []
     width = max(len(one.label) for one in backbones)
     print(
@@ -62,11 +61,13 @@ def compare(backbones: Sequence[Contestant], options: Sequence[str], out: Path) 
     )
     for one in backbones:
         home = out / one.folder
+        made = check_recipe(home, one.options)  # two files of weights may have one name
         print(f"{one.label:<{width}}", end="", flush=True)
         if not (result := _result(home)):
             begun, new = _runs(home), [*options, *one.options, f"--trainer.default_root_dir={home}"]
             ours = ["--resume", str(begun[-1])] if begun else new
             home.mkdir(exist_ok=True)
+            write_json(home / RECIPE, made)
             with (home / LOG).open("a") as log:
                 command = [sys.executable, "-m", "cifar_transfer.fit", *ours]
                 done = subprocess.run(command, check=False, stdout=log, stderr=subprocess.STDOUT)
@@ -78,18 +79,6 @@ def compare(backbones: Sequence[Contestant], options: Sequence[str], out: Path) 
             print(*(home / LOG).read_text(errors="replace").splitlines()[-1:], file=sys.stderr)
         write(rows, out)
     return rows
-
-
-def _check_recipe(options: Sequence[str], path: Path) -> None:
-    recipe = {"options": [without_password(option) for option in options]}
-    for option in options:
-        if option.startswith("--config="):
-            recipe["config"] = Path(option.partition("=")[2]).read_text().splitlines()
-    if path.is_file() and json.loads(path.read_text()) != recipe:
-        raise UserError(
-            f"{path.parent} holds a comparison under another recipe ({path}): name another folder with --out."
-        )
-    write_json(path, recipe)
 
 
 def _runs(home: Path) -> list[Path]:
@@ -151,14 +140,14 @@ def main(args: Sequence[str]) -> int:
     wanted = "A backbone, with a name or a file of weights if not those of the recipe"
     scratch = "NAME=none trains from scratch, without frozen epochs."
     parser.add_argument("backbones", nargs="+", metavar="NAME[=WEIGHTS]", help=f"{wanted}; {scratch}")
-    parser.add_argument("--config", metavar="FILE", help="The recipe, as fit takes it.")
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="A recipe, as fit takes it.")
     place = f"Folder of the runs, tables and figure (default: {OUT})."
     parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help=place)
     options, of_fit = parser.parse_known_args(start.with_recipes(args))
-    recipe = [f"--config={options.config}"] if options.config else []
+    recipes = [f"--config={file}" for file in options.config]
     backbones = contestants(options.backbones)
     try:
-        rows = compare(backbones, [*recipe, *of_fit], options.out)
+        rows = compare(backbones, [*recipes, *of_fit], options.out)
     except KeyboardInterrupt:
         print("\nStopped; the same command continues.")
         return 130

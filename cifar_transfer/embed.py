@@ -22,7 +22,7 @@ from cifar_transfer.errors import UserError
 from cifar_transfer.files import atomic_write, require_writable
 from cifar_transfer.inference.images import NamedImages, add_options, check_file
 from cifar_transfer.options import Parser
-from cifar_transfer.results.collect import thumbnails
+from cifar_transfer.results.collect import SPRITE, squares, thumbnails
 from cifar_transfer.text import printable
 
 PROJECTED = 10_000  # images, the first ones; the projector itself draws no more of them
@@ -47,7 +47,7 @@ def main(args: Sequence[str]) -> int:
     check_file("--out", options.out, ".npz", ".parquet")
     if options.projector:
         require_writable(options.projector, "--projector")
-        if options.projector.exists():
+        if options.projector.exists() or options.projector == options.out:
             raise UserError(f"--projector {options.projector} is there already: name a new folder.")
     if options.out.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise UserError("A .parquet file needs pyarrow: pip install pyarrow, or name a file that ends in .npz.")
@@ -57,7 +57,7 @@ def main(args: Sequence[str]) -> int:
         for one in images.shown(images.predictions(1), printed=False):
             found.append((one.source, one.classes[0][0]))
             if options.projector and len(found) <= PROJECTED:
-                pixels.append(thumbnails(torch.from_numpy(one.pixels)[None]))
+                pixels.append(thumbnails(torch.from_numpy(one.pixels)[None], SPRITE))
     if found:
         features = torch.cat(seen).numpy()
         _save(options.out, features, found)
@@ -67,7 +67,7 @@ def main(args: Sequence[str]) -> int:
 
             texts = [[predicted, printable(name)] for name, predicted in found[:PROJECTED]]
             with SummaryWriter(str(options.projector)) as board:
-                shown = torch.cat(pixels) / 255
+                shown = squares(torch.cat(pixels))
                 board.add_embedding(features[:PROJECTED], texts, shown, tag="features", metadata_header=HEADER)
             print(f"look at it  tensorboard --logdir {options.projector}")
     return int(images.refused > 0)

@@ -5,8 +5,10 @@ from cifar_transfer import start
 if __name__ == "__main__":
     start.run("evaluate")
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +18,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer import console
 from cifar_transfer.data import splits
+from cifar_transfer.errors import UserError
 from cifar_transfer.files import CONFIG
 from cifar_transfer.options import Parser
 from cifar_transfer.results.collect import PROJECTED, CollectPredictions
-from cifar_transfer.results.publish import publish
+from cifar_transfer.results.publish import FOLDER, publish
 from cifar_transfer.training.checkpoint import read_checkpoint
 from cifar_transfer.training.evaluation import evaluate_checkpoint, load_data
 
@@ -57,6 +60,8 @@ def evaluate(
         `test/mirrored_acc`, and with `leave_out` also `test/acc_without`. All but the loss are shares of 1.
     """
     console.hush()
+    if projector and not figures:
+        raise UserError("projector=true comes with the figures: leave out figures=false.")
     checkpoint = read_checkpoint(ckpt)
     overrides = {"root": root} if root else {}
     data = load_data(checkpoint, **overrides | ({"leave_out": None} if leave_out else {}))
@@ -67,18 +72,17 @@ def evaluate(
     trainer = Trainer(**given, callbacks=[console.ProgressBar()] if terminal else [])
     results = evaluate_checkpoint(trainer, ckpt, data, split, collected, mirrored)
     if leave_out and collected and collected.predictions:  # of the first process
-        said, rows = collected.predictions, splits.without({split: data.names[split]}, leave_out)[split]
+        said, rows = collected.predictions, splits.without(data.names, leave_out)[split]
         results[f"{split}/acc_without"] = float((said.predicted == said.labels)[rows].float().mean())
     if trainer.is_global_zero:
         for name, value in results.items():
             print(f"{name} {value:.4f}" if name.endswith("loss") else f"{name}  {value:.2%}")
         if collected and figures:
-            folder, step = Path(ckpt).parent, checkpoint["global_step"]
-            if (folder.parent / CONFIG).is_file():
-                with SummaryWriter(str(folder.parent)) as board:
-                    publish(folder.parent, split, collected, board, step)
-            else:
-                publish(folder, split, collected, None, step)
+            folder = Path(ckpt).absolute().parent
+            run = folder.parent if (folder.parent / CONFIG).is_file() else None
+            with SummaryWriter(str(run)) if run else nullcontext() as board:
+                publish(run or folder, split, collected, board, checkpoint["global_step"])
+            print(f"figures  {os.path.relpath(run or folder)}/{FOLDER}/{split}-*.png")
     return results
 
 

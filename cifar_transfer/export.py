@@ -67,6 +67,8 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
     path = Path(out) if out else Path(ckpt).with_suffix(ENDINGS[to])
     if path.suffix != ENDINGS[to] or path.resolve() == Path(ckpt).resolve():
         raise UserError(f"{path} cannot be the file of {to}: name another with --out, one that ends in {ENDINGS[to]}.")
+    if to == "state_dict" and path.with_suffix(".json").exists() and not path.exists():
+        raise UserError(f"{path.with_suffix('.json')}, which goes with {path}, is there already: name another --out.")
     if model.changes and to not in GRAPHS:
         raise UserError(
             f"The library's {model.options['backbone']} cannot take these weights, because this one was adapted "

@@ -1,13 +1,36 @@
 """Parsers of command lines, whose errors are a sentence without a page of usage before it."""
 
 import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
 
 from cifar_transfer.errors import UserError, account
+from cifar_transfer.text import without_password
 
 HELP_HINT = "All options: --help"
+RECIPE = "recipe.json"  # in a folder of results: the options that they were made with
+
+
+def check_recipe(folder: Path, options: Sequence[str]) -> dict[str, Any]:
+    """What goes into a folder's `RECIPE`, the options and what is in their files of options.
+
+    Raises:
+        UserError: The folder holds results of another recipe.
+    """
+    recipe: dict[str, Any] = {"options": [without_password(option) for option in options]}
+    for file in (Path(option.partition("=")[2]) for option in options if option.startswith("--config=")):
+        recipe.setdefault("config", []).extend(file.read_text().splitlines() if file.is_file() else [])
+    try:
+        same = not (folder / RECIPE).is_file() or json.loads((folder / RECIPE).read_text()) == recipe
+    except ValueError:
+        same = False
+    if not same:
+        raise UserError(f"{folder} holds results of another recipe ({RECIPE}): name another folder with --out.")
+    return recipe
 
 
 class _OneSentence:

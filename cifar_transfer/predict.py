@@ -11,6 +11,7 @@ if __name__ == "__main__":
 import csv
 import io
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,8 +20,10 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
+from cifar_transfer.errors import UserError
 from cifar_transfer.files import make_folder
 from cifar_transfer.inference.images import NamedImages, add_options, check_file
+from cifar_transfer.inference.sources import find
 from cifar_transfer.options import Parser
 from cifar_transfer.results.predictions import SHOWN, ImagePrediction
 from cifar_transfer.text import printable
@@ -110,7 +113,7 @@ def main(args: Sequence[str]) -> int:
         if options.figure or options.explain:  # what draws is imported for it alone, because it takes a second
             from cifar_transfer.results.words import language, language_of
 
-            drawing.enter_context(language(language_of(Path(options.ckpt).resolve().parents[1]), classifier.names))
+            drawing.enter_context(language(language_of(Path(options.ckpt).resolve().parent.parent), classifier.names))
         for text in FORMATS[options.format](predictions(), classifier.names):
             print(text, end="", flush=True)
         if options.figure and first:
@@ -131,6 +134,11 @@ def _parse(args: Sequence[str]) -> Namespace:
     options = parser.parse_args(list(args))
     if options.figure:
         check_file("--figure", options.figure, ".png")
+        there = options.figure.exists() and [
+            name for name in options.images if os.path.exists(name)
+        ]  # "-" is read later
+        if there and any(os.path.samefile(options.figure, name) for name in find(there, lambda error: None)):
+            raise UserError(f"--figure {options.figure} is one of the images, and would replace it: name another file.")
     if options.explain:
         make_folder(options.explain, "--explain")
     return options

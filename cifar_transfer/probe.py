@@ -2,8 +2,8 @@
 
 Each backbone's features are computed once and kept; on them are fitted logistic regression, nearest neighbours, nearest
 class means, and few-shot heads. The best logistic regression becomes a checkpoint, for `predict`, `evaluate`, `export`,
-and for `fit --model.weights=CHECKPOINT --freeze.unfreeze_epoch=0` to go on from
-(Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
+and for `fit --model.weights=CHECKPOINT --freeze.unfreeze_epoch=0 --model.lr=1e-4` with the same options of model and
+data to go on from (Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
 
 All other options are those of fit, say `--data.root=photos --model.image_size=128`.
 """
@@ -14,6 +14,7 @@ if __name__ == "__main__":
     start.run("probe")
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,6 +29,7 @@ from cifar_transfer.errors import UserError, check
 from cifar_transfer.features import heads
 from cifar_transfer.files import LOGS, RESULT, write_csv, write_json, write_text
 from cifar_transfer.network.contestant import Contestant, contestants
+from cifar_transfer.options import RECIPE, check_recipe
 from cifar_transfer.results import plots
 from cifar_transfer.text import markdown
 from cifar_transfer.training.probing import features_of, parser
@@ -94,6 +96,7 @@ def probe(one: Contestant, options: argparse.Namespace, of_fit: Sequence[str]) -
     if trainer.is_global_zero:
         data.record_splits(home)
         write_json(home / RESULT, row)
+        write_json(home / RECIPE, check_recipe(home, one.options))
     return row
 
 
@@ -115,9 +118,10 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
 
 
 @rank_zero_only
-def write(rows: Sequence[Row], out: Path) -> None:
-    """Write `probe.md`, `probe.csv` and `probe.png` into `out`."""
+def write(rows: Sequence[Row], out: Path, recipe: dict[str, Any]) -> None:
+    """Write `probe.md`, `probe.csv` and `probe.png` into `out`, and the recipe of all."""
     out.mkdir(parents=True, exist_ok=True)
+    write_json(out / RECIPE, recipe)
     lines = table(rows, [*COLUMNS])
     write_text(out / "probe.md", markdown(lines))
     write_csv(out / "probe.csv", lines)
@@ -142,10 +146,10 @@ def figure(rows: Sequence[Row]) -> Figure:
 
 
 @rank_zero_only
-def _tell(rows: Sequence[Row], out: Path, done: Sequence[str]) -> None:
-    print(f"\n{markdown(table(rows, SHOWN))}")
+def _tell(rows: dict[str, Row], out: Path) -> None:
+    print(f"\n{markdown(table([*rows.values()], SHOWN))}")
     print(f"all of it   {out / 'probe.md'}, {out / 'probe.png'}")
-    for folder in done:
+    for folder in (folder for folder, row in rows.items() if "failed" not in row):
         print(f"checkpoint  {out / folder / CHECKPOINT}")
 
 
@@ -159,16 +163,22 @@ def main(args: Sequence[str]) -> int:
     given, of_fit = options.parse_known_args(args)
     check("--views", given.views, lambda n: 1 <= n <= MOST_VIEWS, f"1 to {MOST_VIEWS}")
     backbones = contestants(given.backbones)
-    rows: list[Row] = []
+    recipe = check_recipe(
+        given.out, [f"--views={given.views}", *(f"--config={file}" for file in given.config), *of_fit]
+    )
+    before = given.out.glob(f"*/{RESULT}") if (given.out / RECIPE).is_file() else ()  # of the same recipe
+    rows: dict[str, Row] = {path.parent.name: json.loads(path.read_text()) for path in sorted(before)}
+    for one in backbones:
+        check_recipe(given.out / one.folder, one.options)  # two files of weights may have one name
     for number, one in enumerate(backbones, 1):
         rank_zero_info(f"{number}/{len(backbones)} {one.label}")
         try:
-            rows.append(probe(one, given, of_fit))
+            rows[one.folder] = probe(one, given, of_fit)
         except UserError as error:
             if len(backbones) == 1:
                 raise
             rank_zero_info(f"error: {one.label}: {error}")
-            rows.append({"label": one.label, "failed": str(error)})
-        write(rows, given.out)
-    _tell(rows, given.out, [one.folder for one, row in zip(backbones, rows, strict=True) if "failed" not in row])
-    return int(any("failed" in row for row in rows))
+            rows[one.folder] = {"label": one.label, "failed": str(error)}
+        write([*rows.values()], given.out, recipe)
+    _tell(rows, given.out)
+    return int(any("failed" in rows[one.folder] for one in backbones))

@@ -86,6 +86,7 @@ def _show(text: str) -> None:
     if sys.stdout.isatty() and text.count("\n") > shutil.get_terminal_size().lines:
         from pydoc import pager  # which asks for a third of all the time that help takes
 
+        os.environ.setdefault("LESS", "FRX")  # what was read stays on the terminal
         pager(text)
     else:
         print(text)
@@ -97,12 +98,18 @@ def version() -> str:
     return f"cifar_transfer {__version__} ({', '.join(others)}, Python {sys.version.split()[0]})"
 
 
+def program(command: str) -> str:
+    """A command as it is to be typed, in the form in which this one was."""
+    return (
+        f"{'cifar-transfer ' if Path(sys.argv[0]).stem == 'cifar-transfer' else 'python -m cifar_transfer.'}{command}"
+    )
+
+
 def help_text(command: str) -> str:
     """What `--help` prints, as wide as the terminal."""
     wide = min(shutil.get_terminal_size().columns, 120)
     about = _read()["commands"][command]
-    program = "cifar-transfer " if Path(sys.argv[0]).stem == "cifar-transfer" else "python -m cifar_transfer."
-    lines = [f"usage: {program}{about['usage']}", f"\n{about['title']}."]
+    lines = [f"usage: {program(about['usage'])}", f"\n{about['title']}."]
     for paragraph in about["text"]:
         lines.append("\n" + (paragraph if "\n" in paragraph else textwrap.fill(paragraph, wide)))
     for heading, options in about["groups"].items():

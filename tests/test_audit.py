@@ -163,6 +163,16 @@ def test_the_files_and_the_page_tell_what_was_found(audited):
     ]
 
 
+def test_a_list_that_is_there_is_not_replaced(audited, photos):
+    out, done = audited
+    assert re.search(r"cross-validated accuracy  \d+\.\d%", done.stderr)
+    assert re.search(r"do without   python -m cifar_transfer.fit --data.leave_out=\S+/labels.csv", done.stdout)
+    with untouched(out):
+        data = ["--data=ImageFolderDataModule", f"--data.root={photos}"]
+        again = run_fit(out.parent, f"{NETWORK}=none", *data, f"--out={out}", module="cifar_transfer.audit", expect=2)
+    assert "labels.csv is there already, and may have been edited: name another folder with --out" in again.stderr
+
+
 def test_each_image_is_looked_at_once_whatever_it_is_called(tmp_path):
     """Without images held out; and with names that are no text, of which a list has escapes."""
     strange = os.fsdecode(b"\xff\n,.png")
@@ -187,11 +197,13 @@ def test_a_run_does_without_what_is_listed(photos, tmp_path):
     (tmp_path / "out.csv").write_text("image\ntest/cat/copy.png\ntrain/cat/nothing.png\ntrain/gone.png\n")
     data = ["--data=ImageFolderDataModule", f"--data.root={photos}", f"--data.leave_out={tmp_path / 'out.csv'}"]
     done = run_fit(tmp_path, *data, f"--model.backbone={NETWORK}", "--model.weights=none", "--trainer.max_epochs=1")
-    assert f"Left out: 2 of 66 images, those in {tmp_path / 'out.csv'}." in done.stderr
+    assert re.search(
+        rf"Left out: \d of \d+ train, \d of \d+ val, 1 of \d+ test images, those in {tmp_path}/out.csv", done.stderr
+    )
     recorded = splits.read(tmp_path / RUN / "checkpoints" / "best.ckpt")
     assert "train/cat/nothing.png" in recorded["train"] + recorded["val"]  # so that it comes back to where it was
     again = run_fit(tmp_path, f"--resume={tmp_path / RUN}", "--trainer.max_epochs=2")
-    assert "Left out: 2 of 66" in again.stderr
+    assert re.search(r"Left out: .*[^0] of \d+ test images", again.stderr)
     assert "have changed" not in again.stderr
     shutil.copy(tmp_path / "out.csv", tmp_path / "same.csv")
     (tmp_path / "out.csv").write_text("image\ntest/cat/copy.png\n")

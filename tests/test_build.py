@@ -207,11 +207,11 @@ def test_images_that_do_not_fit_are_known_before_training():
     class Data:
         num_classes, image_size = 3, (32, 32)
 
-    model._trainer = type("Trainer", (), {"datamodule": Data()})()
+    model._trainer = type("Trainer", (), {"datamodule": Data(), "ckpt_path": None})()
     with pytest.raises(UserError, match=r"cannot take images of 32 x 32 pixels .*image_size=75 or more"):
         model.setup("fit")
     model = TransferClassifier("inception_v3", "none", num_classes=3, image_size=75, aux_weight=0.4)
-    model._trainer = type("Trainer", (), {"datamodule": Data()})()
+    model._trainer = type("Trainer", (), {"datamodule": Data(), "ckpt_path": None})()
     with pytest.raises(UserError, match="cannot take images of 75 pixels"):  # its auxiliary head cannot
         model.setup("fit")
 

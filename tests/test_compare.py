@@ -17,6 +17,7 @@ from cifar_transfer import backbones, compare
 from cifar_transfer.errors import UserError
 from cifar_transfer.network import catalog
 from cifar_transfer.network.contestant import contestant, contestants
+from cifar_transfer.options import check_recipe
 
 OPTIONS = [*TINY[2:], "--trainer.max_epochs=2"]
 BOTH = ["lenet5=none", "shufflenet_v2_x0_5=none"]
@@ -121,6 +122,40 @@ def test_mistakes_get_a_sentence(tmp_path, monkeypatch, options, message):
     assert "\n" not in str(error.value)
 
 
+def test_two_files_of_one_name_are_not_taken_for_one(tmp_path, monkeypatch):
+    home = tmp_path / "cmp"
+    for run in ("a", "b"):
+        path = tmp_path / run / "lightning_logs" / "version_0" / "checkpoints" / "best.ckpt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+    one, other = (contestant(f"lenet5={tmp_path / run}/lightning_logs/version_0/checkpoints/best.ckpt") for run in "ab")
+    assert one.folder == other.folder == "lenet5-version_0-best"
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: Mock(returncode=1))
+    assert "failed" in compare.compare([one], [], home)[0]
+    with pytest.raises(
+        UserError, match=r"lenet5-version_0-best holds results of another recipe .*: name another folder"
+    ):
+        compare.compare([other], [], home)
+
+
+def test_all_recipes_are_taken(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(compare, "compare", lambda backbones, options, out: seen.extend(options) or [])
+    compare.main(["lenet5=none", "--config", "fast", "--config=scratch", "--out", str(tmp_path), "--model.lr=1e-3"])
+    assert [option.rpartition("/")[2] for option in seen] == ["fast.yaml", "scratch.yaml", "--model.lr=1e-3"]
+
+
+@pytest.mark.parametrize("content", ["no json", "{}"])
+def test_a_recipe_of_somebody_else_is_another(tmp_path, content):
+    assert check_recipe(tmp_path, ["--config={trainer: {max_epochs: 2}}"]) == {
+        "options": ["--config={trainer: {max_epochs: 2}}"],
+        "config": [],
+    }
+    (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(UserError, match="holds results of another recipe"):
+        check_recipe(tmp_path, [])
+
+
 def test_contestants(tmp_path):
     (tmp_path / "mine.pth").touch()
     one = contestant(f"resnet18={tmp_path / 'mine.pth'}")
@@ -129,7 +164,8 @@ def test_contestants(tmp_path):
     (tmp_path / "resnet18-tiny.pth").touch()
     assert contestant(f"resnet18={tmp_path / 'resnet18-tiny.pth'}").label == "resnet18, tiny"
     scratch = contestant("resnet18=none")
-    assert scratch.options[1:] == ["--model.weights=none", "--freeze.unfreeze_epoch=0"]
+    never = ["--freeze.unfreeze_epoch=0", "--freeze.phases=null", "--freeze.probe=false"]
+    assert scratch.options[1:] == ["--model.weights=none", *never]
     assert contestant("resnet18").options == ["--model.backbone=resnet18"]
     with pytest.raises(UserError, match="Two of the backbones have one name"):
         contestants(["resnet18=none", "lenet5=none", "resnet18=none"])

@@ -4,7 +4,9 @@ import hashlib
 import io
 import pickle
 import re
+import shutil
 import tarfile
+import warnings
 from itertools import product
 from pathlib import Path
 
@@ -186,6 +188,37 @@ def test_own_validation_and_test_images_are_used(tmp_path):
         write_images(tmp_path / split, count)
     data = ready(ImageFolderDataModule(str(tmp_path)))
     assert {split: len(images) for split, images in data.images.items()} == {"train": 12, "val": 8, "test": 10}
+
+
+def test_a_folder_of_another_name_is_told_and_newer_endings_are_read(tmp_path):
+    write_images(tmp_path / "train", 3)
+    write_images(tmp_path / "valid", 1)
+    for ending in ("jfif", "gif", "avif"):
+        Image.new("RGB", (32, 32)).save(tmp_path / "train" / "cat" / f"new.{ending}")
+    with pytest.warns(UserWarning, match=r"valid is not looked at: call it val"):
+        data = ready(ImageFolderDataModule(str(tmp_path), val_fraction=0.5))
+    assert sum(name.startswith("train/cat/") for names in data.names.values() for name in names) == 6
+
+
+def test_what_is_left_out_is_told_no_duplicate(tmp_path):
+    for split, seed in (("train", 0), ("test", 1)):
+        write_images(tmp_path / split, 4, seed=seed)
+    shutil.copy(tmp_path / "train" / "cat" / "000.png", tmp_path / "test" / "cat" / "copy.png")
+    with pytest.warns(
+        UserWarning, match=r"1 of 9 test images are also among those of training .* list them for leave_out"
+    ):
+        ImageFolderDataModule(str(tmp_path)).prepare_data()
+    (tmp_path / "list.csv").write_text("image\ntest/cat/copy.png\n")
+    with warnings.catch_warnings(action="error"):
+        ImageFolderDataModule(str(tmp_path), leave_out=str(tmp_path / "list.csv")).prepare_data()
+
+
+def test_pixels_that_are_floats_are_refused(tmp_path):
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "floats.tif")
+    with pytest.raises(
+        UserError, match=r"floats\.tif cannot be decoded .* pixels are floats, whose range is not known"
+    ):
+        read_image(tmp_path / "floats.tif")
 
 
 def test_every_mode_of_image_becomes_rgb(tmp_path):

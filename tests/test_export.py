@@ -101,6 +101,13 @@ def test_torch_export(trained, tmp_path, name, inside):
     assert_tells(json.loads(extra[export.NOTES]), inside)
 
 
+def test_a_file_of_anothers_beside_the_weights_stays(trained, tmp_path):
+    (tmp_path / "x.json").write_text("mine")
+    with pytest.raises(UserError, match=r"x\.json, which goes with .*x\.pth, is there already: name another --out"):
+        export.export(str(trained["resnet18"][0]), "state_dict", str(tmp_path / "x.pth"))
+    assert (tmp_path / "x.json").read_text() == "mine"
+
+
 def test_weights_fit_torchvisions_plain_network(trained, tmp_path, capsys):
     path, model = trained["resnet18"]
     export.export(str(path), "state_dict")

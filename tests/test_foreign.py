@@ -130,6 +130,12 @@ def test_heads_of_a_module_without_a_network_are_its_own(heads):
     assert fit(module, BackboneFreeze(1)).trains[0] == {"head.weight", "head.bias"}
 
 
+def test_heads_beside_a_network_are_the_modules_own():
+    module = Net()
+    module.network, module.heads = nn.Linear(2, 2), ["head"]
+    assert {"head.weight", "head.bias"} == fit(module, BackboneFreeze(1)).trains[0]
+
+
 def test_heads_that_are_no_submodules_are_refused():
     module = Net()
     module.heads = ["classifier"]

@@ -121,6 +121,18 @@ def test_predictions_survive_saving(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["predictions-test.npz"]
 
 
+def test_rounding_changes_no_prediction(tmp_path):
+    close = 0.5 + torch.rand(1000, 2, generator=torch.Generator().manual_seed(0)) * 1e-4
+    close[:10] = torch.tensor([0.0, 1.0])
+    labels = torch.zeros(1000, dtype=torch.long)
+    predictions = Predictions(["a", "b"], labels, close, torch.arange(0), torch.empty(0, 3, 1, 1, dtype=torch.uint8))
+    predictions.save(tmp_path / "p.npz")
+    kept = Predictions.load(tmp_path / "p.npz")
+    assert torch.equal(kept.predicted, predictions.predicted)
+    assert kept.probabilities.max() <= 1
+    torch.testing.assert_close(kept.probabilities, close, atol=1e-3, rtol=0)
+
+
 def test_augmented_images_are_shown_at_the_networks_size_and_disturb_no_draw(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = ShapesDataModule(train_images=60, test_images=20)

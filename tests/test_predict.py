@@ -321,6 +321,36 @@ def test_the_projector_shows_each_image_among_its_features(here, tmp_path, monke
         embed(["photos", options[0], f"--projector={here / 'alpha.png' / 'board'}"])
 
 
+def test_the_projector_takes_images_that_are_high(here, tmp_path, classifier):
+    portrait = tmp_path / "runs" / "portrait.ckpt"
+    model = TransferClassifier("lenet5", "none", class_names=NAMES, image_size=32)
+    model.geometry = replace(model.geometry, size=(60, 40))
+    save(model, portrait)
+    options = [f"--out={tmp_path / 'f.npz'}", f"--projector={tmp_path / 'board'}", f"--ckpt={portrait}"]
+    assert embed(["photos", *options]) == 0
+    [sprite] = (tmp_path / "board").rglob("sprite.png")
+    with Image.open(sprite) as picture:
+        assert picture.size == (3 * 32, 3 * 32)
+        seen = np.asarray(picture)[:32, :32]
+    assert seen[:, :21].std() > 5
+    assert seen[:, 21:].max() == 0
+    with pytest.raises(UserError, match="is there already: name a new folder"):
+        embed(["photos", f"--out={tmp_path / 'e.npz'}", f"--projector={tmp_path / 'e.npz'}"])
+
+
+@pytest.mark.parametrize("images", ["photos", "photos/a/000.png"])
+def test_a_figure_does_not_replace_an_image(here, tmp_path, images):
+    before = (here / "photos" / "a" / "000.png").read_bytes()
+    with pytest.raises(UserError, match="is one of the images, and would replace it"):
+        main([images, f"--figure={here / 'photos' / 'a' / '000.png'}"])
+    assert (here / "photos" / "a" / "000.png").read_bytes() == before
+
+
+def test_a_folder_is_no_checkpoint(here):
+    with pytest.raises(UserError, match=r"version_0 is a folder: a run keeps its own in RUN/checkpoints/best\.ckpt"):
+        main(["alpha.png", "--ckpt=lightning_logs/version_0"])
+
+
 def test_a_name_that_is_no_text_is_escaped_in_parquet_and_whole_in_npz(here, tmp_path):
     image = tmp_path / os.fsdecode(b"caf\xe9.png")
     image.write_bytes((here / "alpha.png").read_bytes())

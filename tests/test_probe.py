@@ -162,6 +162,7 @@ def test_logistic_regression_is_at_its_minimum(drawn):
     torch.testing.assert_close(deviation, values.std(0, correction=0))
     head, penalty = heads.logistic(train, val, 4, (mean, deviation), (0.1,))
     assert penalty == 0.1
+    deviation = deviation.clamp_min(heads.LEAST * deviation.median())
     logits = head.logits(train).requires_grad_()
     weight = head.weight * deviation
     loss = F.cross_entropy(logits, torch.from_numpy(train.labels))
@@ -170,6 +171,18 @@ def test_logistic_regression_is_at_its_minimum(drawn):
     assert gradient.abs().max() < 1e-4
     assert errors.sum(0).abs().max() < 1e-4
     assert heads.accuracy(logits, train.labels) > 0.7
+
+
+def test_a_feature_that_is_nearly_always_the_same_gets_no_large_weight(drawn):
+    train, val, _ = drawn
+    rare = np.random.default_rng(0).random((len(train.labels), 1)) < 0.02
+    views = [np.hstack([train.views[0], np.where(rare, 1e-4, 0).astype(np.float32)])]
+    seen = heads.Features([np.hstack([val.views[0], np.zeros((len(val.labels), 1), np.float32)])], val.labels)
+    head, _ = heads.logistic(
+        heads.Features(views, train.labels), seen, 4, heads.moments(heads.Features(views, train.labels))
+    )
+    largest = head.weight[:, :-1].abs().max()
+    assert head.weight[:, -1].abs().max() < 10 * largest
 
 
 def test_the_penalty_is_that_of_the_held_out_images(drawn):
@@ -276,6 +289,22 @@ def test_a_failure_loses_no_other(probed):
     assert (folder / "lightning_logs" / "probe" / "probe.png").stat().st_size > 5000
 
 
+def test_another_recipe_needs_another_folder_and_the_same_one_adds_to_the_table(probed, tmp_path):
+    folder, _ = probed
+    shutil.copytree(folder / "lightning_logs", tmp_path / "lightning_logs")
+    shutil.copytree(folder / "kept", tmp_path / "kept")
+    options = ["--model.image_size=64", "--features=kept", *TINY[2:]]
+    with untouched(tmp_path):
+        done = run_fit(
+            tmp_path, f"{NETWORK}=none", *options, "--data.batch_size=8", module="cifar_transfer.probe", expect=2
+        )
+    assert "holds results of another recipe (recipe.json): name another folder with --out" in done.stderr
+    done = run_fit(tmp_path, "shufflenet_v2_x1_0=none", *options, module="cifar_transfer.probe")
+    lines = (tmp_path / "lightning_logs" / "probe" / "probe.md").read_text().splitlines()
+    assert {line.split(",")[0].strip("| ") for line in lines[2:]} == {NETWORK, "shufflenet_v2_x1_0"}
+    assert done.stdout.count("best.ckpt") == 2
+
+
 @pytest.mark.slow
 def test_two_processes_compute_the_same_features(tmp_path):
     options = [f"{NETWORK}=none", "--model.image_size=64", *TINY[2:], "--features=kept"]
@@ -294,7 +323,7 @@ def test_two_processes_compute_the_same_features(tmp_path):
     assert len(figures) == 2
 
 
-@pytest.mark.parametrize("option", ["--resume=RUN", "--ckpt_path=RUN/checkpoints/last.ckpt", "--find_lr"])
+@pytest.mark.parametrize("option", ["--resume=RUN", "--ckpt_path=RUN/checkpoints/last.ckpt"])
 def test_what_is_for_fit_alone_is_refused(run, tmp_path, option):
     shutil.copytree(run / RUN, tmp_path / "run")
     option = option.replace("RUN", str(tmp_path / "run"))

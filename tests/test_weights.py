@@ -8,12 +8,15 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from conftest import quiet_trainer, write_images
 from safetensors.torch import save_file
 from torchvision import models
 
-from cifar_transfer import TransferClassifier
+from cifar_transfer import ImageFolderDataModule, ShapesDataModule, TransferClassifier
 from cifar_transfer.errors import UserError
+from cifar_transfer.fit import fit
 from cifar_transfer.network import build, catalog
+from cifar_transfer.network.build import with_head
 
 TINY = "shufflenet_v2_x0_5"
 VIT = "timm/vit_tiny_patch16_224"
@@ -88,6 +91,44 @@ def test_an_adapted_checkpoint_of_ours_is_taken_up_as_it_is(tmp_path):
         TransferClassifier("mobilenet_v3_small", path)
     with pytest.raises(UserError, match="holds a mobilenet_v3_small, not a resnet18"):
         TransferClassifier("resnet18", path)
+
+
+def test_images_unlike_those_of_the_checkpoint_are_told(tmp_path, caplog):
+    path = own_checkpoint(TransferClassifier(TINY, "none", image_size=64, normalize="imagenet"), tmp_path / "run.ckpt")
+    data = ShapesDataModule(train_images=100)
+    quiet_trainer(fast_dev_run=True).fit(TransferClassifier(TINY, path), data)
+    assert "come from images of 64 x 64 pixels, and the network now sees 32 x 32: set --model.image_size" in caplog.text
+    assert "come from images of other statistics: see --model.normalize" in caplog.text
+    caplog.clear()
+    same = TransferClassifier(TINY, path, image_size=64, normalize="imagenet")
+    quiet_trainer(fast_dev_run=True).fit(same, data)
+    assert "come from images" not in caplog.text
+
+
+def test_an_adaptation_to_other_images_is_told(tmp_path):
+    write_images(tmp_path / "train", 4, size=(96, 96))
+    data = ImageFolderDataModule(str(tmp_path), val_fraction=0.5, batch_size=4)
+    model = TransferClassifier("alexnet", "none", num_classes=2, small_images=True)
+    with pytest.warns(
+        UserWarning, match=r"adapted to images of 32 pixels, and these have 96 x 96: set --model\.image_size"
+    ):
+        quiet_trainer(fast_dev_run=True).fit(model, data)
+
+
+def test_weights_alone_are_no_run_to_continue(tmp_path):
+    path = own_checkpoint(TransferClassifier(TINY, "none"), tmp_path / "run.ckpt")
+    torch.save(
+        torch.load(path, weights_only=True) | {"global_step": 1}, path
+    )  # as `save_checkpoint(weights_only=True)`
+    with pytest.raises(UserError, match=r"holds weights alone, and no run to continue: begin with --model\.weights=FILE"):
+        fit([f"--model.backbone={TINY}", "--data=ShapesDataModule", "--data.train_images=100", f"--ckpt_path={path}"])
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_auxiliary_heads_come_last(name):
+    _, heads = with_head(name, 3, auxiliary=True, initialise=False)
+    assert heads[0] == "fc"
+    assert len(heads) > 1
 
 
 def test_native_is_what_a_checkpoint_of_ours_was_trained_with(tmp_path):

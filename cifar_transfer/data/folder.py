@@ -7,12 +7,19 @@ from typing import Any, NoReturn
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from cifar_transfer.data import duplicates
+from cifar_transfer.data import duplicates, splits
 from cifar_transfer.data.cache import cached
 from cifar_transfer.data.geometry import Size, choose_size, pixels
-from cifar_transfer.data.images import LARGEST_SIDE, MAX_MEGAPIXELS, FileImages, Images, images_below, read_size
+from cifar_transfer.data.images import (
+    EXTENSIONS,
+    LARGEST_SIDE,
+    MAX_MEGAPIXELS,
+    FileImages,
+    Images,
+    images_below,
+    read_size,
+)
 from cifar_transfer.data.module import ImageDataModule, Split
 from cifar_transfer.errors import UserError, check
 from cifar_transfer.text import printable
@@ -82,16 +89,23 @@ class ImageFolderDataModule(ImageDataModule):
             if not (first and train and images) or images is train:
                 continue
             paths, _ = self._listed(split)
-            if pairs := duplicates.find(train, self._listed("train")[0], images, paths):
+            found = duplicates.find(train, self._listed("train")[0], images, paths)
+            if pairs := [pair for pair in found if not self._left_out(*pair)]:
                 examples = "; ".join(printable(f"{other} is {trained}") for trained, other in pairs[:2])
                 rank_zero_warn(
                     f"{len(pairs):,} of {len(paths):,} {split} images are also among those of training ({examples}), "
-                    f"so the {split} figure will be too good: remove them from either."
+                    f"so the {split} figure will be too good: remove them from either, or list them for leave_out."
                 )
+
+    def _left_out(self, *paths: str) -> bool:
+        names = [str(Path(path).relative_to(self.root)) for path in paths]
+        return bool(self.leave_out) and len(splits.others(names, splits.listed(self.leave_out or ""))) < len(names)
 
     def load(self, split: Split) -> Images | None:
         """The images of a split, or None where it has no folder."""
         if not (self.root / split).is_dir():
+            if split == "val" and (self.root / "valid").is_dir():
+                rank_zero_warn(f"{self.root / 'valid'} is not looked at: call it val.")
             return None
         size = self.size or self.choose_size(None)
         if split == "train" and (other := sum(found != size for found in self._sizes)):
@@ -141,7 +155,7 @@ def class_files(folder: Path, classes: Sequence[str]) -> tuple[list[str], np.nda
     empty = [name for name, found in zip(classes, files, strict=True) if not found]
     if empty and (folder.name == "train" or len(empty) == len(classes)):
         raise UserError(
-            f"{folder} has no images of {', '.join(empty)} ({' '.join(IMG_EXTENSIONS)}): add some, or remove the class."
+            f"{folder} has no images of {', '.join(empty)} ({' '.join(EXTENSIONS)}): add some, or remove the class."
         )
     return [path for found in files for path in found], np.repeat(np.arange(len(classes)), [*map(len, files)])
 

@@ -14,13 +14,15 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import folder
 
 from cifar_transfer.data.geometry import Size, cover
 from cifar_transfer.errors import UserError
 from cifar_transfer.untrusted import open_regular
 
 Batch = tuple[Tensor, Tensor]
+
+EXTENSIONS = (*folder.IMG_EXTENSIONS, ".jfif", ".gif", ".avif")  # of images in folders
 
 MAX_MEGAPIXELS = 100.0  # of an image that is decoded, unless somebody asks for more: 300 MB in memory
 LARGEST_SIDE = 4000  # pixels that an image may be asked to be brought to
@@ -88,6 +90,8 @@ def to_pixels(image: Image.Image, size: Size | None = None) -> np.ndarray:
     with suppress(Exception):  # of any kind, because an EXIF that cannot be read says nothing
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # `exif_transpose` would copy the others too
             image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, whose range is not known")
     if image.mode.startswith("I"):  # 16 bit a pixel, which `convert` would clip instead of scale
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     rgb = image.convert("RGB")
@@ -101,7 +105,10 @@ class Images(Dataset[Batch]):
     names: Sequence[str] | None = None  # class and name of each, say "cat/007.png", all different; None: only a number
 
     def __init__(self, labels: np.ndarray) -> None:
-        self.labels = np.asarray(labels, dtype=np.int64)  # [N]
+        given = np.asarray(labels)
+        if given.ndim != 1 or (given.dtype.kind not in "iub" and len(given)):
+            raise UserError(f"Labels are whole numbers, one for each image, int64 [N], not {_form(given)}.")
+        self.labels = given.astype(np.int64)  # [N]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -113,7 +120,10 @@ class Images(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Images uint8 [B, 3, H, W] and labels int64 [B], as the DataLoader asks for them."""
         rows = np.asarray(indices)
-        return torch.from_numpy(self.pixels(rows)), torch.from_numpy(self.labels[rows])
+        pixels = self.pixels(rows)
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise UserError(f"Images are uint8 [N, 3, H, W], RGB, from 0 to 255, not {_form(pixels)}: convert them.")
+        return torch.from_numpy(pixels), torch.from_numpy(self.labels[rows])
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
         """uint8 [B, 3, H, W] of the rows int64 [B]."""
@@ -127,6 +137,10 @@ class Images(Dataset[Batch]):
     def subset(self, rows: np.ndarray) -> "Images":
         """The same images, only these rows, without a copy."""
         return _Rows(self, rows)
+
+
+def _form(array: np.ndarray) -> str:
+    return f"{array.dtype} {list(array.shape)}"
 
 
 class _Rows(Images):
@@ -146,7 +160,9 @@ class ArrayImages(Images):
 
     def __init__(self, array: np.ndarray, labels: np.ndarray, sums: np.ndarray | None = None) -> None:
         super().__init__(labels)
-        self.array, self.sums = array, sums
+        self.array, self.sums = np.asarray(array), sums
+        if len(self.array) != len(self.labels):
+            raise UserError(f"There are {len(self.array)} images and {len(self.labels)} labels: give one for each.")
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
         """As of `Images`."""
@@ -207,5 +223,5 @@ def images_below(
         link = entry.is_symlink()
         if os.path.isdir(entry.path) if link else entry.is_dir():  # which fails for a link to itself
             yield from images_below(entry.path, refuse, above | {real})
-        elif entry.name.lower().endswith(IMG_EXTENSIONS) and (link or entry.is_file()):  # to read a broken link fails
+        elif entry.name.lower().endswith(EXTENSIONS) and (link or entry.is_file()):  # to read a broken link fails
             yield entry.path

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from cifar_transfer.data import splits
 from cifar_transfer.data.augment import Augment, step_seed
 from cifar_transfer.data.classes import Balance, loss_weights
-from cifar_transfer.data.geometry import Size, to_float
+from cifar_transfer.data.geometry import Size, pixels, to_float
 from cifar_transfer.data.images import Batch, Images
 from cifar_transfer.data.loading import check_processes, evaluation_loader, training_loader, workers_within
 from cifar_transfer.data.splits import SPLITS, Names, Split
@@ -33,7 +33,7 @@ HASH, PERMUTATION = "hash", "permutation"  # how images are held out; checkpoint
 
 
 class ImageDataModule(LightningDataModule):
-    """What all data modules share; a subclass has `load` and `class_names`, and calls `record`.
+    """What all data modules share; a subclass has `load` and `class_names`, and `record`s options of its own.
 
     Batches arrive on the device as float32 images [B, 3, H, W] in [0, 1] and int64 labels [B]. Shuffling and
     augmentation depend on seed, epoch, step and rank alone, so that a resumed run sees what it would have seen.
@@ -98,6 +98,7 @@ class ImageDataModule(LightningDataModule):
         self.names: Names = {}  # of `images`, and of those left out
         self.recorded: Names | None = None  # the splits of a run that is continued or evaluated
         self._loaded: dict[Split, Images | None] = {}  # what `load` has said
+        self.record()
 
     def record(self, **options: str | int | float | None) -> None:
         """Keep these options and those of this class with every checkpoint, as primitives, for `weights_only`."""
@@ -119,8 +120,13 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the images in pixels; known after `setup`."""
-        height, width = next(iter(self.images.values()))[0][0].shape[1:]
+        """Height and width of the images in pixels; known after `setup`. A `UserError` refuses several sizes."""
+        filled = {split: images for split, images in self.images.items() if len(images)}
+        sizes: dict[Split, Any] = {split: images[0][0].shape[1:] for split, images in filled.items()}
+        if len({*sizes.values()}) > 1:
+            found = ", ".join(f"{split} {pixels(size)}" for split, size in sizes.items())
+            raise UserError(f"The images of all splits need one size, and have {found}: resize them in `load`.")
+        height, width = min(sizes.values())
         return height, width
 
     def load(self, split: Split) -> Images | None:
@@ -135,8 +141,7 @@ class ImageDataModule(LightningDataModule):
         """Download and decode: called once a machine, before `setup`."""
         self._load_all()
 
-    def _load_all(self) -> None:
-        """Once, as to look through a large folder takes seconds, but again for a network that asks for another size."""
+    def _load_all(self) -> None:  # once, as to look through a folder takes seconds; again if another size is asked for
         network = getattr(self.trainer, "lightning_module", None)
         size = self.fixed_size or self.choose_size(getattr(network, "largest_side", None))
         if size != self.size or not self._loaded:
@@ -151,7 +156,7 @@ class ImageDataModule(LightningDataModule):
         """
         self._load_all()
         if not self.images:
-            self._split()
+            self._split(stage)
         if self.trainer:
             used = {"validate": ["val"], "test": ["test"]}.get(stage or "", SPLITS)  # a fit ends with the test
             check_processes({s: found for s, found in self.images.items() if s in used}, self.trainer.world_size)
@@ -165,7 +170,7 @@ class ImageDataModule(LightningDataModule):
         images = self._loaded.get(self._source if split == "val" else split)
         return images is not None and len(set(np.bincount(images.labels, minlength=self.num_classes))) > 1
 
-    def _split(self) -> None:
+    def _split(self, stage: str | None = None) -> None:
         loaded = {split: images for split, images in self._loaded.items() if images is not None}
         if not loaded.get("train"):
             raise UserError("There are no training images.")
@@ -191,6 +196,10 @@ class ImageDataModule(LightningDataModule):
             )
         self._source = source
         chosen = self._chosen(source, loaded[source])
+        if not chosen.any() and stage != "test":  # which needs none of them
+            few = f"val_fraction={self.val_fraction} of {len(chosen)} images holds out none: raise it."
+            gone = "None of the images that the run validated on is left: put them back, or begin a new run."
+            raise UserError(gone if self.recorded else few)
         shares: dict[Split, np.ndarray] = {"val": chosen}
         if source == "train":
             shares["train"] = ~chosen
@@ -219,12 +228,6 @@ class ImageDataModule(LightningDataModule):
         else:
             relative = [name.partition("/")[2] for name in names]
             chosen = splits.hold_out(relative, images.labels, self.val_fraction, self.seed)
-        if not chosen.any():
-            raise UserError(
-                "None of the images that the run validated on is left: put them back, or begin a new run."
-                if self.recorded
-                else f"val_fraction={self.val_fraction} of {len(images)} images holds out none: raise it."
-            )
         return chosen
 
     def continue_run(self, checkpoint: str | Path, saved: Mapping[str, Any]) -> None:

@@ -108,7 +108,11 @@ def listed(path: str | Path) -> frozenset[str]:
 
 def mark(path: str) -> str:
     """What tells the list of a CSV from another one, however it is written; errors are those of `listed`."""
-    names = sorted(listed(path))
+    return digest(sorted(listed(path)))
+
+
+def digest(names: Sequence[str]) -> str:
+    """How many names there are, and what tells them from others."""
     return f"{len(names):,} images ({zlib.crc32(json.dumps(names).encode()):08x})"
 
 
@@ -125,13 +129,14 @@ def without(names: Names, path: str) -> dict[Split, np.ndarray]:
     """
     out = listed(path)
     rows = {split: others(found, out) for split, found in names.items()}
-    before, after = (sum(map(len, each.values())) for each in (names, rows))
-    if out and after == before:
+    out_of = {split: (len(names[split]) - len(rows[split]), len(names[split])) for split in SPLITS if split in names}
+    if out and not any(count for count, _ in out_of.values()):
         raise UserError(f"leave_out={path} lists none of these images, but, say, {min(out)}: it is of others.")
     for split, left in rows.items():
         if names[split] and not len(left):
             raise UserError(f"leave_out={path} lists all {split} images: list fewer.")
-    rank_zero_info(f"Left out: {before - after:,} of {before:,} images, those in {path}.")
+    said = ", ".join(f"{count:,} of {all_:,} {split}" for split, (count, all_) in out_of.items())
+    rank_zero_info(f"Left out: {said} images, those in {path}.")
     return rows
 
 

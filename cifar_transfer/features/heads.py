@@ -26,6 +26,9 @@ ITERATIONS = 100  # of L-BFGS
 NEIGHBOURS = (1, 5, 20)
 SHOTS, DRAWS = (1, 5, 10, 50), 5  # images a class, and how often they are drawn anew
 SMALLEST = 1e-6  # deviation of a feature
+# Least deviation for a head, of the median one: a feature that is nearly always 0 would get a weight of hundreds, which
+# fine-tuning does not survive.
+LEAST = 0.2
 TIE = 1e-3  # what a cosine weighs beside a vote; twenty of them are less than one vote
 Moments = tuple[Tensor, Tensor]  # mean and deviation of each feature, float32 [D]
 
@@ -88,9 +91,9 @@ def logistic(
     Returns:
         The head, with the standardisation folded in, and its penalty.
     """
-    mean, deviation = standard
+    mean, deviation = standard[0], standard[1].clamp_min(LEAST * float(standard[1].median()))
     count, width = len(train.labels) * len(train.views), len(mean)
-    read = partial(standardised, train.views, train.labels, standard)
+    read = partial(standardised, train.views, train.labels, (mean, deviation))
     kept = list(read()) if 4 * count * width <= KEPT else None
     strengths = torch.tensor(penalties)
     weights = torch.zeros(len(strengths), classes, width)

@@ -49,7 +49,7 @@ class FeatureFile:
 
     def make(self) -> None:
         """Have the file there, its whole size without a batch, and note that it is used; called by one process."""
-        make_folder(self.path.parent, "--features")
+        make_folder(self.path.parent, "--features (by default in the user's cache, XDG_CACHE_HOME)")
         if not self.path.is_file() or self.path.stat().st_size != self.bytes:
             with self.path.open("wb") as file:
                 file.truncate(self.bytes)

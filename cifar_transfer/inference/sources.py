@@ -6,9 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from cifar_transfer.data.images import images_below
+from cifar_transfer.data.images import EXTENSIONS, images_below
 from cifar_transfer.errors import UserError
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -35,7 +33,7 @@ def find(names: Iterable[str], refuse: Callable[[UserError], None]) -> Iterator[
             for path in images_below(name, refuse):
                 yield path
             if path is None:
-                refuse(UserError(f"{name} has no images, not below it either ({' '.join(IMG_EXTENSIONS)})."))
+                refuse(UserError(f"{name} has no images, not below it either ({' '.join(EXTENSIONS)})."))
         elif glob.has_magic(name) and not os.path.lexists(name):
             # `**` has matched what is in the folders that it matched.
             matches = [m for m in glob.iglob(name, recursive=True) if "**" not in name or not os.path.isdir(m)]

@@ -28,6 +28,7 @@ class Backbone(NamedTuple):
     image_size: int | None  # side of the images in pixels, None as it came
     normalize: str | list[list[float]] | None  # what the weights were trained with, as `--model.normalize` takes it
     changes: list[str]  # what was adapted to small images or to the size, a sentence each
+    saved: dict[str, Any]  # the options of the run whose checkpoint gave the weights, else empty
 
 
 def lenet5(num_classes: int) -> nn.Sequential:
@@ -66,13 +67,14 @@ def stock(name: str, auxiliary: bool = False, initialise: bool = True) -> nn.Mod
 
 
 def head_names(network: nn.Module) -> tuple[str, ...]:
-    """The layers that tell a stock network's classes apart: several with auxiliary or distillation heads."""
-    return tuple(
+    """The layers that tell a stock network's classes apart: several with auxiliary (the last) or distillation heads."""
+    names = [
         name
         for name, layer in network.named_modules()
         if (isinstance(layer, nn.Linear) and layer.out_features == _IMAGENET_CLASSES)
         or (isinstance(layer, nn.Conv2d) and layer.out_channels == _IMAGENET_CLASSES)
-    )
+    ]
+    return tuple(sorted(names, key=lambda name: name.startswith(weights.AUXILIARY)))
 
 
 def with_head(
@@ -146,7 +148,7 @@ def build(
     changes = adapt(network, size, patch, small)
     DenseConv2d.convert(network)
     statistics = [list(published.mean), list(published.std)] if published else None
-    return Backbone(network, heads, size, source.saved.get("normalize", statistics), changes)
+    return Backbone(network, heads, size, source.saved.get("normalize", statistics), changes, source.saved)
 
 
 def size_hint(name: str) -> str:

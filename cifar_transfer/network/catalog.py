@@ -11,6 +11,7 @@ from typing import Any
 from torchvision import models
 
 from cifar_transfer.errors import UserError
+from cifar_transfer.start import program
 
 LENET = "lenet5"
 TIMM = "timm/"
@@ -73,7 +74,7 @@ def check(name: str) -> None:
 def _unknown(name: str, known: list[str]) -> None:
     near = difflib.get_close_matches(name, known, n=4)
     hint = f"did you mean {', '.join(near)}?" if near else f"take one of {', '.join(known[:4])}, ..."
-    raise UserError(f"There is no backbone {name!r}: {hint} All: python -m cifar_transfer.backbones")
+    raise UserError(f"There is no backbone {name!r}: {hint} All: {program('backbones')}")
 
 
 def names(pattern: str = "*") -> list[str]:

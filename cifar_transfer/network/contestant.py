@@ -40,11 +40,15 @@ def contestant(text: str) -> Contestant:
         if not Path(weights).expanduser().is_file():
             raise UserError(f"{text}: {weights} is neither a file nor a name of {name}'s weights, nor none.")
         weights = str(Path(weights).expanduser().resolve())
-    kind = "from scratch" if scratch else Path(weights).stem.removeprefix(name).strip("-_.") or "pretrained"
+    stem = Path(weights).stem
+    if Path(weights).parent.name == "checkpoints":  # of a run, in whose folder all have the same names
+        stem = "-".join((*Path(weights).parts[-3:-2], stem))
+    kind = "from scratch" if scratch else stem.removeprefix(name).strip("-_.") or "pretrained"
     label = f"{name}, {kind}"
     options = [f"--model.backbone={name}"]
     if weights:
         options.append(f"--model.weights={weights}")
     if scratch:
-        options.append("--freeze.unfreeze_epoch=0")  # there is nothing worth freezing
+        # There is nothing worth freezing.
+        options += ["--freeze.unfreeze_epoch=0", "--freeze.phases=null", "--freeze.probe=false"]
     return Contestant(name, label, re.sub(r"[^\w.]+", "-", label), scratch, options)

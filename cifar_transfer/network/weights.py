@@ -31,6 +31,7 @@ WRAPPINGS = ("state_dict", "model", "teacher")
 # Of all keys: DDP's; torch.compile's; MoCo v3's, v1's and v2's; DINO's; other people's Lightning modules'.
 PREFIXES = ("module.", "_orig_mod.", "base_encoder.", "encoder_q.", "backbone.", "network.", "model.", "net.")
 SHA256 = re.compile("[0-9a-f]{64}")
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # how the keys of auxiliary heads begin, GoogLeNet's and Inception v3's
 LARGEST = 2**33  # bytes of a file whose size nobody says
 HUB_SECONDS = 60.0  # for the Hub's answer to where a file is
 THREE_WAYS_OUT = (
@@ -252,10 +253,9 @@ def load(network: nn.Module, state: State, heads: Sequence[str], source: str, un
         raise UserError(f"The weights {source} hold values that are no numbers, in {_some(bad)}: take others.")
     result = network.load_state_dict(usable, strict=False)
     needless = tuple(f"{head}." for head in heads)
-    dropped = "aux1.", "aux2.", "AuxLogits."  # of a network built without auxiliary heads
     wrong = {
         "missing": {key for key in result.missing_keys if not key.startswith(needless)} - other,
-        "unknown": {key for key in result.unexpected_keys if not key.startswith(dropped)},
+        "unknown": {key for key in result.unexpected_keys if not key.startswith(AUXILIARY)},
         "of another shape": other,
     }
     if any(wrong.values()):

@@ -106,7 +106,14 @@ def _thumbnails(images: Images, rows: Tensor, side: int) -> Tensor:
     return thumbnails(images.__getitems__(rows.tolist())[0], side)
 
 
-def thumbnails(images: Tensor, side: int = SPRITE) -> Tensor:
+def squares(images: Tensor) -> Tensor:
+    """Images, uint8 [K, 3, H, W], small, in [0, 1], on black squares: the projector fails on high ones."""
+    small = thumbnails(images, SPRITE) / 255
+    height, width = small.shape[2:]
+    return F.pad(small, (0, max(0, height - width), 0, max(0, width - height)))
+
+
+def thumbnails(images: Tensor, side: int) -> Tensor:
     """Images, uint8 [K, 3, H, W], made smaller until none is longer than `side` pixels."""
     if (longest := max(images.shape[2:])) <= side:
         return images

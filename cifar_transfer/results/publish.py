@@ -19,7 +19,7 @@ from cifar_transfer.data.geometry import pixels, resize
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.files import CONFIG
 from cifar_transfer.results import plots
-from cifar_transfer.results.collect import CollectPredictions
+from cifar_transfer.results.collect import CollectPredictions, squares
 from cifar_transfer.results.predictions import Predictions
 from cifar_transfer.results.words import class_name, language, language_of, word
 from cifar_transfer.text import printable
@@ -154,4 +154,4 @@ def publish(run: Path, split: str, collected: CollectPredictions, board: Summary
         save(prediction_plots(kept, split), folder, board, step)
     if board is not None and collected.features is not None:
         names = [printable(collected.predictions.names[label]) for label in collected.classes.tolist()]
-        board.add_embedding(collected.features, names, collected.thumbnails / 255, step, tag=f"{split} features")
+        board.add_embedding(collected.features, names, squares(collected.thumbnails), step, tag=f"{split} features")

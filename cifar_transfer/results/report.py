@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer.console import say
-from cifar_transfer.errors import first_line
+from cifar_transfer.errors import UserError, first_line
 from cifar_transfer.files import RESULT, write_json
 from cifar_transfer.results import publish
 from cifar_transfer.results.collect import CollectPredictions
@@ -47,6 +47,8 @@ class Report(Callback):
     """
 
     def __init__(self, figures: bool = True, projector: bool = False, language: Language = "en") -> None:
+        if projector and not figures:
+            raise UserError("projector=true comes with the figures: leave out figures=false.")
         self.figures, self.projector, self.language = figures, projector, language
         self.images_per_second = 0.0  # of training in the last epoch, over all devices; validation does not count
         self._earlier = 0.0  # seconds of the epochs before this one

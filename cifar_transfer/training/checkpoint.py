@@ -15,7 +15,7 @@ from cifar_transfer.data.geometry import GEOMETRY_KEY, Geometry
 from cifar_transfer.data.images import LARGEST_SIDE
 from cifar_transfer.errors import UserError, first_line
 from cifar_transfer.files import LOGS
-from cifar_transfer.start import known_options
+from cifar_transfer.start import known_options, program
 from cifar_transfer.training.image_network import MOST_CLASSES, ImageNetwork
 from cifar_transfer.untrusted import check_archive
 
@@ -30,8 +30,7 @@ def newest_checkpoint(logs: str | Path = LOGS) -> Path:
     found = list(Path(logs).glob("*/checkpoints/best.ckpt"))
     if not found:
         raise UserError(
-            f"No run in {Path(logs).resolve()} has a checkpoint: name one with --ckpt, or train with "
-            f"python -m cifar_transfer.fit."
+            f"No run in {Path(logs).resolve()} has a checkpoint: name one with --ckpt, or train with {program('fit')}."
         )
     return max(found, key=lambda path: path.stat().st_mtime)
 
@@ -43,7 +42,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: The file is missing, damaged, not a checkpoint of `TransferClassifier`, or one of another version.
     """
     if not Path(path).is_file():
-        raise UserError(f"The checkpoint {path} does not exist: a run keeps its own in RUN/checkpoints/best.ckpt.")
+        what = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise UserError(f"The checkpoint {path} {what}: a run keeps its own in RUN/checkpoints/best.ckpt.")
     check_archive(path)
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)

@@ -175,6 +175,8 @@ class TransferClassifier(AveragedModule):
                 f"make it with num_classes={data.num_classes}."
             )
         self.settle_size(data.image_size)
+        if stage == "fit" and not self.trainer.ckpt_path:
+            self.tell_unlike()
         if stage == "fit" and min(self.geometry.size) < (self.largest_side or 0):
             side = self.largest_side
             rank_zero_info(f"Images of {pixels(self.geometry.size)} are enlarged to {side} x {side} on the device.")

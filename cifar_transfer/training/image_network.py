@@ -26,6 +26,7 @@ class ImageNetwork(nn.Module):
         network: The library's plain network.
         heads: Names of its layers that tell the classes apart, mostly one; all the rest is the backbone.
         changes: What was adapted to small images, in sentences.
+        saved: Options of the run whose checkpoint gave the weights, else empty.
         geometry: How an image becomes the network's input.
         sized: Whether `geometry.size` is that of the images trained on; until training begins it is a guess.
     """
@@ -58,7 +59,7 @@ class ImageNetwork(nn.Module):
             auxiliary=options["aux_weight"] > 0,
         )
         self.network = built.network.to(memory_format=torch.channels_last)  # faster on CPUs and on GPUs' tensor cores
-        self.heads, self.changes = built.heads, built.changes
+        self.heads, self.changes, self.saved = built.heads, built.changes, built.saved
         if options["normalize"] == "weights":
             if built.normalize is None:
                 name = options["backbone"]

@@ -122,13 +122,13 @@ def own_stages(module: LightningModule) -> dict[str, list[str]]:
     Raises:
         UserError: A name in its `heads` that no submodule has.
     """
-    network, prefix = getattr(module, "network", None), "network."
-    if not isinstance(network, nn.Module):
-        network, prefix = module, ""
     heads = getattr(module, "heads", ())
     heads = [head for head in heads if isinstance(head, str)] if isinstance(heads, list | tuple | set) else []
-    known = {name for name, _ in network.named_modules()}
-    if unknown := [head for head in heads if head not in known]:
+    known = {name for name, _ in module.named_modules()}
+    network, prefix = getattr(module, "network", None), "network."
+    if not isinstance(network, nn.Module) or not known.issuperset(prefix + head for head in heads):
+        network, prefix = module, ""
+    if unknown := [head for head in heads if prefix + head not in known]:
         raise UserError(f"{type(module).__name__}.heads names {unknown[0]!r}, which is none of its submodules.")
     return {stage: [prefix + name for name in names] for stage, names in stages(network, heads).items()}
 

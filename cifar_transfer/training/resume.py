@@ -7,6 +7,7 @@ from lightning import LightningDataModule, Trainer
 
 from cifar_transfer.data.geometry import Geometry
 from cifar_transfer.data.module import ImageDataModule
+from cifar_transfer.data.splits import digest
 from cifar_transfer.errors import UserError
 from cifar_transfer.training.image_network import ImageNetwork
 
@@ -23,8 +24,9 @@ REFUSED = {
     "model.ema": _AVERAGE,
     **{f"data.{name}": _SPLIT for name in ("data", "seed", "val_fraction", "task", "train_images")},
 }
-_ORDER = ("data.batch_size", "data.sampler", "data.left_out", "processes")
+_ORDER = ("data.batch_size", "data.sampler", "data.left_out", "processes", "training_images")
 REFUSED_WITHIN_AN_EPOCH = {name: _SKIPPED for name in _ORDER}
+MENDS = {"data.left_out": "have the list as it was", "training_images": "have the images as they were"}
 FREEZE = ("unfreeze_epoch", "unfrozen_lr", "frozen", "batch_norm", "phases", "probe", "monitor", "mode")
 REFUSED_UNFROZEN = {f"freeze.{name}": _UNFROZEN for name in FREEZE}
 CHANGED = {
@@ -87,7 +89,7 @@ def compare(saved: Mapping[str, Any], asked: Mapping[str, Any], within_epoch: bo
         option = {"data.seed": "seed_everything", "data.left_out": "data.leave_out"}.get(name, name)
         if name in refused:
             written = ", which" if refused[name] == _UNDONE else "; the checkpoint"
-            mend = "have the list as it was" if name == "data.left_out" else "leave it out"
+            mend = MENDS.get(name, "leave it out")
             raise UserError(
                 f"{option}={after} {refused[name]}{written} was written with {before}: {mend} to continue that "
                 f"run, or begin a new one from its weights with --model.weights=CHECKPOINT."
@@ -99,12 +101,16 @@ def compare(saved: Mapping[str, Any], asked: Mapping[str, Any], within_epoch: bo
 
 def compare_checkpoint(trainer: Trainer, model: Any, data: Any, checkpoint: Mapping[str, Any]) -> list[str]:
     """What differs between a checkpoint and the run of these that continues from it; see `compare`."""
+    if "loops" not in checkpoint or "callbacks" not in checkpoint:
+        raise UserError("The checkpoint holds weights alone, and no run to continue: begin with --model.weights=FILE.")
     loops = checkpoint["loops"]["fit_loop"]
     run = checkpoint["callbacks"].get("RunFolder", {})
     saved_data = checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     saved = flat(model=checkpoint.get("hyper_parameters", {}), data=saved_data) | run
     asked = flat(model=model.hparams, data=getattr(data, "hparams", {}))
     asked |= {"processes": trainer.world_size, "max_epochs": trainer.max_epochs}
+    if names := getattr(data, "names", {}).get("train"):
+        asked["training_images"] = digest(names)
     within = not loops["epoch_loop.batch_progress"]["is_last_batch"]
     return compare(saved, asked, within_epoch=within, unfrozen=False)
 

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from cifar_transfer.data import splits
 from cifar_transfer.errors import UserError
 from cifar_transfer.files import CONFIG, RESULT, atomic_write, remove_partial, write_text
 from cifar_transfer.training.checkpoint import read_checkpoint
@@ -150,10 +151,10 @@ class RunFolder(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note what a run that continues from this one is compared with."""
-        self._options = {"processes": trainer.world_size, "max_epochs": trainer.max_epochs}
+        self._options: dict[str, Any] = {"processes": trainer.world_size, "max_epochs": trainer.max_epochs}
 
-    def state_dict(self) -> dict[str, int | None]:
-        """The number of processes and of epochs, which are in no hyper-parameters."""
+    def state_dict(self) -> dict[str, Any]:
+        """The number of processes and of epochs, and the training images, which are in no hyper-parameters."""
         return self._options
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,6 +168,8 @@ class RunFolder(Callback):
     def _start(self, trainer: Trainer) -> None:
         if self.started:
             return
+        if names := trainer.datamodule.names.get("train"):  # type: ignore[attr-defined] # as it is one of ours
+            self._options["training_images"] = splits.digest(names)
         if isinstance(trainer.logger, RunLogger):
             trainer.logger.start(trainer)
         folder = trainer.log_dir  # asked for by all ranks together

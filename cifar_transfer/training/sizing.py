@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cifar_transfer.data.geometry import GEOMETRY_KEY, Geometry, Size, pixels, statistics
 from cifar_transfer.errors import UserError
@@ -66,6 +67,25 @@ class SizedModule(ScoredModule, ImageNetwork):
             self.geometry = replace(self.geometry, mean=mean, std=std)
             for buffer, values in ((self.mean, mean), (self.std, std)):
                 buffer.copy_(torch.tensor(values).view(3, 1, 1))
+
+    def tell_unlike(self) -> None:
+        """Say in what the images are unlike those that the weights come from, and that the adaptation was made for."""
+        now = self.geometry
+        if self.saved:
+            before = Geometry.of({"hyper_parameters": self.saved, "input_size": self.saved["input_size"]})
+            if before.input_size != now.input_size:
+                rank_zero_info(
+                    f"The weights come from images of {pixels(before.input_size)} pixels, and the network now sees "
+                    f"{pixels(now.input_size)}: set --model.image_size if it should not."
+                )
+            if [*before.mean, *before.std] != [*now.mean, *now.std]:
+                rank_zero_info("The weights come from images of other statistics: see --model.normalize.")
+        assumed = self.hparams["image_size"] is None and max(now.size) != build.ASSUMED
+        if assumed and any(f"{build.ASSUMED} pixels" in change for change in self.changes):
+            rank_zero_warn(
+                f"The network was adapted to images of {build.ASSUMED} pixels, and these have {pixels(now.size)}: set "
+                f"--model.image_size."
+            )
 
     def settle_size(self, size: Size) -> None:
         """Of images as they are decoded; of a checkpoint that says the same nothing changes."""
