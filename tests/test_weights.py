@@ -120,7 +120,9 @@ def test_weights_alone_are_no_run_to_continue(tmp_path):
     torch.save(
         torch.load(path, weights_only=True) | {"global_step": 1}, path
     )  # as `save_checkpoint(weights_only=True)`
-    with pytest.raises(UserError, match=r"holds weights alone, and no run to continue: begin with --model\.weights=FILE"):
+    with pytest.raises(
+        UserError, match=r"holds weights alone, and no run to continue: begin with --model\.weights=FILE"
+    ):
         fit([f"--model.backbone={TINY}", "--data=ShapesDataModule", "--data.train_images=100", f"--ckpt_path={path}"])
 
 
