@@ -2,6 +2,7 @@
 
 import gzip
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,6 +155,26 @@ def test_evaluate_takes_the_recorded_images(here, caplog):
     with caplog.at_level("INFO"):
         evaluate(LAST, "val", accelerator="cpu", figures=False)
     assert f", {len(before['val']) - 1} val" in caplog.text.splitlines()[-1]
+
+
+def test_a_test_needs_no_validation_images(here):
+    write_images(here / "elsewhere" / "train", 3, size=(36, 33), seed=5)
+    for path in here.glob("elsewhere/train/*/*"):
+        path.rename(path.with_name(f"other {path.name}"))
+    write_images(here / "elsewhere" / "test", 4, size=(36, 33), seed=6)
+    assert "test/acc" in evaluate(LAST, "test", root="elsewhere", accelerator="cpu", figures=False)
+    with pytest.raises(UserError, match="None of the images that the run validated on is left"):
+        evaluate(LAST, "val", root="elsewhere", accelerator="cpu", figures=False)
+
+
+def test_figures_go_into_the_run_from_wherever_it_is_evaluated(here, monkeypatch, capsys):
+    monkeypatch.chdir(Path(LAST).parent)
+    evaluate("last.ckpt", "val", root=str(here / "photos"), accelerator="cpu")
+    assert "figures  ../figures/val-*.png" in capsys.readouterr().out
+    assert (here / RUN / "figures" / "val-confusion.png").is_file()
+    assert not Path("figures").exists()
+    with pytest.raises(UserError, match=r"projector=true comes with the figures: leave out figures=false"):
+        evaluate("last.ckpt", "val", figures=False, projector=True)
 
 
 def test_images_moved_from_training_to_validation_are_not_validated_on(here):
