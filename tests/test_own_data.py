@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import RUN, TINY, quiet_trainer, run_fit, untouched, write_images
+from lightning import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from cifar_transfer import ArrayImages, ImageDataModule, TransferClassifier
 from cifar_transfer.data.images import Images
@@ -43,6 +45,22 @@ def test_a_resumed_run_of_own_data_keeps_its_validation_images(tmp_path):
     for other in ({"val_fraction": 0.4}, {"seed": 3}):
         with pytest.raises(UserError, match="would make validation images of images that were trained on"):
             fitted(Fruit(batch_size=8, **other), 2, last, tmp_path / "other")
+
+
+def test_a_module_of_ones_own_may_have_options_of_the_same_names(tmp_path):
+    class Mine(LightningModule):
+        def __init__(self, batch_size=1, seed="mine"):
+            super().__init__()
+            self.save_hyperparameters()
+            self.layer = torch.nn.Linear(3, 3)
+
+        def training_step(self, batch, batch_idx):
+            return torch.nn.functional.cross_entropy(self.layer(batch[0].mean((2, 3))), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters())
+
+    quiet_trainer(max_epochs=1, logger=TensorBoardLogger(tmp_path)).fit(Mine(), Fruit(batch_size=8))
 
 
 @pytest.mark.parametrize(

@@ -101,12 +101,13 @@ class ImageDataModule(LightningDataModule):
         self.record()
 
     def record(self, **options: str | int | float | None) -> None:
-        """Keep these options and those of this class with every checkpoint, as primitives, for `weights_only`."""
+        """Keep these options and those of this class with every checkpoint, as primitives; without these, unlogged."""
         own = ["batch_size", "eval_batch_size", "val_fraction", "num_workers", "seed"]
         own += ["class_weights", "sampler", "leave_out"]
         shared = {name: getattr(self, name) for name in own} | {"augment": asdict(self.augment)}
         shared["left_out"] = splits.mark(self.leave_out) if self.leave_out else None
-        self.save_hyperparameters({"data": type(self).__name__, "held_out_by": HASH} | shared | options)
+        shared |= {"data": type(self).__name__, "held_out_by": HASH}
+        self.save_hyperparameters(shared | options, logger=bool(options))
 
     @property
     def class_names(self) -> list[str]:
@@ -178,10 +179,8 @@ class ImageDataModule(LightningDataModule):
         for split, images in loaded.items():
             labels = images.labels
             if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
-                found, most = f"from {labels.min()} to {labels.max()}", self.num_classes - 1
-                raise UserError(
-                    f"The {split} images have labels {found}, but the classes are numbered from 0 to {most}."
-                )
+                found, most = f"labels from {labels.min()} to {labels.max()}", self.num_classes - 1
+                raise UserError(f"The {split} images have {found}, but the classes are numbered from 0 to {most}.")
             # A number tells those apart that have no name: they are always the same ones in the same order.
             names = images.names or [f"{self.class_names[label]}/{row}" for row, label in enumerate(labels)]
             self.names[split] = [f"{split}/{name}" for name in names]
