@@ -6,6 +6,7 @@
 
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
@@ -20,6 +21,14 @@ BY_THE_WAY = (
     *("Does not validate against any", "Subtypes:", "Errors:", "Given value type:"),
     *("Given value: Namespace(", "Given value: NestedArg("),
 )
+# What jsonargparse says, and how people would.
+PLAINER = {
+    r'Parser key "([^"]+)": (?=Expected a (?:<|typing))': r"--\1 takes ",
+    r"Expected an? <class '(\w+)'>": r"\1",
+    r"Expected a typing\.Literal\[([^\]]*)\]": r"\1",
+    r"[;.] (Got|Given) value: ": ", not ",
+    r"\bNoneType\b": "null",
+}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Of a disk that fails, is read-only or somebody else's, or that a network has lost or does not serve in full.
 FAILING = (
@@ -60,7 +69,10 @@ def account(message: str) -> str:
     lines = [line for line in lines if line and not line.startswith(BY_THE_WAY)]
     causes = [line for line in lines if not line.startswith(("Expected a", "Given value"))]
     told = lines if all(line.startswith("Parser key") for line in causes) else causes
-    return "; ".join(told).replace(":; ", ": ")
+    said = "; ".join(told).replace(":; ", ": ")
+    for words, plainer in PLAINER.items():
+        said = re.sub(words, plainer, said)
+    return said
 
 
 def caused_by_us(error: BaseException | None) -> "UserError | None":

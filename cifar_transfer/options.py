@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,13 +25,10 @@ def check_recipe(folder: Path, options: Sequence[str]) -> dict[str, Any]:
     recipe: dict[str, Any] = {"options": [without_password(option) for option in options]}
     for file in (Path(option.partition("=")[2]) for option in options if option.startswith("--config=")):
         recipe.setdefault("config", []).extend(file.read_text().splitlines() if file.is_file() else [])
-    try:
-        same = not (folder / RECIPE).is_file() or json.loads((folder / RECIPE).read_text()) == recipe
-    except ValueError:
-        same = False
-    if not same:
-        raise UserError(f"{folder} holds results of another recipe ({RECIPE}): name another folder with --out.")
-    return recipe
+    with suppress(ValueError):
+        if not (folder / RECIPE).is_file() or json.loads((folder / RECIPE).read_text()) == recipe:
+            return recipe
+    raise UserError(f"{folder} holds results of another recipe ({RECIPE}): name another folder with --out.")
 
 
 class _OneSentence:

@@ -172,7 +172,7 @@ MISTAKES = [
     (["--data.batch_siz=3"], "'batch_siz' is not accepted (Did you mean batch_size"),
     (["--trainer.callbacks=EarlyStopping"], '"trainer.callbacks": the following arguments are required: monitor'),
     (["--trainer.callbacks+=cifar_transfer.Nothing"], "has no attribute 'Nothing'"),
-    (["--trainer.max_epochs=1.5"], "\"trainer.max_epochs\": Expected a <class 'int'>"),
+    (["--trainer.max_epochs=1.5"], "--trainer.max_epochs takes int; null, not 1.5"),
     (["--model.backbone=lenet5", "--model.weights=DEFAULT"], "with --model.weights=none and --freeze.unfreeze_epoch=0"),
     pytest.param(
         ["--trainer.logger=WandbLogger"],

@@ -73,19 +73,15 @@ class SizedModule(ScoredModule, ImageNetwork):
         now = self.geometry
         if self.saved:
             before = Geometry.of({"hyper_parameters": self.saved, "input_size": self.saved["input_size"]})
-            if before.input_size != now.input_size:
-                rank_zero_info(
-                    f"The weights come from images of {pixels(before.input_size)} pixels, and the network now sees "
-                    f"{pixels(now.input_size)}: set --model.image_size if it should not."
-                )
+            if (sizes := [pixels(before.input_size), pixels(now.input_size)])[0] != sizes[1]:
+                seen = f"from images of {sizes[0]} pixels, and the network now sees {sizes[1]}"
+                rank_zero_info(f"The weights come {seen}: set --model.image_size if it should not.")
             if [*before.mean, *before.std] != [*now.mean, *now.std]:
                 rank_zero_info("The weights come from images of other statistics: see --model.normalize.")
         assumed = self.hparams["image_size"] is None and max(now.size) != build.ASSUMED
         if assumed and any(f"{build.ASSUMED} pixels" in change for change in self.changes):
-            rank_zero_warn(
-                f"The network was adapted to images of {build.ASSUMED} pixels, and these have {pixels(now.size)}: set "
-                f"--model.image_size."
-            )
+            made = f"adapted to images of {build.ASSUMED} pixels, and these have {pixels(now.size)}"
+            rank_zero_warn(f"The network was {made}: set --model.image_size.")
 
     def settle_size(self, size: Size) -> None:
         """Of images as they are decoded; of a checkpoint that says the same nothing changes."""
