@@ -126,9 +126,7 @@ def audit(audited: Audited, extracted: Mapping[splits.Split, findings.Features])
     rank_zero_info("Judging labels by cross-validation ...")
     shares = findings.probabilities(extracted, audited.data.num_classes)
     agreed = float((shares.argmax(1) == audited.labels).float().mean())
-    rank_zero_info(
-        f"cross-validated accuracy  {agreed:.1%}"
-    )  # where it is low, the findings are the network's mistakes
+    rank_zero_info(f"cross-validated accuracy  {agreed:.1%}")
     rank_zero_info("Looking for each image's nearest ones ...")
     cosines, rows = findings.nearest(extracted)
     rank_zero_info("Comparing pixels ...")

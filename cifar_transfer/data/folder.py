@@ -85,21 +85,23 @@ class ImageFolderDataModule(ImageDataModule):
         first = not self._loaded
         super().prepare_data()
         train = self._loaded["train"]
+        out = splits.listed(self.leave_out) if self.leave_out else frozenset[str]()
         for split, images in self._loaded.items():
             if not (first and train and images) or images is train:
                 continue
             paths, _ = self._listed(split)
             found = duplicates.find(train, self._listed("train")[0], images, paths)
-            if pairs := [pair for pair in found if not self._left_out(*pair)]:
+            pairs = [pair for pair in found if not out.intersection(map(self._name, pair))]
+            if pairs:
                 examples = "; ".join(printable(f"{other} is {trained}") for trained, other in pairs[:2])
                 rank_zero_warn(
                     f"{len(pairs):,} of {len(paths):,} {split} images are also among those of training ({examples}), "
                     f"so the {split} figure will be too good: remove them from either, or list them for leave_out."
                 )
 
-    def _left_out(self, *paths: str) -> bool:
-        names = [str(Path(path).relative_to(self.root)) for path in paths]
-        return bool(self.leave_out) and len(splits.others(names, splits.listed(self.leave_out or ""))) < len(names)
+    def _name(self, path: str) -> str:
+        """As a list of images to leave out has it."""
+        return splits.as_listed(Path(path).relative_to(self.root).as_posix())
 
     def load(self, split: Split) -> Images | None:
         """The images of a split, or None where it has no folder."""

@@ -116,9 +116,14 @@ def digest(names: Sequence[str]) -> str:
     return f"{len(names):,} images ({zlib.crc32(json.dumps(names).encode()):08x})"
 
 
+def as_listed(name: str) -> str:
+    """A name in a list, where what is no text in it is written as escapes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def others(names: Sequence[str], out: Collection[str]) -> np.ndarray:
-    """Rows int64 of the names that are not listed, where what is no text in a name is written as escapes."""
-    return np.flatnonzero([name.encode(errors="backslashreplace").decode() not in out for name in names])
+    """Rows int64 of the names that are not listed."""
+    return np.flatnonzero([as_listed(name) not in out for name in names])
 
 
 def without(names: Names, path: str) -> dict[Split, np.ndarray]:

@@ -65,9 +65,9 @@ class Predictions:
         arrays = {name: getattr(self, name).numpy() for name in ("labels", "rows", "images")}
         with atomic_write(path) as file:
             half = self.probabilities.half()
-            # Rounding must not have another class win: by the last digit it has not.
-            first = half.amax(1, keepdim=True).nextafter(torch.ones(1).half())
-            half = half.scatter(1, self.predicted[:, None], first)
+            # Where rounding has another class win, the predicted one is given a last digit more.
+            rows = (half.argmax(1) != self.predicted).nonzero()[:, 0]
+            half[rows, self.predicted[rows]] = half[rows].amax(1).nextafter(torch.ones(1).half())
             np.savez_compressed(file, names=np.array(self.names), probabilities=half.numpy(), **arrays)
 
     @classmethod

@@ -109,8 +109,8 @@ def compare_checkpoint(trainer: Trainer, model: Any, data: Any, checkpoint: Mapp
     saved = flat(model=checkpoint.get("hyper_parameters", {}), data=saved_data) | run
     asked = flat(model=model.hparams, data=getattr(data, "hparams", {}))
     asked |= {"processes": trainer.world_size, "max_epochs": trainer.max_epochs}
-    if names := getattr(data, "names", {}).get("train"):
-        asked["training_images"] = digest(names)
+    if isinstance(data, ImageDataModule) and data.names:  # known when it is set up
+        asked["training_images"] = digest(data.names["train"])
     within = not loops["epoch_loop.batch_progress"]["is_last_batch"]
     return compare(saved, asked, within_epoch=within, unfrozen=False)
 
