@@ -178,4 +178,4 @@ def main(args: Sequence[str]) -> None:
     found = audit(audited, extracted)
     write(audited, found, given.out)
     print(f"\n{summary(audited, found)}\nlook at it   {given.out / 'audit.html'}")
-    print(f"do without   {start.program('fit')} --data.leave_out={given.out / 'labels.csv'}")
+    print(f"do without   {start.program('fit')} --data.leave_out=FILE, once you have looked through that file")

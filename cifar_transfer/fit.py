@@ -110,9 +110,10 @@ def _job(cli: FitCLI) -> Outcome | None:
         lines[f"{split} {SCORES[score]}"] = styled(f"{value:.2%}", 32)
     epochs, epoch = result["epochs"], counted(torch.load(best, "cpu", weights_only=True, mmap=True)["epoch"])
     newest = run.parent == Path(LOGS) and newest_checkpoint() == checkpoint  # which predict takes by itself
+    speed = f"{result['images_per_second']:.0f} images/s"
     lines |= {
         "checkpoint": f"the best, of epoch {min(epoch, epochs)}",  # the last weights are saved after the epoch
-        "training": f"{epochs} epochs in {duration(result['seconds'])}, {result['images_per_second']:.0f} images/s",
+        "training": f"{epochs} epoch{'s' * (epochs > 1)} in {duration(result['seconds'])}, {speed}",
         "network": f"{model.hparams['backbone']}, {result['parameters']:,} parameters",
         "run": str(run),
         "look at it": f"tensorboard --logdir {run.parent}",

@@ -299,6 +299,13 @@ def test_another_recipe_needs_another_folder_and_the_same_one_adds_to_the_table(
             tmp_path, f"{NETWORK}=none", *options, "--data.batch_size=8", module="cifar_transfer.probe", expect=2
         )
     assert "holds results of another recipe (recipe.json): name another folder with --out" in done.stderr
+    home = tmp_path / "lightning_logs" / "probe" / f"{NETWORK}-from-scratch"
+    shutil.copy(home / "recipe.json", tmp_path / "kept.json")
+    (home / "recipe.json").write_text('{"options": ["--model.weights=another/w.pth"]}')  # of the same name
+    with untouched(tmp_path):
+        done = run_fit(tmp_path, f"{NETWORK}=none", *options, module="cifar_transfer.probe", expect=2)
+    assert f"{NETWORK}-from-scratch holds results of another recipe" in done.stderr
+    shutil.copy(tmp_path / "kept.json", home / "recipe.json")
     done = run_fit(tmp_path, "shufflenet_v2_x1_0=none", *options, module="cifar_transfer.probe")
     lines = (tmp_path / "lightning_logs" / "probe" / "probe.md").read_text().splitlines()
     assert {line.split(",")[0].strip("| ") for line in lines[2:]} == {NETWORK, "shufflenet_v2_x1_0"}

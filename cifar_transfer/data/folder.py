@@ -91,8 +91,7 @@ class ImageFolderDataModule(ImageDataModule):
                 continue
             paths, _ = self._listed(split)
             found = duplicates.find(train, self._listed("train")[0], images, paths)
-            pairs = [pair for pair in found if not out.intersection(map(self._name, pair))]
-            if pairs:
+            if pairs := [pair for pair in found if not out.intersection(map(self._name, pair))]:
                 examples = "; ".join(printable(f"{other} is {trained}") for trained, other in pairs[:2])
                 rank_zero_warn(
                     f"{len(pairs):,} of {len(paths):,} {split} images are also among those of training ({examples}), "
