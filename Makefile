@@ -5,7 +5,7 @@ VENV := .venv/bin
 .PHONY: demo fit test check
 
 demo: .venv/ready  ## Pretrain, transfer and compare on drawn shapes: no data, no network, two minutes
-	$(VENV)/python -m cifar_transfer.demo
+	$(VENV)/python -m cifar_transfer demo
 
 fit: .venv/ready  ## The whole recipe on CIFAR-10
 	$(VENV)/python -m cifar_transfer.fit

@@ -47,7 +47,10 @@ def main() -> None:
     pictures = [transforms.functional.to_pil_image(image) for image in batch]
     pipeline, augment = torchvision_pipeline(), Augment()
     contestants: dict[str, tuple[Callable[[], Tensor], int]] = {
-        "torchvision, image by image, 1 thread": (lambda: torch.stack([pipeline(p) for p in pictures]), 1),
+        "torchvision, image by image, 1 thread": (
+            lambda: torch.stack([pipeline(p) for p in pictures]),
+            1,
+        ),
         "Augment, batch at once, 1 thread": (lambda: augment(batch), 1),
         f"Augment, batch at once, {all_threads} threads": (lambda: augment(batch), all_threads),
     }
@@ -56,7 +59,9 @@ def main() -> None:
     while rounds < ROUNDS and time.perf_counter() - start < MOST_SECONDS:
         rounds += 1
         for name, (work, threads) in contestants.items():
-            seconds(work, threads)  # what the turn before left in the caches and thread pools is not this one's
+            seconds(
+                work, threads
+            )  # what the turn before left in the caches and thread pools is not this one's
             times[name].append(seconds(work, threads) / BATCH * 1e6)
 
     print(f"batches of {BATCH} images, {SIZE} x {SIZE}; {rounds} rounds")

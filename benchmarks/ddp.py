@@ -42,7 +42,9 @@ def steps(model: nn.Module, batch: tuple[Tensor, Tensor], work: bool = True) -> 
 class Compare(Callback):
     """Runs the contest at the start of the second epoch."""
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Let the wrappers take turns, and print what came of it on the first rank."""
         if trainer.current_epoch == 0 or batch_idx:
             return
@@ -64,9 +66,13 @@ class Compare(Callback):
         if trainer.is_global_zero:
             medians = {name: float(torch.tensor(values).median()) for name, values in times.items()}
             single = times.pop("one process, the other at rest")
-            print(f"\n2 processes of {torch.get_num_threads()} threads, ResNet18, batches of {BATCH} each")
+            print(
+                f"\n2 processes of {torch.get_num_threads()} threads, ResNet18, batches of {BATCH} each"
+            )
             print(table(times, 2 * STEPS * BATCH))
-            print(f"one process alone: {STEPS * BATCH / torch.tensor(single).median():.0f} images/s")
+            print(
+                f"one process alone: {STEPS * BATCH / torch.tensor(single).median():.0f} images/s"
+            )
             alone = medians["one process, the other at rest"]
             print(f"efficiency of plain DDP: {alone / medians['plain DDP']:.0%} of twice that")
         trainer.should_stop = True

@@ -30,8 +30,8 @@ from torchvision.transforms.functional import to_pil_image
 from benchmarks.augment import torchvision_pipeline
 from benchmarks.turns import seconds, table
 from cifar_transfer import BackboneFreeze
-from cifar_transfer.errors import one_sentence
-from cifar_transfer.training.cli import FitCLI
+from cifar_transfer.base.errors import one_sentence
+from cifar_transfer.cli.fit_cli import FitCLI
 
 CHUNK, ROUNDS, WARM = 8, 14, 2
 """Steps a turn, turns that count, turns before them."""
@@ -66,14 +66,18 @@ class Tutorial:
         self.network.fc = nn.Linear(512, 10)
         self.network.to(device)
         self.batches = endless(DataLoader(Pictures(2000), batch_size, shuffle=True, drop_last=True))
-        self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in ((0.49, 0.48, 0.45), (0.20, 0.20, 0.20)))
+        self.mean, self.std = (
+            torch.tensor(v).view(3, 1, 1) for v in ((0.49, 0.48, 0.45), (0.20, 0.20, 0.20))
+        )
         self.freeze(True)
 
     def freeze(self, frozen: bool) -> None:
         """Train the head alone, or all; each with an optimizer of its own."""
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(not frozen or name.startswith("fc."))
-        trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        trainable = [
+            parameter for parameter in self.network.parameters() if parameter.requires_grad
+        ]
         self.optimizer = torch.optim.Adam(trainable, lr=1e-4, weight_decay=1e-4)
 
     def __call__(self) -> None:
@@ -82,7 +86,10 @@ class Tutorial:
         running = 0.0
         for _ in range(CHUNK):
             images, labels = next(self.batches)
-            images, labels = ((images - self.mean) / self.std).to(self.device), labels.to(self.device)
+            images, labels = (
+                ((images - self.mean) / self.std).to(self.device),
+                labels.to(self.device),
+            )
             self.optimizer.zero_grad()
             loss = F.cross_entropy(self.network(images), labels)
             loss.backward()
@@ -90,7 +97,9 @@ class Tutorial:
             running += loss.item()
 
 
-def floor(module: LightningModule, trainer: Trainer, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+def floor(
+    module: LightningModule, trainer: Trainer, batch: tuple[Tensor, Tensor]
+) -> Callable[[], None]:
     """Bare steps of a copy of the module's network in its present phase."""
     network: nn.Module = copy.deepcopy(module.network)  # type: ignore[arg-type]
     for one, other in zip(network.modules(), module.network.modules(), strict=True):  # type: ignore[operator]
@@ -148,10 +157,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cli = FitCLI(
             [
-                *("--data=ShapesDataModule", f"--data.train_images={images * 5 // 4}", "--data.test_images=100"),
+                *(
+                    "--data=ShapesDataModule",
+                    f"--data.train_images={images * 5 // 4}",
+                    "--data.test_images=100",
+                ),
                 *("--data.val_fraction=0.2", "--model.weights=none"),
-                *(f"--trainer.limit_train_batches={CHUNK * (ROUNDS + WARM)}", "--trainer.limit_val_batches=1"),
-                *("--trainer.max_epochs=2", "--freeze.unfreeze_epoch=1", f"--trainer.default_root_dir={folder}"),
+                *(
+                    f"--trainer.limit_train_batches={CHUNK * (ROUNDS + WARM)}",
+                    "--trainer.limit_val_batches=1",
+                ),
+                *(
+                    "--trainer.max_epochs=2",
+                    "--freeze.unfreeze_epoch=1",
+                    f"--trainer.default_root_dir={folder}",
+                ),
                 *sys.argv[1:],
             ]
         )

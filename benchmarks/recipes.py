@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from cifar_transfer.results.report import RESULT
-from cifar_transfer.training.checkpoint import read_checkpoint
+from cifar_transfer.training.checkpoint_file import read_checkpoint
 from cifar_transfer.training.evaluation import load_data, load_model
 
 RECIPES = {
@@ -44,7 +44,13 @@ def train(out: Path, recipe: str, seed: int, options: list[str]) -> Path:
         every.write_text(EPOCHS)
         begin = [f"--config={every}", *RECIPES[recipe], f"--seed_everything={seed}", *options]
         how = [f"--resume={run}"] if (run / "config.yaml").is_file() else begin
-        command = [sys.executable, "-m", "cifar_transfer.fit", *how, f"--trainer.default_root_dir={root}"]
+        command = [
+            sys.executable,
+            "-m",
+            "cifar_transfer.fit",
+            *how,
+            f"--trainer.default_root_dir={root}",
+        ]
         subprocess.run(command, check=True)
     return run
 
@@ -54,9 +60,13 @@ def curve(run: Path, every: int = 1) -> list[tuple[float, float]]:
     kept = run / "curve.csv"
     if not kept.is_file():
         paths = sorted(run.glob("checkpoints/epoch-*.ckpt"))
-        paths = [path for number, path in enumerate(paths, 1) if number % every == 0 or path == paths[-1]]
+        paths = [
+            path for number, path in enumerate(paths, 1) if number % every == 0 or path == paths[-1]
+        ]
         data = load_data(read_checkpoint(paths[0]))
-        trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, devices=1)
+        trainer = Trainer(
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, devices=1
+        )
         points = []
         for path in paths:
             seconds = read_checkpoint(path)["callbacks"]["Report"]["seconds"]
@@ -77,7 +87,15 @@ def draw(curves: dict[str, list[list[tuple[float, float]]]], path: Path) -> None
             minutes, accuracy = zip(*points, strict=True)
             label = f"{recipe} ({len(runs)} seeds)" if len(runs) > 1 else recipe
             shares = [100 * value for value in accuracy]
-            axes.plot(minutes, shares, ".-", color=COLORS[recipe], lw=1, ms=5, label=None if number else label)
+            axes.plot(
+                minutes,
+                shares,
+                ".-",
+                color=COLORS[recipe],
+                lw=1,
+                ms=5,
+                label=None if number else label,
+            )
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -95,10 +113,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="Folder for runs and picture.")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seeds", type=int, default=1, help="Seeds of each recipe: 0, 1, ...")
-    parser.add_argument("--every", type=int, default=1, help="Epochs from one evaluation to the next.")
+    parser.add_argument(
+        "--every", type=int, default=1, help="Epochs from one evaluation to the next."
+    )
     known, options = parser.parse_known_args()
     curves = {
-        recipe: [curve(train(known.out, recipe, seed, options), known.every) for seed in range(known.seeds)]
+        recipe: [
+            curve(train(known.out, recipe, seed, options), known.every)
+            for seed in range(known.seeds)
+        ]
         for recipe in known.recipes
     }
     draw(curves, known.out / "recipes.png")

@@ -56,7 +56,9 @@ def training(
         model.train(frozen == "train")
         model.requires_grad_(frozen == "graph")
         head.requires_grad_(True)
-    optimizer = torch.optim.Adam((head if frozen else model).parameters(), lr=1e-4, weight_decay=1e-4, fused=fused)
+    optimizer = torch.optim.Adam(
+        (head if frozen else model).parameters(), lr=1e-4, weight_decay=1e-4, fused=fused
+    )
     batch, labels = images(layout=layout), torch.arange(BATCH, device=DEVICE) % 10
     forward = torch.compile(model) if compiled else model
     if frozen == "no_grad":
@@ -77,7 +79,9 @@ def training(
     return step
 
 
-def evaluation(count: int, mode: Callable[[], AbstractContextManager[object]]) -> Callable[[], None]:
+def evaluation(
+    count: int, mode: Callable[[], AbstractContextManager[object]]
+) -> Callable[[], None]:
     """1024 images evaluated in batches of `count`."""
     model, batch = network().eval(), images(count)
 
@@ -117,7 +121,9 @@ def switched(owner: object, name: str, value: object) -> Callable[[], object]:
 def main() -> None:
     """Print a table for training, one for the frozen phase and one for evaluation."""
     torch.manual_seed(0)
-    print(f"{DEVICE}, {torch.get_num_threads()} threads, ResNet18, {SIZE} x {SIZE} pixels, batches of {BATCH}")
+    print(
+        f"{DEVICE}, {torch.get_num_threads()} threads, ResNet18, {SIZE} x {SIZE} pixels, batches of {BATCH}"
+    )
     whole: dict[str, Callable[[], object]] = {
         "as in fit": training(),
         "optimizer not fused": training(fused=False),
@@ -133,7 +139,10 @@ def main() -> None:
         torch.backends.cudnn.benchmark = True
         whole["no cudnn.benchmark"] = switched(torch.backends.cudnn, "benchmark", False)
         whole["no TF32"] = switched(torch.backends.cudnn, "allow_tf32", False)
-        whole["batch from pinned memory"], whole["batch from pageable memory"] = transfer(True), transfer(False)
+        whole["batch from pinned memory"], whole["batch from pageable memory"] = (
+            transfer(True),
+            transfer(False),
+        )
     frozen: dict[str, Callable[[], object]] = {
         "frozen: as in fit (eval, requires_grad off)": training(frozen="eval"),
         "the same under no_grad": training(frozen="no_grad"),
@@ -141,7 +150,9 @@ def main() -> None:
         "gradients through the backbone": training(frozen="graph"),
     }
     evaluated: dict[str, Callable[[], object]] = {
-        "evaluation: batches of 256, inference_mode, as in fit": evaluation(256, torch.inference_mode),
+        "evaluation: batches of 256, inference_mode, as in fit": evaluation(
+            256, torch.inference_mode
+        ),
         "batches of 64": evaluation(64, torch.inference_mode),
         "batches of 1024": evaluation(1024, torch.inference_mode),
         "no_grad instead of inference_mode": evaluation(256, torch.no_grad),

@@ -17,7 +17,7 @@ ROUNDS, MOST_SECONDS = 5, 500
 FIRST_STEP = """
 import os, sys
 from lightning.pytorch import Callback
-from cifar_transfer.training.cli import FitCLI
+from cifar_transfer.cli.fit_cli import FitCLI
 
 class Stop(Callback):
     def on_train_batch_end(self, *_):
@@ -43,7 +43,12 @@ def main() -> None:
     """Print the seconds of each, median and range."""
     here = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory() as folder:
-        job = ["--model.weights=none", "--data=ShapesDataModule", "--data.train_images=640", "--data.test_images=100"]
+        job = [
+            "--model.weights=none",
+            "--data=ShapesDataModule",
+            "--data.train_images=640",
+            "--data.test_images=100",
+        ]
         contestants = {
             "import torch": ["-c", "import torch"],
             "import torch, torchvision": ["-c", "import torch, torchvision"],
@@ -51,10 +56,16 @@ def main() -> None:
             "fit --help": ["-m", "cifar_transfer.fit", "--help"],
             "fit --version": ["-m", "cifar_transfer.fit", "--version"],
             "fit --epochs=3": ["-m", "cifar_transfer.fit", "--epochs=3"],
-            "predict --help": ["-m", "cifar_transfer.predict", "--help"],
+            "predict --help": ["-m", "cifar_transfer", "predict", "--help"],
             "fit, first letter": ["-m", "cifar_transfer.fit", *job],
             "fit, first step": ["-c", FIRST_STEP, *job, f"--trainer.default_root_dir={folder}"],
-            "predict one image": ["-m", "cifar_transfer.predict", "photo.png", "--ckpt=best.ckpt"],
+            "predict one image": [
+                "-m",
+                "cifar_transfer",
+                "predict",
+                "photo.png",
+                "--ckpt=best.ckpt",
+            ],
         }
 
         def wait(name: str, place: Path) -> None:
@@ -68,7 +79,9 @@ def main() -> None:
                 else:
                     process.stdout.read()
 
-        subprocess.run([sys.executable, "-c", CHECKPOINT], cwd=folder, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-c", CHECKPOINT], cwd=folder, check=True, capture_output=True
+        )
         places = {"": here} | ({", there": Path(sys.argv[1]).resolve()} if sys.argv[1:] else {})
         calls = {}
         for name in contestants:

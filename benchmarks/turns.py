@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from cifar_transfer.text import markdown
+from cifar_transfer.base.text import markdown
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -17,7 +17,9 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def alternate(contestants: Mapping[str, Callable[[], object]], rounds: int, most: float) -> dict[str, list[float]]:
+def alternate(
+    contestants: Mapping[str, Callable[[], object]], rounds: int, most: float
+) -> dict[str, list[float]]:
     """Call each contestant once a round, in turn forwards and backwards, after a first round that does not count.
 
     Args:
@@ -52,6 +54,16 @@ def table(times: Mapping[str, list[float]], images: int) -> str:
     for name, values in times.items():
         own = torch.tensor(values)
         low, median, high = (images / own).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        least, ratio, most = (first[: len(own)] / own).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        rows.append([name, f"{median:.0f}", f"{low:.0f} to {high:.0f}", f"{ratio:.2f}", f"{least:.2f} to {most:.2f}"])
+        least, ratio, most = (
+            (first[: len(own)] / own).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        )
+        rows.append(
+            [
+                name,
+                f"{median:.0f}",
+                f"{low:.0f} to {high:.0f}",
+                f"{ratio:.2f}",
+                f"{least:.2f} to {most:.2f}",
+            ]
+        )
     return markdown(rows)

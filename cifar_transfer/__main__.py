@@ -3,8 +3,8 @@
 import os
 import sys
 
-from cifar_transfer import start
-from cifar_transfer.errors import UserError, one_sentence
+from cifar_transfer.base.errors import UserError, one_sentence
+from cifar_transfer.cli import start
 
 
 def main() -> None:
@@ -15,7 +15,9 @@ def main() -> None:
     with one_sentence():
         if name == "--version":
             print(start.version())
-        elif name == "--complete":  # bash: complete -o default -C "cifar-transfer --complete" cifar-transfer
+        elif (
+            name == "--complete"
+        ):  # bash: complete -o default -C "cifar-transfer --complete" cifar-transfer
             print("\n".join(start.completions(os.environ.get("COMP_LINE", ""))))
         elif name in ("-h", "--help"):
             print(start.list_text())

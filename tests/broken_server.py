@@ -41,7 +41,10 @@ class BrokenServer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.closing.set()
         self._server.shutdown()
@@ -70,7 +73,9 @@ class Behaviours(BaseHTTPRequestHandler):
             self.send_error(407)  # of a proxy that knows nobody
         elif self.path in self.site.files:
             self.ok(self.site.files[self.path])
-        elif (data := self.site.files.get("/" + "/".join(rest))) is not None and first in BEHAVIOURS:
+        elif (
+            data := self.site.files.get("/" + "/".join(rest))
+        ) is not None and first in BEHAVIOURS:
             BEHAVIOURS[first](self, data)
         else:
             self.send_error(404)

@@ -50,7 +50,7 @@ TINY = [
 # A server that has imported what takes seconds, and of which each run of `run_fit` is a fork. That `python -m` does the
 # same is seen wherever a test starts a process by itself.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["cifar_transfer.training.cli", "cifar_transfer.inference.predictor"])
+FORKS.set_forkserver_preload(["cifar_transfer.cli.fit_cli", "cifar_transfer.inference.predictor"])
 
 
 class Done(NamedTuple):
@@ -65,21 +65,29 @@ def run_module(folder, module, options, environment):
     multiprocessing.set_start_method("fork", force=True)  # as it is in a process of its own
     os.chdir(folder)
     os.environ |= environment
-    for number, name, flags in ((0, os.devnull, os.O_RDONLY), (1, "out", os.O_WRONLY), (2, "err", os.O_WRONLY)):
+    for number, name, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, "out", os.O_WRONLY),
+        (2, "err", os.O_WRONLY),
+    ):
         os.dup2(os.open(environment["RUN_FIT"] + name if number else name, flags), number)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 # which knows what it writes to now
     sys.argv[1:] = options
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def run_fit(folder, *options, module="cifar_transfer.fit", expect=0, timeout=300):
-    """Run an entry point in a process of its own, in `folder`."""
+def run_fit(folder, *options, command=None, module="cifar_transfer.fit", expect=0, timeout=300):
+    """Run `fit`, another command, or a module of the tests, in a process of its own, in `folder`."""
+    if command:
+        module, options = "cifar_transfer", (command, *options)
     with TemporaryDirectory() as place:
         streams = [Path(place, name) for name in ("out", "err")]
         for stream in streams:
             stream.touch()
         environment = os.environ | {"RUN_FIT": f"{place}{os.sep}"}
-        process = FORKS.Process(target=run_module, args=(folder, module, [*map(str, options)], environment))
+        process = FORKS.Process(
+            target=run_module, args=(folder, module, [*map(str, options)], environment)
+        )
         process.start()
         process.join(timeout)
         if process.is_alive():
@@ -107,7 +115,10 @@ def curves(run):
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     tags = events.Tags()["scalars"]
-    return {NAMES.get(tag, tag): [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    return {
+        NAMES.get(tag, tag): [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in tags
+    }
 
 
 @contextmanager
@@ -138,7 +149,9 @@ def write_images(folder, per_class, size=(32, 32), classes=("cat", "dog"), seed=
 @pytest.fixture(autouse=True)
 def _imports_as_before(monkeypatch):
     """What a resumed run forbids its process to import is allowed again for the next test."""
-    monkeypatch.setattr(jsonargparse._common, "parsing_settings", copy.copy(jsonargparse._common.parsing_settings))
+    monkeypatch.setattr(
+        jsonargparse._common, "parsing_settings", copy.copy(jsonargparse._common.parsing_settings)
+    )
 
 
 def quiet_trainer(**options):
@@ -201,5 +214,10 @@ def once(tmp_path_factory, name, make):
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    options = [*TINY, "--trainer.max_epochs=1", "--freeze.unfreeze_epoch=0", "--report.figures=true"]
+    options = [
+        *TINY,
+        "--trainer.max_epochs=1",
+        "--freeze.unfreeze_epoch=0",
+        "--report.figures=true",
+    ]
     return once(tmp_path_factory, "run", lambda folder: run_fit(folder, *options))

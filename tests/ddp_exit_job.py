@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from cifar_transfer import TransferClassifier
-from cifar_transfer.errors import one_sentence
-from cifar_transfer.fit import fit
+from cifar_transfer.base.errors import one_sentence
+from cifar_transfer.commands.fit import fit
 
 
 def main(end, *options):
@@ -18,7 +18,9 @@ def main(end, *options):
     def step(model, batch, batch_idx):
         if end == "stop" and model.global_step == 2 and model.global_rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(model, batch, batch_idx) * (torch.nan if end == "error" and model.global_step == 2 else 1)
+        return real(model, batch, batch_idx) * (
+            torch.nan if end == "error" and model.global_step == 2 else 1
+        )
 
     TransferClassifier.training_step = step
     try:
@@ -26,7 +28,9 @@ def main(end, *options):
             fit(options)
     finally:
         threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-        Path(f"threads{os.environ.get('LOCAL_RANK', 0)}").write_text(" ".join(t for t in threads if "gloo" in t))
+        Path(f"threads{os.environ.get('LOCAL_RANK', 0)}").write_text(
+            " ".join(t for t in threads if "gloo" in t)
+        )
 
 
 if __name__ == "__main__":

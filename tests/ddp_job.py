@@ -34,24 +34,32 @@ class Witness(Callback):
             self.wrappers.append(sum(type(o) is DistributedDataParallel for o in gc.get_objects()))
             assert type(trainer.strategy.model) is DistributedDataParallel
             state = {name: value.clone() for name, value in module.state_dict().items()}
-            self.steps.append({"images": batch[0].clone(), "labels": batch[1].clone(), "before": state})
+            self.steps.append(
+                {"images": batch[0].clone(), "labels": batch[1].clone(), "before": state}
+            )
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         if "gradients" not in self.steps[-1]:
             named = module.named_parameters()
-            self.steps[-1]["gradients"] = {n: p.grad.clone() for n, p in named if p.grad is not None}
+            self.steps[-1]["gradients"] = {
+                n: p.grad.clone() for n, p in named if p.grad is not None
+            }
 
 
 def main(folder, strategy, devices, case=None):
     torch.set_num_threads(1)
     seed_everything(0)
-    off = Augment(padding=0, flip=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, degrees=0.0)
+    off = Augment(
+        padding=0, flip=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, degrees=0.0
+    )
     images = {"train_images": 160}
     if case == "balanced":
         images = {"train_images": 157, "val_fraction": 0.4, "class_weights": case}
     data = ShapesDataModule(**images, test_images=45, batch_size=16, augment=off)
     teacher = case if case and case.endswith(".ckpt") else None
-    model = TransferClassifier("shufflenet_v2_x0_5", "none", class_names=data.class_names, teacher=teacher)
+    model = TransferClassifier(
+        "shufflenet_v2_x0_5", "none", class_names=data.class_names, teacher=teacher
+    )
     witness = Witness()
     trainer = Trainer(
         accelerator="cpu",

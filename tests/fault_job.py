@@ -20,7 +20,8 @@ def fail(event, pattern, number, error):
     def matches(*values):
         nonlocal left
         paths = [
-            os.readlink(f"/proc/self/fd/{value}") if type(value) is int else os.fsdecode(value) for value in values
+            os.readlink(f"/proc/self/fd/{value}") if type(value) is int else os.fsdecode(value)
+            for value in values
         ]
         found = any(re.search(pattern, path) for path in paths)
         left -= found
@@ -28,17 +29,29 @@ def fail(event, pattern, number, error):
 
     def hook(happened, args):
         if event == "full":
-            written = happened == "open" and isinstance(args[0], str | bytes) and args[2] & (os.O_WRONLY | os.O_RDWR)
+            written = (
+                happened == "open"
+                and isinstance(args[0], str | bytes)
+                and args[2] & (os.O_WRONLY | os.O_RDWR)
+            )
             if written and matches(args[0]):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
         elif event == "then":
             if happened == "open" and left > 0 and isinstance(args[0], str) and matches(args[0]):
                 os.system(error)
         elif happened == event:
-            values = [value for value in args if isinstance(value, str | bytes) or event.startswith("fcntl")]
-            if matches(*values[: 2 if event == "os.rename" else 1]) and not (event == "fcntl.flock" and args[1] == 8):
+            values = [
+                value
+                for value in args
+                if isinstance(value, str | bytes) or event.startswith("fcntl")
+            ]
+            if matches(*values[: 2 if event == "os.rename" else 1]) and not (
+                event == "fcntl.flock" and args[1] == 8
+            ):
                 raise OSError(
-                    code, os.strerror(code), *(os.fsdecode(value) for value in values if type(value) is not int)
+                    code,
+                    os.strerror(code),
+                    *(os.fsdecode(value) for value in values if type(value) is not int),
                 )
 
     def fsync(descriptor):

@@ -7,12 +7,13 @@ import sys
 
 import torch
 
-from cifar_transfer import TransferClassifier, files
+from cifar_transfer import TransferClassifier
+from cifar_transfer.base import files
+from cifar_transfer.cli.fit_cli import FitCLI
+from cifar_transfer.commands.fit import fit
 from cifar_transfer.data import cache
-from cifar_transfer.fit import fit
 from cifar_transfer.training import optimizer
 from cifar_transfer.training import run as runs
-from cifar_transfer.training.cli import FitCLI
 
 
 def at(owner, name, left, when=lambda *args: True, number=signal.SIGKILL):
@@ -62,7 +63,10 @@ MOMENTS = {
     "trimming the curves": lambda n: at(runs, "trim_events", n),
     "unfreezing": lambda n: at(optimizer, "start_afresh", n),
     "validation": lambda n: at(
-        TransferClassifier, "validation_step", n, lambda model, *_: not model.trainer.sanity_checking
+        TransferClassifier,
+        "validation_step",
+        n,
+        lambda model, *_: not model.trainer.sanity_checking,
     ),
     "final test": lambda n: at(TransferClassifier, "test_step", n),
     "writing the result": lambda n: moving(n, "result.json"),

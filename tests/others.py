@@ -20,10 +20,16 @@ class Net(LightningModule):
     """A small network; what a test is about is given, or overridden."""
 
     def __init__(
-        self, backbone=None, head=None, optimizer=lambda module: SGD(module.parameters(), 0.01), schedule=None
+        self,
+        backbone=None,
+        head=None,
+        optimizer=lambda module: SGD(module.parameters(), 0.01),
+        schedule=None,
     ):
         super().__init__()
-        self.backbone = backbone or nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16))
+        self.backbone = backbone or nn.Sequential(
+            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16)
+        )
         self.head = head or nn.Linear(16, 3)
         self.make, self.schedule = optimizer, schedule
 
@@ -34,7 +40,10 @@ class Net(LightningModule):
         made = self.make(self)
         if self.schedule is None:
             return made
-        return {"optimizer": made, "lr_scheduler": {"scheduler": self.schedule(made), "interval": "step"}}
+        return {
+            "optimizer": made,
+            "lr_scheduler": {"scheduler": self.schedule(made), "interval": "step"},
+        }
 
 
 class Watch(Callback):
@@ -44,8 +53,12 @@ class Watch(Callback):
         self.rates, self.weights, self.trains, self.eval = [], [], [], []
 
     def note(self, trainer, module):
-        self.rates.append([group["lr"] for each in trainer.optimizers for group in each.param_groups])
-        self.weights.append({name: value.detach().clone() for name, value in module.state_dict().items()})
+        self.rates.append(
+            [group["lr"] for each in trainer.optimizers for group in each.param_groups]
+        )
+        self.weights.append(
+            {name: value.detach().clone() for name, value in module.state_dict().items()}
+        )
         self.trains.append({name for name, p in module.named_parameters() if p.requires_grad})
         self.eval.append({name for name, child in module.named_modules() if not child.training})
 

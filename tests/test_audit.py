@@ -14,9 +14,9 @@ from conftest import RUN, run_fit, untouched, write_images
 from PIL import Image, ImageEnhance, ImageOps
 
 from cifar_transfer import ImageFolderDataModule, ShapesDataModule
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.commands.evaluate import evaluate
 from cifar_transfer.data import splits
-from cifar_transfer.errors import UserError
-from cifar_transfer.evaluate import evaluate
 from cifar_transfer.features import findings
 from cifar_transfer.features.extract import Features
 from cifar_transfer.training import resume
@@ -47,7 +47,9 @@ def test_flipped_labels_are_found():
 
 
 def test_the_rule_of_confident_learning_by_hand():
-    shares = torch.tensor([[0.9, 0.1, 0], [0.7, 0.3, 0], [0.2, 0.8, 0], [0.3, 0.7, 0], [0.75, 0.25, 0]])
+    shares = torch.tensor(
+        [[0.9, 0.1, 0], [0.7, 0.3, 0], [0.2, 0.8, 0], [0.3, 0.7, 0], [0.75, 0.25, 0]]
+    )
     labels = torch.tensor([0, 0, 1, 0, 1])
     # Means of given labels: class 0 (0.9 + 0.7 + 0.3) / 3, class 1 (0.8 + 0.25) / 2; there is no image of class 2.
     assert findings.wrong_labels(shares, labels) == [(4, 0.5, 0), (3, pytest.approx(0.4), 1)]
@@ -59,7 +61,8 @@ def test_no_image_is_judged_by_itself():
     values, labels = rng.normal(size=(120, 200)).astype(np.float32), rng.integers(0, 2, 120)
     found = {
         split: Features(
-            [values[:100]] if split == "train" else [values[100:]], labels[:100] if split == "train" else labels[100:]
+            [values[:100]] if split == "train" else [values[100:]],
+            labels[:100] if split == "train" else labels[100:],
         )
         for split in ("train", "val")
     }
@@ -90,7 +93,9 @@ CHANGES = {
     "mirrored": ImageOps.mirror,
     "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.2),
     "compressed": compressed,
-    "shifted": lambda image: image.transform(image.size, Image.Transform.AFFINE, (1, 0, 4, 0, 1, -5)),
+    "shifted": lambda image: image.transform(
+        image.size, Image.Transform.AFFINE, (1, 0, 4, 0, 1, -5)
+    ),
     "mirrored, shifted": lambda image: ImageOps.mirror(image).transform(
         image.size, Image.Transform.AFFINE, (1, 0, 6, 0, 1, 3)
     ),
@@ -101,7 +106,9 @@ CHANGES = {
 def test_changed_copies_correlate_and_others_do_not(change):
     images = [photo(seed) for seed in range(20)]
     plain, changed = (
-        findings.small(torch.stack([torch.from_numpy(np.array(each).transpose(2, 0, 1)) for each in some]))[0]
+        findings.small(
+            torch.stack([torch.from_numpy(np.array(each).transpose(2, 0, 1)) for each in some])
+        )[0]
         for some in (images, [CHANGES[change](image) for image in images])
     )
     assert findings.correlations(plain, changed).min() > findings.SAME
@@ -109,8 +116,13 @@ def test_changed_copies_correlate_and_others_do_not(change):
 
 
 def test_pairs_name_the_later_image_once():
-    images = torch.stack([torch.from_numpy(np.array(photo(seed).convert("L"))) for seed in (0, 1, 0, 0)])[:, ::2, ::2]
-    cosines, rows = torch.full((4, 3), 0.9), torch.tensor([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]])
+    images = torch.stack(
+        [torch.from_numpy(np.array(photo(seed).convert("L"))) for seed in (0, 1, 0, 0)]
+    )[:, ::2, ::2]
+    cosines, rows = (
+        torch.full((4, 3), 0.9),
+        torch.tensor([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]),
+    )
     found = findings.near_duplicates(cosines, rows, images)
     assert sorted((finding.row, finding.like) for finding in found) == [(2, 0), (3, 0)]
     assert findings.near_duplicates(cosines - 0.6, rows, images) == [], "features disagree"
@@ -135,9 +147,15 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def audited(photos):
     data = ["--data=ImageFolderDataModule", f"--data.root={photos}", "--data.val_fraction=0.2"]
-    options = [f"{NETWORK}=none", *data, "--model.image_size=64", "--features=kept", "--trainer.accelerator=cpu"]
+    options = [
+        f"{NETWORK}=none",
+        *data,
+        "--model.image_size=64",
+        "--features=kept",
+        "--trainer.accelerator=cpu",
+    ]
     with untouched(*(photos / split for split in ("train", "test"))):
-        done = run_fit(photos.parent, *options, module="cifar_transfer.audit")
+        done = run_fit(photos.parent, *options, command="audit")
     return photos.parent / "lightning_logs" / "audit", done
 
 
@@ -148,19 +166,28 @@ def rows(path):
 
 def test_the_files_and_the_page_tell_what_was_found(audited):
     out, done = audited
-    assert [*rows(out / "blank.csv")[0].values()] == ["train/cat/nothing.png", "cat", "blank", "1.0000", ""]
+    assert [*rows(out / "blank.csv")[0].values()] == [
+        "train/cat/nothing.png",
+        "cat",
+        "blank",
+        "1.0000",
+        "",
+    ]
     (copy,) = rows(out / "duplicates.csv")
     assert (copy["image"], copy["like"]) == ("test/cat/copy.png", "train/cat/005.png")
     assert float(copy["score"]) > findings.SAME
     assert {row["like"] for row in rows(out / "labels.csv")} <= {"cat", "<b>dog"}
     page = (out / "audit.html").read_text()
-    assert page.count("<img ") == sum(len(rows(out / f"{name}.csv")) for name in ("labels", "outliers", "blank")) + 2
+    assert (
+        page.count("<img ")
+        == sum(len(rows(out / f"{name}.csv")) for name in ("labels", "outliers", "blank")) + 2
+    )
     assert "<b>dog" not in page
     assert "&lt;b&gt;dog" in page
     assert f"look at it   {(out / 'audit.html').relative_to(out.parents[1])}" in done.stdout
-    assert [line.split("|")[2:5] for line in done.stdout.splitlines() if line.startswith("| duplicates")] == [
-        ["     0 ", "   0 ", "    1 "]
-    ]
+    assert [
+        line.split("|")[2:5] for line in done.stdout.splitlines() if line.startswith("| duplicates")
+    ] == [["     0 ", "   0 ", "    1 "]]
 
 
 def test_a_list_that_is_there_is_not_replaced(audited, photos):
@@ -172,39 +199,74 @@ def test_a_list_that_is_there_is_not_replaced(audited, photos):
     )
     with untouched(out):
         data = ["--data=ImageFolderDataModule", f"--data.root={photos}"]
-        again = run_fit(out.parent, f"{NETWORK}=none", *data, f"--out={out}", module="cifar_transfer.audit", expect=2)
-    assert "labels.csv is there already, and may have been edited: name another folder with --out" in again.stderr
+        again = run_fit(
+            out.parent, f"{NETWORK}=none", *data, f"--out={out}", command="audit", expect=2
+        )
+    assert (
+        "labels.csv is there already, and may have been edited: name another folder with --out"
+        in again.stderr
+    )
 
 
 def test_each_image_is_looked_at_once_whatever_it_is_called(tmp_path):
     """Without images held out; and with names that are no text, of which a list has escapes."""
     strange = os.fsdecode(b"\xff\n,.png")
-    for number, path in enumerate(["train/a/1.png", f"train/b/{strange}", "test/a/1.png", f"test/b/{strange}"]):
+    for number, path in enumerate(
+        ["train/a/1.png", f"train/b/{strange}", "test/a/1.png", f"test/b/{strange}"]
+    ):
         (tmp_path / path).parent.mkdir(parents=True)
         photo(number, 32).save(tmp_path / path)
     data = ["--data=ImageFolderDataModule", f"--data.root={tmp_path}", "--data.val_fraction=0"]
-    job = ["lenet5=none", *data, "--trainer.accelerator=cpu", f"--features={tmp_path}", f"--out={tmp_path / 'out'}"]
-    refused = run_fit(tmp_path, "squeezenet1_1=none", *job[1:], module="cifar_transfer.audit", expect=2)
+    job = [
+        "lenet5=none",
+        *data,
+        "--trainer.accelerator=cpu",
+        f"--features={tmp_path}",
+        f"--out={tmp_path / 'out'}",
+    ]
+    refused = run_fit(tmp_path, "squeezenet1_1=none", *job[1:], command="audit", expect=2)
     assert "no linear layer" in refused.stderr
     assert not (tmp_path / "out").exists()
-    run_fit(tmp_path, *job, module="cifar_transfer.audit")
+    run_fit(tmp_path, *job, command="audit")
     assert rows(tmp_path / "out" / "duplicates.csv") == []
     found = [row["image"] for row in rows(tmp_path / "out" / "outliers.csv")]
-    assert sorted(found) == ["test/a/1.png", "test/b/\\udcff\n,.png", "train/a/1.png", "train/b/\\udcff\n,.png"]
+    assert sorted(found) == [
+        "test/a/1.png",
+        "test/b/\\udcff\n,.png",
+        "train/a/1.png",
+        "train/b/\\udcff\n,.png",
+    ]
     (tmp_path / "list.csv").write_text('image\n"train/b/\\udcff\n,.png"\n', newline="")
-    left = splits.without({"train": ["train/a/1.png", f"train/b/{strange}"]}, str(tmp_path / "list.csv"))
+    left = splits.without(
+        {"train": ["train/a/1.png", f"train/b/{strange}"]}, str(tmp_path / "list.csv")
+    )
     assert left["train"].tolist() == [0]
 
 
 def test_a_run_does_without_what_is_listed(photos, tmp_path):
-    (tmp_path / "out.csv").write_text("image\ntest/cat/copy.png\ntrain/cat/nothing.png\ntrain/gone.png\n")
-    data = ["--data=ImageFolderDataModule", f"--data.root={photos}", f"--data.leave_out={tmp_path / 'out.csv'}"]
-    done = run_fit(tmp_path, *data, f"--model.backbone={NETWORK}", "--model.weights=none", "--trainer.max_epochs=1")
+    (tmp_path / "out.csv").write_text(
+        "image\ntest/cat/copy.png\ntrain/cat/nothing.png\ntrain/gone.png\n"
+    )
+    data = [
+        "--data=ImageFolderDataModule",
+        f"--data.root={photos}",
+        f"--data.leave_out={tmp_path / 'out.csv'}",
+    ]
+    done = run_fit(
+        tmp_path,
+        *data,
+        f"--model.backbone={NETWORK}",
+        "--model.weights=none",
+        "--trainer.max_epochs=1",
+    )
     assert re.search(
-        rf"Left out: \d of \d+ train, \d of \d+ val, 1 of \d+ test images, those in {tmp_path}/out.csv", done.stderr
+        rf"Left out: \d of \d+ train, \d of \d+ val, 1 of \d+ test images, those in {tmp_path}/out.csv",
+        done.stderr,
     )
     recorded = splits.read(tmp_path / RUN / "checkpoints" / "best.ckpt")
-    assert "train/cat/nothing.png" in recorded["train"] + recorded["val"]  # so that it comes back to where it was
+    assert (
+        "train/cat/nothing.png" in recorded["train"] + recorded["val"]
+    )  # so that it comes back to where it was
     again = run_fit(tmp_path, f"--resume={tmp_path / RUN}", "--trainer.max_epochs=2")
     assert re.search(r"Left out: .*[^0] of \d+ test images", again.stderr)
     assert "have changed" not in again.stderr
@@ -212,21 +274,33 @@ def test_a_run_does_without_what_is_listed(photos, tmp_path):
     (tmp_path / "out.csv").write_text("image\ntest/cat/copy.png\n")
     checkpoint = torch.load(tmp_path / RUN / "checkpoints" / "last.ckpt", weights_only=True)
     saved = resume.flat(data=checkpoint["datamodule_hyper_parameters"])
-    same, other = (saved | {"data.left_out": splits.mark(str(tmp_path / f"{name}.csv"))} for name in ("same", "out"))
+    same, other = (
+        saved | {"data.left_out": splits.mark(str(tmp_path / f"{name}.csv"))}
+        for name in ("same", "out")
+    )
     assert resume.compare(saved, same, within_epoch=True, unfrozen=False) == []
-    with pytest.raises(UserError, match=r"data\.leave_out=1 images \(.*\) would skip .* written with 3 images \("):
+    with pytest.raises(
+        UserError, match=r"data\.leave_out=1 images \(.*\) would skip .* written with 3 images \("
+    ):
         resume.compare(saved, other, within_epoch=True, unfrozen=False)
     (said,) = resume.compare(saved, other, within_epoch=False, unfrozen=False)
     assert said.startswith("data.leave_out is changed from 3 images")
-    with pytest.warns(UserWarning, match=r"out\.csv, the list .* has changed: now 1 images \(.*, in training 3 images"):
+    with pytest.warns(
+        UserWarning,
+        match=r"out\.csv, the list .* has changed: now 1 images \(.*, in training 3 images",
+    ):
         load_data(checkpoint)
     shutil.copy(tmp_path / "same.csv", tmp_path / "out.csv")
     with warnings.catch_warnings(action="error"):
         load_data(checkpoint)
     with untouched(tmp_path / RUN):
         (tmp_path / "out.csv").unlink()
-        refused = run_fit(tmp_path, f"--resume={tmp_path / RUN}", "--trainer.max_epochs=3", expect=2)
-    assert re.search(r"--data\.leave_out=.+out\.csv cannot be read .*: name another one", refused.stderr)
+        refused = run_fit(
+            tmp_path, f"--resume={tmp_path / RUN}", "--trainer.max_epochs=3", expect=2
+        )
+    assert re.search(
+        r"--data\.leave_out=.+out\.csv cannot be read .*: name another one", refused.stderr
+    )
 
 
 def test_evaluate_tells_both(run, tmp_path, monkeypatch):
@@ -234,9 +308,13 @@ def test_evaluate_tells_both(run, tmp_path, monkeypatch):
     shutil.copytree(run / RUN, tmp_path / "run")
     ckpt = tmp_path / "run" / "checkpoints" / "best.ckpt"
     names = splits.read(ckpt)["test"]
-    (tmp_path / "half.csv").write_text("image,why\n" + "".join(f"{name},x\n" for name in names[: len(names) // 2]))
+    (tmp_path / "half.csv").write_text(
+        "image,why\n" + "".join(f"{name},x\n" for name in names[: len(names) // 2])
+    )
     scores = evaluate(str(ckpt), accelerator="cpu", figures=False, leave_out="half.csv")
-    (tmp_path / "other.csv").write_text("image\n" + "".join(f"{name}\n" for name in names[len(names) // 2 :]))
+    (tmp_path / "other.csv").write_text(
+        "image\n" + "".join(f"{name}\n" for name in names[len(names) // 2 :])
+    )
     others = evaluate(str(ckpt), accelerator="cpu", figures=False, leave_out="other.csv")
     share = len(names) // 2 / len(names)
     both = (1 - share) * scores["test/acc_without"] + share * others["test/acc_without"]
@@ -257,7 +335,9 @@ def test_a_list_of_nothing_is_refused(tmp_path, text, match):
     if text is not None:
         (tmp_path / "list.csv").write_bytes(text)
     with pytest.raises(UserError, match=match):
-        ShapesDataModule(train_images=40, test_images=10, leave_out=str(tmp_path / "list.csv")).setup()
+        ShapesDataModule(
+            train_images=40, test_images=10, leave_out=str(tmp_path / "list.csv")
+        ).setup()
 
 
 def test_all_of_a_split_is_refused(tmp_path):
@@ -265,6 +345,8 @@ def test_all_of_a_split_is_refused(tmp_path):
     write_images(tmp_path / "photos" / "test", 2)
     names = "".join(f"test/{kind}/{row:03}.png\n" for kind in ("cat", "dog") for row in range(2))
     (tmp_path / "list.csv").write_text(f"image\n{names}")
-    data = ImageFolderDataModule(root=str(tmp_path / "photos"), leave_out=str(tmp_path / "list.csv"))
+    data = ImageFolderDataModule(
+        root=str(tmp_path / "photos"), leave_out=str(tmp_path / "list.csv")
+    )
     with pytest.raises(UserError, match="lists all test images: list fewer"):
         data.setup()

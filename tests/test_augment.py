@@ -7,12 +7,28 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from cifar_transfer.data.augment import BRIGHTNESS, CONTRAST, HUE, SATURATION, Augment, Parameters, augment
-from cifar_transfer.errors import UserError
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.data.augment import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    SATURATION,
+    Augment,
+    Parameters,
+    augment,
+)
 
 MODES = ["constant", "reflect"]
 SIZES = [(32, 32), (24, 37), (31, 16)]
-OFF = {"padding": 0, "flip": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "degrees": 0.0}
+OFF = {
+    "padding": 0,
+    "flip": 0.0,
+    "brightness": 0.0,
+    "contrast": 0.0,
+    "saturation": 0.0,
+    "hue": 0.0,
+    "degrees": 0.0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +47,9 @@ def pictures(count: int, height: int = 32, width: int = 32, darkest: int = 0) ->
     x = torch.linspace(0, 1, width)
     slopes = torch.rand(3, count, 3, 1, 1, generator=generator)
     images = (slopes[0] * x + slopes[1] * y) / 2 + slopes[2] / 3
-    images[:, :, height // 4 : height // 2, width // 8 : width // 3] = torch.rand(count, 3, 1, 1, generator=generator)
+    images[:, :, height // 4 : height // 2, width // 8 : width // 3] = torch.rand(
+        count, 3, 1, 1, generator=generator
+    )
     images += torch.rand(images.shape, generator=generator) / 20
     return (images * (255 - darkest) + darkest).clamp(0, 255).to(torch.uint8)
 
@@ -51,7 +69,9 @@ def parameters(count: int, **changes: Tensor) -> Parameters:
 
 def crop(image: Tensor, down: int, right: int, mode: str) -> Tensor:
     """What torchvision cuts out of an image padded by 4, this far below and right of its middle."""
-    return functional.crop(functional.pad(image, [4], padding_mode=mode), 4 + down, 4 + right, *image.shape[1:])
+    return functional.crop(
+        functional.pad(image, [4], padding_mode=mode), 4 + down, 4 + right, *image.shape[1:]
+    )
 
 
 def one_by_one(images: Tensor, given: Parameters, mode: str = "constant") -> Tensor:
@@ -84,7 +104,9 @@ def share_of_different_pixels(result: Tensor, expected: Tensor, tolerance: float
 def test_crop_is_torchvisions_for_every_shift(size, mode):
     shifts = torch.cartesian_prod(torch.arange(-4, 5), torch.arange(-4, 5))
     images, given = pictures(len(shifts), *size), parameters(len(shifts), shift=shifts)
-    crops = [crop(image, *shift, mode) for image, shift in zip(images, shifts.tolist(), strict=True)]
+    crops = [
+        crop(image, *shift, mode) for image, shift in zip(images, shifts.tolist(), strict=True)
+    ]
     assert torch.equal(augment(images, given, mode), torch.stack(crops) / 255)
 
 
@@ -92,17 +114,23 @@ def test_crop_is_torchvisions_for_every_shift(size, mode):
 def test_flip_is_torchvisions(size):
     images, flip = pictures(6, *size), torch.tensor([True, False, False, True, True, False])
     result = augment(images, parameters(6, flip=flip))
-    assert torch.equal(result, torch.where(flip[:, None, None, None], images.flip(-1), images) / 255)
+    assert torch.equal(
+        result, torch.where(flip[:, None, None, None], images.flip(-1), images) / 255
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("shift", [(0, 0), (4, -3)])
 def test_rotation_after_crop_and_flip_is_torchvisions(size, flip, shift):
-    angles = torch.tensor([-170.0, -44.0, -15.0, -7.3, -0.4, 0.0, 0.4, 3.1, 10.0, 15.0, 61.0, 100.0])
+    angles = torch.tensor(
+        [-170.0, -44.0, -15.0, -7.3, -0.4, 0.0, 0.4, 3.1, 10.0, 15.0, 61.0, 100.0]
+    )
     count = len(angles)
     images = pictures(count, *size)
-    given = parameters(count, angle=angles, flip=torch.full((count,), flip), shift=torch.tensor([shift] * count))
+    given = parameters(
+        count, angle=angles, flip=torch.full((count,), flip), shift=torch.tensor([shift] * count)
+    )
     assert share_of_different_pixels(augment(images, given), one_by_one(images, given)) <= 1e-3
 
 
@@ -157,9 +185,13 @@ def test_each_option_switches_its_own_operation(name):
     images = pictures(16)
     value = {"padding": 4, "flip": 1.0, "hue": 0.1, "degrees": 15.0}.get(name, 0.2)
     result = Augment(**{**OFF, name: value})(images)
-    assert all(not torch.equal(after, before / 255) for after, before in zip(result, images, strict=True))
+    assert all(
+        not torch.equal(after, before / 255) for after, before in zip(result, images, strict=True)
+    )
     drawn, nothing = Augment(**{**OFF, name: value}).draw(16), parameters(16)
-    field = {"padding": "shift", "degrees": "angle", "hue": "hue", "flip": "flip"}.get(name, "factors")
+    field = {"padding": "shift", "degrees": "angle", "hue": "hue", "flip": "flip"}.get(
+        name, "factors"
+    )
     for other in ("shift", "flip", "angle", "factors", "hue"):
         assert torch.equal(getattr(drawn, other), getattr(nothing, other)) == (other != field)
 
@@ -192,7 +224,9 @@ def test_wrong_shape_is_refused(shape):
 def test_an_image_reflects_no_further_than_it_is_wide():
     images = pictures(2, 4, 9)
     assert Augment(**OFF | {"padding": 3}, padding_mode="reflect")(images).shape == images.shape
-    with pytest.raises(UserError, match="padding is 4, but images of 9 x 4 pixels reflect at most 3"):
+    with pytest.raises(
+        UserError, match="padding is 4, but images of 9 x 4 pixels reflect at most 3"
+    ):
         Augment(**OFF | {"padding": 4}, padding_mode="reflect")(images)
 
 
@@ -242,7 +276,9 @@ def test_parameters_are_drawn_as_torchvision_draws_them():
     for shift in drawn.shift.unbind(1):
         assert shift.min() == -4
         assert shift.max() == 4
-        torch.testing.assert_close((shift + 4).bincount() / count, torch.full((9,), 1 / 9), atol=0.01, rtol=0)
+        torch.testing.assert_close(
+            (shift + 4).bincount() / count, torch.full((9,), 1 / 9), atol=0.01, rtol=0
+        )
     assert abs(drawn.flip.float().mean() - 0.3) < 0.015
     for values, low, high in (
         (drawn.angle, -15, 15),
@@ -257,10 +293,18 @@ def test_parameters_are_drawn_as_torchvision_draws_them():
     assert orders.tolist() == [list(order) for order in permutations(range(4))]
     assert (counts - count / 24).abs().max() < 5 * (count / 24) ** 0.5
 
-    columns = [drawn.shift, drawn.flip[:, None], drawn.angle[:, None], drawn.factors, drawn.hue[:, None]]
+    columns = [
+        drawn.shift,
+        drawn.flip[:, None],
+        drawn.angle[:, None],
+        drawn.factors,
+        drawn.hue[:, None],
+    ]
     columns.append(drawn.order[:, :1])
     table = torch.cat(columns, 1).double()
-    neighbours = torch.cat((table[:-1], table[1:]), 1)  # an image's parameters and those of the image after it
+    neighbours = torch.cat(
+        (table[:-1], table[1:]), 1
+    )  # an image's parameters and those of the image after it
     correlation = torch.corrcoef(neighbours.t()) - torch.eye(2 * table.shape[1])
     assert correlation.abs().max() < 0.035
 
@@ -278,11 +322,16 @@ def describe(images: Tensor) -> dict[str, Tensor]:
     black = (images.amax(1) < 4 / 255).float()
     half = images.shape[-1] // 2
     return {
-        **{f"mean of {name}": plane.mean((1, 2)) for name, plane in (("red", red), ("green", green), ("blue", blue))},
+        **{
+            f"mean of {name}": plane.mean((1, 2))
+            for name, plane in (("red", red), ("green", green), ("blue", blue))
+        },
         "spread": images.std((1, 2, 3)),
         "chroma": (images.amax(1) - images.amin(1)).mean((1, 2)),
         "red less blue": (red - blue).mean((1, 2)),
-        "left less right": (images[..., :half].mean((1, 2, 3)) - images[..., half:].mean((1, 2, 3))),
+        "left less right": (
+            images[..., :half].mean((1, 2, 3)) - images[..., half:].mean((1, 2, 3))
+        ),
         "black": black.mean((1, 2)),
         "black in a corner": black[:, :6, :6].mean((1, 2)),
     }
@@ -291,7 +340,10 @@ def describe(images: Tensor) -> dict[str, Tensor]:
 def distance(first: Tensor, second: Tensor) -> float:
     """The Kolmogorov-Smirnov statistic: the largest difference between two samples' distribution functions."""
     both = torch.cat((first, second)).sort().values
-    shares = [torch.searchsorted(sample.sort().values, both, right=True) / len(sample) for sample in (first, second)]
+    shares = [
+        torch.searchsorted(sample.sort().values, both, right=True) / len(sample)
+        for sample in (first, second)
+    ]
     return (shares[0] - shares[1]).abs().max().item()
 
 
@@ -316,8 +368,12 @@ def test_results_are_distributed_as_torchvisions():
     # Two samples of one distribution are further apart than this once in ten thousand.
     bound = 2.23 * (2 / count) ** 0.5
     for name in expected:
-        assert result[name].mean().item() == pytest.approx(expected[name].mean().item(), abs=0.01), name
-        assert result[name].std().item() == pytest.approx(expected[name].std().item(), rel=0.08), name
+        assert result[name].mean().item() == pytest.approx(
+            expected[name].mean().item(), abs=0.01
+        ), name
+        assert result[name].std().item() == pytest.approx(expected[name].std().item(), rel=0.08), (
+            name
+        )
         assert distance(result[name], expected[name]) < bound, name
     # The comparison can tell: without one of the operations, some number is distributed otherwise.
     for name in OFF:

@@ -17,11 +17,11 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from cifar_transfer import BackboneFreeze, Classifier, ShapesDataModule, TransferClassifier
-from cifar_transfer.errors import UserError
-from cifar_transfer.evaluate import evaluate
-from cifar_transfer.export import export
-from cifar_transfer.fit import fit
-from cifar_transfer.training.average import RAW, STEPS
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.commands.evaluate import evaluate
+from cifar_transfer.commands.export import export
+from cifar_transfer.commands.fit import fit
+from cifar_transfer.training.ema import RAW, STEPS
 
 DECAY = 0.7  # reached by the warm-up at the seventh step
 JOB = [*TINY, f"--model.ema={DECAY}", "--freeze.unfreeze_epoch=1", "--trainer.max_epochs=3"]
@@ -43,7 +43,9 @@ def reference(steps, decay):
         if not number:
             average = dict(weights)
         for name, value in weights.items():
-            average[name] = average[name].lerp(value, 1 - kept) if value.is_floating_point() else value
+            average[name] = (
+                average[name].lerp(value, 1 - kept) if value.is_floating_point() else value
+            )
     return average
 
 
@@ -72,10 +74,19 @@ class Witness(Callback):
             self.trained.append(same(copy(module), self.steps[-1]))
 
 
-def train(*callbacks, backbone="shufflenet_v2_x0_5", epochs=3, change=lambda model: None, more=None, **trainer):
+def train(
+    *callbacks,
+    backbone="shufflenet_v2_x0_5",
+    epochs=3,
+    change=lambda model: None,
+    more=None,
+    **trainer,
+):
     seed_everything(0)
     data = ShapesDataModule(train_images=170, test_images=40, batch_size=32)
-    model = TransferClassifier(backbone, "none", class_names=data.class_names, ema=DECAY, **more or {})
+    model = TransferClassifier(
+        backbone, "none", class_names=data.class_names, ema=DECAY, **more or {}
+    )
     change(model)
     freeze = BackboneFreeze(unfreeze_epoch=1)
     trainer = quiet_trainer(max_epochs=epochs, callbacks=[*callbacks, freeze], **trainer)
@@ -102,12 +113,16 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_that_of_ten_lines_and_of_timm_from_its_first_step_on(tmp_path, monkeypatch, case):
     compile = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module: compile(module, backend="eager"))  # inductor takes minutes
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module: compile(module, backend="eager")
+    )  # inductor takes minutes
     witness = Witness()
     model, trainer = train(witness, default_root_dir=tmp_path, **CASES[case])
     assert len(witness.steps) == trainer.global_step == (9 if "two" in case else 15)
     assert witness.shown
-    assert all(same(shown, expected) for shown, expected in witness.shown), "the average is validated"
+    assert all(same(shown, expected) for shown, expected in witness.shown), (
+        "the average is validated"
+    )
     assert all(witness.trained), "and the training goes on from the weights as they were"
     average = reference(witness.steps, DECAY)
     assert same(copy(model), average), "and the module has it in the end"
@@ -129,7 +144,9 @@ def test_a_frozen_backbone_is_its_own_average_to_the_bit():
     assert differ == ["network.fc.weight", "network.fc.bias"]
 
 
-def test_what_is_saved_within_a_validation_or_with_weights_only_has_the_average_in_its_place(tmp_path):
+def test_what_is_saved_within_a_validation_or_with_weights_only_has_the_average_in_its_place(
+    tmp_path,
+):
     class Saves(Callback):
         def on_exception(self, trainer, *_):
             trainer.save_checkpoint(tmp_path / "w.ckpt")
@@ -141,7 +158,9 @@ def test_what_is_saved_within_a_validation_or_with_weights_only_has_the_average_
     with pytest.raises(ZeroDivisionError, match=""):
         train(Saves(), witness, epochs=1, default_root_dir=tmp_path)
     average = reference(witness.steps, DECAY)
-    within, only = (torch.load(tmp_path / name, weights_only=True) for name in ("w.ckpt", "only.ckpt"))
+    within, only = (
+        torch.load(tmp_path / name, weights_only=True) for name in ("w.ckpt", "only.ckpt")
+    )
     assert same(within["state_dict"], average)
     assert same(within[RAW], witness.steps[-1])
     assert same(only["state_dict"], average), "of the step that has just been made"
@@ -158,11 +177,17 @@ def test_every_use_of_a_checkpoint_is_of_the_average(tmp_path, monkeypatch, undi
     shutil.copytree(undisturbed / "lightning_logs", "lightning_logs")
     result = json.loads(Path(RUN, "result.json").read_text())
     for split in ("val", "test"):
-        assert result[f"best/{split}_acc"] == evaluate(BEST, split, accelerator="cpu", figures=False)[f"{split}/acc"]
+        assert (
+            result[f"best/{split}_acc"]
+            == evaluate(BEST, split, accelerator="cpu", figures=False)[f"{split}/acc"]
+        )
     checkpoint = torch.load(LAST, weights_only=True)
     torch.save(checkpoint | {"state_dict": checkpoint[RAW]}, "raw.ckpt")
     shown = curves(RUN)["val/loss"][-1][1]
-    losses = {name: evaluate(name, "val", accelerator="cpu", figures=False)["val/loss"] for name in (LAST, "raw.ckpt")}
+    losses = {
+        name: evaluate(name, "val", accelerator="cpu", figures=False)["val/loss"]
+        for name in (LAST, "raw.ckpt")
+    }
     assert losses[LAST] == pytest.approx(shown, rel=1e-5)
     assert losses["raw.ckpt"] != pytest.approx(shown, rel=1e-3)
     export(LAST, "state_dict")
@@ -170,7 +195,9 @@ def test_every_use_of_a_checkpoint_is_of_the_average(tmp_path, monkeypatch, undi
     assert same(exported, copy(Classifier.load(LAST, "cpu").model.network))
     other = TransferClassifier("shufflenet_v2_x0_5", LAST, num_classes=10)
     for used in (exported, copy(other.network)):
-        assert same({f"network.{name}": value for name, value in used.items()}, checkpoint["state_dict"])
+        assert same(
+            {f"network.{name}": value for name, value in used.items()}, checkpoint["state_dict"]
+        )
 
 
 def assert_same_run(one, other):
@@ -179,7 +206,8 @@ def assert_same_run(one, other):
         assert same(*(state[key] for state in states)), key
     assert states[0][STEPS] == states[1][STEPS]
     scores = [
-        [sorted(curves(folder / RUN)[tag]) for tag in ("val/loss", "train/loss_epoch")] for folder in (one, other)
+        [sorted(curves(folder / RUN)[tag]) for tag in ("val/loss", "train/loss_epoch")]
+        for folder in (one, other)
     ]
     assert scores[0] == scores[1]
 
@@ -189,7 +217,9 @@ def assert_same_run(one, other):
     [("training_step", 3), ("training_step", 8), ("training_step", 6), ("validation_step", 2)],
     ids=["frozen", "amid an epoch", "at its end", "in validation"],
 )
-def test_stopped_and_resumed_it_is_that_of_a_run_never_stopped(tmp_path, monkeypatch, undisturbed, where, number):
+def test_stopped_and_resumed_it_is_that_of_a_run_never_stopped(
+    tmp_path, monkeypatch, undisturbed, where, number
+):
     monkeypatch.chdir(tmp_path)
     step, left = getattr(TransferClassifier, where), number
 
@@ -203,7 +233,9 @@ def test_stopped_and_resumed_it_is_that_of_a_run_never_stopped(tmp_path, monkeyp
     monkeypatch.setattr(TransferClassifier, where, stop)
     with pytest.raises(SystemExit, match="143"):
         fit(JOB)
-    assert torch.load(LAST, weights_only=True)[STEPS] == (12 if where == "validation_step" else number)
+    assert torch.load(LAST, weights_only=True)[STEPS] == (
+        12 if where == "validation_step" else number
+    )
     fit([f"--resume={RUN}"])
     assert_same_run(tmp_path, undisturbed)
 
@@ -221,9 +253,13 @@ def test_killed_and_resumed_it_is_that_of_a_run_never_killed(tmp_path, undisturb
 @pytest.mark.slow
 def test_two_processes_have_the_same_average(tmp_path):
     """Also of batch-norm's statistics, though each has seen other images, and of steps after the last validation."""
-    subprocess.run([sys.executable, __file__, tmp_path], check=True, timeout=240, stdin=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, __file__, tmp_path], check=True, timeout=240, stdin=subprocess.DEVNULL
+    )
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert not same(ranks[0]["steps"][-1], ranks[1]["steps"][-1]), "their raw statistics differ, as always under DDP"
+    assert not same(ranks[0]["steps"][-1], ranks[1]["steps"][-1]), (
+        "their raw statistics differ, as always under DDP"
+    )
     assert same(ranks[0]["end"], ranks[1]["end"])
     assert same(ranks[0]["end"], reference(ranks[0]["steps"], DECAY))
     assert not same(ranks[0]["steps"][0], ranks[0]["end"])
@@ -238,7 +274,10 @@ def test_a_decay_out_of_range_is_refused(ema):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"callbacks": [EMAWeightAveraging()]}, "ema=0.7 and EMAWeightAveraging both average the weights"),
+        (
+            {"callbacks": [EMAWeightAveraging()]},
+            "ema=0.7 and EMAWeightAveraging both average the weights",
+        ),
         ({"callbacks": [StochasticWeightAveraging(0.1)]}, "and StochasticWeightAveraging both"),
         ({"precision": "bf16-true"}, "not those of SingleDeviceStrategy and precision=bf16-true"),
     ],
@@ -252,7 +291,10 @@ def test_what_it_cannot_be_with_is_refused(tmp_path, options, words):
 def test_another_average_on_resuming_is_refused(tmp_path, monkeypatch, undisturbed, decay):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(undisturbed / "lightning_logs", "lightning_logs")
-    with untouched(tmp_path), pytest.raises(UserError, match=r"would score other weights .* was written with 0\.7"):
+    with (
+        untouched(tmp_path),
+        pytest.raises(UserError, match=r"would score other weights .* was written with 0\.7"),
+    ):
         fit([f"--resume={RUN}", f"--model.ema={decay}", "--trainer.max_epochs=4"])
 
 
@@ -266,13 +308,23 @@ def test_a_checkpoint_without_an_average_is_continued_without(tmp_path, monkeypa
     checkpoint = torch.load(LAST, weights_only=True)
     del checkpoint["hyper_parameters"]["ema"]
     torch.save(checkpoint, LAST)
-    with untouched(tmp_path), pytest.raises(UserError, match=r"--model.ema=0.7 finds no average in the checkpoint"):
+    with (
+        untouched(tmp_path),
+        pytest.raises(UserError, match=r"--model.ema=0.7 finds no average in the checkpoint"),
+    ):
         fit(resume)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     witness = Witness()
-    options = {"accelerator": "cpu", "devices": 2, "check_val_every_n_epoch": 2, "default_root_dir": sys.argv[1]}
+    options = {
+        "accelerator": "cpu",
+        "devices": 2,
+        "check_val_every_n_epoch": 2,
+        "default_root_dir": sys.argv[1],
+    }
     model, trainer = train(witness, **options)
-    torch.save({"steps": witness.steps, "end": copy(model)}, Path(sys.argv[1], f"{trainer.global_rank}.pt"))
+    torch.save(
+        {"steps": witness.steps, "end": copy(model)}, Path(sys.argv[1], f"{trainer.global_rank}.pt")
+    )

@@ -17,15 +17,17 @@ from conftest import run_fit, write_images
 from PIL import Image
 
 from cifar_transfer import Classifier, ImageFolderDataModule, ShapesDataModule, TransferClassifier
-from cifar_transfer.data import duplicates
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.text import printable
+from cifar_transfer.commands.fit import fit
+from cifar_transfer.commands.predict import main
+from cifar_transfer.data import exact_duplicates as duplicates
 from cifar_transfer.data.images import MAX_MEGAPIXELS, images_below, read_image
-from cifar_transfer.errors import UserError
-from cifar_transfer.fit import fit
-from cifar_transfer.predict import main
-from cifar_transfer.text import printable
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
-PHOTO = Image.fromarray(np.kron(PIXELS[:3, :5], np.ones((8, 8, 1), np.uint8)))  # blocks, which JPEG keeps well
+PHOTO = Image.fromarray(
+    np.kron(PIXELS[:3, :5], np.ones((8, 8, 1), np.uint8))
+)  # blocks, which JPEG keeps well
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
 
 
@@ -81,7 +83,9 @@ def test_whatever_is_wrong_with_a_file_it_is_an_image_or_a_sentence(tmp_path, ki
             at = chance.randrange(min(len(content), chance.choice([64, 512, 10**6])))
             length = chance.choice([1, 1, 1, 8, 200])
             part = content[at : at + length]
-            content[at : at + length] = chance.choice([chance.randbytes(len(part)), b"", 2 * part, bytes(len(part))])
+            content[at : at + length] = chance.choice(
+                [chance.randbytes(len(part)), b"", 2 * part, bytes(len(part))]
+            )
         path = tmp_path / f"x.{kind}"
         path.write_bytes(content)
         try:
@@ -96,7 +100,9 @@ def test_whatever_is_wrong_with_a_file_it_is_an_image_or_a_sentence(tmp_path, ki
 
 def test_a_program_is_not_run_to_draw_an_image(tmp_path):
     (tmp_path / "x.png").write_bytes(encoded(PHOTO, "EPS"))
-    with pytest.raises(UserError, match="a program, which is not run"):  # by Ghostscript, where that is installed
+    with pytest.raises(
+        UserError, match="a program, which is not run"
+    ):  # by Ghostscript, where that is installed
         read_image(tmp_path / "x.png")
 
 
@@ -112,8 +118,18 @@ def test_cmyk_sixteen_bit_and_animations_are_read_for_what_they_show(tmp_path):
         ("cmyk.jpg", encoded(PHOTO.convert("CMYK"), "JPEG", quality=95), np.asarray(PHOTO), 25),
         ("sixteen.png", encoded(sixteen, "PNG"), PIXELS[..., :1], 0),
         ("sixteen.tif", encoded(sixteen, "TIFF"), PIXELS[..., :1], 0),
-        ("animated.gif", encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), np.asarray(PHOTO), 0),
-        ("animated.png", encoded(frames[0], "PNG", save_all=True, append_images=frames[1:]), np.asarray(PHOTO), 0),
+        (
+            "animated.gif",
+            encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+            np.asarray(PHOTO),
+            0,
+        ),
+        (
+            "animated.png",
+            encoded(frames[0], "PNG", save_all=True, append_images=frames[1:]),
+            np.asarray(PHOTO),
+            0,
+        ),
         (
             "animated.webp",
             encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True),
@@ -142,20 +158,30 @@ def test_images_are_turned_upright_in_training_and_prediction(tmp_path, kind):
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
     for orientation in range(1, 9):
         image, exif = turned(orientation)
-        (tmp_path / "train" / "cat" / f"{orientation}.png").write_bytes(encoded(image, kind, exif=exif, **options))
+        (tmp_path / "train" / "cat" / f"{orientation}.png").write_bytes(
+            encoded(image, kind, exif=exif, **options)
+        )
     images = ready(tmp_path, val_fraction=0.5).load("train")
     seen = images.__getitems__([2, *range(3, 10)])[0].numpy().transpose(0, 2, 3, 1).astype(int)
     assert np.abs(seen - np.asarray(PHOTO)).max() <= (8 if kind == "JPEG" else 0)
     classifier = Classifier(TransferClassifier("lenet5", "none"), "cpu")
     given = Image.open(tmp_path / "train" / "cat" / "6.png")
-    shown = [next(classifier.stream([image])).pixels for image in (tmp_path / "train" / "cat" / "6.png", given)]
-    assert np.array_equal(shown[0], read_image(tmp_path / "train" / "cat" / "1.png", (32, 32))) or kind == "JPEG"
+    shown = [
+        next(classifier.stream([image])).pixels
+        for image in (tmp_path / "train" / "cat" / "6.png", given)
+    ]
+    assert (
+        np.array_equal(shown[0], read_image(tmp_path / "train" / "cat" / "1.png", (32, 32)))
+        or kind == "JPEG"
+    )
     assert np.array_equal(*shown), "also where the image comes from Python"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_an_exif_that_cannot_be_read_says_nothing(tmp_path, kind):
-    for number, exif in enumerate((b"rubbish", b"MM\0*\xff\xff\xff\xff", b"II*\0\x08\0\0\0\x09\0\x12")):
+    for number, exif in enumerate(
+        (b"rubbish", b"MM\0*\xff\xff\xff\xff", b"II*\0\x08\0\0\0\x09\0\x12")
+    ):
         (tmp_path / f"{number}.jpg").write_bytes(encoded(PHOTO, kind, exif=b"Exif\0\0" + exif))
         assert read_image(tmp_path / f"{number}.jpg").shape == (3, 24, 40)
 
@@ -165,11 +191,18 @@ def test_a_decompression_bomb_is_refused_undecoded_and_the_limit_can_be_raised(t
     for side in sides.values():
         path = tmp_path / f"{side}.png"
         path.write_bytes(png_of(side, side))
-        with pytest.raises(UserError, match=rf"{side}\.png has more than 100 million pixels: .*raise max_megapixels"):
+        with pytest.raises(
+            UserError,
+            match=rf"{side}\.png has more than 100 million pixels: .*raise max_megapixels",
+        ):
             read_image(path)
-        with pytest.raises(UserError, match="cannot be decoded"):  # it was tried, and there is nothing in it
+        with pytest.raises(
+            UserError, match="cannot be decoded"
+        ):  # it was tried, and there is nothing in it
             read_image(path, max_megapixels=401)
-        with pytest.raises(UserError, match="has more than 100 million"):  # somebody else's limit is not ours
+        with pytest.raises(
+            UserError, match="has more than 100 million"
+        ):  # somebody else's limit is not ours
             read_image(path)
     assert MAX_MEGAPIXELS == 100
     write_images(tmp_path / "train", 3, size=(50, 40))
@@ -182,17 +215,29 @@ def test_a_decompression_bomb_is_refused_undecoded_and_the_limit_can_be_raised(t
 
 
 def test_an_image_of_one_row_is_not_blown_up(tmp_path):
-    Image.new("RGB", (60_000, 1), "red").save(tmp_path / "row.png")  # in full it would become 3 thousand million pixels
-    assert read_image(tmp_path / "row.png", (224, 224)).reshape(3, -1).mean(1).tolist() == [255, 0, 0]
+    Image.new("RGB", (60_000, 1), "red").save(
+        tmp_path / "row.png"
+    )  # in full it would become 3 thousand million pixels
+    assert read_image(tmp_path / "row.png", (224, 224)).reshape(3, -1).mean(1).tolist() == [
+        255,
+        0,
+        0,
+    ]
     assert read_image(tmp_path / "row.png", (20, 30)).reshape(3, -1).mean(1).tolist() == [255, 0, 0]
     for width, height, size in ((40, 24, 32), (24, 39, 7), (300, 200, 224), (33, 32, 31)):
         image = PHOTO.resize((width, height))
         image.save(tmp_path / "x.png")
         scale = size / min(image.size)
-        whole = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
+        whole = image.resize(
+            [max(size, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR
+        )
         left, top = (whole.width - size) // 2, (whole.height - size) // 2
-        expected = np.asarray(whole.crop((left, top, left + size, top + size)), int).transpose(2, 0, 1)
-        assert np.abs(read_image(tmp_path / "x.png", (size, size)) - expected).mean() < 6, "half a pixel off at most"
+        expected = np.asarray(whole.crop((left, top, left + size, top + size)), int).transpose(
+            2, 0, 1
+        )
+        assert np.abs(read_image(tmp_path / "x.png", (size, size)) - expected).mean() < 6, (
+            "half a pixel off at most"
+        )
 
 
 def test_only_images_are_taken_from_a_folder_and_each_once(tmp_path):
@@ -248,7 +293,9 @@ def test_images_in_training_and_test_alike_are_counted(tmp_path, monkeypatch, wh
         (tmp_path / split / "cat" / "x.bmp").write_bytes(content)
     options = {"cache_limit_gb": 0.0 if where == "on the fly" else 8.0}
     for _ in range(2):  # also when there is a cache already
-        with pytest.warns(UserWarning, match="3 of 17 test images are also among those of training") as seen:
+        with pytest.warns(
+            UserWarning, match="3 of 17 test images are also among those of training"
+        ) as seen:
             ready(tmp_path, **options)
         said = [str(warning.message) for warning in seen if "among those" in str(warning.message)]
         assert len(said) == 1
@@ -256,7 +303,17 @@ def test_images_in_training_and_test_alike_are_counted(tmp_path, monkeypatch, wh
         assert said[0].count("train/cat") == 2
 
 
-STRANGE = ("two words", "it's", 'a "quote"', "$5 or $6", "new\nline", "tab\t", os.fsdecode(b"caf\xe9"), "猫", "-x")
+STRANGE = (
+    "two words",
+    "it's",
+    'a "quote"',
+    "$5 or $6",
+    "new\nline",
+    "tab\t",
+    os.fsdecode(b"caf\xe9"),
+    "猫",
+    "-x",
+)
 
 
 def predicted(*options):
@@ -278,7 +335,9 @@ def test_names_that_are_no_text_do_not_stop_a_run_or_a_prediction(tmp_path, monk
         folder = tmp_path / "my photos" / split / name
         folder.mkdir(parents=True)
         for number in range(4):
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number} {name}.png")
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+                folder / f"{number} {name}.png"
+            )
     options = [
         "--data=ImageFolderDataModule",
         "--data.root=my photos",
@@ -294,14 +353,16 @@ def test_names_that_are_no_text_do_not_stop_a_run_or_a_prediction(tmp_path, monk
     assert fit([*options, *more]).best.is_file()
     listed = json.loads(predicted("--format=json", "--top_k=99"))
     assert len(listed) == 4 * len(STRANGE)
-    assert all(os.path.isfile(prediction["image"]) for prediction in listed), "names come out as they are"
+    assert all(os.path.isfile(prediction["image"]) for prediction in listed), (
+        "names come out as they are"
+    )
     assert {name for name, _ in listed[0]["classes"]} == {printable(name) for name in STRANGE}
     table = predicted("--figure=f.png", "--explain=maps")
     assert len(table.splitlines()) == 4 * len(STRANGE), "a line for each image"
     assert len(list(csv.DictReader(io.StringIO(predicted("--format=csv"))))) == 5 * 4 * len(STRANGE)
     broken = os.path.join("my photos", "train", STRANGE[4], f"{STRANGE[6]}.png")
     Path(broken).write_bytes(b"no image")
-    error = run_fit(tmp_path, broken, module="cifar_transfer.predict", expect=1).stderr.splitlines()[-1]
+    error = run_fit(tmp_path, broken, command="predict", expect=1).stderr.splitlines()[-1]
     assert error.startswith("error: ")
     assert r"new\nline/caf\udce9.png cannot be decoded" in error
 
@@ -318,5 +379,8 @@ def test_a_label_that_is_no_class_is_refused_before_training(wrong, monkeypatch)
 
     monkeypatch.setattr(ShapesDataModule, "load", mislabelled)
     data = ShapesDataModule(train_images=40, test_images=20)
-    with pytest.raises(UserError, match=rf"test images have labels from .*{wrong}.* classes are numbered from 0 to 9"):
+    with pytest.raises(
+        UserError,
+        match=rf"test images have labels from .*{wrong}.* classes are numbered from 0 to 9",
+    ):
         data.setup()

@@ -10,7 +10,9 @@ from benchmarks import recipes, turns
 
 def test_contestants_take_turns_and_the_first_round_does_not_count():
     calls = []
-    times = turns.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, most=60)
+    times = turns.alternate(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, most=60
+    )
     assert calls == list("ababbaab")
     assert [len(values) for values in times.values()] == [3, 3]
 
@@ -22,8 +24,20 @@ def test_no_round_begins_after_the_time_is_up():
 def test_ratios_are_those_within_a_round():
     table = turns.table({"slow": [1.0, 2.0, 4.0], "fast": [0.5, 1.0, 1.0]}, images=10)
     slow, fast = table.splitlines()[2:]
-    assert [cell.strip() for cell in slow.split("|")[1:-1]] == ["slow", "5", "4 to 8", "1.00", "1.00 to 1.00"]
-    assert [cell.strip() for cell in fast.split("|")[1:-1]] == ["fast", "10", "10 to 15", "2.00", "2.00 to 3.00"]
+    assert [cell.strip() for cell in slow.split("|")[1:-1]] == [
+        "slow",
+        "5",
+        "4 to 8",
+        "1.00",
+        "1.00 to 1.00",
+    ]
+    assert [cell.strip() for cell in fast.split("|")[1:-1]] == [
+        "fast",
+        "10",
+        "10 to 15",
+        "2.00",
+        "2.00 to 3.00",
+    ]
 
 
 @pytest.mark.slow
@@ -51,5 +65,7 @@ def test_recipes_are_run_once_evaluated_each_epoch_and_drawn(tmp_path, monkeypat
     assert f"{points[1][1]:.2%}" in capsys.readouterr().out
     with Image.open(tmp_path / "recipes.png") as picture:
         assert picture.size == (1200, 675)
-    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("a finished run was started again"))
+    monkeypatch.setattr(
+        "subprocess.run", lambda *_, **__: pytest.fail("a finished run was started again")
+    )
     recipes.main()

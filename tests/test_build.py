@@ -9,7 +9,7 @@ from torchvision import models
 from torchvision.models.regnet import BlockParams
 
 from cifar_transfer import BackboneFreeze, TransferClassifier
-from cifar_transfer.errors import UserError
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.network import build, catalog
 from cifar_transfer.training.phases import begins
 
@@ -45,7 +45,14 @@ TABLE: dict[str, dict] = {
 }
 
 # The larger ones of a family that has smaller ones, and BEiT, of which other tests make two.
-LARGER = {"vgg19", "resnet101", "resnet152", "swin_s", "swin_b", *(f"efficientnet_b{number}" for number in range(3, 8))}
+LARGER = {
+    "vgg19",
+    "resnet101",
+    "resnet152",
+    "swin_s",
+    "swin_b",
+    *(f"efficientnet_b{number}" for number in range(3, 8)),
+}
 LARGER |= {"timm/beit_base_patch16_224"}
 
 
@@ -56,12 +63,16 @@ def batches(count=4, classes=3):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.whole] * (name in LARGER)) for name in TABLE])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.whole] * (name in LARGER)) for name in TABLE]
+)
 def test_every_network_of_the_table(name, tmp_path, monkeypatch):
     if name.startswith("timm/"):
         pytest.importorskip("timm", reason="timm is an optional extra")
     # A stand-in for slow draws: what a layer begins with is of no account here.
-    monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, *_, **__: nn.init.normal_(tensor, std=0.02))
+    monkeypatch.setattr(
+        nn.init, "trunc_normal_", lambda tensor, *_, **__: nn.init.normal_(tensor, std=0.02)
+    )
     torch.manual_seed(0)
     model = TransferClassifier(name, "none", num_classes=3, lr=0.01, **TABLE[name])
     before = {key: value.clone() for key, value in model.named_parameters()}
@@ -73,8 +84,12 @@ def test_every_network_of_the_table(name, tmp_path, monkeypatch):
     )
     trainer.fit(model, batches(), batches())
     heads = tuple(f"network.{head}." for head in model.heads)
-    trained = {key for key, value in model.named_parameters() if not torch.equal(value, before[key])}
-    assert trained == {key for key in before if key.startswith(heads)}, "the heads train, and nothing else"
+    trained = {
+        key for key, value in model.named_parameters() if not torch.equal(value, before[key])
+    }
+    assert trained == {key for key in before if key.startswith(heads)}, (
+        "the heads train, and nothing else"
+    )
 
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     again = TransferClassifier.load_from_checkpoint(tmp_path / "run.ckpt").eval()
@@ -139,7 +154,9 @@ def test_both_heads_of_the_distilled_deit_answer_and_train():
     model = TransferClassifier("timm/deit_tiny_distilled_patch16_224", "none", num_classes=3)
     assert model.heads == ("head", "head_dist")
     model(torch.rand(2, 3, 32, 32)).sum().backward()
-    assert all(model.network.get_submodule(head).weight.grad.abs().sum() > 0 for head in model.heads)
+    assert all(
+        model.network.get_submodule(head).weight.grad.abs().sum() > 0 for head in model.heads
+    )
 
 
 @pytest.mark.parametrize(("name", "last"), [("vgg16", 22), ("vgg19", 22)])
@@ -148,11 +165,17 @@ def test_the_first_ten_convolutions_freeze_by_a_pattern(name, last):
     pattern = r"network\.features\.(1?\d|2[01])\."
     with torch.device("meta"):
         network = build.stock(name)
-    convolutions = [f"network.features.{i}.weight" for i, m in enumerate(network.features) if isinstance(m, nn.Conv2d)]
+    convolutions = [
+        f"network.features.{i}.weight"
+        for i, m in enumerate(network.features)
+        if isinstance(m, nn.Conv2d)
+    ]
     model = nn.Module()
     model.network = network
     rest = begins(model, [[f"(?!{pattern})"]], {})  # as BackboneFreeze(frozen=[pattern]) has it
-    assert [name for name, phase in rest.items() if phase == 1 and name.endswith("weight")] == convolutions[:10]
+    assert [
+        name for name, phase in rest.items() if phase == 1 and name.endswith("weight")
+    ] == convolutions[:10]
 
 
 @pytest.mark.parametrize(
@@ -162,15 +185,24 @@ def test_the_first_ten_convolutions_freeze_by_a_pattern(name, last):
         ({"backbone": "timm/vit_base_patch16_225"}, "did you mean timm/vit_base_patch16"),
         ({"backbone": "timm/vit_base_patch16_224.augreg_in22k"}, "augreg_in21k"),
         ({"backbone": "timm/gemma4_vit_167m_enc"}, "no head|There is no backbone"),
-        ({"backbone": "lenet5", "weights": "DEFAULT"}, "No weights of lenet5 are published.*weights=none"),
+        (
+            {"backbone": "lenet5", "weights": "DEFAULT"},
+            "No weights of lenet5 are published.*weights=none",
+        ),
         ({"backbone": "lenet5", "image_size": "native"}, "no native size"),
         ({"backbone": "lenet5", "normalize": "weights"}, "no published weights"),
         ({"backbone": "inception_v3", "image_size": 74}, r"75 or more, or native \(299\)"),
-        ({"backbone": "alexnet", "image_size": 32}, r"63 or more, or native \(224\), or try small_images"),
+        (
+            {"backbone": "alexnet", "image_size": 32},
+            r"63 or more, or native \(224\), or try small_images",
+        ),
         ({"backbone": "resnet18", "aux_weight": 0.3}, "no auxiliary heads"),
         ({"backbone": "resnet18", "patch_size": 4}, "has no patches"),
         ({"backbone": "vit_b_16", "image_size": 40}, "do not divide images of 40"),
-        ({"backbone": "timm/mixer_b16_224", "image_size": 32}, "its own size only: set image_size=native"),
+        (
+            {"backbone": "timm/mixer_b16_224", "image_size": 32},
+            "its own size only: set image_size=native",
+        ),
     ],
 )
 def test_mistakes_get_a_sentence(options, message):
@@ -187,7 +219,9 @@ def test_without_timm_its_networks_are_refused_with_the_way_to_get_it(monkeypatc
         TransferClassifier("timm/vit_base_patch16_224")
 
 
-@pytest.mark.parametrize(("number", "size"), list(enumerate((224, 240, 288, 300, 380, 456, 528, 600))))
+@pytest.mark.parametrize(
+    ("number", "size"), list(enumerate((224, 240, 288, 300, 380, 456, 528, 600)))
+)
 def test_native_is_each_efficientnets_own_size(number, size):
     assert next(iter(catalog.weights(f"efficientnet_b{number}").values())).native == size
 
@@ -208,15 +242,21 @@ def test_images_that_do_not_fit_are_known_before_training():
         num_classes, image_size = 3, (32, 32)
 
     model._trainer = type("Trainer", (), {"datamodule": Data(), "ckpt_path": None})()
-    with pytest.raises(UserError, match=r"cannot take images of 32 x 32 pixels .*image_size=75 or more"):
+    with pytest.raises(
+        UserError, match=r"cannot take images of 32 x 32 pixels .*image_size=75 or more"
+    ):
         model.setup("fit")
     model = TransferClassifier("inception_v3", "none", num_classes=3, image_size=75, aux_weight=0.4)
     model._trainer = type("Trainer", (), {"datamodule": Data(), "ckpt_path": None})()
-    with pytest.raises(UserError, match="cannot take images of 75 pixels"):  # its auxiliary head cannot
+    with pytest.raises(
+        UserError, match="cannot take images of 75 pixels"
+    ):  # its auxiliary head cannot
         model.setup("fit")
 
 
-@pytest.mark.parametrize("name", ["timm/coatnet_pico_rw_224", "timm/efficientvit_m0", "timm/maxvit_rmlp_pico_rw_256"])
+@pytest.mark.parametrize(
+    "name", ["timm/coatnet_pico_rw_224", "timm/efficientvit_m0", "timm/maxvit_rmlp_pico_rw_256"]
+)
 @pytest.mark.parametrize("options", [{"image_size": 64}, {"image_size": 64, "small_images": True}])
 def test_windows_without_patches_are_fitted_by_timm(name, options):
     pytest.importorskip("timm", reason="timm is an optional extra")
@@ -227,10 +267,16 @@ def test_windows_without_patches_are_fitted_by_timm(name, options):
 def test_resuming_at_another_size_is_refused(tmp_path):
     pytest.importorskip("timm", reason="timm is an optional extra")
     first = quiet_trainer(max_epochs=1)
-    first.fit(TransferClassifier("timm/test_vit", "none", num_classes=3, image_size=32), batches(), batches())
+    first.fit(
+        TransferClassifier("timm/test_vit", "none", num_classes=3, image_size=32),
+        batches(),
+        batches(),
+    )
     first.save_checkpoint(tmp_path / "last.ckpt")
     other = TransferClassifier("timm/test_vit", "none", num_classes=3, image_size=64)
-    with pytest.raises(UserError, match="image_size=64 timm/test_vit has another form than in the checkpoint"):
+    with pytest.raises(
+        UserError, match="image_size=64 timm/test_vit has another form than in the checkpoint"
+    ):
         quiet_trainer(max_epochs=2).fit(
             other, batches(), batches(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
         )

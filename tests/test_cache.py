@@ -34,7 +34,13 @@ def start(folder, before="", **options):
     environment = os.environ | options.pop("env", {})
     code = SETUP.format(before=before)
     return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=folder, env=environment, text=True, **options, stdout=-1, stderr=-1
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=environment,
+        text=True,
+        **options,
+        stdout=-1,
+        stderr=-1,
     )
 
 
@@ -83,7 +89,10 @@ DAMAGE = {
     "cut short": ("npy", lambda path: os.truncate(path, 9000)),
     "empty": ("npy", lambda path: os.truncate(path, 0)),
     "a pickle as pixels": ("npy", lambda path: path.write_bytes(pickle.dumps(Bomb()))),
-    "an array of objects": ("npy", lambda path: np.save(path, np.array([Bomb()] * 20, object), allow_pickle=True)),
+    "an array of objects": (
+        "npy",
+        lambda path: np.save(path, np.array([Bomb()] * 20, object), allow_pickle=True),
+    ),
     "an array of another kind": ("npy", lambda path: np.save(path, np.zeros((20, 3, 32, 32)))),
     "a bit of the labels": ("npz", flip(128 + 80)),
     "no labels": ("npz", Path.unlink),
@@ -91,9 +100,14 @@ DAMAGE = {
     "a pickle as labels": ("npz", lambda path: path.write_bytes(pickle.dumps(Bomb()))),
     "labels of objects": (
         "npz",
-        lambda path: np.savez(path, labels=np.array([Bomb()] * 20, object), sums=np.zeros(20, np.uint32)),
+        lambda path: np.savez(
+            path, labels=np.array([Bomb()] * 20, object), sums=np.zeros(20, np.uint32)
+        ),
     ),
-    "fewer labels": ("npz", lambda path: np.savez(path, labels=np.zeros(3, int), sums=np.load(path)["sums"])),
+    "fewer labels": (
+        "npz",
+        lambda path: np.savez(path, labels=np.zeros(3, int), sums=np.load(path)["sums"]),
+    ),
 }
 
 
@@ -111,7 +125,9 @@ def test_a_damaged_cache_is_noticed_and_made_again(tmp_path, monkeypatch, ending
         again = everything(ready(tmp_path))
     assert all(np.array_equal(*pair) for pair in zip(whole, again, strict=True))
     assert not (tmp_path / "bomb-went-off").exists()
-    assert all(np.array_equal(*pair) for pair in zip(whole, everything(ready(tmp_path)), strict=True))
+    assert all(
+        np.array_equal(*pair) for pair in zip(whole, everything(ready(tmp_path)), strict=True)
+    )
 
 
 def test_every_byte_before_the_pixels_may_be_damaged(tmp_path):

@@ -6,13 +6,23 @@ import pytest
 from conftest import quiet_trainer, untouched, write_images
 
 from cifar_transfer import ImageFolderDataModule, TransferClassifier
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.commands.evaluate import evaluate
+from cifar_transfer.commands.fit import fit
 from cifar_transfer.data.classes import check_classes
-from cifar_transfer.errors import UserError
-from cifar_transfer.evaluate import evaluate
-from cifar_transfer.fit import fit
 
-JOB = ["--model.backbone=lenet5", "--model.weights=none", "--freeze.unfreeze_epoch=0", "--trainer.accelerator=cpu"]
-JOB += ["--report.figures=false", "--data=ImageFolderDataModule", "--data.root=photos", "--data.val_fraction=0.4"]
+JOB = [
+    "--model.backbone=lenet5",
+    "--model.weights=none",
+    "--freeze.unfreeze_epoch=0",
+    "--trainer.accelerator=cpu",
+]
+JOB += [
+    "--report.figures=false",
+    "--data=ImageFolderDataModule",
+    "--data.root=photos",
+    "--data.val_fraction=0.4",
+]
 JOB += ["--trainer.max_epochs=1", "--model.image_size=32"]
 RUN = "lightning_logs/version_1"
 BEST = f"{RUN}/checkpoints/best.ckpt"
@@ -58,7 +68,9 @@ def test_a_checkpoint_is_not_evaluated_on_other_classes(here):
 @pytest.mark.parametrize("named", [True, False])
 def test_python_is_told_the_same(here, named):
     data = ImageFolderDataModule("photos", val_fraction=0.4)
-    model = TransferClassifier("lenet5", "none", 2, data.class_names if named else None, image_size=32)
+    model = TransferClassifier(
+        "lenet5", "none", 2, data.class_names if named else None, image_size=32
+    )
     with pytest.raises(UserError, match=BOTH):
         quiet_trainer(max_epochs=2).fit(model, data, ckpt_path=BEST)
     with pytest.raises(UserError, match=BOTH):
@@ -74,14 +86,19 @@ def test_a_loaded_model_is_not_tested_on_other_classes(here):
 def test_names_given_in_another_order_are_refused_before_training(trained):
     data = ImageFolderDataModule(str(trained / "photos"))
     model = TransferClassifier("lenet5", "none", class_names=["dog", "cat"], image_size=32)
-    with pytest.raises(UserError, match=r"their classes in another order .*: the network dog, cat; the data cat, dog"):
+    with pytest.raises(
+        UserError,
+        match=r"their classes in another order .*: the network dog, cat; the data cat, dog",
+    ):
         quiet_trainer(max_epochs=1).fit(model, data)
 
 
 def test_of_long_lists_the_message_has_what_differs():
     names = [f"class {i:03d}" for i in range(200)]
     check_classes(names, list(names))
-    with pytest.raises(UserError, match="the network class 000, class 199; the data class 199, class 000"):
+    with pytest.raises(
+        UserError, match="the network class 000, class 199; the data class 199, class 000"
+    ):
         check_classes(names, [names[-1], *names[1:-1], names[0]])
     with pytest.raises(UserError, match="the network none besides; the data one more"):
         check_classes(names, ["one more", *names])

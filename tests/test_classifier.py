@@ -7,8 +7,8 @@ from lightning import seed_everything
 from torch import nn
 
 from cifar_transfer import ShapesDataModule, TransferClassifier
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.geometry import STATISTICS
-from cifar_transfer.errors import UserError
 
 TINY = "shufflenet_v2_x0_5"
 
@@ -47,7 +47,9 @@ def test_input_is_resized_and_normalised():
         model = TransferClassifier(TINY, "none", image_size=48, normalize=normalize)
         model.network = Recorder()
         model(images)
-        mean, std = STATISTICS.get(normalize, normalize) if isinstance(normalize, str) else normalize
+        mean, std = (
+            STATISTICS.get(normalize, normalize) if isinstance(normalize, str) else normalize
+        )
         resized = nn.functional.interpolate(images, size=(48, 48), mode="bilinear", antialias=True)
         for channel in range(3):
             expected = (resized[:, channel] - mean[channel]) / std[channel]
@@ -57,9 +59,13 @@ def test_input_is_resized_and_normalised():
 def fit(folder, epochs=1, **options):
     seed_everything(0)
     data = ShapesDataModule(train_images=160, test_images=40, val_fraction=0.25, batch_size=30)
-    module = TransferClassifier(**{"backbone": TINY, "weights": "none"} | options, class_names=data.class_names)
+    module = TransferClassifier(
+        **{"backbone": TINY, "weights": "none"} | options, class_names=data.class_names
+    )
     seen = []
-    module.network.register_forward_pre_hook(lambda net, inputs: seen.append((net.training, inputs[0].shape[-1])))
+    module.network.register_forward_pre_hook(
+        lambda net, inputs: seen.append((net.training, inputs[0].shape[-1]))
+    )
     trainer = quiet_trainer(
         max_epochs=epochs,
         num_sanity_val_steps=0,
@@ -77,14 +83,18 @@ def test_training_sizes_share_the_steps_and_evaluation_has_its_own(tmp_path):
 
 def test_sizes_that_the_network_cannot_take_are_refused_before_training(tmp_path):
     data = ShapesDataModule(train_images=160, test_images=40)
-    module = TransferClassifier("vit_b_16", "none", class_names=data.class_names, image_size=32, train_sizes=[16, 32])
+    module = TransferClassifier(
+        "vit_b_16", "none", class_names=data.class_names, image_size=32, train_sizes=[16, 32]
+    )
     with pytest.raises(UserError, match="cannot take images of 16 pixels"):
         quiet_trainer(default_root_dir=tmp_path, max_epochs=1).fit(module, data)
 
 
 def test_compiled_networks_keep_their_names_and_their_results(tmp_path, monkeypatch):
     compile = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module: compile(module, backend="eager"))  # inductor takes minutes
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module: compile(module, backend="eager")
+    )  # inductor takes minutes
     plain, _, _ = fit(tmp_path, backbone="lenet5")
     compiled, _, trainer = fit(tmp_path, backbone="lenet5", compile=True)
     assert compiled.network._compiled_call_impl is not None

@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import ProgressBar
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import parse_experiment_plugin_data
 
-from cifar_transfer import demo
-from cifar_transfer.errors import UserError, one_sentence
-from cifar_transfer.evaluate import evaluate
-from cifar_transfer.figures import figures
-from cifar_transfer.fit import fit
+from cifar_transfer.base.errors import UserError, one_sentence
+from cifar_transfer.commands import demo
+from cifar_transfer.commands.evaluate import evaluate
+from cifar_transfer.commands.figures import figures
+from cifar_transfer.commands.fit import fit
 from cifar_transfer.results.report import Report
 
 RUN = "lightning_logs/version_0"
@@ -25,7 +25,11 @@ RUN = "lightning_logs/version_0"
 def job(tmp_path_factory):
     """A finished run, and what it printed."""
     folder = tmp_path_factory.mktemp("job")
-    options = ["--trainer.max_epochs=3", "--freeze.unfreeze_epoch=1", "--trainer.log_every_n_steps=1"]
+    options = [
+        "--trainer.max_epochs=3",
+        "--freeze.unfreeze_epoch=1",
+        "--trainer.log_every_n_steps=1",
+    ]
     options += ["--report.figures=true", "--report.projector=true"]
     return folder, run_fit(folder, *TINY, *options)
 
@@ -33,21 +37,31 @@ def job(tmp_path_factory):
 def test_a_run_prints_a_line_an_epoch_and_what_to_do_next(job):
     _, done = job
     lines = done.stdout.splitlines()
-    table = lines.index("epoch  train loss  train acc  val loss  val acc         lr    time      left")
+    table = lines.index(
+        "epoch  train loss  train acc  val loss  val acc         lr    time      left"
+    )
     frozen, first, unfrozen, *others = lines[table + 1 : table + 6]
     assert frozen == "Epoch 1: backbone frozen, 10,250 parameters train."
     assert unfrozen == "Epochs 2 to 3: everything at rate 0.0001, 352,042 parameters train."
     row = r" +{}/3 +\d\.\d{{3}} +[\d.]+% +\d\.\d{{3}} +[\d.]+% [ *] +{} +[\d.]+ s{}"
     for number, (line, rate, left) in enumerate(
-        zip((first, *others), ("0.001", "0.0001", "0.0001"), (r" +> \d+ s", r" +\d+ s", ""), strict=True), 1
+        zip(
+            (first, *others),
+            ("0.001", "0.0001", "0.0001"),
+            (r" +> \d+ s", r" +\d+ s", ""),
+            strict=True,
+        ),
+        1,
     ):
         assert re.fullmatch(row.format(number, rate, left), line), line
     assert re.search(r"^test accuracy +[\d.]+%$", done.stdout, re.MULTILINE)
-    best = max(range(3), key=lambda number: float(re.findall(r"[\d.]+(?=%)", (first, *others)[number])[1]))
+    best = max(
+        range(3), key=lambda number: float(re.findall(r"[\d.]+(?=%)", (first, *others)[number])[1])
+    )
     assert f"checkpoint     the best, of epoch {best + 1}" in lines
     assert f"run            {RUN}" in lines
     assert "look at it     tensorboard --logdir lightning_logs" in lines
-    assert "predict        python -m cifar_transfer.predict IMAGE" in lines
+    assert "predict        python -m cifar_transfer predict IMAGE" in lines
     assert "Warning" not in done.stderr
     assert "warn(" not in done.stderr
 
@@ -57,20 +71,35 @@ def test_tensorboard_has_curves_against_the_epoch_the_graph_and_the_hyperparamet
     events = EventAccumulator(str(folder / RUN), size_guidance={"scalars": 0})
     events.Reload()
     steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    for tag in ("accuracy/train", "loss/train", "accuracy/val", "loss/val", "lr", "trainable_parameters"):
+    for tag in (
+        "accuracy/train",
+        "loss/train",
+        "accuracy/val",
+        "loss/val",
+        "lr",
+        "trainable_parameters",
+    ):
         assert steps[tag] == [1, 2, 3], tag
     for tag in ("loss/train_step", "accuracy/train_step"):
         assert steps[tag] == list(range(18)), "180 images in batches of 32, three times"
     assert steps["accuracy/val_step"] == [5, 11, 17]
-    groups = list(dict.fromkeys(tag.partition("/")[0] for tag in sorted([*steps, *events.Tags()["images"]])))
+    groups = list(
+        dict.fromkeys(tag.partition("/")[0] for tag in sorted([*steps, *events.Tags()["images"]]))
+    )
     assert groups[:2] == ["accuracy", "loss"], "TensorBoard opens the first two"
     assert [event.value for event in events.Scalars("lr")] == pytest.approx([1e-3, 1e-4, 1e-4])
-    assert [event.value for event in events.Scalars("trainable_parameters")] == [10250, 352042, 352042]
+    assert [event.value for event in events.Scalars("trainable_parameters")] == [
+        10250,
+        352042,
+        352042,
+    ]
     assert events.Tags()["graph"]
     printed = float(re.search(r"test accuracy +([\d.]+)%", done.stdout)[1]) / 100
     assert events.Scalars("result/test_acc")[-1].value == pytest.approx(printed, abs=1e-4)
     hparams = events.summary_metadata
-    options = parse_experiment_plugin_data(hparams["_hparams_/experiment"].plugin_data.content).hparam_infos
+    options = parse_experiment_plugin_data(
+        hparams["_hparams_/experiment"].plugin_data.content
+    ).hparam_infos
     first = ["Backbone", "Batch size", "Learning rate", "Optimizer", "Weights"]
     assert sorted(option.name for option in options)[:5] == first, "which TensorBoard shows"
 
@@ -82,14 +111,19 @@ FIGURES = {"augmented", "iterations", "epochs", *(f"test-{name}" for name in OF_
 def test_a_run_leaves_its_figures_and_draws_them_again(job):
     folder, done = job
     pictures = folder / RUN / "figures"
-    assert "The augmented images: lightning_logs/version_0/figures/augmented.png" in done.stdout.splitlines()
+    assert (
+        "The augmented images: lightning_logs/version_0/figures/augmented.png"
+        in done.stdout.splitlines()
+    )
     before = {name: (pictures / f"{name}.png").read_bytes() for name in FIGURES}
     for name in FIGURES - {"augmented"}:
         (pictures / f"{name}.png").unlink()
-    out = run_fit(folder, RUN, module="cifar_transfer.figures").stdout
+    out = run_fit(folder, RUN, command="figures").stdout
     assert f"{RUN}/figures/test-mistakes.png" in out.splitlines()
     assert {name: (pictures / f"{name}.png").read_bytes() for name in FIGURES} == before
-    (pictures / "predictions-test.npz").rename(pictures / "answers-test.npz")  # as runs before called it
+    (pictures / "predictions-test.npz").rename(
+        pictures / "answers-test.npz"
+    )  # as runs before called it
     (pictures / "test-mistakes.png").unlink()
     figures(str(folder / RUN))
     (pictures / "answers-test.npz").rename(pictures / "predictions-test.npz")
@@ -104,7 +138,9 @@ def test_tensorboard_has_figures_layout_configuration_and_projector(job):
     events.Reload()
     assert {f"plots/{name}" for name in FIGURES} <= set(events.Tags()["images"])
     assert {"custom_scalars__config__", "config.yaml/text_summary"} <= set(events.Tags()["tensors"])
-    assert "shufflenet_v2_x0_5" in str(events.Tensors("config.yaml/text_summary")[0].tensor_proto.string_val)
+    assert "shufflenet_v2_x0_5" in str(
+        events.Tensors("config.yaml/text_summary")[0].tensor_proto.string_val
+    )
     projector = (folder / RUN / "projector_config.pbtxt").read_text()
     tensors = folder / RUN / re.search(r'tensor_path: "(.*)"', projector)[1]
     assert len(tensors.read_text().splitlines()) == 50, "a line for each test image"
@@ -116,7 +152,10 @@ def test_the_configuration_of_a_run_is_beside_it_and_runs_again(job, tmp_path):
     config = yaml.safe_load((folder / RUN / "config.yaml").read_text())
     assert config["freeze"]["unfreeze_epoch"] == 1
     again = run_fit(tmp_path, "--config", folder / RUN / "config.yaml")
-    accuracies = [re.findall(r"(?:val|test) accuracy +[\d.]+%", output) for output in (done.stdout, again.stdout)]
+    accuracies = [
+        re.findall(r"(?:val|test) accuracy +[\d.]+%", output)
+        for output in (done.stdout, again.stdout)
+    ]
     assert accuracies[0] == accuracies[1]
 
 
@@ -127,7 +166,9 @@ def test_evaluate_gives_the_figures_of_the_run(job, monkeypatch, capsys):
         evaluate(f"{RUN}/checkpoints/best.ckpt", split)
         expected = re.search(rf"{split} accuracy +([\d.]+%)", done.stdout)[1]
         assert f"{split}/acc  {expected}" in capsys.readouterr().out
-        assert all((folder / RUN / "figures" / f"{split}-{name}.png").is_file() for name in OF_PREDICTIONS)
+        assert all(
+            (folder / RUN / "figures" / f"{split}-{name}.png").is_file() for name in OF_PREDICTIONS
+        )
 
 
 def test_no_weights_are_fetched_to_use_or_continue_a_checkpoint(job, tmp_path):
@@ -148,13 +189,22 @@ def test_no_weights_are_fetched_to_use_or_continue_a_checkpoint(job, tmp_path):
 
 def test_own_images_run_end_to_end_without_test_images(tmp_path):
     write_images(tmp_path / "photos" / "train", 12, size=(24, 24), classes=["cat", "dog", "猫"])
-    options = ["--data=ImageFolderDataModule", "--data.root=photos", "--data.batch_size=8", "--trainer.max_epochs=1"]
-    done = run_fit(tmp_path, "--model.backbone=shufflenet_v2_x0_5", "--model.weights=none", *options)
-    assert re.search(r"^ +1/1 +\d", done.stdout, re.MULTILINE), "also of fewer steps than between two lines of the log"
+    options = [
+        "--data=ImageFolderDataModule",
+        "--data.root=photos",
+        "--data.batch_size=8",
+        "--trainer.max_epochs=1",
+    ]
+    done = run_fit(
+        tmp_path, "--model.backbone=shufflenet_v2_x0_5", "--model.weights=none", *options
+    )
+    assert re.search(r"^ +1/1 +\d", done.stdout, re.MULTILINE), (
+        "also of fewer steps than between two lines of the log"
+    )
     assert "val accuracy" in done.stdout
     assert "test accuracy" not in done.stdout
     best = f"--ckpt={RUN}/checkpoints/best.ckpt"
-    done = run_fit(tmp_path, best, module="cifar_transfer.evaluate", expect=2)
+    done = run_fit(tmp_path, best, command="evaluate", expect=2)
     assert "There are no test images" in done.stderr
 
 
@@ -163,17 +213,29 @@ MISTAKES = [
     (["--model.weights=/nowhere/w.pth"], "neither a file nor a name"),
     (["--model.num_classes=5"], "num_classes is 5, but the data have 10 classes"),
     (["--trainer.default_root_dir=/dev/null"], "cannot be written"),
-    (["--data=NoSuchModule"], "Data modules: CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule"),
+    (
+        ["--data=NoSuchModule"],
+        "Data modules: CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule",
+    ),
     (["--data=ImageFolderDataModule", "--data.root=/nowhere"], "/nowhere/train is missing"),
-    (["--model.learning_rate=0.1"], "There is no option --model.learning_rate: did you mean --model.lr?"),
+    (
+        ["--model.learning_rate=0.1"],
+        "There is no option --model.learning_rate: did you mean --model.lr?",
+    ),
     (["--model.backbon=resnet18"], "did you mean --model.backbone?"),
     (["--data.augment.flp=0.3"], "did you mean --data.augment.flip?"),
     (["--data.augment.fli=0.3"], "did you mean --data.augment.flip?"),
     (["--data.batch_siz=3"], "'batch_siz' is not accepted (Did you mean batch_size"),
-    (["--trainer.callbacks=EarlyStopping"], '"trainer.callbacks": the following arguments are required: monitor'),
+    (
+        ["--trainer.callbacks=EarlyStopping"],
+        '"trainer.callbacks": the following arguments are required: monitor',
+    ),
     (["--trainer.callbacks+=cifar_transfer.Nothing"], "has no attribute 'Nothing'"),
     (["--trainer.max_epochs=1.5"], "--trainer.max_epochs takes int; null, not 1.5"),
-    (["--model.backbone=lenet5", "--model.weights=DEFAULT"], "with --model.weights=none and --freeze.unfreeze_epoch=0"),
+    (
+        ["--model.backbone=lenet5", "--model.weights=DEFAULT"],
+        "with --model.weights=none and --freeze.unfreeze_epoch=0",
+    ),
     pytest.param(
         ["--trainer.logger=WandbLogger"],
         "pip install -U 'wandb",
@@ -205,7 +267,9 @@ def test_mistakes_get_a_sentence(tmp_path, monkeypatch, capsys, options, message
 
 def test_a_network_too_deep_for_the_images_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"alexnet cannot take images of 32 x 32 pixels.*image_size"):
+    with pytest.raises(
+        UserError, match=r"alexnet cannot take images of 32 x 32 pixels.*image_size"
+    ):
         fit([*TINY, "--model.backbone=alexnet"])
 
 
@@ -218,22 +282,35 @@ def test_a_mistake_ends_with_status_two_and_no_traceback(tmp_path):
 
 def test_checkpoints_that_are_none_are_explained(tmp_path):
     (tmp_path / "w.ckpt").write_bytes(b"no checkpoint")
-    for path, message in (("gone.ckpt", "does not exist"), ("w.ckpt", "cannot be read as a checkpoint")):
+    for path, message in (
+        ("gone.ckpt", "does not exist"),
+        ("w.ckpt", "cannot be read as a checkpoint"),
+    ):
         with pytest.raises(UserError, match=message):
             evaluate(str(tmp_path / path))
 
 
 @pytest.mark.parametrize("bar", ["TQDMProgressBar", "RichProgressBar"])
-def test_the_users_own_progress_bar_replaces_ours_and_limit_test_batches_0_skips_the_test(tmp_path, monkeypatch, bar):
+def test_the_users_own_progress_bar_replaces_ours_and_limit_test_batches_0_skips_the_test(
+    tmp_path, monkeypatch, bar
+):
     if bar == "RichProgressBar":
         pytest.importorskip("rich", reason="rich is an optional package of Lightning's")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    options = [f"--trainer.callbacks+={bar}", "--trainer.limit_test_batches=0", "--trainer.max_epochs=1"]
+    options = [
+        f"--trainer.callbacks+={bar}",
+        "--trainer.limit_test_batches=0",
+        "--trainer.max_epochs=1",
+    ]
     seen = []
-    monkeypatch.setattr(Report, "on_train_start", lambda report, trainer, module: seen.extend(trainer.callbacks))
+    monkeypatch.setattr(
+        Report, "on_train_start", lambda report, trainer, module: seen.extend(trainer.callbacks)
+    )
     assert fit([*TINY, *options]).scores.keys() == {"best/val_acc"}
-    assert [type(callback).__name__ for callback in seen if isinstance(callback, ProgressBar)] == [bar]
+    assert [type(callback).__name__ for callback in seen if isinstance(callback, ProgressBar)] == [
+        bar
+    ]
 
 
 def test_a_demo_without_results_is_refused_before_training(monkeypatch):

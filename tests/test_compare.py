@@ -13,18 +13,18 @@ import pytest
 from conftest import TINY, run_fit
 from PIL import Image
 
-from cifar_transfer import backbones, compare
-from cifar_transfer.errors import UserError
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.cli.parsers import check_recipe
+from cifar_transfer.commands import backbones, compare
 from cifar_transfer.network import catalog
 from cifar_transfer.network.contestant import contestant, contestants
-from cifar_transfer.options import check_recipe
 
 OPTIONS = [*TINY[2:], "--trainer.max_epochs=2"]
 BOTH = ["lenet5=none", "shufflenet_v2_x0_5=none"]
 
 
 def run(folder, *options, expect=0):
-    return run_fit(folder, *options, *OPTIONS, module="cifar_transfer.compare", expect=expect)
+    return run_fit(folder, *options, *OPTIONS, command="compare", expect=expect)
 
 
 def rows(folder):
@@ -50,7 +50,11 @@ def test_each_is_fitted_once_and_a_failure_loses_nothing(tmp_path, monkeypatch):
     assert (home / "lenet5-from-scratch" / "fit.log").read_text().count("  2/2  ") == 1
     heading, *shown = done.stdout.splitlines()[2:6]
     assert heading.split() == ["network", "val", "%", "test", "%", "minutes"]
-    assert [line.split()[0] for line in shown] == ["lenet5,", "inception_v3,", "shufflenet_v2_x0_5,"]
+    assert [line.split()[0] for line in shown] == [
+        "lenet5,",
+        "inception_v3,",
+        "shufflenet_v2_x0_5,",
+    ]
     assert shown[1].endswith("  failed with exit status 2")
     for line, row in ((shown[0], lenet), (shown[2], shufflenet)):
         assert line.split()[3:] == [row[name] for name in compare.SHOWN.values()]
@@ -61,11 +65,17 @@ def test_each_is_fitted_once_and_a_failure_loses_nothing(tmp_path, monkeypatch):
         assert len(figure.convert("RGB").getcolors(2**24)) > 50, "something is drawn"
 
     started = []
-    monkeypatch.setattr(compare.subprocess, "run", lambda command, **_: started.append(command) or Mock(returncode=3))
+    monkeypatch.setattr(
+        compare.subprocess,
+        "run",
+        lambda command, **_: started.append(command) or Mock(returncode=3),
+    )
     three = contestants([BOTH[0], "inception_v3=none", BOTH[1]])
     again = compare.compare(three, OPTIONS, home)
     (command,) = started
-    assert "--model.backbone=inception_v3" in command, "what failed is tried again, and nothing else"
+    assert "--model.backbone=inception_v3" in command, (
+        "what failed is tried again, and nothing else"
+    )
     assert "--resume" not in command, "a refused start has left no run"
     assert again[1]["failed"] == "failed with exit status 3"
     assert [again[0]["images_per_second"], again[2]["images_per_second"]] == [
@@ -79,14 +89,20 @@ def test_each_is_fitted_once_and_a_failure_loses_nothing(tmp_path, monkeypatch):
 def test_a_comparison_that_was_killed_continues(tmp_path):
     options = [BOTH[1], *OPTIONS[:-1], "--trainer.max_epochs=20"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "cifar_transfer.compare", *options],
+        [sys.executable, "-m", "cifar_transfer", "compare", *options],
         cwd=tmp_path,
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    home = tmp_path / "lightning_logs" / "comparison" / "shufflenet_v2_x0_5-from-scratch" / "lightning_logs"
+    home = (
+        tmp_path
+        / "lightning_logs"
+        / "comparison"
+        / "shufflenet_v2_x0_5-from-scratch"
+        / "lightning_logs"
+    )
     deadline = time.monotonic() + 200
     while not (home / "version_0" / "checkpoints" / "last.ckpt").is_file():
         assert time.monotonic() < deadline
@@ -94,7 +110,7 @@ def test_a_comparison_that_was_killed_continues(tmp_path):
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    done = run_fit(tmp_path, *options, module="cifar_transfer.compare")
+    done = run_fit(tmp_path, *options, command="compare")
     assert "minutes" in done.stdout
     log = (home.parent / "fit.log").read_text()
     assert [log.count(f"{epoch:>2}/20  ") for epoch in (1, 20)] == [1, 1]
@@ -128,21 +144,41 @@ def test_two_files_of_one_name_are_not_taken_for_one(tmp_path, monkeypatch):
         path = tmp_path / run / "lightning_logs" / "version_0" / "checkpoints" / "best.ckpt"
         path.parent.mkdir(parents=True)
         path.touch()
-    one, other = (contestant(f"lenet5={tmp_path / run}/lightning_logs/version_0/checkpoints/best.ckpt") for run in "ab")
+    one, other = (
+        contestant(f"lenet5={tmp_path / run}/lightning_logs/version_0/checkpoints/best.ckpt")
+        for run in "ab"
+    )
     assert one.folder == other.folder == "lenet5-version_0-best"
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: Mock(returncode=1))
     assert "failed" in compare.compare([one], [], home)[0]
     with pytest.raises(
-        UserError, match=r"lenet5-version_0-best holds results of another recipe .*: name another folder"
+        UserError,
+        match=r"lenet5-version_0-best holds results of another recipe .*: name another folder",
     ):
         compare.compare([other], [], home)
 
 
 def test_all_recipes_are_taken(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(compare, "compare", lambda backbones, options, out: seen.extend(options) or [])
-    compare.main(["lenet5=none", "--config", "fast", "--config=scratch", "--out", str(tmp_path), "--model.lr=1e-3"])
-    assert [option.rpartition("/")[2] for option in seen] == ["fast.yaml", "scratch.yaml", "--model.lr=1e-3"]
+    monkeypatch.setattr(
+        compare, "compare", lambda backbones, options, out: seen.extend(options) or []
+    )
+    compare.main(
+        [
+            "lenet5=none",
+            "--config",
+            "fast",
+            "--config=scratch",
+            "--out",
+            str(tmp_path),
+            "--model.lr=1e-3",
+        ]
+    )
+    assert [option.rpartition("/")[2] for option in seen] == [
+        "fast.yaml",
+        "scratch.yaml",
+        "--model.lr=1e-3",
+    ]
 
 
 @pytest.mark.parametrize("content", ["no json", "{}"])
@@ -220,5 +256,7 @@ def test_details(table):
 
 
 def test_an_image_size_that_cannot_be_is_said():
-    with pytest.raises(UserError, match=r"^inception_v3 cannot take images of 40 pixels: set image_size=75 or more"):
+    with pytest.raises(
+        UserError, match=r"^inception_v3 cannot take images of 40 pixels: set image_size=75 or more"
+    ):
         backbones.detail("inception_v3", 40)

@@ -1,5 +1,5 @@
-"""What users rely on, frozen: the options of each command in `cifar_transfer/options.json`, which is also what `--help`
-prints, and public names and keys of files in `contract.json`.
+"""What users rely on, frozen: the options of each command in `cifar_transfer/cli/options.json`, which is also what
+`--help` prints, and public names and keys of files in `contract.json`.
 
 A change here is a decision: `python tests/test_contract.py` writes both anew, and the diff shows what was decided.
 """
@@ -21,8 +21,8 @@ import torch
 from conftest import RUN, TINY, run_fit
 
 import cifar_transfer
-from cifar_transfer import start
-from cifar_transfer.training.average import RAW, STEPS
+from cifar_transfer.cli import start
+from cifar_transfer.training.ema import RAW, STEPS
 
 FILE = Path(__file__).with_name("contract.json")
 DATA_MODULES = ("CIFAR10DataModule", "ImageFolderDataModule", "ShapesDataModule")
@@ -54,7 +54,7 @@ def live_help(command, *arguments):
         contextlib.redirect_stdout(printed),
         pytest.raises(SystemExit, match=r"^0$"),
     ):
-        import_module(f"cifar_transfer.{command}").main(arguments or ["--help"])
+        import_module(f"cifar_transfer.commands.{command}").main(arguments or ["--help"])
     return printed.getvalue().partition("\nLinked arguments:")[0]
 
 
@@ -63,7 +63,11 @@ def entries(text):
     for entry in re.split(r"\n  (?=\S)", text)[1:]:
         first, *rest = entry.split("\n\n")[0].splitlines()
         flags, _, description = first.partition("  ")
-        names = [name for name in re.findall(r"(?<![\w{,.])--?[A-Za-z][\w.]*\+?", flags) if not name.endswith("+")]
+        names = [
+            name
+            for name in re.findall(r"(?<![\w{,.])--?[A-Za-z][\w.]*\+?", flags)
+            if not name.endswith("+")
+        ]
         takes = re.search(r"(?<=\w )[^ ]*[^ ,]", flags)
         yield names or [flags], takes[0] if takes else "", " ".join([description, *rest]).strip()
 
@@ -92,8 +96,10 @@ def commands():
     """What `options.json` holds."""
     found = {}
     for command in start.COMMANDS:
-        first, *rest = inspect.getdoc(import_module(f"cifar_transfer.{command}")).split("\n\n")
-        title, usage = re.match(r"(.*): `python -m cifar_transfer\.([^`]*)`", first).groups()
+        first, *rest = inspect.getdoc(import_module(f"cifar_transfer.commands.{command}")).split(
+            "\n\n"
+        )
+        title, usage = re.match(r"(.*): `python -m cifar_transfer[. ]([^`]*)`", first).groups()
         text = [part if part.startswith(" ") else " ".join(part.split()) for part in rest]
         groups, silent = defaultdict(dict), []
         helps = {"": "" if command == "demo" else live_help(command)}
@@ -102,9 +108,14 @@ def commands():
         for of, printed in helps.items():
             for names, takes, about in entries(printed):
                 option, about = shown(names, takes, about)
-                begins = of + option.split(".")[0].split("=")[0] if "." in option.split("=")[0] else of
+                begins = (
+                    of + option.split(".")[0].split("=")[0] if "." in option.split("=")[0] else of
+                )
                 heading = HEADINGS.get(begins, HEADINGS[""])
-                if names[0] in ("--data.seed", "-h"):  # linked to --seed_everything; told of every command
+                if names[0] in (
+                    "--data.seed",
+                    "-h",
+                ):  # linked to --seed_everything; told of every command
                     continue
                 if names[0].endswith(".help") or about == "Path to a configuration file.":
                     silent += names
@@ -117,14 +128,26 @@ def commands():
                 groups[HEADINGS["--data"]][option] = about
                 for group in own:
                     del group[option]
-        order = {heading: groups[heading] for heading in dict.fromkeys(HEADINGS.values()) if groups.get(heading)}
-        found[command] = {"title": title, "usage": usage, "text": text, "groups": order, "silent": sorted(set(silent))}
+        order = {
+            heading: groups[heading]
+            for heading in dict.fromkeys(HEADINGS.values())
+            if groups.get(heading)
+        }
+        found[command] = {
+            "title": title,
+            "usage": usage,
+            "text": text,
+            "groups": order,
+            "silent": sorted(set(silent)),
+        }
     return {"lightning": metadata.version("lightning"), "commands": found}
 
 
 def contract(run):
     checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
-    callbacks = {re.sub(r"\{.*", "", name): sorted(state) for name, state in checkpoint["callbacks"].items()}
+    callbacks = {
+        re.sub(r"\{.*", "", name): sorted(state) for name, state in checkpoint["callbacks"].items()
+    }
     return {
         "public names": sorted(cifar_transfer.__all__),
         "checkpoint": sorted(checkpoint),
@@ -133,7 +156,12 @@ def contract(run):
         "checkpoint datamodule_hyper_parameters": sorted(checkpoint["datamodule_hyper_parameters"]),
         "checkpoint callbacks": callbacks,
         "result.json": sorted(json.loads((run / "result.json").read_text())),
-        "run": sorted({re.sub(r"tfevents.*", "tfevents", str(path.relative_to(run))) for path in run.rglob("*")}),
+        "run": sorted(
+            {
+                re.sub(r"tfevents.*", "tfevents", str(path.relative_to(run)))
+                for path in run.rglob("*")
+            }
+        ),
     }
 
 
@@ -145,13 +173,19 @@ def test_the_help_is_that_of_the_parsers():
     written, live = json.loads(start.OPTIONS.read_text("utf-8")), commands()
     if written["lightning"] != live["lightning"]:  # whose options change from version to version
         for each in (written, live):
-            del each["lightning"], each["commands"]["fit"]["groups"][TRAINER], each["commands"]["fit"]["silent"]
+            del (
+                each["lightning"],
+                each["commands"]["fit"]["groups"][TRAINER],
+                each["commands"]["fit"]["silent"],
+            )
     assert live == written, "python tests/test_contract.py writes it anew"
 
 
 def test_the_defaults_that_are_told_of_fit_are_those_it_has():
     fit = json.loads(start.OPTIONS.read_text("utf-8"))["commands"]["fit"]
-    defaults = dict(option.partition("=")[::2] for options in fit["groups"].values() for option in options)
+    defaults = dict(
+        option.partition("=")[::2] for options in fit["groups"].values() for option in options
+    )
     told = re.findall(r"(--[\w.]+)=.*\((\d[\d.e-]*)\)", "\n".join(fit["text"]))
     assert len(told) == 4
     for option, default in told:

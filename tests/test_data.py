@@ -18,12 +18,18 @@ from conftest import quiet_trainer, write_images
 from lightning.pytorch import Callback
 from PIL import Image
 
-from cifar_transfer import Augment, CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule, TransferClassifier
+from cifar_transfer import (
+    Augment,
+    CIFAR10DataModule,
+    ImageFolderDataModule,
+    ShapesDataModule,
+    TransferClassifier,
+)
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.data import cifar
 from cifar_transfer.data.augment import step_seed
 from cifar_transfer.data.cache import CACHE_FOLDER
 from cifar_transfer.data.images import read_image
-from cifar_transfer.errors import UserError
 
 PER_BATCH = 30
 
@@ -38,7 +44,9 @@ def batches(monkeypatch):
             data = rng.integers(0, 256, (PER_BATCH, 3072), dtype=np.uint8)
             labels = [i % 10 for i in range(PER_BATCH)]
             files[name] = pickle.dumps({"data": data, "labels": labels}, protocol=2)
-    md5s = {s: {n: hashlib.md5(files[n]).hexdigest() for n in names} for s, names in cifar.MD5S.items()}
+    md5s = {
+        s: {n: hashlib.md5(files[n]).hexdigest() for n in names} for s, names in cifar.MD5S.items()
+    }
     monkeypatch.setattr(cifar, "MD5S", md5s)
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
@@ -83,13 +91,19 @@ def test_the_sources_are_taken_in_their_order(tmp_path, batches):
     classes = cifar.CLASSES
     for split in ("train", "test"):
         write_images(tmp_path / split, 5, classes=classes)
-    assert len(ready(CIFAR10DataModule(str(tmp_path))).images["test"]) == 50, "the image folder, if there is no other"
+    assert len(ready(CIFAR10DataModule(str(tmp_path))).images["test"]) == 50, (
+        "the image folder, if there is no other"
+    )
     (tmp_path / cifar.ARCHIVE).write_bytes(packed)
     data = ready(CIFAR10DataModule(str(tmp_path)))
-    assert np.array_equal(data.images["test"][0][0].numpy(), first_pixels(files, "test_batch")[0]), "then the archive"
+    assert np.array_equal(
+        data.images["test"][0][0].numpy(), first_pixels(files, "test_batch")[0]
+    ), "then the archive"
     put_batches(tmp_path, files)
     (tmp_path / cifar.ARCHIVE).write_bytes(b"not looked at")
-    assert len(ready(CIFAR10DataModule(str(tmp_path))).images["test"]) == PER_BATCH, "the batches before all"
+    assert len(ready(CIFAR10DataModule(str(tmp_path))).images["test"]) == PER_BATCH, (
+        "the batches before all"
+    )
 
 
 class Bomb:
@@ -98,7 +112,9 @@ class Bomb:
 
 
 @pytest.mark.parametrize("where", ["batch", "archive"])
-def test_a_pickle_that_is_not_the_official_one_is_never_opened(tmp_path, batches, where, monkeypatch):
+def test_a_pickle_that_is_not_the_official_one_is_never_opened(
+    tmp_path, batches, where, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     files, _ = batches
     if where == "batch":
@@ -153,14 +169,18 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(tmp_path, monkeypatc
     ready(ImageFolderDataModule(str(tmp_path)))
     assert [path.stat().st_mtime_ns for path in cache] == stamp
     Image.new("RGB", (12, 10), "red").save(tmp_path / "train" / "cat" / "000.png")
-    assert ready(ImageFolderDataModule(str(tmp_path))).load("train")[0][0][0].unique().tolist() == [255]
+    assert ready(ImageFolderDataModule(str(tmp_path))).load("train")[0][0][0].unique().tolist() == [
+        255
+    ]
     assert len(list((tmp_path / CACHE_FOLDER).glob("train-*"))) == 2, "the old cache is gone"
 
 
 def test_a_cache_cut_short_is_made_again(tmp_path):
     write_images(tmp_path / "train", 10)
     whole = ready(ImageFolderDataModule(str(tmp_path))).load("train")[7][0]
-    cache = next(path for path in (tmp_path / CACHE_FOLDER).glob("train-*.npy") if "labels" not in path.name)
+    cache = next(
+        path for path in (tmp_path / CACHE_FOLDER).glob("train-*.npy") if "labels" not in path.name
+    )
     cache.write_bytes(cache.read_bytes()[:500])
     assert torch.equal(ready(ImageFolderDataModule(str(tmp_path))).load("train")[7][0], whole)
 
@@ -168,26 +188,39 @@ def test_a_cache_cut_short_is_made_again(tmp_path):
 def test_a_folder_over_the_limit_is_decoded_on_the_fly(tmp_path):
     write_images(tmp_path / "train", 8)
     cached = ready(ImageFolderDataModule(str(tmp_path)))
-    flying = ready(ImageFolderDataModule(str(tmp_path), cache_limit_gb=1e-6, num_workers=1, batch_size=4))
+    flying = ready(
+        ImageFolderDataModule(str(tmp_path), cache_limit_gb=1e-6, num_workers=1, batch_size=4)
+    )
     assert flying.images["train"].on_the_fly
     assert not cached.images["train"].on_the_fly
-    ours, theirs = flying.load("train").__getitems__([0, 9]), cached.load("train").__getitems__([0, 9])
+    ours, theirs = (
+        flying.load("train").__getitems__([0, 9]),
+        cached.load("train").__getitems__([0, 9]),
+    )
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert sum(len(labels) for _, labels in flying.train_dataloader()) == len(flying.images["train"])
+    assert sum(len(labels) for _, labels in flying.train_dataloader()) == len(
+        flying.images["train"]
+    )
 
 
 def test_images_of_several_sizes_become_squares(tmp_path):
     write_images(tmp_path / "train", 4, size=(40, 30), classes=["a"])
     write_images(tmp_path / "train", 4, size=(20, 30), classes=["b"])
     assert ready(ImageFolderDataModule(str(tmp_path), val_fraction=0.5)).image_size == (30, 30)
-    assert ready(ImageFolderDataModule(str(tmp_path), val_fraction=0.5, decode_size=16)).image_size == (16, 16)
+    assert ready(
+        ImageFolderDataModule(str(tmp_path), val_fraction=0.5, decode_size=16)
+    ).image_size == (16, 16)
 
 
 def test_own_validation_and_test_images_are_used(tmp_path):
     for split, count in (("train", 6), ("val", 4), ("test", 5)):
         write_images(tmp_path / split, count)
     data = ready(ImageFolderDataModule(str(tmp_path)))
-    assert {split: len(images) for split, images in data.images.items()} == {"train": 12, "val": 8, "test": 10}
+    assert {split: len(images) for split, images in data.images.items()} == {
+        "train": 12,
+        "val": 8,
+        "test": 10,
+    }
 
 
 def test_a_folder_of_another_name_is_told_and_newer_endings_are_read(tmp_path):
@@ -197,7 +230,9 @@ def test_a_folder_of_another_name_is_told_and_newer_endings_are_read(tmp_path):
         Image.new("RGB", (32, 32)).save(tmp_path / "train" / "cat" / f"new.{ending}")
     with pytest.warns(UserWarning, match=r"valid is not looked at: call it val"):
         data = ready(ImageFolderDataModule(str(tmp_path), val_fraction=0.5))
-    assert sum(name.startswith("train/cat/") for names in data.names.values() for name in names) == 6
+    assert (
+        sum(name.startswith("train/cat/") for names in data.names.values() for name in names) == 6
+    )
 
 
 def test_what_is_left_out_is_told_no_duplicate(tmp_path):
@@ -205,7 +240,8 @@ def test_what_is_left_out_is_told_no_duplicate(tmp_path):
         write_images(tmp_path / split, 4, seed=seed)
     shutil.copy(tmp_path / "train" / "cat" / "000.png", tmp_path / "test" / "cat" / "copy.png")
     with pytest.warns(
-        UserWarning, match=r"1 of 9 test images are also among those of training .* list them for leave_out"
+        UserWarning,
+        match=r"1 of 9 test images are also among those of training .* list them for leave_out",
     ):
         ImageFolderDataModule(str(tmp_path)).prepare_data()
     (tmp_path / "list.csv").write_text("image\ntest/cat/copy.png\n")
@@ -214,9 +250,12 @@ def test_what_is_left_out_is_told_no_duplicate(tmp_path):
 
 
 def test_pixels_that_are_floats_are_refused(tmp_path):
-    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "floats.tif")
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(
+        tmp_path / "floats.tif"
+    )
     with pytest.raises(
-        UserError, match=r"floats\.tif cannot be decoded .* pixels are floats, whose range is not known"
+        UserError,
+        match=r"floats\.tif cannot be decoded .* pixels are floats, whose range is not known",
     ):
         read_image(tmp_path / "floats.tif")
 
@@ -233,7 +272,9 @@ def test_every_mode_of_image_becomes_rgb(tmp_path):
     for path in sorted(tmp_path.iterdir()):
         image = read_image(path)
         assert (image.dtype, image.shape) == (np.uint8, (3, 8, 8)), path.name
-        assert np.abs(image.astype(int) - grey8).max() <= (51 if path.name == "palette.png" else 1), path.name
+        assert np.abs(image.astype(int) - grey8).max() <= (
+            51 if path.name == "palette.png" else 1
+        ), path.name
 
 
 @pytest.mark.parametrize("workers", ["cache", "on the fly"])
@@ -241,7 +282,9 @@ def test_a_broken_image_is_named(tmp_path, workers):
     write_images(tmp_path / "train", 20)
     broken = tmp_path / "train" / "dog" / "007.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    data = ImageFolderDataModule(str(tmp_path), cache_limit_gb=8.0 if workers == "cache" else 1e-9, num_workers=1)
+    data = ImageFolderDataModule(
+        str(tmp_path), cache_limit_gb=8.0 if workers == "cache" else 1e-9, num_workers=1
+    )
     with pytest.raises(UserError, match=f"^{re.escape(str(broken))} cannot be decoded") as error:
         for _ in ready(data).train_dataloader():
             pass
@@ -255,9 +298,15 @@ def test_a_broken_image_is_named(tmp_path, workers):
         (lambda root: None, "train is missing"),
         (lambda root: (root / "train").mkdir(), "no folders"),
         (lambda root: write_images(root / "train", 2, classes=["only"]), "one class only"),
-        (lambda root: [(root / "train" / name).mkdir(parents=True) for name in "ab"], "no images of a, b"),
         (
-            lambda root: (write_images(root / "train", 3), write_images(root / "test", 2, classes=["cow"])),
+            lambda root: [(root / "train" / name).mkdir(parents=True) for name in "ab"],
+            "no images of a, b",
+        ),
+        (
+            lambda root: (
+                write_images(root / "train", 3),
+                write_images(root / "test", 2, classes=["cow"]),
+            ),
             "cow",
         ),
     ],
@@ -315,7 +364,9 @@ def test_a_last_batch_of_one_image_is_left_out():
     assert [len(labels) for _, labels in data.train_dataloader()] == [32, 32]
 
 
-@pytest.mark.parametrize("bad", [{"batch_size": 1}, {"val_fraction": 1.0}, {"num_workers": -1}, {"task": "sideways"}])
+@pytest.mark.parametrize(
+    "bad", [{"batch_size": 1}, {"val_fraction": 1.0}, {"num_workers": -1}, {"task": "sideways"}]
+)
 def test_options_out_of_range_are_refused(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         ShapesDataModule(**bad)
@@ -340,27 +391,35 @@ def test_real_images_are_read_exactly(shared, tmp_path):
     assert len(data.images["train"]) + len(data.images["val"]) == 300
     mean = data.load("train").__getitems__(list(range(300)))[0].float().mean((0, 2, 3)) / 255
     torch.testing.assert_close(mean, torch.tensor([0.4914, 0.4822, 0.4465]), atol=0.03, rtol=0)
-    subprocess.run([sys.executable, script, "batches", tmp_path / "b", "--per-class", "3"], check=True)
+    subprocess.run(
+        [sys.executable, script, "batches", tmp_path / "b", "--per-class", "3"], check=True
+    )
     with pytest.raises(UserError, match="not the official file"):
         CIFAR10DataModule(str(tmp_path / "b")).prepare_data()
 
 
 def test_files_are_looked_through_once(monkeypatch):
     loaded, load = [], ShapesDataModule.load
-    monkeypatch.setattr(ShapesDataModule, "load", lambda data, split: loaded.append(split) or load(data, split))
+    monkeypatch.setattr(
+        ShapesDataModule, "load", lambda data, split: loaded.append(split) or load(data, split)
+    )
     data = ShapesDataModule(train_images=40, test_images=10)
     data.prepare_data()
     data.setup()
     assert sorted(loaded) == ["test", "train", "val"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says which memory is shared")
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="only Linux says which memory is shared"
+)
 def test_processes_share_the_memory_of_the_images(tmp_path):
     write_images(tmp_path / "train", per_class=64)
     data = ImageFolderDataModule(str(tmp_path), batch_size=16)
     data.prepare_data()
     data.setup()
-    assert sum(len(labels) for _, labels in data.train_dataloader()) == len(data.images["train"]) > 96
+    assert (
+        sum(len(labels) for _, labels in data.train_dataloader()) == len(data.images["train"]) > 96
+    )
     kilobytes = dict.fromkeys(("Rss", "Private_Dirty", "Anonymous"), 0)
     ours = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -369,5 +428,7 @@ def test_processes_share_the_memory_of_the_images(tmp_path):
             kilobytes[name] += int(rest.split()[0])
         elif re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
             ours = str(tmp_path) in line
-    assert kilobytes["Rss"] >= 128 * 3  # of 3 KB an image, in the page cache, which there is once a machine
+    assert (
+        kilobytes["Rss"] >= 128 * 3
+    )  # of 3 KB an image, in the page cache, which there is once a machine
     assert kilobytes["Private_Dirty"] == kilobytes["Anonymous"] == 0

@@ -17,14 +17,18 @@ JOB = Path(__file__).with_name("ddp_job.py")
 
 def run(folder, strategy, devices, *plan):
     command = [sys.executable, JOB, folder, strategy, str(devices), *plan]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def results(folder, devices):
     """What each rank saw, and its scores in the test."""
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(devices)]
-    return ranks, [torch.load(folder / f"test{rank}.pt", weights_only=True) for rank in range(devices)]
+    return ranks, [
+        torch.load(folder / f"test{rank}.pt", weights_only=True) for rank in range(devices)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +44,15 @@ def assert_equal_ranks(ranks):
 
 def test_ranks_are_equal_to_the_last_bit_after_the_unfreezing(plain):
     ranks, _ = plain
-    assert ranks[0]["wrappers"] == [1, 1, 1], "the wrapper of the frozen phase, and its hooks, are gone"
+    assert ranks[0]["wrappers"] == [1, 1, 1], (
+        "the wrapper of the frozen phase, and its hooks, are gone"
+    )
     assert_equal_ranks(ranks)
     assert ranks[0]["val"] == ranks[1]["val"], "the schedule must see one loss"
     before, after = ranks[0]["steps"][0]["before"], ranks[0]["state"]
-    assert not torch.equal(before["network.conv1.0.weight"], after["network.conv1.0.weight"]), "it did unfreeze"
+    assert not torch.equal(before["network.conv1.0.weight"], after["network.conv1.0.weight"]), (
+        "it did unfreeze"
+    )
 
 
 @pytest.mark.whole
@@ -58,10 +66,16 @@ def test_ranks_are_equal_under_the_named_strategies(tmp_path, strategy):
 @pytest.fixture(scope="module")
 def phases(tmp_path_factory):
     """Three phases: the head, then two stages more, then everything."""
-    return results(once(tmp_path_factory, "ddp-phases", lambda folder: run(folder, "auto", 2, "phases")), 2)
+    return results(
+        once(tmp_path_factory, "ddp-phases", lambda folder: run(folder, "auto", 2, "phases")), 2
+    )
 
 
-HEAD, MIDDLE, ALL = ("network.fc.",), ("network.fc.", "network.stage4.", "network.conv5."), ("network.",)
+HEAD, MIDDLE, ALL = (
+    ("network.fc.",),
+    ("network.fc.", "network.stage4.", "network.conv5."),
+    ("network.",),
+)
 
 
 @pytest.mark.slow
@@ -85,10 +99,14 @@ def test_a_step_has_the_gradients_of_one_process_on_the_joint_batch(request, job
     F.cross_entropy(model(images), labels).backward()
     for name, parameter in model.named_parameters():
         if not name.startswith(trains):
-            assert name not in steps[0]["gradients"], "nothing is computed or sent for what is frozen"
+            assert name not in steps[0]["gradients"], (
+                "nothing is computed or sent for what is frozen"
+            )
             continue
         for step in steps:
-            torch.testing.assert_close(step["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(
+                step["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name
+            )
 
 
 def test_every_test_image_counts_once(tmp_path, plain):
@@ -120,15 +138,27 @@ def test_the_command_runs_and_resumes_on_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="names of threads are in Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/task").is_dir(), reason="names of threads are in Linux's /proc"
+)
 @pytest.mark.parametrize(("end", "status"), [("", 0), ("error", 2), ("stop", 128 + signal.SIGTERM)])
 def test_no_thread_of_the_process_group_outlives_the_job(tmp_path, end, status):
     """One that frees a tensor while the interpreter ends aborted one run of ten, after everything was done."""
-    job = [*TINY, "--trainer.devices=2", "--trainer.max_epochs=5", "--data.batch_size=15", "--freeze.unfreeze_epoch=0"]
+    job = [
+        *TINY,
+        "--trainer.devices=2",
+        "--trainer.max_epochs=5",
+        "--data.batch_size=15",
+        "--freeze.unfreeze_epoch=0",
+    ]
     job[job.index("--model.backbone=shufflenet_v2_x0_5")] = "--model.backbone=lenet5"
     command = [sys.executable, JOB.with_name("ddp_exit_job.py"), end, *job]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == status, done.stdout + done.stderr
     left = {path.name: path.read_text() for path in tmp_path.glob("threads*")}
     both = {"threads0": "", "threads1": ""}
-    assert left in (both, {"threads0": ""}) if end == "stop" else left == both, "Lightning kills a stopped run's second"
+    assert left in (both, {"threads0": ""}) if end == "stop" else left == both, (
+        "Lightning kills a stopped run's second"
+    )

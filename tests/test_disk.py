@@ -11,11 +11,16 @@ import pytest
 import torch
 from conftest import TINY, assert_same_weights, run_fit
 
-from cifar_transfer.files import atomic_write, remove_partial
+from cifar_transfer.base.files import atomic_write, remove_partial
 
 RUN = "lightning_logs/version_0"
 LAST = f"{RUN}/checkpoints/last.ckpt"
-JOB = [*TINY, "--trainer.max_epochs=3", "--freeze.unfreeze_epoch=1", "--trainer.log_every_n_steps=1"]
+JOB = [
+    *TINY,
+    "--trainer.max_epochs=3",
+    "--freeze.unfreeze_epoch=1",
+    "--trainer.log_every_n_steps=1",
+]
 COMMAND = [sys.executable, "-m", "cifar_transfer.fit"]
 
 
@@ -46,7 +51,10 @@ def test_no_room_for_a_checkpoint_keeps_the_one_before_and_the_run_continues(tmp
     assert error.endswith("cannot be written (File too large); the one before is kept.")
     assert "Traceback" not in done.stderr
     assert torch.load(folder / LAST, weights_only=True)["epoch"] == 0
-    assert sorted(path.name for path in (folder / LAST).parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(path.name for path in (folder / LAST).parent.iterdir()) == [
+        "best.ckpt",
+        "last.ckpt",
+    ]
     run_fit(folder, f"--resume={RUN}")
     assert_same_weights(folder / LAST, whole_run / LAST)
 
@@ -67,7 +75,9 @@ def test_a_full_disk_in_earnest(tmp_path):
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", disk], check=True)
     try:
-        run = subprocess.run([*COMMAND, *JOB], cwd=disk, capture_output=True, text=True, timeout=120)
+        run = subprocess.run(
+            [*COMMAND, *JOB], cwd=disk, capture_output=True, text=True, timeout=120
+        )
         assert run.returncode == 2, run.stderr
         assert "No space left on device" in run.stderr.splitlines()[-1]
         assert torch.load(disk / LAST, weights_only=True)["epoch"] == 0
@@ -81,7 +91,12 @@ def test_a_full_disk_in_earnest(tmp_path):
 def test_two_runs_that_start_at_once_have_two_folders(tmp_path):
     job = [*COMMAND, *JOB, "--trainer.max_epochs=1"]
     runs = [
-        subprocess.Popen([*job, f"--model.lr={rate}"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            [*job, f"--model.lr={rate}"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         for rate in (0.001, 0.002)
     ]
     said = [run.communicate()[0].decode() for run in runs]
@@ -89,8 +104,12 @@ def test_two_runs_that_start_at_once_have_two_folders(tmp_path):
     folders = sorted((tmp_path / "lightning_logs").iterdir())
     assert [folder.name for folder in folders] == ["version_0", "version_1"]
     for folder in folders:
-        assert {"config.yaml", "checkpoints", "result.json"} <= {path.name for path in folder.iterdir()}
-        assert len({path.name.split(".")[5] for path in folder.glob("events.*")}) == 1, "of one process"
+        assert {"config.yaml", "checkpoints", "result.json"} <= {
+            path.name for path in folder.iterdir()
+        }
+        assert len({path.name.split(".")[5] for path in folder.glob("events.*")}) == 1, (
+            "of one process"
+        )
         assert json.loads((folder / "result.json").read_text())["epochs"] == 1
 
 
@@ -119,7 +138,11 @@ def test_two_writers_of_one_file_do_not_share_a_temporary_file(tmp_path):
 
 
 def test_what_a_killed_writer_has_left_is_removed_and_nothing_else(tmp_path):
-    path, left, other = tmp_path / "a.txt", ".a.txt.0123456789abcdef.partial", ".b.txt.0123456789abcdef.partial"
+    path, left, other = (
+        tmp_path / "a.txt",
+        ".a.txt.0123456789abcdef.partial",
+        ".b.txt.0123456789abcdef.partial",
+    )
     kept = [other, ".a.txt.partial", ".a.txt.mine.partial", ".a.txt.0123456789abcdef.partial.txt"]
     for name in (left, *kept):
         (tmp_path / name).touch()

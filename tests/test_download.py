@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import FORKS
 
-from cifar_transfer.download import fetch
-from cifar_transfer.errors import UserError
+from cifar_transfer.base.download import fetch
+from cifar_transfer.base.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from broken_server import BrokenServer
@@ -30,7 +30,7 @@ STALL = 0.8  # seconds
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[BrokenServer]:
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
-    monkeypatch.setattr("cifar_transfer.download.PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("cifar_transfer.base.download.PAUSE_SECONDS", 0.01)
     with BrokenServer({"/file": DATA}, slow_rate=60_000) as server:
         yield server
 
@@ -42,7 +42,11 @@ def get(server: BrokenServer, path: Path, *sources: str, **settings: object) -> 
 
 def left(folder: Path) -> list[str]:
     """What lies in `folder`, less the empty lock file that a failure leaves."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.name != ".x.bin.lock" or entry.stat().st_size)
+    return sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.name != ".x.bin.lock" or entry.stat().st_size
+    )
 
 
 # What each misbehaviour is called in the error, and how many seconds the two attempts may take on a busy machine.
@@ -64,18 +68,24 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("behaviour", BROKEN)
-def test_a_broken_source_is_tried_twice_and_then_named(server: BrokenServer, tmp_path: Path, behaviour: str) -> None:
+def test_a_broken_source_is_tried_twice_and_then_named(
+    server: BrokenServer, tmp_path: Path, behaviour: str
+) -> None:
     words, seconds = BROKEN[behaviour]
     start = time.monotonic()
     with pytest.raises(UserError, match=rf"^could not download x\.bin: {server.host} \({words}\)$"):
         get(server, tmp_path / "x.bin", f"/{behaviour}/file")
     assert time.monotonic() - start < seconds
-    assert server.hits[f"/{behaviour}/file"] == (62 if behaviour == "loop" else 2)  # requests follows 30 redirects
+    assert server.hits[f"/{behaviour}/file"] == (
+        62 if behaviour == "loop" else 2
+    )  # requests follows 30 redirects
     assert left(tmp_path) == []
 
 
 @pytest.mark.parametrize("behaviour", BROKEN)
-def test_a_broken_source_is_left_for_the_next(server: BrokenServer, tmp_path: Path, behaviour: str) -> None:
+def test_a_broken_source_is_left_for_the_next(
+    server: BrokenServer, tmp_path: Path, behaviour: str
+) -> None:
     start = time.monotonic()
     path = get(server, tmp_path / "x.bin", f"/{behaviour}/file", "/file", attempts=1)
     assert path.read_bytes() == DATA
@@ -85,10 +95,13 @@ def test_a_broken_source_is_left_for_the_next(server: BrokenServer, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("source", "hits"), [("/file", 1), ("/unsaid/file", 1), ("/overlong/file", 1), ("/once_500/file", 2)]
+    ("source", "hits"),
+    [("/file", 1), ("/unsaid/file", 1), ("/overlong/file", 1), ("/once_500/file", 2)],
 )
 @pytest.mark.parametrize("digest", [MD5, SHA256, SHA256.upper()])
-def test_a_whole_file_is_taken(server: BrokenServer, tmp_path: Path, source: str, hits: int, digest: str) -> None:
+def test_a_whole_file_is_taken(
+    server: BrokenServer, tmp_path: Path, source: str, hits: int, digest: str
+) -> None:
     path = get(server, tmp_path / "new" / "folder" / "x.bin", source, digest=digest)
     assert path == tmp_path / "new" / "folder" / "x.bin"
     assert path.read_bytes() == DATA
@@ -99,8 +112,14 @@ def test_a_whole_file_is_taken(server: BrokenServer, tmp_path: Path, source: str
 def test_a_host_without_a_server_is_left(server: BrokenServer, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    fetch([f"http://user:secret@127.0.0.1:{port}/x", server.url("/file")], tmp_path / "x.bin", digest=MD5)
-    with pytest.raises(UserError, match=rf"^could not download y: 127\.0\.0\.1:{port} \(no connection\)$"):
+    fetch(
+        [f"http://user:secret@127.0.0.1:{port}/x", server.url("/file")],
+        tmp_path / "x.bin",
+        digest=MD5,
+    )
+    with pytest.raises(
+        UserError, match=rf"^could not download y: 127\.0\.0\.1:{port} \(no connection\)$"
+    ):
         fetch([f"http://user:secret@127.0.0.1:{port}/x"], tmp_path / "y", digest=MD5)
 
 
@@ -126,7 +145,9 @@ def test_a_slow_source_is_better_than_none(server: BrokenServer, tmp_path: Path)
     assert server.hits == {"/slow/file": 2, "/missing/file": 2}
 
 
-def test_an_existing_file_is_neither_read_nor_replaced(server: BrokenServer, tmp_path: Path) -> None:
+def test_an_existing_file_is_neither_read_nor_replaced(
+    server: BrokenServer, tmp_path: Path
+) -> None:
     (tmp_path / "x.bin").write_bytes(b"mine")
     before = (tmp_path / "x.bin").stat().st_mtime_ns, tmp_path.stat().st_mtime_ns
     get(server, tmp_path / "x.bin", "/file")
@@ -145,7 +166,9 @@ def test_of_four_processes_one_downloads(server: BrokenServer, tmp_path: Path) -
     server.slow_rate = 40_000
     folder, said = tmp_path / "there", tmp_path / "said"
     args = (said, [server.url("/slow/file")], folder / "x.bin")
-    processes = [FORKS.Process(target=_fetch_and_say, args=args, kwargs={"digest": SHA256}) for _ in range(4)]
+    processes = [
+        FORKS.Process(target=_fetch_and_say, args=args, kwargs={"digest": SHA256}) for _ in range(4)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -163,7 +186,9 @@ def test_a_killed_download_leaves_nothing_under_the_name_and_the_next_succeeds(
 ) -> None:
     path = tmp_path / "x.bin"
     killed = FORKS.Process(
-        target=fetch, args=([server.url("/stall/file")], path), kwargs={"digest": MD5, "stall_seconds": 60}
+        target=fetch,
+        args=([server.url("/stall/file")], path),
+        kwargs={"digest": MD5, "stall_seconds": 60},
     )
     killed.start()
     deadline = time.monotonic() + 60
@@ -178,7 +203,9 @@ def test_a_killed_download_leaves_nothing_under_the_name_and_the_next_succeeds(
     assert os.listdir(tmp_path) == ["x.bin"], "what the killed one left is gone too"
 
 
-def test_after_a_failed_download_a_waiting_process_tries_itself(server: BrokenServer, tmp_path: Path) -> None:
+def test_after_a_failed_download_a_waiting_process_tries_itself(
+    server: BrokenServer, tmp_path: Path
+) -> None:
     def fail() -> None:
         with pytest.raises(UserError, match=r"could not download x\.bin"):
             get(server, tmp_path / "x.bin", "/stall/file")
@@ -203,7 +230,9 @@ def test_a_source_that_was_left_is_disconnected(server: BrokenServer, tmp_path: 
 
 
 def test_an_interrupt_leaves_nothing(server: BrokenServer, tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make background jobs ignore it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # shells make background jobs ignore it
     try:
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         start = time.monotonic()
@@ -233,9 +262,13 @@ def test_a_folder_without_write_permission_is_named(server: BrokenServer, tmp_pa
 
 
 @pytest.mark.parametrize("room", [50_000, len(DATA) - 1])
-def test_a_full_disk_is_named_and_not_retried(server: BrokenServer, tmp_path: Path, room: int) -> None:
+def test_a_full_disk_is_named_and_not_retried(
+    server: BrokenServer, tmp_path: Path, room: int
+) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))  # writing fails beyond it, as on a full disk
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (room, limits[1])
+    )  # writing fails beyond it, as on a full disk
     try:
         with pytest.raises(UserError, match=f"^cannot write to {tmp_path}: "):
             get(server, tmp_path / "x.bin", "/file", "/unsaid/file")
@@ -252,7 +285,9 @@ def test_other_addresses_are_refused(server: BrokenServer, tmp_path: Path, url: 
     assert not server.hits
 
 
-@pytest.mark.parametrize("digest", ["", "md5:", "sha256:1234567", "sha1:" + "0" * 40, "md5:not-hexadecimal"])
+@pytest.mark.parametrize(
+    "digest", ["", "md5:", "sha256:1234567", "sha1:" + "0" * 40, "md5:not-hexadecimal"]
+)
 def test_a_digest_that_proves_nothing_is_refused(tmp_path: Path, digest: str) -> None:
     with pytest.raises(ValueError, match="digest"):
         fetch([], tmp_path / "x.bin", digest=digest)
@@ -269,7 +304,10 @@ def test_without_a_terminal_two_lines_are_shown(
 
 
 def test_a_slow_source_alone_is_never_left_and_a_terminal_shows_a_bar(
-    server: BrokenServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: BrokenServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     get(server, tmp_path / "x.bin", "/slow/file")

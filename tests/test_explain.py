@@ -9,8 +9,8 @@ from matplotlib.text import Text
 from torch import nn
 
 from cifar_transfer import TransferClassifier
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.geometry import to_float
-from cifar_transfer.errors import UserError
 from cifar_transfer.inference.explain import heat_map
 from cifar_transfer.results.gallery import gallery, heated
 from cifar_transfer.results.predictions import ImagePrediction
@@ -23,20 +23,32 @@ NAMES = ["cat", "飞机飞机飞机飞机飞机飞机飞机飞机飞机飞机飞
 
 
 def answers_to(images, classes):
-    return [ImagePrediction(f"some/folder/{i}.png", pixels, classes) for i, pixels in enumerate(images)]
+    return [
+        ImagePrediction(f"some/folder/{i}.png", pixels, classes) for i, pixels in enumerate(images)
+    ]
 
 
 def assert_nothing_is_cut(figure):
     """All words are within the figure, and no two of them overlap."""
     figure.draw_without_rendering()
     off = {
-        text for axes in figure.axes if not axes.axison for axis in (axes.xaxis, axes.yaxis) for text in axis.findobj()
+        text
+        for axes in figure.axes
+        if not axes.axison
+        for axis in (axes.xaxis, axes.yaxis)
+        for text in axis.findobj()
     }
-    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible() and text not in off]
+    texts = [
+        text
+        for text in figure.findobj(Text)
+        if text.get_text() and text.get_visible() and text not in off
+    ]
     boxes = [text.get_window_extent() for text in texts]
     whole = figure.bbox
     for text, box in zip(texts, boxes, strict=True):
-        inside = whole.x0 <= box.x0 and whole.y0 <= box.y0 and box.x1 <= whole.x1 and box.y1 <= whole.y1
+        inside = (
+            whole.x0 <= box.x0 and whole.y0 <= box.y0 and box.x1 <= whole.x1 and box.y1 <= whole.y1
+        )
         assert inside, text.get_text()
     for i, (one, text) in enumerate(zip(boxes, texts, strict=True)):
         for other, also in zip(boxes[i + 1 :], texts[i + 1 :], strict=True):
@@ -78,12 +90,16 @@ def test_heat_maps_are_those_of_the_paper(options, layer, tokens):
     model = TransferClassifier(weights="none", **options).eval()
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint8)
     kept = []
-    model.network.get_submodule(layer).register_forward_hook(lambda _, __, output: kept.append(output))
+    model.network.get_submodule(layer).register_forward_hook(
+        lambda _, __, output: kept.append(output)
+    )
     logits = model(to_float(torch.from_numpy(pixels))[None])
     gradient = torch.autograd.grad(logits[0, logits.argmax()], kept[0])[0]
     values = kept[0]
     if tokens:
-        values, gradient = (part[:, tokens:].transpose(1, 2).reshape(1, -1, 4, 4) for part in (values, gradient))
+        values, gradient = (
+            part[:, tokens:].transpose(1, 2).reshape(1, -1, 4, 4) for part in (values, gradient)
+        )
     assert values.shape[2:] == (4, 4)
     small = torch.einsum("c,chw->hw", gradient.mean((0, 2, 3)), values[0]).clamp(min=0).detach()
     expected = nn.functional.interpolate(small[None, None], size=(32, 32), mode="bilinear")[0, 0]
@@ -95,7 +111,9 @@ def test_heat_maps_are_those_of_the_paper(options, layer, tokens):
 @pytest.mark.parametrize("width", [32, 48])
 def test_the_heat_is_where_the_class_is(width):
     """A network that counts red pixels and then repeats the count, as VGG does, and an image red in one corner."""
-    model = TransferClassifier("lenet5", "none", num_classes=2, normalize=[[0.0] * 3, [1.0] * 3]).eval()
+    model = TransferClassifier(
+        "lenet5", "none", num_classes=2, normalize=[[0.0] * 3, [1.0] * 3]
+    ).eval()
     colour = nn.Conv2d(3, 2, 1, bias=False)
     colour.weight.data = torch.tensor([[1.0, -1, -1], [-1, -1, 1]])[..., None, None]
     pools = nn.AvgPool2d(4), nn.AvgPool2d(8), nn.AdaptiveAvgPool2d(7)

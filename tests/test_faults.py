@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from conftest import TINY, run_fit, untouched, write_images
 
-from cifar_transfer import predict
-from cifar_transfer.compare import write as write_comparison
-from cifar_transfer.errors import one_sentence
-from cifar_transfer.export import export
-from cifar_transfer.figures import figures
+from cifar_transfer.base.errors import one_sentence
+from cifar_transfer.commands import predict
+from cifar_transfer.commands.compare import write as write_comparison
+from cifar_transfer.commands.export import export
+from cifar_transfer.commands.figures import figures
 
 RUN = "lightning_logs/version_0"
 JOB = [option for option in TINY if not option.startswith("--model.backbone")]
@@ -29,7 +29,9 @@ def faulty(folder, *arguments):
     command = [sys.executable, "-m", "fault_job", *map(str, arguments)]
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def whole(*names):
@@ -43,13 +45,22 @@ def whole(*names):
         r"config\.yaml",
         r"tfevents.*\.1$",  # opened for the final figures
         r"metrics\.csv",
-        *whole(r"splits\.json", r"hparams\.yaml", r"tfevents.*\.0$", r"augmented\.png", r"best\.ckpt", r"last\.ckpt"),
+        *whole(
+            r"splits\.json",
+            r"hparams\.yaml",
+            r"tfevents.*\.0$",
+            r"augmented\.png",
+            r"best\.ckpt",
+            r"last\.ckpt",
+        ),
         *whole(r"predictions-test", r"epochs\.png", r"test-mistakes\.png", r"result\.json"),
     ],
 )
 def test_no_room_for_a_file_of_a_run(tmp_path, name):
     """A sentence with what to do, and to do it leads to a whole run."""
-    done = faulty(tmp_path, "full", name, 1, "ENOSPC", "cifar_transfer.fit", *JOB, "--report.figures=true")
+    done = faulty(
+        tmp_path, "full", name, 1, "ENOSPC", "cifar_transfer.fit", *JOB, "--report.figures=true"
+    )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     error = done.stderr.splitlines()[-1]
@@ -73,7 +84,10 @@ def no_file_beyond(size):
 
 def of_commands(run, images, out):
     """What commands write, by name, and the calls that do it."""
-    best, rows = run / RUN / "checkpoints" / "best.ckpt", [{"backbone": "a", "label": "a", "scratch": True}]
+    best, rows = (
+        run / RUN / "checkpoints" / "best.ckpt",
+        [{"backbone": "a", "label": "a", "scratch": True}],
+    )
     rows[0] |= {"best/val_acc": 0.5, "parameters": 1, "seconds": 1, "images_per_second": 1}
     shown = [str(images), f"--ckpt={best}", "--accelerator=cpu"]
     return {
@@ -112,21 +126,53 @@ def test_no_room_for_what_a_command_writes_keeps_what_was_there(run, tmp_path, c
 @pytest.mark.parametrize(
     ("event", "name", "error", "words"),
     [
-        ("os.rename", "result.json", "ESTALE", f"result.json cannot be read or written (Stale file handle): .* {RUN}$"),
-        ("os.mkdir", "lightning_logs$", "EACCES", "lightning_logs cannot be .* (Permission denied): .* start it again"),
+        (
+            "os.rename",
+            "result.json",
+            "ESTALE",
+            f"result.json cannot be read or written (Stale file handle): .* {RUN}$",
+        ),
+        (
+            "os.mkdir",
+            "lightning_logs$",
+            "EACCES",
+            "lightning_logs cannot be .* (Permission denied): .* start it again",
+        ),
         *(
             pytest.param(*case, marks=pytest.mark.whole)
             for case in [
-                ("os.rename", "last.ckpt", "EIO", "last.ckpt cannot be written (Input/output error); there is none"),
-                ("os.rename", "config.yaml", "EXDEV", "config.yaml cannot be .* (Invalid cross-.*): .* start it again"),
-                ("fsync", "config.yaml", "EIO", "config.yaml cannot be .* (Input/output error): .* start it again"),
-                ("open", "tfevents", "EACCES", r"tfevents.* cannot be .* (Permission denied): .* start it again"),
+                (
+                    "os.rename",
+                    "last.ckpt",
+                    "EIO",
+                    "last.ckpt cannot be written (Input/output error); there is none",
+                ),
+                (
+                    "os.rename",
+                    "config.yaml",
+                    "EXDEV",
+                    "config.yaml cannot be .* (Invalid cross-.*): .* start it again",
+                ),
+                (
+                    "fsync",
+                    "config.yaml",
+                    "EIO",
+                    "config.yaml cannot be .* (Input/output error): .* start it again",
+                ),
+                (
+                    "open",
+                    "tfevents",
+                    "EACCES",
+                    r"tfevents.* cannot be .* (Permission denied): .* start it again",
+                ),
             ]
         ),
     ],
 )
 def test_a_file_system_that_fails_ends_the_run_with_a_sentence(tmp_path, event, name, error, words):
-    done = run_fit(tmp_path, event, name, 1, error, "cifar_transfer.fit", *JOB, module="fault_job", expect=2)
+    done = run_fit(
+        tmp_path, event, name, 1, error, "cifar_transfer.fit", *JOB, module="fault_job", expect=2
+    )
     assert "Traceback" not in done.stderr
     said = done.stderr.splitlines()[-1]
     assert re.search(words.replace("(", r"\(").replace(")", r"\)"), said), said
@@ -136,13 +182,17 @@ def test_a_file_system_that_fails_ends_the_run_with_a_sentence(tmp_path, event, 
 
 
 def test_a_file_system_without_locks_is_told_and_trained_on(tmp_path):
-    done = run_fit(tmp_path, "fcntl.flock", ".", 1, "ENOLCK", "cifar_transfer.fit", *JOB, module="fault_job")
+    done = run_fit(
+        tmp_path, "fcntl.flock", ".", 1, "ENOLCK", "cifar_transfer.fit", *JOB, module="fault_job"
+    )
     assert f"{RUN} cannot be locked (No locks available)" in done.stderr
     assert "test accuracy" in done.stdout
 
 
 def test_a_file_system_that_knows_no_fsync_is_written_all_the_same(tmp_path):
-    done = run_fit(tmp_path, "fsync", ".", 1, "EINVAL", "cifar_transfer.fit", *JOB, module="fault_job")
+    done = run_fit(
+        tmp_path, "fsync", ".", 1, "EINVAL", "cifar_transfer.fit", *JOB, module="fault_job"
+    )
     assert "test accuracy" in done.stdout
 
 
@@ -160,7 +210,9 @@ def test_a_cache_that_cannot_be_made_costs_no_run(tmp_path, event, name, error):
     with untouched(tmp_path / "photos" / "train"):
         options = [option for option in JOB if not option.startswith("--data")]
         options += ["--data=ImageFolderDataModule", "--data.root=photos", "--data.batch_size=4"]
-        done = run_fit(tmp_path, event, name, 1, error, "cifar_transfer.fit", *options, module="fault_job")
+        done = run_fit(
+            tmp_path, event, name, 1, error, "cifar_transfer.fit", *options, module="fault_job"
+        )
     assert "Images are not cached but decoded anew" in done.stderr
 
 
@@ -178,7 +230,11 @@ GONE = f"{IMAGE} (does not exist|cannot be read \\(No such file)"
             for case in [
                 (2, f"truncate -s 40 {IMAGE}", f"{IMAGE} cannot be decoded as an image"),
                 (2, f"rm {IMAGE}; mkfifo {IMAGE}", f"{IMAGE} cannot be read \\(is no regular file"),
-                (2, "rm -r photos/train/cat", "photos/train/cat/.* (does not exist|cannot be read)"),
+                (
+                    2,
+                    "rm -r photos/train/cat",
+                    "photos/train/cat/.* (does not exist|cannot be read)",
+                ),
                 (4, f"mv {IMAGE} {IMAGE}.moved", GONE),  # on the fly, in the first epoch
                 (2, f"cp other.png {IMAGE}", ""),
                 (2, f"cp {IMAGE} photos/train/cat/new.png", ""),
@@ -186,13 +242,22 @@ GONE = f"{IMAGE} (does not exist|cannot be read \\(No such file)"
         ),
     ],
 )
-def test_images_that_change_while_they_are_read_are_named(tmp_path, moment, damage, words, on_the_fly):
+def test_images_that_change_while_they_are_read_are_named(
+    tmp_path, moment, damage, words, on_the_fly
+):
     for split, count in (("train", 12), ("test", 4)):
         write_images(tmp_path / "photos" / split, count, seed=count)
     write_images(tmp_path, 1, size=(50, 40), classes=["other"])
     (tmp_path / "other" / "000.png").rename(tmp_path / "other.png")
-    options = [option for option in JOB if not option.startswith(("--data", "--trainer.max_epochs"))]
-    options += ["--data=ImageFolderDataModule", "--data.root=photos", "--data.batch_size=4", "--trainer.max_epochs=2"]
+    options = [
+        option for option in JOB if not option.startswith(("--data", "--trainer.max_epochs"))
+    ]
+    options += [
+        "--data=ImageFolderDataModule",
+        "--data.root=photos",
+        "--data.batch_size=4",
+        "--trainer.max_epochs=2",
+    ]
     options += ["--data.cache_limit_gb=0"] if on_the_fly else []
     fault = ("then", "train/cat/000.png", moment, damage, "cifar_transfer.fit")
     refused = bool(words) and (on_the_fly or moment == 2)
@@ -202,12 +267,14 @@ def test_images_that_change_while_they_are_read_are_named(tmp_path, moment, dama
     assert not list((tmp_path / "photos" / ".cifar_transfer").glob("train-*")) or not refused
 
 
-@pytest.mark.parametrize("command", ["cifar_transfer", "cifar_transfer.backbones"])
+@pytest.mark.parametrize("command", [["cifar_transfer"], ["cifar_transfer", "backbones"]])
 def test_a_reader_that_leaves_is_no_error(command):
     """As `head` does, here before the first line."""
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-m", command], stdout=writer, stderr=subprocess.PIPE, cwd=TESTS.parent)
+    done = subprocess.run(
+        [sys.executable, "-m", *command], stdout=writer, stderr=subprocess.PIPE, cwd=TESTS.parent
+    )
     os.close(writer)
     assert done.stderr == b""
     assert done.returncode in (128 + signal.SIGPIPE, -signal.SIGPIPE)

@@ -10,10 +10,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
 from cifar_transfer import BackboneFreeze, ShapesDataModule, TransferClassifier
-from cifar_transfer.errors import UserError
-from cifar_transfer.fit import fit
-from cifar_transfer.training import finite_loss
-from cifar_transfer.training.finite_loss import SCALED, Guard
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.commands.fit import fit
+from cifar_transfer.training import loss_guard as finite_loss
+from cifar_transfer.training.loss_guard import SCALED, Guard
 
 LENET = [
     "--model.backbone=lenet5",
@@ -30,7 +30,9 @@ CHECKPOINTS = "lightning_logs/version_0/checkpoints"
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_loss_that_is_no_number_ends_the_run_with_its_step_and_the_checkpoints_whole(tmp_path, monkeypatch, value):
+def test_a_loss_that_is_no_number_ends_the_run_with_its_step_and_the_checkpoints_whole(
+    tmp_path, monkeypatch, value
+):
     """In the second of six steps an epoch: neither a line of the log nor the end of an epoch is near."""
     monkeypatch.chdir(tmp_path)
     real = TransferClassifier.training_step
@@ -40,14 +42,19 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_step_and_the_checkpoints
         lambda self, *batch: real(self, *batch) * (value if self.global_step == 13 else 1),
     )
     with pytest.raises(
-        UserError, match=r"training loss of step 13 is NaN or infinite \(epoch 3, learning rate 0.002\)"
+        UserError,
+        match=r"training loss of step 13 is NaN or infinite \(epoch 3, learning rate 0.002\)",
     ):
         fit([*LENET, "--trainer.max_epochs=5", "--model.lr=2e-3"])
     for name in ("best", "last"):
         assert torch.load(f"{CHECKPOINTS}/{name}.ckpt", weights_only=True)["epoch"] <= 1
-        assert all(tensor.isfinite().all() for tensor in weights(f"{CHECKPOINTS}/{name}.ckpt").values())
+        assert all(
+            tensor.isfinite().all() for tensor in weights(f"{CHECKPOINTS}/{name}.ckpt").values()
+        )
     monkeypatch.setattr(TransferClassifier, "training_step", real)
-    assert fit(["--resume=lightning_logs/version_0"]).scores["best/test_acc"] > 0, "and the run continues"
+    assert fit(["--resume=lightning_logs/version_0"]).scores["best/test_acc"] > 0, (
+        "and the run continues"
+    )
 
 
 def test_a_validation_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
@@ -55,7 +62,12 @@ def test_a_validation_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch)
     real = TransferClassifier._evaluate
 
     def evaluate(self, batch, *rest, **options):
-        return real(self, (batch[0] * (torch.nan if self.current_epoch == 1 else 1), batch[1]), *rest, **options)
+        return real(
+            self,
+            (batch[0] * (torch.nan if self.current_epoch == 1 else 1), batch[1]),
+            *rest,
+            **options,
+        )
 
     monkeypatch.setattr(TransferClassifier, "_evaluate", evaluate)
     with pytest.raises(UserError, match="validation loss of epoch 2 is NaN or infinite"):
@@ -104,7 +116,10 @@ def test_a_frozen_backbone_that_teaches_nothing_is_told(tmp_path, monkeypatch, d
     monkeypatch.chdir(tmp_path)
     fit([*LENET, "--trainer.max_epochs=10", "--model.lr=3e-3"])
     state = weights(f"{CHECKPOINTS}/last.ckpt")
-    torch.save({name.removeprefix("network."): value * (not dead) for name, value in state.items()}, "w.pth")
+    torch.save(
+        {name.removeprefix("network."): value * (not dead) for name, value in state.items()},
+        "w.pth",
+    )
     options = [
         "--model.weights=w.pth",
         "--freeze.unfreeze_epoch=2",
@@ -122,7 +137,9 @@ def test_both_auxiliary_heads_of_googlenet_count(tmp_path, monkeypatch):
     """With a learning rate of almost nothing the loss is that of three heads that know nothing."""
     monkeypatch.setattr(finite_loss, "ENOUGH", 1)
     data = ShapesDataModule(train_images=24, test_images=8, batch_size=11, val_fraction=0.1)
-    model = TransferClassifier("googlenet", "none", class_names=data.class_names, aux_weight=0.3, lr=1e-30)
+    model = TransferClassifier(
+        "googlenet", "none", class_names=data.class_names, aux_weight=0.3, lr=1e-30
+    )
     freeze = BackboneFreeze(unfreeze_epoch=1)
     trainer = quiet_trainer(max_epochs=1, callbacks=[freeze, Guard()], default_root_dir=tmp_path)
     with pytest.warns(UserWarning, match="taught the head nothing") as seen:

@@ -20,7 +20,7 @@ from torch.optim import SGD, Adam
 from torchvision import models
 
 from cifar_transfer import BackboneFreeze, Phase, ShapesDataModule
-from cifar_transfer.errors import UserError
+from cifar_transfer.base.errors import UserError
 
 
 def test_an_optimizer_of_what_requires_grad_has_what_is_unfrozen_later():
@@ -46,13 +46,17 @@ def test_what_its_author_has_fixed_stays_fixed(epoch, caplog):
     assert watch.moved("backbone.0.weight") == [False] * 3
     assert watch.moved("backbone.3.weight") == [epoch == 0, True, True]
     assert not module.backbone[0].weight.requires_grad
-    assert any("the module itself has fixed them" in message for message in caplog.messages) == (epoch > 0)
+    assert any("the module itself has fixed them" in message for message in caplog.messages) == (
+        epoch > 0
+    )
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_fused_sgd_takes_up_what_is_unfrozen(nesterov):
     def make(fused):
-        return lambda module: SGD(module.parameters(), 0.01, momentum=0.9, nesterov=nesterov, fused=fused)
+        return lambda module: SGD(
+            module.parameters(), 0.01, momentum=0.9, nesterov=nesterov, fused=fused
+        )
 
     seed_everything(0)
     module = Net()
@@ -93,7 +97,11 @@ def test_a_dropout_rests_with_the_layer_that_follows_it_and_an_augmentation_does
         def __init__(self):
             super().__init__(nn.Identity(), nn.Identity())
             self.augment, self.first, self.drop1 = Augment(), nn.Linear(8, 16), nn.Dropout(0.5)
-            self.second, self.drop2, self.last = nn.Linear(16, 16), nn.Dropout(0.5), nn.Linear(16, 3)
+            self.second, self.drop2, self.last = (
+                nn.Linear(16, 16),
+                nn.Dropout(0.5),
+                nn.Linear(16, 3),
+            )
 
         def training_step(self, batch, batch_idx):
             hidden = self.second(self.drop1(self.first(self.augment(batch[0]))))
@@ -115,7 +123,9 @@ def test_modules_that_their_author_keeps_in_eval_mode_stay_there():
 def test_tied_weights_train_as_soon_as_one_of_their_names_does():
     class Tied(Net):
         def __init__(self):
-            super().__init__(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 8))
+            super().__init__(
+                nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 8)
+            )
             self.head.weight = self.backbone[2].weight
 
     watch = fit(Tied(), freeze())
@@ -139,7 +149,9 @@ def test_heads_beside_a_network_are_the_modules_own():
 def test_heads_that_are_no_submodules_are_refused():
     module = Net()
     module.heads = ["classifier"]
-    with pytest.raises(UserError, match="heads names 'classifier', which is none of its submodules"):
+    with pytest.raises(
+        UserError, match="heads names 'classifier', which is none of its submodules"
+    ):
         fit(module, BackboneFreeze(1))
     module.heads = nn.ModuleList()  # of that name for another reason
     with pytest.raises(UserError, match="names no head"):
@@ -152,7 +164,11 @@ def test_one_object_serves_a_fit_after_the_other():
     first = fit(module, callback)
     for _ in range(2):
         again = fit(Net(), callback)
-        assert again.moved("backbone.0.weight") == first.moved("backbone.0.weight") == [False, True, True]
+        assert (
+            again.moved("backbone.0.weight")
+            == first.moved("backbone.0.weight")
+            == [False, True, True]
+        )
         assert again.rates == first.rates
         assert again.eval == first.eval
     fit(module, freeze(99))
@@ -172,7 +188,9 @@ def test_two_in_one_trainer_are_refused():
 
     with pytest.raises(RuntimeError, match="more than one stateful callback of type"):
         fit(Net(), freeze(), callbacks=[freeze()])
-    with pytest.raises(UserError, match="several BackboneFreeze callbacks: give one of them phases"):
+    with pytest.raises(
+        UserError, match="several BackboneFreeze callbacks: give one of them phases"
+    ):
         fit(Net(), freeze(), callbacks=[Mine(1, frozen=["backbone"])])
 
 
@@ -199,7 +217,9 @@ def test_several_optimizers_by_hand():
     assert watch.rates[STEPS] == [1e-4, 1e-4]
 
 
-@pytest.mark.parametrize("kind", ["LBFGS", "LayerNorm", "weight_norm", "spectral_norm", "shared", "compiled"])
+@pytest.mark.parametrize(
+    "kind", ["LBFGS", "LayerNorm", "weight_norm", "spectral_norm", "shared", "compiled"]
+)
 def test_others_modules_and_optimizers_are_kept_right(kind):
     layer = nn.Linear(16, 16)
     parts = {
@@ -216,17 +236,24 @@ def test_others_modules_and_optimizers_are_kept_right(kind):
     watch = fit(module, freeze())
     names = [name for name, _ in module.named_parameters() if name.startswith("backbone")]
     assert [watch.moved(name) for name in names] == [[False, True, True]] * len(names)
-    buffers = [name for name, _ in module.named_buffers() if name.startswith("backbone")]  # of power iterations
+    buffers = [
+        name for name, _ in module.named_buffers() if name.startswith("backbone")
+    ]  # of power iterations
     assert [watch.moved(name)[0] for name in buffers] == [False] * len(buffers)
 
 
 def test_layer_by_layer_and_on_for_longer_than_there_are_layers(tmp_path):
     """Lightning's callback ends with an IndexError when such a run is continued."""
     sizes = [8, 16, 16, 16, 16]
-    plan = [Phase(["head"]), *(Phase([rf"backbone\.{layer}\."], 4 - layer) for layer in (3, 2, 1, 0))]
+    plan = [
+        Phase(["head"]),
+        *(Phase([rf"backbone\.{layer}\."], 4 - layer) for layer in (3, 2, 1, 0)),
+    ]
 
     def layers():
-        return Net(nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes))), optimizer=trainable)
+        return Net(
+            nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes))), optimizer=trainable
+        )
 
     keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     whole = fit(layers(), BackboneFreeze(phases=plan), 7, [keep])
@@ -270,6 +297,13 @@ def test_the_example_of_the_docstring_runs_as_it_stands_there(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     example = textwrap.dedent(BackboneFreeze.__doc__.partition("Example::")[2])
     names = {"torch": torch, "nn": nn, "F": F, "models": models, "LightningModule": LightningModule}
-    names |= {"BackboneFreeze": BackboneFreeze, "ShapesDataModule": ShapesDataModule, "Trainer": quiet_trainer}
+    names |= {
+        "BackboneFreeze": BackboneFreeze,
+        "ShapesDataModule": ShapesDataModule,
+        "Trainer": quiet_trainer,
+    }
     exec(example, names)
-    assert "Epoch 2: everything at rate 0.0001, 11,209,994 parameters train.\n" in capsys.readouterr().out
+    assert (
+        "Epoch 2: everything at rate 0.0001, 11,209,994 parameters train.\n"
+        in capsys.readouterr().out
+    )

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 
 from cifar_transfer import Augment, BackboneFreeze, ShapesDataModule, TransferClassifier
-from cifar_transfer.errors import UserError
+from cifar_transfer.base.errors import UserError
 
 
 def make(**model):
@@ -97,7 +97,9 @@ def test_patterns_freeze_only_what_they_name(tmp_path):
     freeze = BackboneFreeze(unfreeze_epoch=99, frozen=[r"network\.(conv1|stage2)\."])
     rows, module = fit(tmp_path, freeze, 1)
     names = {name for name, _ in module.named_parameters()}
-    assert names - rows[0]["trains"] == {n for n in names if n.startswith(("network.conv1.", "network.stage2."))}
+    assert names - rows[0]["trains"] == {
+        n for n in names if n.startswith(("network.conv1.", "network.stage2."))
+    }
     assert {"network.conv1", "network.stage2", "network.stage2.0.branch1.1"} <= rows[0]["eval"]
     assert not {"network", "network.stage3", "network.stage3.0.branch1.1"} & rows[0]["eval"]
     assert all(parameter.requires_grad for parameter in module.parameters()), "given back as it was"
@@ -163,10 +165,16 @@ def test_resumed_before_at_and_after_the_unfreezing_ends_alike(tmp_path):
     for epoch in (0, 1, 2):  # written before, at and after the transition
         again = ModelCheckpoint(tmp_path / f"from{epoch}", "{epoch}", **EACH_EPOCH)
         resumed, _ = fit(
-            tmp_path, BackboneFreeze(unfreeze_epoch=2), 4, again, ckpt_path=tmp_path / f"epoch={epoch}.ckpt"
+            tmp_path,
+            BackboneFreeze(unfreeze_epoch=2),
+            4,
+            again,
+            ckpt_path=tmp_path / f"epoch={epoch}.ckpt",
         )
         assert [row["lr"] for row in resumed] == [row["lr"] for row in rows[epoch + 1 :]]
-        assert [row["training"] for row in resumed] == [row["training"] for row in rows[epoch + 1 :]]
+        assert [row["training"] for row in resumed] == [
+            row["training"] for row in rows[epoch + 1 :]
+        ]
         assert_same_weights(tmp_path / "epoch=3.ckpt", tmp_path / f"from{epoch}" / "epoch=3.ckpt")
 
 
@@ -174,8 +182,12 @@ def test_resumed_in_the_middle_of_the_epoch_of_unfreezing_stays_unfrozen(tmp_pat
     # Five steps an epoch: step 8 is in the middle of epoch 1, in which it unfreezes.
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=8, save_top_k=-1)
     fit(tmp_path, BackboneFreeze(unfreeze_epoch=1), 2, keep)
-    assert torch.load(tmp_path / "step=8.ckpt", weights_only=True)["callbacks"]["BackboneFreeze"]["unfrozen"]
-    rows, module = fit(tmp_path, BackboneFreeze(unfreeze_epoch=1), 3, ckpt_path=tmp_path / "step=8.ckpt")
+    assert torch.load(tmp_path / "step=8.ckpt", weights_only=True)["callbacks"]["BackboneFreeze"][
+        "unfrozen"
+    ]
+    rows, module = fit(
+        tmp_path, BackboneFreeze(unfreeze_epoch=1), 3, ckpt_path=tmp_path / "step=8.ckpt"
+    )
     assert rows[-1]["trains"] == {name for name, _ in module.named_parameters()}
     assert rows[-1]["training"]
     assert rows[-1]["lr"] == 1e-4
@@ -186,10 +198,20 @@ def test_a_rate_lowered_after_the_unfreezing_survives_resuming(tmp_path):
         def on_train_epoch_end(self, trainer, module):
             if trainer.current_epoch == 1:
                 trainer.optimizers[0].param_groups[0]["lr"] = 3e-5
-                trainer.lr_scheduler_configs[0].scheduler.best = -1.0  # so that the epoch counts as a bad one
+                trainer.lr_scheduler_configs[
+                    0
+                ].scheduler.best = -1.0  # so that the epoch counts as a bad one
 
-    fit(tmp_path, BackboneFreeze(unfreeze_epoch=1), 2, Lower(), ModelCheckpoint(tmp_path, "{epoch}", **EACH_EPOCH))
-    rows, _ = fit(tmp_path, BackboneFreeze(unfreeze_epoch=1), 3, ckpt_path=tmp_path / "epoch=1.ckpt")
+    fit(
+        tmp_path,
+        BackboneFreeze(unfreeze_epoch=1),
+        2,
+        Lower(),
+        ModelCheckpoint(tmp_path, "{epoch}", **EACH_EPOCH),
+    )
+    rows, _ = fit(
+        tmp_path, BackboneFreeze(unfreeze_epoch=1), 3, ckpt_path=tmp_path / "epoch=1.ckpt"
+    )
     assert [(row["lr"], row["bad"]) for row in rows] == [(3e-5, 1)]
 
 
@@ -202,7 +224,9 @@ def test_settings_that_a_resumed_checkpoint_would_undo_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"model\.lr=0\.5 would be undone"):
         fit(tmp_path, BackboneFreeze(unfreeze_epoch=1), 3, ckpt_path=unfrozen, model={"lr": 0.5})
     rows, _ = fit(tmp_path, BackboneFreeze(unfreeze_epoch=2, unfrozen_lr=1e-5), 3, ckpt_path=frozen)
-    assert [row["lr"] for row in rows] == [1e-3, 1e-5], "a checkpoint that is still frozen takes another plan"
+    assert [row["lr"] for row in rows] == [1e-3, 1e-5], (
+        "a checkpoint that is still frozen takes another plan"
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,20 @@ from conftest import write_images
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from cifar_transfer.base.errors import one_sentence
+from cifar_transfer.cli.fit_cli import FitCLI
+from cifar_transfer.commands.fit import fit
 from cifar_transfer.data.cifar import CLASSES
-from cifar_transfer.errors import one_sentence
-from cifar_transfer.fit import fit
 from cifar_transfer.results.report import Report
 from cifar_transfer.training.classifier import TransferClassifier
-from cifar_transfer.training.cli import FitCLI
 from cifar_transfer.training.freeze import BackboneFreeze
 
-BASE = ["--trainer.accelerator=cpu", "--report.figures=false", "--model.weights=none", "--trainer.logger=false"]
+BASE = [
+    "--trainer.accelerator=cpu",
+    "--report.figures=false",
+    "--model.weights=none",
+    "--trainer.logger=false",
+]
 BASE += ["--trainer.enable_checkpointing=false"]
 NETWORKS = ("lenet5", "shufflenet_v2_x0_5")
 # Values that each option takes, and beside which others are combined.
@@ -113,8 +118,34 @@ OWN = {  # of each data module
     "CIFAR10DataModule": {"data.root": ("cifar",), "data.url": ("null", "http://127.0.0.1:9/x")},
 }
 NASTY = (
-    *("", " ", "nan", ".nan", "inf", ".inf", "-.inf", "-1", "-0.5", "-0.0", "0", "0.3", "1", "1.0", "1.5", "2", "17"),
-    *("1e9", "1e400", "1e-400", "1000000000", "9007199254740993", "18446744073709551616", "-9223372036854775809"),
+    *(
+        "",
+        " ",
+        "nan",
+        ".nan",
+        "inf",
+        ".inf",
+        "-.inf",
+        "-1",
+        "-0.5",
+        "-0.0",
+        "0",
+        "0.3",
+        "1",
+        "1.0",
+        "1.5",
+        "2",
+        "17",
+    ),
+    *(
+        "1e9",
+        "1e400",
+        "1e-400",
+        "1000000000",
+        "9007199254740993",
+        "18446744073709551616",
+        "-9223372036854775809",
+    ),
     *(
         "100000",
         "4001",
@@ -145,7 +176,12 @@ NASTY = (
         "{a: 1}",
         "{class_path: foo}",
     ),
-    *("[[0.5, 0.5, 0.5], [0, 1, 1]]", "[[nan, 0, 0], [1, 1, 1]]", "[[0, 0, 0], [nan, 1, 1]]", "[[a, b, c], [1, 1, 1]]"),
+    *(
+        "[[0.5, 0.5, 0.5], [0, 1, 1]]",
+        "[[nan, 0, 0], [1, 1, 1]]",
+        "[[0, 0, 0], [nan, 1, 1]]",
+        "[[a, b, c], [1, 1, 1]]",
+    ),
     *(
         "os.system",
         "../..",
@@ -163,7 +199,20 @@ NASTY = (
         "!!python/object",
         "&a",
     ),
-    *('["("]', '["^nothing$"]', '["network"]', "0x10", "1_000", "010", "1:30", "2020-01-01", "+5", "٣", "1,5", "1e-3 "),
+    *(
+        '["("]',
+        '["^nothing$"]',
+        '["network"]',
+        "0x10",
+        "1_000",
+        "010",
+        "1:30",
+        "2020-01-01",
+        "+5",
+        "٣",
+        "1,5",
+        "1e-3 ",
+    ),
 )
 TEXTS = st.one_of(
     st.sampled_from(NASTY),
@@ -183,12 +232,20 @@ def configurations(draw):
     known = OPTIONS | OWN[kind]
     names = draw(st.lists(st.sampled_from(sorted(known)), min_size=1, max_size=5, unique=True))
     wild = draw(st.sampled_from((1, 1, 1, 0, 2)))
-    values = {name: draw(TEXTS if at < wild else st.sampled_from(known[name])) for at, name in enumerate(names)}
+    values = {
+        name: draw(TEXTS if at < wild else st.sampled_from(known[name]))
+        for at, name in enumerate(names)
+    }
     return kind, values
 
 
 TRAINER = ("max_epochs", "limit_train_batches", "limit_val_batches", "num_sanity_val_steps")
-TRAINER += ("log_every_n_steps", "accumulate_grad_batches", "gradient_clip_val", "check_val_every_n_epoch")
+TRAINER += (
+    "log_every_n_steps",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "check_val_every_n_epoch",
+)
 
 
 class Started(Exception):
@@ -215,14 +272,23 @@ def attempt(kind, values):
     Returns:
         The command line's objects if training would begin, or else what is printed on stderr.
     """
-    first = [f"--data={kind}"] + [f"--{name}={OWN[kind][name][0]}" for name in OWN[kind] if name not in values]
+    first = [f"--data={kind}"] + [
+        f"--{name}={OWN[kind][name][0]}" for name in OWN[kind] if name not in values
+    ]
     first += [] if "model.backbone" in values else ["--model.backbone=lenet5"]
     said, cli, status = io.StringIO(), None, None
-    with redirect_stderr(said), redirect_stdout(io.StringIO()), warnings.catch_warnings(), seconds(60):
+    with (
+        redirect_stderr(said),
+        redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(),
+        seconds(60),
+    ):
         warnings.simplefilter("ignore")
         try:
             with one_sentence():
-                cli = FitCLI([*BASE, *first, *(f"--{name}={value}" for name, value in values.items())])
+                cli = FitCLI(
+                    [*BASE, *first, *(f"--{name}={value}" for name, value in values.items())]
+                )
                 cli.trainer.fit(cli.model, cli.datamodule)
         except Started:
             pass
@@ -243,7 +309,9 @@ def kept(cli, name):
         return cli.datamodule.seed
     if where in ("freeze", "report"):
         kind = {"freeze": BackboneFreeze, "report": Report}[where]
-        return getattr(next(callback for callback in cli.trainer.callbacks if isinstance(callback, kind)), rest)
+        return getattr(
+            next(callback for callback in cli.trainer.callbacks if isinstance(callback, kind)), rest
+        )
     if rest in TRAINER and not cli.trainer.fast_dev_run:
         return getattr(cli.trainer, rest)
     raise KeyError(name)
@@ -261,9 +329,13 @@ def means(text, value):
         return False
     if isinstance(value, int | float):
         with suppress(ValueError):
-            return value == float(text.strip(" '").replace(".inf", "inf"))  # also 1e-3, which is text to YAML
+            return value == float(
+                text.strip(" '").replace(".inf", "inf")
+            )  # also 1e-3, which is text to YAML
         return False
-    return str(value) in (text, text.strip(" ")) or (isinstance(value, Path) and value == Path(text))
+    return str(value) in (text, text.strip(" ")) or (
+        isinstance(value, Path) and value == Path(text)
+    )
 
 
 def too_large(values):
@@ -275,8 +347,16 @@ def too_large(values):
         except (ValueError, TypeError, yaml.YAMLError):
             return math.nan
 
-    sizes = {"model.image_size": (100, 4000), "data.decode_size": (100, 4000), "data.train_images": (3000, 10**6)}
-    sizes |= {"data.test_images": (3000, 10**6), "trainer.devices": (2, math.inf), "trainer.num_nodes": (2, math.inf)}
+    sizes = {
+        "model.image_size": (100, 4000),
+        "data.decode_size": (100, 4000),
+        "data.train_images": (3000, 10**6),
+    }
+    sizes |= {
+        "data.test_images": (3000, 10**6),
+        "trainer.devices": (2, math.inf),
+        "trainer.num_nodes": (2, math.inf),
+    }
     sizes |= {"data.num_workers": (3, 512)}
     return any(low <= number(name) <= high for name, (low, high) in sizes.items())
 
@@ -301,7 +381,12 @@ def start(model):
 
 
 # What null leaves to the data, the weights or Lightning.
-CHOSEN = "model.num_classes", "model.normalize", "trainer.num_sanity_val_steps", "trainer.log_every_n_steps"
+CHOSEN = (
+    "model.num_classes",
+    "model.normalize",
+    "trainer.num_sanity_val_steps",
+    "trainer.log_every_n_steps",
+)
 # Lightning's word for all; and ten, which is the default, is less in a short run.
 OTHERWISE = {("trainer.num_sanity_val_steps", "-1"), ("trainer.log_every_n_steps", "010")}
 
@@ -326,7 +411,11 @@ def trains_as_given_or_says_why_not(kind, values):
 
 
 SETTINGS = settings(
-    deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck], print_blob=False
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[*HealthCheck],
+    print_blob=False,
 )
 
 
@@ -337,8 +426,15 @@ def test_a_sample_of_configurations(place, drawn):
 
 
 # What ends a run earlier, or takes longer than a test should.
-SHORT = ("trainer.fast_dev_run", "trainer.max_epochs", "trainer.default_root_dir", "model.warmup_epochs")
-KNOWN = {name: texts for name, texts in (OPTIONS | OWN["ShapesDataModule"]).items() if name not in SHORT}
+SHORT = (
+    "trainer.fast_dev_run",
+    "trainer.max_epochs",
+    "trainer.default_root_dir",
+    "model.warmup_epochs",
+)
+KNOWN = {
+    name: texts for name, texts in (OPTIONS | OWN["ShapesDataModule"]).items() if name not in SHORT
+}
 TRAIN_START = TransferClassifier.on_train_start
 
 
@@ -349,14 +445,30 @@ def many_options(draw):
     return {name: draw(st.sampled_from(KNOWN[name])) for name in names}
 
 
-@settings(SETTINGS, max_examples=12, phases=[Phase.generate])  # to look for a smaller failure takes minutes
+@settings(
+    SETTINGS, max_examples=12, phases=[Phase.generate]
+)  # to look for a smaller failure takes minutes
 @given(values=many_options())
 def test_a_sample_trains_an_epoch_and_is_tested(place, values):
     """With checkpoints and a logger, to the end of the command."""
-    values = {"model.backbone": "lenet5", "data.train_images": "40", "data.test_images": "10"} | values
-    args = [*BASE[:3], "--data=ShapesDataModule", "--trainer.max_epochs=1", "--trainer.default_root_dir=runs"]
+    values = {
+        "model.backbone": "lenet5",
+        "data.train_images": "40",
+        "data.test_images": "10",
+    } | values
+    args = [
+        *BASE[:3],
+        "--data=ShapesDataModule",
+        "--trainer.max_epochs=1",
+        "--trainer.default_root_dir=runs",
+    ]
     said, outcome, status = io.StringIO(), None, 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said), redirect_stdout(io.StringIO()), seconds(60):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stderr(said),
+        redirect_stdout(io.StringIO()),
+        seconds(60),
+    ):
         patch.setattr(TransferClassifier, "on_train_start", TRAIN_START)
         warnings.simplefilter("ignore")
         try:

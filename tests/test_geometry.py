@@ -11,13 +11,13 @@ from conftest import quiet_trainer
 from PIL import Image
 
 from cifar_transfer import BackboneFreeze, Classifier, ImageFolderDataModule, TransferClassifier
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.commands.evaluate import evaluate
+from cifar_transfer.commands.export import export
 from cifar_transfer.data.geometry import Geometry, choose_size, cover, resize
 from cifar_transfer.data.images import read_image, read_size
-from cifar_transfer.errors import UserError
-from cifar_transfer.evaluate import evaluate
-from cifar_transfer.export import export
 from cifar_transfer.results.collect import CollectPredictions
-from cifar_transfer.training.checkpoint import read_checkpoint
+from cifar_transfer.training.checkpoint_file import read_checkpoint
 from cifar_transfer.training.evaluation import load_data, load_model
 
 TINY = "shufflenet_v2_x0_5"
@@ -31,16 +31,24 @@ def folder(root, train=((32, 32), 6), test=((32, 32), 5), odd=()):
         (root / split / name).mkdir(parents=True)
         for number, size in enumerate(sizes[split]):
             patches = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-            Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC).save(root / split / name / f"{number}.png")
+            Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC).save(
+                root / split / name / f"{number}.png"
+            )
     return root
 
 
 def fit(root, model=None, **options):
     """Two steps, as of a whole run, and the checkpoint."""
-    data = ImageFolderDataModule(str(root), batch_size=4, val_fraction=0.4, num_workers=0, **options)
+    data = ImageFolderDataModule(
+        str(root), batch_size=4, val_fraction=0.4, num_workers=0, **options
+    )
     torch.manual_seed(0)
-    network = TransferClassifier(TINY, "none", class_names=data.class_names, lr=0.05, **(model or {}))
-    trainer = quiet_trainer(max_epochs=2, callbacks=[BackboneFreeze(unfreeze_epoch=0, unfrozen_lr=0.05)])
+    network = TransferClassifier(
+        TINY, "none", class_names=data.class_names, lr=0.05, **(model or {})
+    )
+    trainer = quiet_trainer(
+        max_epochs=2, callbacks=[BackboneFreeze(unfreeze_epoch=0, unfrozen_lr=0.05)]
+    )
     trainer.fit(network, data)
     tell_apart(network, data)
     trainer.save_checkpoint(root / "best.ckpt")
@@ -61,21 +69,48 @@ CASES = {
     "test images of another size": ({"test": ((50, 44), 5)}, {}, {}, (32, 32)),
     "one of 33 pixels among 32": ({"odd": [(33, 33)]}, {}, {}, (32, 32)),
     "one of 33 pixels, on the fly": ({"odd": [(33, 33)]}, {}, {"cache_limit_gb": 0}, (32, 32)),
-    "mixed sizes": ({"train": ((40, 30), 3), "odd": [(50, 36), (33, 60), (41, 38)]}, {}, {}, (33, 33)),
-    "mixed sizes, larger": ({"train": ((40, 30), 2), "odd": [(50, 36), (33, 60)]}, {"image_size": 48}, {}, (48, 48)),
+    "mixed sizes": (
+        {"train": ((40, 30), 3), "odd": [(50, 36), (33, 60), (41, 38)]},
+        {},
+        {},
+        (33, 33),
+    ),
+    "mixed sizes, larger": (
+        {"train": ((40, 30), 2), "odd": [(50, 36), (33, 60)]},
+        {"image_size": 48},
+        {},
+        (48, 48),
+    ),
     "rectangles": ({"train": ((48, 32), 6), "test": ((48, 32), 5)}, {}, {}, (32, 48)),
     "rectangles, on the fly": ({"train": ((48, 32), 6)}, {}, {"cache_limit_gb": 0}, (32, 48)),
-    "rectangles, larger": ({"train": ((48, 32), 6), "test": ((48, 32), 5)}, {"image_size": 48}, {}, (32, 32)),
+    "rectangles, larger": (
+        {"train": ((48, 32), 6), "test": ((48, 32), 5)},
+        {"image_size": 48},
+        {},
+        (32, 32),
+    ),
     "rectangles, smaller": ({"train": ((48, 37), 6)}, {"image_size": 32}, {}, (32, 32)),
     "larger input": ({}, {"image_size": 48}, {}, (32, 32)),
     "smaller input": ({"train": ((50, 64), 6)}, {"image_size": 32}, {}, (32, 32)),
-    "decoded to a size": ({"train": ((50, 64), 6)}, {"image_size": 40}, {"decode_size": 48}, (48, 48)),
-    "sizes of training": ({"train": ((60, 60), 6)}, {"image_size": 32, "train_sizes": [40, 32]}, {}, (40, 40)),
+    "decoded to a size": (
+        {"train": ((50, 64), 6)},
+        {"image_size": 40},
+        {"decode_size": 48},
+        (48, 48),
+    ),
+    "sizes of training": (
+        {"train": ((60, 60), 6)},
+        {"image_size": 32, "train_sizes": [40, 32]},
+        {},
+        (40, 40),
+    ),
 }
 # Of the others the graphs are no different.
 EXPORTED = ("one of 33 pixels among 32", "rectangles", "rectangles, larger", "decoded to a size")
 WHOLE = [
-    pytest.param(*case, id=f"{name}, onnx", marks=pytest.mark.whole if name != "rectangles, larger" else ())
+    pytest.param(
+        *case, id=f"{name}, onnx", marks=pytest.mark.whole if name != "rectangles, larger" else ()
+    )
     for name, case in CASES.items()
     if name in EXPORTED
 ]
@@ -83,15 +118,20 @@ WHOLE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("images", "model", "data", "size"), [*(pytest.param(*case, id=name) for name, case in CASES.items()), *WHOLE]
+    ("images", "model", "data", "size"),
+    [*(pytest.param(*case, id=name) for name, case in CASES.items()), *WHOLE],
 )
-def test_the_same_images_give_the_same_everywhere(tmp_path, request, record_property, images, model, data, size):
+def test_the_same_images_give_the_same_everywhere(
+    tmp_path, request, record_property, images, model, data, size
+):
     name = request.node.callspec.id
     trained = fit(folder(tmp_path / "run", **images), model, **data)
     ckpt = tmp_path / "run" / "best.ckpt"
     assert read_checkpoint(ckpt)["input_size"] == list(size)
     model, collected = load_model(ckpt), CollectPredictions()
-    quiet_trainer(callbacks=[collected]).test(model, load_data(read_checkpoint(ckpt)), verbose=False)
+    quiet_trainer(callbacks=[collected]).test(
+        model, load_data(read_checkpoint(ckpt)), verbose=False
+    )
     seen = collected.predictions
     files = sorted((tmp_path / "run" / "test").rglob("*.png"))
     classifier = Classifier.load(ckpt, "cpu")
@@ -100,7 +140,9 @@ def test_the_same_images_give_the_same_everywhere(tmp_path, request, record_prop
     assert shares.std(0).min() > 0.05, "images that differ"
     worst = {"predict": float((shares - seen.probabilities).abs().max())}
     loss = float(torch.nn.functional.nll_loss(shares.log(), seen.labels))
-    assert evaluate(str(ckpt), accelerator="cpu", figures=False)["test/loss"] == pytest.approx(loss, abs=1e-5)
+    assert evaluate(str(ckpt), accelerator="cpu", figures=False)["test/loss"] == pytest.approx(
+        loss, abs=1e-5
+    )
     pixels = torch.stack([torch.from_numpy(read_image(file, size)) for file in files]) / 255
     with torch.no_grad():
         worst["training"] = float((trained.eval()(pixels).softmax(1) - shares).abs().max())
@@ -111,7 +153,9 @@ def test_the_same_images_give_the_same_everywhere(tmp_path, request, record_prop
     if name.endswith("onnx"):
         onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is an optional extra")
         export(str(ckpt), "onnx")
-        session = onnxruntime.InferenceSession(ckpt.with_suffix(".onnx"), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            ckpt.with_suffix(".onnx"), providers=["CPUExecutionProvider"]
+        )
         logits = torch.from_numpy(session.run(None, {"images": pixels.numpy()})[0])
         worst["onnx"] = float((logits.softmax(1) - shares).abs().max())
     for name, difference in worst.items():
@@ -182,7 +226,11 @@ def test_rectangles_are_cut_not_squashed():
 
 
 def told(caplog):
-    return [record.getMessage() for record in caplog.records if record.getMessage().startswith("Images ")]
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.getMessage().startswith("Images ")
+    ]
 
 
 def test_what_is_done_to_images_is_said_once(tmp_path, caplog):
@@ -197,8 +245,12 @@ def test_what_is_done_to_images_is_said_once(tmp_path, caplog):
     ]
 
 
-def test_data_that_were_set_up_alone_are_decoded_again_for_a_network_that_asks_for_squares(tmp_path):
-    data = ImageFolderDataModule(str(folder(tmp_path, ((48, 32), 6))), batch_size=4, val_fraction=0.4)
+def test_data_that_were_set_up_alone_are_decoded_again_for_a_network_that_asks_for_squares(
+    tmp_path,
+):
+    data = ImageFolderDataModule(
+        str(folder(tmp_path, ((48, 32), 6))), batch_size=4, val_fraction=0.4
+    )
     data.prepare_data()
     data.setup()
     assert data.image_size == (32, 48)
@@ -223,7 +275,9 @@ def test_an_old_checkpoint_is_evaluated_as_it_was_trained(tmp_path):
     trainer.test(model, data, verbose=False)
     assert data.image_size == Classifier(model, "cpu").size == (32, 48)
     images = torch.rand(2, 3, 32, 48)
-    squashed = torch.nn.functional.interpolate(images, size=(48, 48), mode="bilinear", antialias=True)
+    squashed = torch.nn.functional.interpolate(
+        images, size=(48, 48), mode="bilinear", antialias=True
+    )
     with torch.no_grad():
         assert torch.equal(model(images), model(squashed))
     trainer.save_checkpoint(tmp_path / "again.ckpt")
@@ -232,15 +286,25 @@ def test_an_old_checkpoint_is_evaluated_as_it_was_trained(tmp_path):
 
 def test_an_old_run_goes_on_as_it_began(tmp_path, monkeypatch):
     """It decoded at 40 pixels what is now decoded at 24."""
-    from cifar_transfer.training.cli import FitCLI
+    from cifar_transfer.cli.fit_cli import FitCLI
 
     monkeypatch.chdir(tmp_path)
     fit(folder(tmp_path / "photos", ((60, 40), 6)), {"image_size": 24})
     checkpoint = old(read_checkpoint("photos/best.ckpt"), input_size=[40, 40])
     checkpoint["datamodule_hyper_parameters"]["root"] = "photos"
     torch.save(checkpoint, "old.ckpt")
-    options = [f"--model.backbone={TINY}", "--model.image_size=24", "--trainer.accelerator=cpu", "--ckpt_path=old.ckpt"]
-    options += ["--data=ImageFolderDataModule", "--data.root=photos", "--data.val_fraction=0.4", "--model.lr=0.05"]
+    options = [
+        f"--model.backbone={TINY}",
+        "--model.image_size=24",
+        "--trainer.accelerator=cpu",
+        "--ckpt_path=old.ckpt",
+    ]
+    options += [
+        "--data=ImageFolderDataModule",
+        "--data.root=photos",
+        "--data.val_fraction=0.4",
+        "--model.lr=0.05",
+    ]
     assert FitCLI(options).datamodule.fixed_size == (40, 40)
     assert FitCLI([*options, "--data.decode_size=32"]).datamodule.fixed_size is None
 
@@ -250,7 +314,9 @@ def test_other_images_than_a_checkpoint_was_trained_on_are_refused(tmp_path):
     data = ImageFolderDataModule(str(folder(tmp_path / "other", ((48, 40), 6))), val_fraction=0.4)
     network = TransferClassifier(TINY, "none", num_classes=2)
     ckpt = tmp_path / "run" / "best.ckpt"
-    with pytest.raises(UserError, match=r"decoded to 32 x 32 .* give 48 x 40: set data.fixed_size = \(32, 32\)"):
+    with pytest.raises(
+        UserError, match=r"decoded to 32 x 32 .* give 48 x 40: set data.fixed_size = \(32, 32\)"
+    ):
         quiet_trainer().test(network, data, ckpt_path=ckpt, weights_only=True, verbose=False)
     data.fixed_size = (32, 32)
     quiet_trainer().test(network, data, ckpt_path=ckpt, weights_only=True, verbose=False)
@@ -288,4 +354,6 @@ def test_statistics_are_the_datas_or_the_weights(tmp_path, statistics, backbone,
     again = load_model(tmp_path / "best.ckpt")
     assert torch.equal(again.mean, network.mean)
     assert again.mean.flatten().tolist() == pytest.approx(list(again.geometry.mean))
-    assert again.geometry == replace(network.geometry, mean=again.geometry.mean, std=again.geometry.std)
+    assert again.geometry == replace(
+        network.geometry, mean=again.geometry.mean, std=again.geometry.std
+    )

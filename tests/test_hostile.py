@@ -24,28 +24,31 @@ from conftest import RUN, untouched, write_images
 from matplotlib.text import Text
 from PIL import Image
 
-from cifar_transfer import Classifier, ImageFolderDataModule, predict
+from cifar_transfer import Classifier, ImageFolderDataModule
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.text import without_password
+from cifar_transfer.base.untrusted import MOST_BYTES, read_yaml
+from cifar_transfer.cli.fit_cli import FitCLI
+from cifar_transfer.cli.parsers import check_recipe
+from cifar_transfer.commands import predict
+from cifar_transfer.commands.figures import figures
+from cifar_transfer.commands.fit import fit
 from cifar_transfer.data import cifar, loading, splits
 from cifar_transfer.data.cache import CACHE_FOLDER, cached
 from cifar_transfer.data.images import ArrayImages, read_image, read_size
 from cifar_transfer.data.loading import workers_within
-from cifar_transfer.errors import UserError
-from cifar_transfer.figures import figures
-from cifar_transfer.fit import fit
 from cifar_transfer.network import weights
 from cifar_transfer.network.dense_conv import DenseConv2d
-from cifar_transfer.options import check_recipe
 from cifar_transfer.results import plots
 from cifar_transfer.results.predictions import ImagePrediction, Predictions
 from cifar_transfer.results.words import lettering
-from cifar_transfer.text import without_password
-from cifar_transfer.training.average import RAW
-from cifar_transfer.training.checkpoint import read_checkpoint
-from cifar_transfer.training.cli import FitCLI
-from cifar_transfer.untrusted import MOST_BYTES, read_yaml
+from cifar_transfer.training.checkpoint_file import read_checkpoint
+from cifar_transfer.training.ema import RAW
 
 # Ten lines that stand for 3.5 billion values.
-ALIASES = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]\n" for n in range(10))
+ALIASES = "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]\n" for n in range(10)
+)
 YAML = {
     "aliases": (ALIASES, "unfolds to more than 100,000 values"),
     "an alias of itself": ("a: &a [*a]", "unfolds to more than"),
@@ -87,7 +90,10 @@ def test_an_honest_configuration_may_have_aliases(tmp_path):
 def test_a_resumed_configuration_writes_nowhere_else(others, tmp_path, writer):
     config = yaml.safe_load((others / "config.yaml").read_text())
     place = str(tmp_path / "elsewhere")
-    entry = {"class_path": writer, "init_args": {"save_dir" if writer == "CSVLogger" else "dirpath": place}}
+    entry = {
+        "class_path": writer,
+        "init_args": {"save_dir" if writer == "CSVLogger" else "dirpath": place},
+    }
     key, value = {
         "ModelCheckpoint": ("callbacks", [entry]),
         "CSVLogger": ("logger", [entry]),
@@ -95,7 +101,10 @@ def test_a_resumed_configuration_writes_nowhere_else(others, tmp_path, writer):
     }[writer]
     config["trainer"][key] = value
     (others / "config.yaml").write_text(yaml.safe_dump(config))
-    with untouched(tmp_path), pytest.raises(UserError, match=f"has files written to {re.escape(place)}"):
+    with (
+        untouched(tmp_path),
+        pytest.raises(UserError, match=f"has files written to {re.escape(place)}"),
+    ):
         fit([f"--resume={others}", "--trainer.max_epochs=2"])
     entry["init_args"] = {"save_dir" if writer == "CSVLogger" else "dirpath": str(others / "more")}
     (others / "config.yaml").write_text(yaml.safe_dump(config))
@@ -105,7 +114,10 @@ def test_a_resumed_configuration_writes_nowhere_else(others, tmp_path, writer):
 def packed(path):
     """The same archive, compressed."""
     content = path.read_bytes()
-    with zipfile.ZipFile(io.BytesIO(content)) as stored, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as other:
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as stored,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as other,
+    ):
         for name in stored.namelist():
             other.writestr(name, stored.read(name))
 
@@ -157,12 +169,16 @@ def test_fields_that_no_run_writes_are_refused_by_name(others, field, key, value
         whole[field] = value
     torch.save(whole, best)
     name = key if field == "hyper_parameters" else field
-    with pytest.raises(UserError, match=rf"best\.ckpt is damaged or was altered: its {name} cannot be") as error:
+    with pytest.raises(
+        UserError, match=rf"best\.ckpt is damaged or was altered: its {name} cannot be"
+    ) as error:
         Classifier.load(best, "cpu")
     assert "\x1b" not in str(error.value)
 
 
-@pytest.mark.parametrize(("part", "bad"), [("state_dict", torch.nan), ("state_dict", torch.inf), (RAW, torch.nan)])
+@pytest.mark.parametrize(
+    ("part", "bad"), [("state_dict", torch.nan), ("state_dict", torch.inf), (RAW, torch.nan)]
+)
 def test_weights_that_are_nan_are_refused_instead_of_answering_nan(others, part, bad):
     best = others / "checkpoints" / "best.ckpt"
     whole = torch.load(best, weights_only=True)
@@ -195,13 +211,20 @@ def test_a_pipe_named_as_an_image_keeps_nobody_waiting(tmp_path, link):
 
 def two(tmp_path):
     """Two images, and a folder for their cache."""
-    return ArrayImages(np.zeros((2, 3, 4, 4), np.uint8), np.arange(2)), tmp_path / "data" / CACHE_FOLDER
+    return ArrayImages(
+        np.zeros((2, 3, 4, 4), np.uint8), np.arange(2)
+    ), tmp_path / "data" / CACHE_FOLDER
 
 
 def test_nothing_but_our_own_files_is_removed_from_a_cache(tmp_path):
     images, folder = two(tmp_path)
     folder.mkdir(parents=True)
-    for name in ("train-holiday.jpg", "train-0123456789abcdef.npy.bak", "train-0123456789abcdef", ".train-notes"):
+    for name in (
+        "train-holiday.jpg",
+        "train-0123456789abcdef.npy.bak",
+        "train-0123456789abcdef",
+        ".train-notes",
+    ):
         (folder / name).write_text("mine")
     stale = folder / "train-0123456789abcdef.npz"
     stale.write_text("ours")
@@ -216,7 +239,10 @@ def test_nothing_but_our_own_files_is_removed_from_a_cache(tmp_path):
 
 def test_a_link_and_a_folder_that_others_write_into_are_no_caches(tmp_path, monkeypatch):
     images, folder = two(tmp_path)
-    monkeypatch.setattr("cifar_transfer.data.cache.platformdirs.user_cache_path", lambda name: tmp_path / "own" / name)
+    monkeypatch.setattr(
+        "cifar_transfer.data.cache.platformdirs.user_cache_path",
+        lambda name: tmp_path / "own" / name,
+    )
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     folder.parent.mkdir()
@@ -279,12 +305,21 @@ def test_the_password_of_an_address_is_kept_nowhere(tmp_path, monkeypatch):
     assert data.url == secret, "it is used"
     assert data.hparams["url"] == "http://127.0.0.1:9/cifar.tar.gz"
     monkeypatch.chdir(tmp_path)
-    cli = FitCLI(["--model.weights=none", "--model.backbone=lenet5", f"--data.url={secret}", f"--data.root={tmp_path}"])
+    cli = FitCLI(
+        [
+            "--model.weights=none",
+            "--model.backbone=lenet5",
+            f"--data.url={secret}",
+            f"--data.root={tmp_path}",
+        ]
+    )
     assert cli.datamodule.url == secret
     assert "pa55word" not in cli.config_text
     assert "http://127.0.0.1:9" in cli.config_text
     assert "pa55word" not in str(check_recipe(tmp_path, [f"--data.url={secret}"]))
-    said = without_password("a: http://me:p@ss@host/x?y=1 b: https://token@host, c: http://host/a@b")
+    said = without_password(
+        "a: http://me:p@ss@host/x?y=1 b: https://token@host, c: http://host/a@b"
+    )
     assert said == "a: http://host/x?y=1 b: https://host, c: http://host/a@b"
 
 
@@ -292,7 +327,9 @@ def test_fewer_processes_decode_where_few_files_may_be_open():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
-        with pytest.warns(UserWarning, match="2 instead of 8 processes decode images, because `ulimit"):
+        with pytest.warns(
+            UserWarning, match="2 instead of 8 processes decode images, because `ulimit"
+        ):
             assert workers_within(8, 1) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -301,7 +338,9 @@ def test_fewer_processes_decode_where_few_files_may_be_open():
 
 def test_fewer_processes_decode_where_shared_memory_is_small(monkeypatch):
     """Docker's 64 MB, and batches of 256 images of 64 pixels; all files that one likes may be open."""
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    monkeypatch.setattr(
+        resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    )
     monkeypatch.setattr(loading.shutil, "disk_usage", lambda _: SimpleNamespace(free=64_000_000))
     with pytest.warns(UserWarning, match=r"3 instead of 8 processes .* /dev/shm has 64 MB"):
         assert workers_within(8, 3 * 64 * 64 * 256) == 3
@@ -312,10 +351,22 @@ def test_fewer_processes_decode_where_shared_memory_is_small(monkeypatch):
 @pytest.mark.whole
 def test_a_run_with_few_open_files_trains(tmp_path):
     write_images(tmp_path / "photos" / "train", 40)
-    options = ["--model.backbone=lenet5", "--model.weights=none", "--data=ImageFolderDataModule", "--data.root=photos"]
-    options += ["--data.cache_limit_gb=0", "--data.num_workers=8", "--trainer.max_epochs=2", "--report.figures=false"]
+    options = [
+        "--model.backbone=lenet5",
+        "--model.weights=none",
+        "--data=ImageFolderDataModule",
+        "--data.root=photos",
+    ]
+    options += [
+        "--data.cache_limit_gb=0",
+        "--data.num_workers=8",
+        "--trainer.max_epochs=2",
+        "--report.figures=false",
+    ]
     command = f"ulimit -n 64; {sys.executable} -m cifar_transfer.fit {' '.join(options)} --trainer.accelerator=cpu"
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert "instead of 8 processes decode images" in done.stderr
 
@@ -341,12 +392,19 @@ def bomb(kind):
     image = Image.new("RGB", (8, 8), (200, 10, 10))
     if kind in ("GIF", "TIFF", "WEBP"):
         image.save(
-            out, kind, save_all=True, append_images=[Image.new("RGB", (8, 8), (n, 0, 0)) for n in range(250)] * 4
+            out,
+            kind,
+            save_all=True,
+            append_images=[Image.new("RGB", (8, 8), (n, 0, 0)) for n in range(250)] * 4,
         )
         return out.getvalue()
     image.save(out, "PNG")
     png, packed = out.getvalue(), zlib.compress(bytes(2**28), 9)
-    name, before = {"ICC profile": (b"iCCP", b"x\0\0"), "text": (b"zTXt", b"x\0\0"), "pixels": (b"IDAT", b"")}[kind]
+    name, before = {
+        "ICC profile": (b"iCCP", b"x\0\0"),
+        "text": (b"zTXt", b"x\0\0"),
+        "pixels": (b"IDAT", b""),
+    }[kind]
     body = name + before + packed
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     at = png.index(b"IDAT") - 4
@@ -366,16 +424,24 @@ def test_small_files_that_stand_for_large_ones_take_no_memory(tmp_path, kind):
 def test_figures_of_a_thousand_classes_show_those_with_the_most_mistakes(tmp_path):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(2000) % 1000
-    probabilities = torch.nn.functional.one_hot(labels, 1000) * 0.5 + torch.rand(2000, 1000, generator=generator) / 1000
+    probabilities = (
+        torch.nn.functional.one_hot(labels, 1000) * 0.5
+        + torch.rand(2000, 1000, generator=generator) / 1000
+    )
     probabilities[labels == 7] = probabilities[labels == 8]  # always mistaken
     images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    seen = Predictions([f"class {n}" for n in range(1000)], labels, probabilities, torch.tensor([0]), images)
+    seen = Predictions(
+        [f"class {n}" for n in range(1000)], labels, probabilities, torch.tensor([0]), images
+    )
     for draw, words in ((plots.confusion, "most mistakes"), (plots.per_class, "lowest F1")):
         figure = draw(seen)
         names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
         assert len(names) == plots.MOST_CLASSES
         assert {"class 7", "class 8"} <= set(names)
-        assert any(f"100 of 1,000 classes with the {words}" in text.get_text() for text in figure.findobj(Text))
+        assert any(
+            f"100 of 1,000 classes with the {words}" in text.get_text()
+            for text in figure.findobj(Text)
+        )
 
 
 def test_names_that_are_no_text_are_drawn_as_escapes():

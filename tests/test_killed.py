@@ -56,20 +56,34 @@ def killed(folder, moment, number, options, chance):
     run = run_of(folder)
     resume = [f"--resume={run}"] if run else options
     if moment == "any":
-        moment, number = chance.choice(("mid-step", "validation", "moving last.ckpt")), chance.randint(1, 3)
+        moment, number = (
+            chance.choice(("mid-step", "validation", "moving last.ckpt")),
+            chance.randint(1, 3),
+        )
     run_fit(folder, moment, number, *resume, module="killed_job", expect=-signal.SIGKILL)
     for path in folder.rglob("*.ckpt"):
-        assert "state_dict" in torch.load(path, "cpu", weights_only=True), "whole, whatever happened"
+        assert "state_dict" in torch.load(path, "cpu", weights_only=True), (
+            "whole, whatever happened"
+        )
 
 
 @pytest.mark.parametrize(
     ("moments", "epochs"),
-    [pytest.param(SAMPLE, 4, id="3 kills"), pytest.param(ALL, 24, id="20 kills", marks=pytest.mark.whole)],
+    [
+        pytest.param(SAMPLE, 4, id="3 kills"),
+        pytest.param(ALL, 24, id="20 kills", marks=pytest.mark.whole),
+    ],
 )
-def test_killed_again_and_again_ends_with_the_weights_of_a_run_that_never_was(tmp_path, moments, epochs):
+def test_killed_again_and_again_ends_with_the_weights_of_a_run_that_never_was(
+    tmp_path, moments, epochs
+):
     options = [option for option in TINY if not option.startswith("--data")]
     options += ["--data=ImageFolderDataModule", "--data.root=photos", "--data.batch_size=32"]
-    options += [f"--trainer.max_epochs={epochs}", "--freeze.unfreeze_epoch=2", "--trainer.log_every_n_steps=1"]
+    options += [
+        f"--trainer.max_epochs={epochs}",
+        "--freeze.unfreeze_epoch=2",
+        "--trainer.log_every_n_steps=1",
+    ]
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
     for one in (undisturbed, folder):
         for split, count in (("train", 60), ("test", 20)):
@@ -80,11 +94,14 @@ def test_killed_again_and_again_ends_with_the_weights_of_a_run_that_never_was(tm
         killed(folder, moment, number, options, chance)
     run, expected = run_of(folder), undisturbed / RUN
     done = run_fit(folder, f"--resume={run}").stdout
-    assert done.splitlines()[-9:-6] == whole.splitlines()[-9:-6], "the same accuracies and best epoch"
+    assert done.splitlines()[-9:-6] == whole.splitlines()[-9:-6], (
+        "the same accuracies and best epoch"
+    )
     for name in ("last.ckpt", "best.ckpt"):
         assert_same_weights(run / "checkpoints" / name, expected / "checkpoints" / name)
     schedules = [
-        torch.load(one / "checkpoints/last.ckpt", weights_only=True)["lr_schedulers"] for one in (run, expected)
+        torch.load(one / "checkpoints/last.ckpt", weights_only=True)["lr_schedulers"]
+        for one in (run, expected)
     ]
     assert schedules[0] == schedules[1], "the step of the last epoch before a kill counts"
     assert (run / "metrics.csv").read_text() == (expected / "metrics.csv").read_text()
@@ -97,7 +114,11 @@ def test_killed_again_and_again_ends_with_the_weights_of_a_run_that_never_was(tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "victims", [["the first"], pytest.param(["the second", "the first", "the second"], marks=pytest.mark.whole)]
+    "victims",
+    [
+        ["the first"],
+        pytest.param(["the second", "the first", "the second"], marks=pytest.mark.whole),
+    ],
 )
 def test_one_process_of_two_is_killed(tmp_path, victims):
     """The other one ends too, within a minute, and the run continues."""
@@ -118,8 +139,15 @@ def test_one_process_of_two_is_killed(tmp_path, victims):
             watchdog.cancel()
         assert time.monotonic() - began < 60
         assert first.returncode != 0
-        assert not Path(f"/proc/{second}/cmdline").exists() or not Path(f"/proc/{second}/cmdline").read_bytes()
-        told = "Another process of this run is gone", "The first process of this run is gone", "terminated with code -9"
+        assert (
+            not Path(f"/proc/{second}/cmdline").exists()
+            or not Path(f"/proc/{second}/cmdline").read_bytes()
+        )
+        told = (
+            "Another process of this run is gone",
+            "The first process of this run is gone",
+            "terminated with code -9",
+        )
         assert any(words in said for words in told), said
         assert "Traceback" not in said
         options = [f"--resume={RUN}", "--trainer.max_epochs=60"]
@@ -130,5 +158,7 @@ def test_one_process_of_two_is_killed(tmp_path, victims):
 
 def children(pid):
     """Processes that this one has started and that run the same module."""
-    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "cifar_transfer"], capture_output=True, text=True)
+    found = subprocess.run(
+        ["pgrep", "-P", str(pid), "-f", "cifar_transfer"], capture_output=True, text=True
+    )
     return [int(line) for line in found.stdout.split()]

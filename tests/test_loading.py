@@ -8,11 +8,17 @@ import torch
 from conftest import TINY, run_fit
 
 from cifar_transfer import ShapesDataModule
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.images import ArrayImages
 from cifar_transfer.data.loading import check_processes, evaluation_loader, training_loader
-from cifar_transfer.errors import UserError
 
-DDP = [*TINY, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1", "--freeze.unfreeze_epoch=0"]
+DDP = [
+    *TINY,
+    "--trainer.devices=2",
+    "--trainer.strategy=ddp",
+    "--trainer.max_epochs=1",
+    "--freeze.unfreeze_epoch=0",
+]
 
 
 def numbered(count):
@@ -42,13 +48,18 @@ def test_an_epoch_continues_after_the_batches_that_were_given(given):
     for _ in range(given):
         next(begun)
     resumed.load_state_dict(whole.state_dict())
-    assert labels(resumed) == (expected if given == 3 else expected[4 * given :]), "after the last the next begins"
+    assert labels(resumed) == (expected if given == 3 else expected[4 * given :]), (
+        "after the last the next begins"
+    )
 
 
 @pytest.mark.slow
 def test_two_processes_with_too_few_images_are_refused_before_training(tmp_path):
     done = run_fit(tmp_path, *DDP, "--data.test_images=1", expect=2, timeout=120)
-    assert "1 test images are too few for 2 processes, of which each needs 1: take fewer devices" in done.stderr
+    assert (
+        "1 test images are too few for 2 processes, of which each needs 1: take fewer devices"
+        in done.stderr
+    )
     assert "Traceback" not in done.stderr
     assert "epoch" not in done.stdout
 
@@ -57,7 +68,10 @@ def test_a_process_needs_an_image_to_evaluate_and_two_to_train():
     images = {"train": numbered(8), "val": numbered(4), "test": numbered(3)}
     check_processes(images, 3)
     check_processes({"val": numbered(1), "test": numbered(1)}, 1)
-    for world, said in ((4, "3 test images .* 4 processes, of which each needs 1"), (5, "8 train .* each needs 2")):
+    for world, said in (
+        (4, "3 test images .* 4 processes, of which each needs 1"),
+        (5, "8 train .* each needs 2"),
+    ):
         with pytest.raises(UserError, match=said):
             check_processes(images, world)
     with pytest.raises(UserError, match="1 train images are too few for 1 process"):

@@ -38,7 +38,10 @@ def test_what_will_be_logged_again_is_removed_with_what_was_cut_short(tmp_path):
     again.add(2, 4, {"train/loss": 0.25})
     again.flush()
     rows = ["1,0,0.5,", "1,1,0.5,", "1,1,,10.0", "2,2,0.5,", "2,3,0.5,", "2,4,0.25,"]
-    assert file.path.read_text().splitlines() == ["epoch,step,train/loss,trainable_parameters", *rows]
+    assert file.path.read_text().splitlines() == [
+        "epoch,step,train/loss,trainable_parameters",
+        *rows,
+    ]
     trim_metrics(tmp_path, 0, 1)
     assert file.path.read_text().splitlines()[1:] == rows[:1]
     assert list(tmp_path.iterdir()) == [file.path]
@@ -48,6 +51,8 @@ def test_what_will_be_logged_again_is_removed_with_what_was_cut_short(tmp_path):
 def test_a_short_run_is_logged_more_often_unless_told_how_often(asked, done):
     data = ShapesDataModule(train_images=64, test_images=10, batch_size=32)
     model = TransferClassifier("lenet5", "none", class_names=data.class_names)
-    trainer = quiet_trainer(max_epochs=1, log_every_n_steps=asked, callbacks=[Report(figures=False)])
+    trainer = quiet_trainer(
+        max_epochs=1, log_every_n_steps=asked, callbacks=[Report(figures=False)]
+    )
     trainer.fit(model, data)
     assert trainer.log_every_n_steps == done

@@ -9,7 +9,7 @@ from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from cifar_transfer import BackboneFreeze, ShapesDataModule, TransferClassifier
-from cifar_transfer.errors import UserError
+from cifar_transfer.base.errors import UserError
 
 STEPS = 4  # an epoch: 120 images in batches of 30
 
@@ -26,7 +26,9 @@ def fit(folder, *callbacks, epochs=3, freeze=None, ckpt_path=None, max_steps=-1,
     seed_everything(0)
     data = ShapesDataModule(train_images=160, test_images=40, val_fraction=0.25, batch_size=30)
     options = {"schedule": "linear", "lr": 1e-2} | options
-    module = TransferClassifier("shufflenet_v2_x0_5", "none", class_names=data.class_names, **options)
+    module = TransferClassifier(
+        "shufflenet_v2_x0_5", "none", class_names=data.class_names, **options
+    )
     rates = Rates()
     trainer = quiet_trainer(
         max_epochs=epochs,
@@ -40,19 +42,25 @@ def fit(folder, *callbacks, epochs=3, freeze=None, ckpt_path=None, max_steps=-1,
 
 def test_up_in_a_line_and_down_to_zero(tmp_path):
     rates, _ = fit(tmp_path, warmup_epochs=1.0)
-    expected = [1e-2 * share for share in (0.2, 0.4, 0.6, 0.8, *(1 - step / 8 for step in range(8)))]
+    expected = [
+        1e-2 * share for share in (0.2, 0.4, 0.6, 0.8, *(1 - step / 8 for step in range(8)))
+    ]
     assert [rate for (rate,) in rates] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("epochs", [3, -1])
 def test_a_warmup_epoch_is_an_epoch_when_max_steps_ends_the_run(tmp_path, epochs):
     rates, _ = fit(tmp_path, epochs=epochs, max_steps=6, warmup_epochs=1.0)
-    assert [rate for (rate,) in rates] == pytest.approx([1e-2 * share for share in (0.2, 0.4, 0.6, 0.8, 1, 0.5)])
+    assert [rate for (rate,) in rates] == pytest.approx(
+        [1e-2 * share for share in (0.2, 0.4, 0.6, 0.8, 1, 0.5)]
+    )
 
 
 def test_cosine_without_warmup(tmp_path):
     rates, _ = fit(tmp_path, schedule="cosine", epochs=1)
-    assert [rate for (rate,) in rates] == pytest.approx([1e-2, 1e-2 * 0.8535534, 5e-3, 1e-2 * 0.1464466])
+    assert [rate for (rate,) in rates] == pytest.approx(
+        [1e-2, 1e-2 * 0.8535534, 5e-3, 1e-2 * 0.1464466]
+    )
 
 
 def test_the_unfreezing_scales_the_curve_of_the_backbone_alone(tmp_path):
@@ -66,7 +74,12 @@ def test_the_unfreezing_scales_the_curve_of_the_backbone_alone(tmp_path):
 
 
 def test_sgd_takes_up_unfrozen_parameters_beside_those_that_have_a_momentum(tmp_path):
-    rates, _ = fit(tmp_path, freeze=BackboneFreeze(unfreeze_epoch=1, unfrozen_lr=1e-3), epochs=2, optimizer="sgd")
+    rates, _ = fit(
+        tmp_path,
+        freeze=BackboneFreeze(unfreeze_epoch=1, unfrozen_lr=1e-3),
+        epochs=2,
+        optimizer="sgd",
+    )
     assert len(rates) == 2 * STEPS
 
 
@@ -112,7 +125,9 @@ def test_mistakes_get_a_sentence(tmp_path, options, message):
 
 def test_label_smoothing_is_of_training_alone(tmp_path):
     data = ShapesDataModule(train_images=160, test_images=40)
-    module = TransferClassifier("shufflenet_v2_x0_5", "none", class_names=data.class_names, label_smoothing=0.3).eval()
+    module = TransferClassifier(
+        "shufflenet_v2_x0_5", "none", class_names=data.class_names, label_smoothing=0.3
+    ).eval()
     logs = {}
     module.log = lambda name, value, **_: logs.setdefault(name, value)
     module._trainer = None
@@ -121,8 +136,12 @@ def test_label_smoothing_is_of_training_alone(tmp_path):
         logits = module(batch[0])
         trained = module.training_step(batch, 0)
         module.validation_step(batch, 0)
-    torch.testing.assert_close(trained, torch.nn.functional.cross_entropy(logits, batch[1], label_smoothing=0.3))
-    torch.testing.assert_close(logs["val/loss"].compute(), torch.nn.functional.cross_entropy(logits, batch[1]))
+    torch.testing.assert_close(
+        trained, torch.nn.functional.cross_entropy(logits, batch[1], label_smoothing=0.3)
+    )
+    torch.testing.assert_close(
+        logs["val/loss"].compute(), torch.nn.functional.cross_entropy(logits, batch[1])
+    )
 
 
 @pytest.mark.parametrize("head_lr", [None, 0.1])
@@ -131,7 +150,11 @@ def test_parameters_are_optimized_in_the_order_that_checkpoints_rely_on(head_lr)
     module = TransferClassifier("googlenet", "none", aux_weight=0.3, head_lr=head_lr, image_size=96)
     module._trainer = SimpleNamespace(gradient_clip_val=None)
     groups = module.configure_optimizers()["optimizer"].param_groups
-    heads = {id(p) for head in module.heads for p in module.network.get_submodule(head).parameters()}
+    heads = {
+        id(p) for head in module.heads for p in module.network.get_submodule(head).parameters()
+    }
     apart = [[p for p in module.parameters() if (id(p) in heads) == part] for part in (False, True)]
     expected = [list(module.parameters())] if head_lr is None else apart
-    assert [list(map(id, group["params"])) for group in groups] == [list(map(id, part)) for part in expected]
+    assert [list(map(id, group["params"])) for group in groups] == [
+        list(map(id, part)) for part in expected
+    ]

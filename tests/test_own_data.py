@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from cifar_transfer import ArrayImages, ImageDataModule, TransferClassifier
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.images import Images
-from cifar_transfer.errors import UserError
 
 
 def drawn(count, side=32):
@@ -27,7 +27,10 @@ class Fruit(ImageDataModule):
 
     def load(self, split):
         if split != "val":
-            return ArrayImages(drawn(60, self.test_side if split == "test" else 32), np.arange(60) % 3)
+            return ArrayImages(
+                drawn(60, self.test_side if split == "test" else 32), np.arange(60) % 3
+            )
+        return None
 
 
 def fitted(data, epochs, ckpt_path=None, folder=None):
@@ -43,7 +46,9 @@ def test_a_resumed_run_of_own_data_keeps_its_validation_images(tmp_path):
     assert torch.load(last, weights_only=True)["datamodule_hyper_parameters"]["val_fraction"] == 0.1
     fitted(Fruit(batch_size=8), 2, last, tmp_path / "same")
     for other in ({"val_fraction": 0.4}, {"seed": 3}):
-        with pytest.raises(UserError, match="would make validation images of images that were trained on"):
+        with pytest.raises(
+            UserError, match="would make validation images of images that were trained on"
+        ):
             fitted(Fruit(batch_size=8, **other), 2, last, tmp_path / "other")
 
 
@@ -79,7 +84,16 @@ def test_a_module_of_ones_own_may_have_options_of_the_same_names(tmp_path):
         (drawn(6), [0, 1, 0], "There are 6 images and 3 labels: give one for each"),
         (drawn(6), [0, 1] * 4, "There are 6 images and 8 labels"),
     ],
-    ids=["floats", "16 bits", "channels last", "grey", "float labels", "one-hot", "few labels", "many labels"],
+    ids=[
+        "floats",
+        "16 bits",
+        "channels last",
+        "grey",
+        "float labels",
+        "one-hot",
+        "few labels",
+        "many labels",
+    ],
 )
 def test_arrays_of_another_form_are_refused_before_training(array, labels, match):
     class Other(Fruit):
@@ -87,7 +101,9 @@ def test_arrays_of_another_form_are_refused_before_training(array, labels, match
             return None if split == "val" else ArrayImages(array, labels)
 
     with pytest.raises(UserError, match=match):
-        quiet_trainer(max_epochs=1).fit(TransferClassifier("lenet5", "none", num_classes=3), Other(batch_size=2))
+        quiet_trainer(max_epochs=1).fit(
+            TransferClassifier("lenet5", "none", num_classes=3), Other(batch_size=2)
+        )
 
 
 def test_tensors_are_taken_as_arrays_are():
@@ -104,17 +120,31 @@ def test_splits_of_several_sizes_are_refused():
 
     data = Other()
     data.setup()
-    with pytest.raises(UserError, match=r"need one size, and have train 32 x 32, val 32 x 32, test 64 x 64: resize"):
+    with pytest.raises(
+        UserError, match=r"need one size, and have train 32 x 32, val 32 x 32, test 64 x 64: resize"
+    ):
         assert data.image_size
 
 
 @pytest.mark.slow
 def test_images_that_come_or_go_within_an_epoch_are_refused_and_later_taken(tmp_path):
     write_images(tmp_path / "photos" / "train", 30)
-    data = ["--data=ImageFolderDataModule", f"--data.root={tmp_path / 'photos'}", "--data.batch_size=4"]
-    job = ["--model.backbone=lenet5", "--model.weights=none", "--freeze.unfreeze_epoch=0", *TINY[-1:]]
+    data = [
+        "--data=ImageFolderDataModule",
+        f"--data.root={tmp_path / 'photos'}",
+        "--data.batch_size=4",
+    ]
+    job = [
+        "--model.backbone=lenet5",
+        "--model.weights=none",
+        "--freeze.unfreeze_epoch=0",
+        *TINY[-1:],
+    ]
     run_fit(tmp_path, *data, *job, "--trainer.max_epochs=2", "--trainer.max_steps=5")
-    shutil.copy(tmp_path / "photos" / "train" / "cat" / "000.png", tmp_path / "photos" / "train" / "cat" / "new.png")
+    shutil.copy(
+        tmp_path / "photos" / "train" / "cat" / "000.png",
+        tmp_path / "photos" / "train" / "cat" / "new.png",
+    )
     resume = [f"--resume={tmp_path / RUN}", "--trainer.max_steps=-1"]
     with untouched(tmp_path / RUN):
         done = run_fit(tmp_path, *resume, expect=2)

@@ -12,7 +12,7 @@ from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from cifar_transfer import Augment, BackboneFreeze, Phase, ShapesDataModule, TransferClassifier
-from cifar_transfer.errors import UserError
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.training.phases import begins, check_begins, own_stages
 
 STAGES = ["stem", "stage2", "stage3", "stage4", "conv5", "head"]  # of ShuffleNet
@@ -30,8 +30,14 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if batch_idx == 0:
-            grad = {name.removeprefix("network.") for name, p in module.named_parameters() if p.requires_grad}
-            self.stages.append([stage for stage, names in module.stages.items() if grad & set(names)])
+            grad = {
+                name.removeprefix("network.")
+                for name, p in module.named_parameters()
+                if p.requires_grad
+            }
+            self.stages.append(
+                [stage for stage, names in module.stages.items() if grad & set(names)]
+            )
             self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
 
 
@@ -49,10 +55,14 @@ class Say(Callback):
 def fit(tmp_path, freeze, epochs, *callbacks, ckpt_path=None, model=None, **options):
     seed_everything(0)
     data = ShapesDataModule(train_images=80, test_images=40, batch_size=32, augment=Augment())
-    module = TransferClassifier("shufflenet_v2_x0_5", "none", class_names=data.class_names, **model or {})
+    module = TransferClassifier(
+        "shufflenet_v2_x0_5", "none", class_names=data.class_names, **model or {}
+    )
     watch = Watch()
     options = {"max_epochs": epochs, "default_root_dir": tmp_path} | options
-    quiet_trainer(callbacks=[*callbacks, freeze, watch], **options).fit(module, data, ckpt_path=ckpt_path)
+    quiet_trainer(callbacks=[*callbacks, freeze, watch], **options).fit(
+        module, data, ckpt_path=ckpt_path
+    )
     return watch, module
 
 
@@ -68,7 +78,9 @@ def test_what_no_phase_names_stays_frozen_and_is_told_once(tmp_path, caplog):
     watch, module = fit(tmp_path, freeze, 2)
     assert watch.stages == [["stage4", "conv5", "head"]] * 2
     told = [message for message in caplog.messages if "no phase trains them" in message]
-    count = sum(name.split(".")[1] in ("conv1", "stage2", "stage3") for name, _ in module.named_parameters())
+    count = sum(
+        name.split(".")[1] in ("conv1", "stage2", "stage3") for name, _ in module.named_parameters()
+    )
     assert told == [
         f"{count} tensors of parameters, such as network.conv1.0.weight, stay frozen, because no phase trains them."
     ]
@@ -80,16 +92,21 @@ def test_phases_begin_by_epoch_and_by_share_with_rates_and_factors(tmp_path):
         Phase(["conv5", r"network\.stage4\.0"], epoch=1, lr=2e-4),
         Phase(["all"], share=0.3, factor=0.1),
     ]
-    assert Phase(["all"], share=0.55).beginning(20) == 11, "though 0.55 * 20 is more than that in binary"
+    assert Phase(["all"], share=0.55).beginning(20) == 11, (
+        "though 0.55 * 20 is more than that in binary"
+    )
     watch, _ = fit(tmp_path, BackboneFreeze(phases=plan), 10, limit_val_batches=0)
     assert watch.stages == [["head"], *[["stage4", "conv5", "head"]] * 2, *[STAGES] * 7]
     assert [rates[0] for rates in watch.rates] == pytest.approx([1e-3, 2e-4, 2e-4, *[2e-5] * 7])
 
 
 @pytest.mark.parametrize(
-    ("mode", "figures"), [("min", [3, 2, 2, 2.5, 9, 9.5, 8, 8]), ("max", [1, 2, 2, 1.5, 0, -1, 1, 1])]
+    ("mode", "figures"),
+    [("min", [3, 2, 2, 2.5, 9, 9.5, 8, 8]), ("max", [1, 2, 2, 1.5, 0, -1, 1, 1])],
 )
-def test_a_phase_waits_until_the_figure_of_the_one_before_no_longer_improves(tmp_path, mode, figures):
+def test_a_phase_waits_until_the_figure_of_the_one_before_no_longer_improves(
+    tmp_path, mode, figures
+):
     plan = [Phase(["head"]), Phase(["conv5"], patience=2), Phase(["all"], patience=1)]
     freeze = BackboneFreeze(phases=plan, monitor="figure", mode=mode)
     watch, _ = fit(tmp_path, freeze, 8, Say(figures))
@@ -105,7 +122,9 @@ def test_a_later_phase_with_an_epoch_does_not_wait_for_the_one_before(tmp_path):
 
 def test_a_figure_that_is_not_logged_is_told_with_those_that_are(tmp_path):
     plan = [Phase(["head"]), Phase(["all"], patience=2)]
-    with pytest.raises(UserError, match=r"monitor=val/accuracy is not logged in validation.*val/acc"):
+    with pytest.raises(
+        UserError, match=r"monitor=val/accuracy is not logged in validation.*val/acc"
+    ):
         fit(tmp_path, BackboneFreeze(phases=plan, monitor="val/accuracy"), 2)
 
 
@@ -119,14 +138,21 @@ def test_a_phase_may_begin_from_the_best_weights(tmp_path):
 
 
 def test_layer_decay_lets_rates_fall_from_head_to_stem_in_every_phase(tmp_path):
-    watch, _ = fit(tmp_path, BackboneFreeze(1, 1e-4), 2, model={"layer_decay": 0.5, "schedule": "plateau"})
+    watch, _ = fit(
+        tmp_path, BackboneFreeze(1, 1e-4), 2, model={"layer_decay": 0.5, "schedule": "plateau"}
+    )
     shares = [0.5**n for n in (5, 4, 3, 2, 1, 0)]
-    assert watch.rates == [pytest.approx([1e-3 * share for share in shares]), [1e-4 * share for share in shares]]
+    assert watch.rates == [
+        pytest.approx([1e-3 * share for share in shares]),
+        [1e-4 * share for share in shares],
+    ]
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize("schedule", ["plateau", "linear", "cosine"])
-def test_layer_decay_keeps_its_ratios_under_every_schedule_and_beside_a_head_rate(tmp_path, optimizer, schedule):
+def test_layer_decay_keeps_its_ratios_under_every_schedule_and_beside_a_head_rate(
+    tmp_path, optimizer, schedule
+):
     model = {"layer_decay": 0.75, "optimizer": optimizer, "schedule": schedule, "head_lr": 2e-3}
     watch, _ = fit(tmp_path, BackboneFreeze(1, 1e-4), 3, model=model)
     for rates in watch.rates:
@@ -142,16 +168,31 @@ def test_layer_decay_keeps_its_ratios_under_every_schedule_and_beside_a_head_rat
         ('[{"train": []}]', "trains something"),
         ('[{"train": ["head"], "epoch": 2}]', "first phase begins with the run"),
         ('[{"train": ["head"]}, {"train": ["all"]}]', "one of epoch, share, patience"),
-        ('[{"train": ["head"]}, {"train": ["all"], "epoch": 1, "patience": 2}]', "one of epoch, share, patience"),
-        ('[{"train": ["head"]}, {"train": ["all"], "epoch": 1, "lr": 0.1, "factor": 0.1}]', "lr or factor, not both"),
-        ('[{"train": ["head"]}, {"train": ["all"], "epoch": 1, "lr": -1}]', "lr is -1.0: take a positive rate"),
+        (
+            '[{"train": ["head"]}, {"train": ["all"], "epoch": 1, "patience": 2}]',
+            "one of epoch, share, patience",
+        ),
+        (
+            '[{"train": ["head"]}, {"train": ["all"], "epoch": 1, "lr": 0.1, "factor": 0.1}]',
+            "lr or factor, not both",
+        ),
+        (
+            '[{"train": ["head"]}, {"train": ["all"], "epoch": 1, "lr": -1}]',
+            "lr is -1.0: take a positive rate",
+        ),
         ('[{"train": ["head"]}, {"train": ["all"], "share": 1.5}]', "share is 1.5: take a share"),
-        ('[{"train": ["head"]}, {"train": ["conv5"], "epoch": 3}, {"train": ["all"], "epoch": 2}]', r"epochs \[3, 2\]"),
+        (
+            '[{"train": ["head"]}, {"train": ["conv5"], "epoch": 3}, {"train": ["all"], "epoch": 2}]',
+            r"epochs \[3, 2\]",
+        ),
         (
             '[{"train": ["head"]}, {"train": ["stem"], "share": 0.9}, {"train": ["all"], "epoch": 2}]',
             r"epochs \[4, 2\]",
         ),
-        ('[{"train": ["head"]}, {"train": ["layer9"], "epoch": 1}]', "'layer9' is no stage .stem, stage2, stage3"),
+        (
+            '[{"train": ["head"]}, {"train": ["layer9"], "epoch": 1}]',
+            "'layer9' is no stage .stem, stage2, stage3",
+        ),
         ('[{"train": ["fc("]}]', "not a regular expression"),
         ('[{"train": ["head"], "when": 3}]', "when"),
         ("[]", "one or more"),
@@ -160,17 +201,31 @@ def test_layer_decay_keeps_its_ratios_under_every_schedule_and_beside_a_head_rat
 )
 def test_plans_that_cannot_be_are_refused_before_anything_is_written(tmp_path, options, message):
     with untouched(tmp_path):
-        done = run_fit(tmp_path, *TINY, f"--freeze.phases={options}", "--trainer.max_epochs=4", expect=2)
+        done = run_fit(
+            tmp_path, *TINY, f"--freeze.phases={options}", "--trainer.max_epochs=4", expect=2
+        )
     assert "Traceback" not in done.stderr
     assert re.search(message, done.stderr), done.stderr
 
 
 @pytest.mark.slow
 def test_a_run_shows_its_stages_and_continues_in_its_phase(tmp_path):
-    plan = [{"train": ["head"]}, {"train": ["conv5"], "epoch": 1, "lr": 2e-4}, {"train": ["all"], "epoch": 2}]
-    options = [*TINY, "--report.figures=true", f"--freeze.phases={json.dumps(plan)}", "--trainer.max_epochs=3"]
+    plan = [
+        {"train": ["head"]},
+        {"train": ["conv5"], "epoch": 1, "lr": 2e-4},
+        {"train": ["all"], "epoch": 2},
+    ]
+    options = [
+        *TINY,
+        "--report.figures=true",
+        f"--freeze.phases={json.dumps(plan)}",
+        "--trainer.max_epochs=3",
+    ]
     whole, part = tmp_path / "whole", tmp_path / "part"
-    for folder, more in ((whole, []), (part, ["--trainer.max_steps=8"])):  # within the second of three epochs of six
+    for folder, more in (
+        (whole, []),
+        (part, ["--trainer.max_steps=8"]),
+    ):  # within the second of three epochs of six
         folder.mkdir()
         run_fit(folder, *options, *more)
     told = run_fit(part, "--resume=lightning_logs/version_0", "--trainer.max_steps=-1").stdout
@@ -179,22 +234,45 @@ def test_a_run_shows_its_stages_and_continues_in_its_phase(tmp_path):
     assert "conv5" in phases[0]
     runs = [folder / "lightning_logs" / "version_0" for folder in (whole, part)]
     assert_same_weights(*(run / "checkpoints" / "last.ckpt" for run in runs))
-    found = [{tag: p for tag, p in curves(run).items() if tag.startswith("stages/")} for run in runs]
-    rates = {tag.removeprefix("stages/"): [value for _, value in points] for tag, points in found[0].items()}
+    found = [
+        {tag: p for tag, p in curves(run).items() if tag.startswith("stages/")} for run in runs
+    ]
+    rates = {
+        tag.removeprefix("stages/"): [value for _, value in points]
+        for tag, points in found[0].items()
+    }
     assert rates["stem"] == pytest.approx([0, 0, 2e-4])
     assert rates["conv5"] == pytest.approx([0, 2e-4, 2e-4])
     assert rates["head"] == pytest.approx([1e-3, 2e-4, 2e-4])
     assert found[0] == found[1]
-    assert (runs[0] / "figures" / "stages.png").read_bytes() == (runs[1] / "figures" / "stages.png").read_bytes()
+    assert (runs[0] / "figures" / "stages.png").read_bytes() == (
+        runs[1] / "figures" / "stages.png"
+    ).read_bytes()
     with untouched(part):
         changed = json.dumps([*plan[:2], {"train": ["all"], "epoch": 5}])
-        done = run_fit(part, f"--resume={runs[1]}", f"--freeze.phases={changed}", "--trainer.max_epochs=9", expect=2)
+        done = run_fit(
+            part,
+            f"--resume={runs[1]}",
+            f"--freeze.phases={changed}",
+            "--trainer.max_epochs=9",
+            expect=2,
+        )
     assert "parameters are unfrozen already" in done.stderr
 
 
 def test_the_phases_of_the_documents_are_plans_for_resnet18():
-    text = Path(__file__).resolve().parents[1].joinpath("docs/recipes.md").read_text().replace("\n", " ")
-    found = [[Phase(**each) for each in json.loads(plan)] for plan in re.findall(r"'(\[\{\"train\".*?\}\])'", text)]
+    text = (
+        Path(__file__)
+        .resolve()
+        .parents[1]
+        .joinpath("docs/recipes.md")
+        .read_text()
+        .replace("\n", " ")
+    )
+    found = [
+        [Phase(**each) for each in json.loads(plan)]
+        for plan in re.findall(r"'(\[\{\"train\".*?\}\])'", text)
+    ]
     assert len(found) == 3
     module = TransferClassifier("resnet18", "none")
     for plan in found:
@@ -202,5 +280,11 @@ def test_the_phases_of_the_documents_are_plans_for_resnet18():
         assert 0 in begins(module, [phase.train for phase in plan], own_stages(module)).values()
     (forever,) = [plan for plan in found if len(plan) == 1]
     phases = begins(module, [forever[0].train], own_stages(module))
-    convolutions = [f"{name}.weight" for name, layer in module.named_modules() if isinstance(layer, torch.nn.Conv2d)]
-    assert [name for name in convolutions if phases[name] == 1] == convolutions[:10], "what it says of them"
+    convolutions = [
+        f"{name}.weight"
+        for name, layer in module.named_modules()
+        if isinstance(layer, torch.nn.Conv2d)
+    ]
+    assert [name for name in convolutions if phases[name] == 1] == convolutions[:10], (
+        "what it says of them"
+    )

@@ -17,11 +17,19 @@ PLAN = [
     {"train": ["all"], "epoch": 2, "factor": 0.5},
 ]
 EPOCHS = len(PLAN)
-MIXED = ["--model.optimizer=adamw", "--model.schedule=cosine", "--model.layer_decay=0.75", "--model.ema=0.99"]
+MIXED = [
+    "--model.optimizer=adamw",
+    "--model.schedule=cosine",
+    "--model.layer_decay=0.75",
+    "--model.ema=0.99",
+]
 VARIANTS = {  # options, and optimizer steps an epoch
     "adam": ([], 6),
     "adamw, cosine, layer decay, average": (MIXED, 6),
-    "sgd, its own head rate": (["--model.optimizer=sgd", "--model.head_lr=2e-3", "--model.schedule=linear"], 6),
+    "sgd, its own head rate": (
+        ["--model.optimizer=sgd", "--model.head_lr=2e-3", "--model.schedule=linear"],
+        6,
+    ),
     "average": (["--model.ema=0.99"], 6),
     "accumulation, average": (["--trainer.accumulate_grad_batches=2", "--model.ema=0.99"], 3),
     "clipping": (["--trainer.gradient_clip_val=0.5"], 6),
@@ -36,7 +44,12 @@ def moments(how, steps):
     middle = steps // 2
     if how == "told to stop":
         return [1, middle - 1, steps - middle] * EPOCHS if middle > 1 else [1, steps - 1] * EPOCHS
-    return [1, middle, steps, *chain.from_iterable([steps + 1, middle, steps] for _ in range(EPOCHS - 1))]
+    return [
+        1,
+        middle,
+        steps,
+        *chain.from_iterable([steps + 1, middle, steps] for _ in range(EPOCHS - 1)),
+    ]
 
 
 def same(one, other, where=""):
@@ -46,13 +59,22 @@ def same(one, other, where=""):
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         pairs = enumerate(zip(one, other, strict=True))
         return [name for place, pair in pairs for name in same(*pair, f"{where}/{place}")]
-    return [] if (torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other) else [where]
+    return (
+        []
+        if (torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other)
+        else [where]
+    )
 
 
 def ends_alike(folder, how, variant, processes, count=None):
     options, steps = VARIANTS[variant]
     times = moments(how, steps)[:count]
-    options = [*TINY, *options, f"--freeze.phases={json.dumps(PLAN)}", f"--trainer.max_epochs={EPOCHS}"]
+    options = [
+        *TINY,
+        *options,
+        f"--freeze.phases={json.dumps(PLAN)}",
+        f"--trainer.max_epochs={EPOCHS}",
+    ]
     if processes > 1:
         options += [f"--trainer.devices={processes}", f"--data.train_images={200 * processes}"]
         if how == "told to stop":  # they agree on it in every tenth step, so epochs have 30
@@ -85,7 +107,11 @@ def test_stopped_again_and_again_with_an_average_ends_alike(tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("how", ["mid-step", "told to stop"])
-def test_at_any_moment_of_any_phase_a_run_may_be_killed_or_stopped(tmp_path, monkeypatch, how, variant, processes):
+def test_at_any_moment_of_any_phase_a_run_may_be_killed_or_stopped(
+    tmp_path, monkeypatch, how, variant, processes
+):
     here = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(here))  # a second process is started by `python -m killed_job`
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(here)
+    )  # a second process is started by `python -m killed_job`
     ends_alike(tmp_path, how, variant, processes)

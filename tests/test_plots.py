@@ -59,9 +59,15 @@ def test_no_name_is_cut_off_or_boxed(names):
 
 def test_curves_are_whole():
     x = np.arange(40.0) + 1
-    curve = {tag: plots.Curve(x, np.exp(-x / 9)) for tag in ("train/loss_epoch", "val/loss", "train/acc", "val/acc")}
+    curve = {
+        tag: plots.Curve(x, np.exp(-x / 9))
+        for tag in ("train/loss_epoch", "val/loss", "train/acc", "val/acc")
+    }
     curve |= {"lr": plots.Curve(x, np.where(x <= 5, 1e-3, 1e-4))}
-    curve |= {name: curve["val/acc"] for name in ("train/loss", "train/acc_step", "val/loss_step", "val/acc_step")}
+    curve |= {
+        name: curve["val/acc"]
+        for name in ("train/loss", "train/acc_step", "val/loss_step", "val/acc_step")
+    }
     for draw in (plots.epochs, plots.iterations):
         for count in (40, 3, 1):
             few = {name: plots.Curve(x[:count], y[:count]) for name, (x, y) in curve.items()}
@@ -70,13 +76,25 @@ def test_curves_are_whole():
 
 def test_epochs_shade_the_frozen_ones_and_mark_the_rates_steps():
     x = np.arange(10.0) + 1
-    curves = {"val/loss": plots.Curve(x, x), "lr": plots.Curve(x, np.repeat([1.0, 0.5, 0.25], [3, 4, 3]))}
+    curves = {
+        "val/loss": plots.Curve(x, x),
+        "lr": plots.Curve(x, np.repeat([1.0, 0.5, 0.25], [3, 4, 3])),
+    }
     axes = plots.epochs(curves, plots.Phases("backbone frozen", [3])).axes[0]
-    assert axes.patches[0].get_extents().transformed(axes.transData.inverted()).intervalx == pytest.approx([0.5, 3.5])
-    assert [line.get_xdata()[0] for line in axes.lines[1:]] == [7.5], "the other step is the end of what is shaded"
+    assert axes.patches[0].get_extents().transformed(
+        axes.transData.inverted()
+    ).intervalx == pytest.approx([0.5, 3.5])
+    assert [line.get_xdata()[0] for line in axes.lines[1:]] == [7.5], (
+        "the other step is the end of what is shaded"
+    )
     curves["lr"] = plots.Curve(x, 1 - x / 10)
-    assert len(plots.epochs(curves, plots.Phases("", [])).axes[0].lines) == 1, "a decay has no steps"
-    assert [line.get_xdata()[0] for line in plots.epochs(curves, plots.Phases("", [3, 5])).axes[0].lines[1:]] == [5.5]
+    assert len(plots.epochs(curves, plots.Phases("", [])).axes[0].lines) == 1, (
+        "a decay has no steps"
+    )
+    assert [
+        line.get_xdata()[0]
+        for line in plots.epochs(curves, plots.Phases("", [3, 5])).axes[0].lines[1:]
+    ] == [5.5]
 
 
 def test_the_smoothed_loss_begins_with_the_loss():
@@ -88,7 +106,11 @@ def test_the_smoothed_loss_begins_with_the_loss():
 
 
 def test_a_name_is_drawn_with_the_font_that_has_its_letters_or_in_latin_letters():
-    known = [font for font in font_manager.fontManager.ttflist if font.name == "STIXGeneral" and font.weight == 400]
+    known = [
+        font
+        for font in font_manager.fontManager.ttflist
+        if font.name == "STIXGeneral" and font.weight == 400
+    ]
     letters = set(map(chr, FT2Font(known[0].fname).get_charmap()))
     letters -= set(map(chr, FT2Font(font_manager.findfont(BASE)).get_charmap()))
     rare = "".join(sorted(letters)[:3])
@@ -104,7 +126,9 @@ def test_a_name_is_drawn_with_the_font_that_has_its_letters_or_in_latin_letters(
 
 def test_confusion_counts_and_calibration():
     sure = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
-    predictions = Predictions(["a", "b"], torch.tensor([0, 1, 1, 1]), sure, torch.arange(0), torch.empty(0, 3, 1, 1))
+    predictions = Predictions(
+        ["a", "b"], torch.tensor([0, 1, 1, 1]), sure, torch.arange(0), torch.empty(0, 3, 1, 1)
+    )
     assert predictions.confusion().tolist() == [[1, 0], [2, 1]]
     # Four predictions, each alone in its bin: |1 - 0.9|, |0 - 0.8|, |1 - 0.7|, |0 - 0.6|.
     assert predictions.calibration_error(15) == pytest.approx((0.1 + 0.8 + 0.3 + 0.6) / 4)
@@ -125,7 +149,9 @@ def test_rounding_changes_no_prediction(tmp_path):
     close = 0.5 + torch.rand(1000, 2, generator=torch.Generator().manual_seed(0)) * 1e-4
     close[:10] = torch.tensor([0.0, 1.0])
     labels = torch.zeros(1000, dtype=torch.long)
-    predictions = Predictions(["a", "b"], labels, close, torch.arange(0), torch.empty(0, 3, 1, 1, dtype=torch.uint8))
+    predictions = Predictions(
+        ["a", "b"], labels, close, torch.arange(0), torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    )
     predictions.save(tmp_path / "p.npz")
     kept = Predictions.load(tmp_path / "p.npz")
     assert torch.equal(kept.predicted, predictions.predicted)
@@ -147,7 +173,9 @@ def test_augmented_images_are_shown_at_the_networks_size_and_disturb_no_draw(tmp
         assert picture.width > 600
 
 
-def test_features_from_all_over_the_split_are_kept_on_request_with_their_images(tmp_path, monkeypatch):
+def test_features_from_all_over_the_split_are_kept_on_request_with_their_images(
+    tmp_path, monkeypatch
+):
     from cifar_transfer import TransferClassifier
 
     monkeypatch.chdir(tmp_path)
@@ -162,7 +190,9 @@ def test_features_from_all_over_the_split_are_kept_on_request_with_their_images(
     with torch.no_grad():
         logits = model.eval()(images / 255)
         expected = model.network.fc(collected.features)
-    torch.testing.assert_close(logits.softmax(1), collected.predictions.probabilities, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        logits.softmax(1), collected.predictions.probabilities, atol=1e-4, rtol=0
+    )
     torch.testing.assert_close(logits[::2], expected, atol=1e-4, rtol=0)  # at most 30 of 50
     assert torch.equal(collected.thumbnails, images[::2])
     assert torch.equal(collected.classes, labels[::2])
@@ -202,7 +232,8 @@ def test_curves_are_in_order_of_steps_though_the_clock_was_set_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "shape"), [(1, (1, 1)), (8, (1, 8)), (9, (1, 8)), (20, (4, 5)), (31, (5, 6)), (32, (4, 8))]
+    ("count", "shape"),
+    [(1, (1, 1)), (8, (1, 8)), (9, (1, 8)), (20, (4, 5)), (31, (5, 6)), (32, (4, 8))],
 )
 def test_a_grid_has_no_empty_places(count, shape):
     figure = plots.grid(np.zeros((count, 3, 4, 4), np.uint8), [("a",)] * count, "heading")
@@ -211,13 +242,17 @@ def test_a_grid_has_no_empty_places(count, shape):
     assert_nothing_is_cut_off(figure)
 
 
-@pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (3, 3), (4, 2), (5, 1), (9, 3), (11, 3), (24, 3)])
+@pytest.mark.parametrize(
+    ("count", "columns"), [(1, 1), (2, 2), (3, 3), (4, 2), (5, 1), (9, 3), (11, 3), (24, 3)]
+)
 def test_a_few_images_fill_their_gallery(count, columns):
     shown = [ImagePrediction("a.png", np.zeros((3, 4, 4), np.uint8), [("a", 1.0)])] * count
     assert gallery.gallery(shown, count).axes[0].get_gridspec().ncols == 2 * columns
 
 
-def test_the_first_phase_is_shaded_also_by_iteration_and_the_test_named_where_it_validates(tmp_path):
+def test_the_first_phase_is_shaded_also_by_iteration_and_the_test_named_where_it_validates(
+    tmp_path,
+):
     splits.write(tmp_path, {"train": ["train/a/1"], "val": ["test/a/1"], "test": ["test/a/1"]})
     trainable = [10, 10, 30, 30, 50]
     with SummaryWriter(str(tmp_path)) as board:
@@ -239,9 +274,9 @@ def test_the_first_phase_is_shaded_also_by_iteration_and_the_test_named_where_it
     for name, begins in (("epochs", (2.5, 4.5)), ("iterations", (12.5, 24.5))):
         axes = drawn[name].axes[1]
         labels = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-        assert labels["backbone frozen"].get_extents().transformed(axes.transData.inverted()).x1 == pytest.approx(
-            begins[0]
-        )
+        assert labels["backbone frozen"].get_extents().transformed(
+            axes.transData.inverted()
+        ).x1 == pytest.approx(begins[0])
         assert labels["more unfrozen"].get_xdata()[0] == begins[1]
         assert "test accuracy" in labels
     assert labels["test accuracy"].get_xdata().tolist() == [6, 12, 18, 24, 30]

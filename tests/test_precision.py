@@ -8,16 +8,27 @@ import torch
 from conftest import quiet_trainer, weights
 
 from cifar_transfer import Classifier
-from cifar_transfer.evaluate import evaluate
-from cifar_transfer.fit import fit, slow_precision
+from cifar_transfer.commands.evaluate import evaluate
+from cifar_transfer.commands.fit import fit, slow_precision
 
-JOB = ["--model.backbone=lenet5", "--model.weights=none", "--data=ShapesDataModule", "--data.train_images=150"]
-JOB += ["--data.test_images=40", "--data.batch_size=30", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
+JOB = [
+    "--model.backbone=lenet5",
+    "--model.weights=none",
+    "--data=ShapesDataModule",
+    "--data.train_images=150",
+]
+JOB += [
+    "--data.test_images=40",
+    "--data.batch_size=30",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=2",
+]
 JOB += ["--freeze.unfreeze_epoch=1", "--report.figures=false"]
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype"), [("bf16-true", torch.bfloat16), ("16-true", torch.float16), ("64-true", torch.float64)]
+    ("precision", "dtype"),
+    [("bf16-true", torch.bfloat16), ("16-true", torch.float16), ("64-true", torch.float64)],
 )
 def test_a_converted_network_trains_evaluates_and_predicts(tmp_path, monkeypatch, precision, dtype):
     monkeypatch.chdir(tmp_path)
@@ -27,7 +38,9 @@ def test_a_converted_network_trains_evaluates_and_predicts(tmp_path, monkeypatch
     state = weights(outcome.best)
     assert {value.dtype for value in state.values() if value.is_floating_point()} == {dtype}
     scores = evaluate(str(outcome.best), figures=False)
-    assert scores["test/acc"] == pytest.approx(outcome[0]["best/test_acc"], abs=0.05), "evaluated in float32"
+    assert scores["test/acc"] == pytest.approx(outcome[0]["best/test_acc"], abs=0.05), (
+        "evaluated in float32"
+    )
     image = np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8)
     found = Classifier.load(outcome.best).predict(image, top_k=10)
     assert math.isclose(sum(share for _, share in found), 1, abs_tol=1e-5)

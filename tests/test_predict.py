@@ -18,12 +18,12 @@ from conftest import quiet_trainer, write_images
 from PIL import Image
 
 from cifar_transfer import Classifier, TransferClassifier
+from cifar_transfer.base.errors import UserError, one_sentence
+from cifar_transfer.commands.embed import main as embed
+from cifar_transfer.commands.predict import main
 from cifar_transfer.data.geometry import to_float
 from cifar_transfer.data.images import read_image
-from cifar_transfer.embed import main as embed
-from cifar_transfer.errors import UserError, one_sentence
 from cifar_transfer.inference.sources import find
-from cifar_transfer.predict import main
 from cifar_transfer.results.plots import DPI
 
 NAMES = ["cat", "飞机", "$5 or $6", "a longer name"]
@@ -62,7 +62,9 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def classifier(run):
-    return Classifier.load(run / "lightning_logs" / "version_0" / "checkpoints" / "best.ckpt", "cpu")
+    return Classifier.load(
+        run / "lightning_logs" / "version_0" / "checkpoints" / "best.ckpt", "cpu"
+    )
 
 
 @pytest.fixture
@@ -95,8 +97,13 @@ def test_files_folders_patterns_and_lists_are_found(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     folder = ["d/a/x/3.webp", "d/b/1.JPG", "d/b/2.png", "d/z.png"]
     assert found("d") == (folder, [])
-    assert found("d/*") == ([*folder[:3], "d/labels.txt", "d/z.png"], []), "as the shell and then a folder"
-    assert found("d/a/**/*.webp", "[5].png", "gone.png") == (["d/a/x/3.webp", "[5].png", "gone.png"], [])
+    assert found("d/*") == ([*folder[:3], "d/labels.txt", "d/z.png"], []), (
+        "as the shell and then a folder"
+    )
+    assert found("d/a/**/*.webp", "[5].png", "gone.png") == (
+        ["d/a/x/3.webp", "[5].png", "gone.png"],
+        [],
+    )
     assert found("d/a/**") == (["d/a/x/3.webp"], [])
     listed = io.TextIOWrapper(io.BytesIO(b"d/a\r\n\nwith space .png\ncaf\xe9.png\n"))
     monkeypatch.setattr("sys.stdin", listed)
@@ -110,7 +117,15 @@ def test_files_folders_patterns_and_lists_are_found(tmp_path, monkeypatch):
 
 
 def test_json_agrees_with_the_network_for_images_of_every_mode(here, classifier, capsys):
-    images = ["photos/a/000.png", "palette.gif", "alpha.png", "grey.webp", "sixteen.png", "cmyk.jpg", "photos"]
+    images = [
+        "photos/a/000.png",
+        "palette.gif",
+        "alpha.png",
+        "grey.webp",
+        "sixteen.png",
+        "cmyk.jpg",
+        "photos",
+    ]
     assert main([*images, "--format=json", "--top_k=9", "--batch_size=3", "--accelerator=cpu"]) == 0
     printed = capsys.readouterr()
     predictions = json.loads(printed.out)
@@ -120,7 +135,9 @@ def test_json_agrees_with_the_network_for_images_of_every_mode(here, classifier,
     batch = torch.stack([torch.from_numpy(read_image(path, (32, 32))) for path in paths])
     with torch.no_grad():
         expected = classifier.model(to_float(batch)).softmax(1)
-        model = TransferClassifier.load_from_checkpoint("lightning_logs/version_0/checkpoints/best.ckpt").eval()
+        model = TransferClassifier.load_from_checkpoint(
+            "lightning_logs/version_0/checkpoints/best.ckpt"
+        ).eval()
         assert torch.equal(model(to_float(batch)).softmax(1), expected), "to the bit"
     assert expected.argmax(1).unique().numel() > 1, "a test that can tell images apart"
     for prediction, row in zip(predictions, expected, strict=True):
@@ -137,7 +154,9 @@ def test_table_and_csv_say_what_json_says(here, capsys):
         printed[kind] = capsys.readouterr().out
     predictions = json.loads(printed["json"])
     rows = list(csv.DictReader(io.StringIO(printed["csv"])))
-    assert [(row["image"], int(row["rank"]), row["class"], float(row["probability"])) for row in rows] == [
+    assert [
+        (row["image"], int(row["rank"]), row["class"], float(row["probability"])) for row in rows
+    ] == [
         (prediction["image"], rank, name, share)
         for prediction in predictions
         for rank, (name, share) in enumerate(prediction["classes"], 1)
@@ -153,13 +172,26 @@ def test_table_and_csv_say_what_json_says(here, capsys):
 
 
 def test_what_cannot_be_read_is_named_and_skipped(here, capsys):
-    images = ["broken.png", "photos/a/000.png", "gone.png", "https://example.org/a.png", "photos/a/001.png"]
+    images = [
+        "broken.png",
+        "photos/a/000.png",
+        "gone.png",
+        "https://example.org/a.png",
+        "photos/a/001.png",
+    ]
     assert main([*images, "--format=json", "--batch_size=2"]) == 1
     printed = capsys.readouterr()
-    assert [prediction["image"] for prediction in json.loads(printed.out)] == ["photos/a/000.png", "photos/a/001.png"]
+    assert [prediction["image"] for prediction in json.loads(printed.out)] == [
+        "photos/a/000.png",
+        "photos/a/001.png",
+    ]
     errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3
-    for part in ("broken.png cannot be decoded", "gone.png does not exist", "example.org/a.png is a URL"):
+    for part in (
+        "broken.png cannot be decoded",
+        "gone.png does not exist",
+        "example.org/a.png is a URL",
+    ):
         assert sum(part in error for error in errors) == 1
     assert main(["gone.png", "--format=json"]) == 1
     assert json.loads(capsys.readouterr().out) == []
@@ -181,7 +213,9 @@ def test_without_a_checkpoint_the_newest_runs_is_taken(run, tmp_path, monkeypatc
     for number, age in (("2", 10), ("10", 20), ("9", 30)):
         path = tmp_path / "lightning_logs" / f"version_{number}" / "checkpoints" / "best.ckpt"
         path.parent.mkdir(parents=True)
-        path.write_bytes((run / "lightning_logs" / "version_0" / "checkpoints" / "best.ckpt").read_bytes())
+        path.write_bytes(
+            (run / "lightning_logs" / "version_0" / "checkpoints" / "best.ckpt").read_bytes()
+        )
         os.utime(path, (1e9 - age, 1e9 - age))
     assert main([str(run / "alpha.png")]) == 0
     assert "lightning_logs/version_2/checkpoints/best.ckpt" in capsys.readouterr().err
@@ -243,26 +277,49 @@ def test_mistakes_get_a_sentence(here, capsys, options, message):
 
 def test_a_list_comes_in_and_a_reader_may_leave(here, tmp_path):
     """The command itself, between a file and a pipe."""
-    command = [sys.executable, "-m", "cifar_transfer.predict", "-", "--format=csv", "--batch_size=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "cifar_transfer",
+        "predict",
+        "-",
+        "--format=csv",
+        "--batch_size=2",
+    ]
     (tmp_path / "list").write_text("photos/a/000.png\n" * 100_000)
     timed = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
     with (tmp_path / "list").open() as listed, (tmp_path / "errors").open("w") as errors:
-        process = subprocess.Popen(command, stdin=listed, stdout=subprocess.PIPE, stderr=errors, env=timed)
+        process = subprocess.Popen(
+            command, stdin=listed, stdout=subprocess.PIPE, stderr=errors, env=timed
+        )
     with process:
         assert process.stdout.readline() == b"image,rank,class,probability\n"
         process.stdout.close()
     errors = (tmp_path / "errors").read_text()
     assert "Traceback" not in errors
     assert "version_0" in errors
-    imported = {line.rpartition("|")[2].strip() for line in errors.splitlines() if line.startswith("import time:")}
+    imported = {
+        line.rpartition("|")[2].strip()
+        for line in errors.splitlines()
+        if line.startswith("import time:")
+    }
     assert "torchvision" in imported
-    assert not imported & {"lightning", "torchmetrics", "matplotlib", "tensorboard"}, "which take seconds"
+    assert not imported & {"lightning", "torchmetrics", "matplotlib", "tensorboard"}, (
+        "which take seconds"
+    )
 
 
 def test_figure_and_heat_maps_are_written(here, tmp_path, capsys):
-    options = ["--top_k=2", f"--figure={tmp_path / 'f.png'}", f"--explain={tmp_path / 'new' / 'maps'}"]
+    options = [
+        "--top_k=2",
+        f"--figure={tmp_path / 'f.png'}",
+        f"--explain={tmp_path / 'new' / 'maps'}",
+    ]
     assert main(["photos/a/003.png", "broken.png", "alpha.png", *options]) == 1
-    assert sorted(path.name for path in (tmp_path / "new" / "maps").iterdir()) == ["00001-003.png", "00002-alpha.png"]
+    assert sorted(path.name for path in (tmp_path / "new" / "maps").iterdir()) == [
+        "00001-003.png",
+        "00002-alpha.png",
+    ]
     for path in (tmp_path / "f.png", *(tmp_path / "new" / "maps").iterdir()):
         with Image.open(path) as picture:
             assert picture.width >= 4 * DPI
@@ -275,8 +332,15 @@ def test_features_are_what_comes_into_the_head(here, classifier, tmp_path, capsy
     for file in files:
         assert embed([*images, f"--out={file}", "--batch_size=3"]) == 1
     told = capsys.readouterr().err
-    assert all(told.count(part) == 2 for part in ("broken.png cannot be decoded", "gone.png does not exist"))
-    names = [f"photos/b/{i:03d}.png" for i in range(4)] + ["alpha.png"] + [f"photos/a/{i:03d}.png" for i in range(4)]
+    assert all(
+        told.count(part) == 2
+        for part in ("broken.png cannot be decoded", "gone.png does not exist")
+    )
+    names = (
+        [f"photos/b/{i:03d}.png" for i in range(4)]
+        + ["alpha.png"]
+        + [f"photos/a/{i:03d}.png" for i in range(4)]
+    )
     batch = torch.stack([torch.from_numpy(read_image(name, (32, 32))) for name in names])
     head, seen = classifier.model.network.classifier[-1], []
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -291,14 +355,20 @@ def test_features_are_what_comes_into_the_head(here, classifier, tmp_path, capsy
         assert arrays["features"].dtype == np.float32
         np.testing.assert_allclose(arrays["features"], seen[0].numpy(), rtol=1e-4, atol=1e-5)
         columns = pq.read_table(files[1]).to_pydict()
-        assert columns == {name: arrays[name].tolist() for name in ("names", "features", "predicted")}
+        assert columns == {
+            name: arrays[name].tolist() for name in ("names", "features", "predicted")
+        }
 
 
 def test_the_projector_shows_each_image_among_its_features(here, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("cifar_transfer.embed.PROJECTED", 5)
+    monkeypatch.setattr("cifar_transfer.commands.embed.PROJECTED", 5)
     strange = tmp_path / "tab\tand\nline.png"
     strange.write_bytes((here / "alpha.png").read_bytes())
-    options = [f"--out={tmp_path / 'f.npz'}", f"--projector={tmp_path / 'new' / 'board'}", "--batch_size=2"]
+    options = [
+        f"--out={tmp_path / 'f.npz'}",
+        f"--projector={tmp_path / 'new' / 'board'}",
+        "--batch_size=2",
+    ]
     assert embed([str(strange), "broken.png", "photos", *options]) == 1
     told = capsys.readouterr().out
     assert f"tensorboard --logdir {tmp_path / 'new' / 'board'}" in told
@@ -317,7 +387,9 @@ def test_the_projector_shows_each_image_among_its_features(here, tmp_path, monke
     assert str(points.relative_to(tmp_path / "new" / "board")) in config
     with pytest.raises(UserError, match="board is there already: name a new folder"):
         embed(["photos", *options])
-    with pytest.raises(UserError, match=r"alpha\.png is no folder: name another place with --projector"):
+    with pytest.raises(
+        UserError, match=r"alpha\.png is no folder: name another place with --projector"
+    ):
         embed(["photos", options[0], f"--projector={here / 'alpha.png' / 'board'}"])
 
 
@@ -326,7 +398,11 @@ def test_the_projector_takes_images_that_are_high(here, tmp_path, classifier):
     model = TransferClassifier("lenet5", "none", class_names=NAMES, image_size=32)
     model.geometry = replace(model.geometry, size=(60, 40))
     save(model, portrait)
-    options = [f"--out={tmp_path / 'f.npz'}", f"--projector={tmp_path / 'board'}", f"--ckpt={portrait}"]
+    options = [
+        f"--out={tmp_path / 'f.npz'}",
+        f"--projector={tmp_path / 'board'}",
+        f"--ckpt={portrait}",
+    ]
     assert embed(["photos", *options]) == 0
     [sprite] = (tmp_path / "board").rglob("sprite.png")
     with Image.open(sprite) as picture:
@@ -347,7 +423,9 @@ def test_a_figure_does_not_replace_an_image(here, tmp_path, images):
 
 
 def test_a_folder_is_no_checkpoint(here):
-    with pytest.raises(UserError, match=r"version_0 is a folder: a run keeps its own in RUN/checkpoints/best\.ckpt"):
+    with pytest.raises(
+        UserError, match=r"version_0 is a folder: a run keeps its own in RUN/checkpoints/best\.ckpt"
+    ):
         main(["alpha.png", "--ckpt=lightning_logs/version_0"])
 
 
@@ -357,13 +435,19 @@ def test_a_name_that_is_no_text_is_escaped_in_parquet_and_whole_in_npz(here, tmp
     for file in (tmp_path / "f.npz", tmp_path / "f.parquet"):
         assert embed([str(image), f"--out={file}"]) == 0
     assert np.load(tmp_path / "f.npz")["names"].tolist() == [str(image)]
-    assert pq.read_table(tmp_path / "f.parquet")["names"].to_pylist() == [f"{tmp_path}/caf\\udce9.png"]
+    assert pq.read_table(tmp_path / "f.parquet")["names"].to_pylist() == [
+        f"{tmp_path}/caf\\udce9.png"
+    ]
 
 
-def test_features_that_cannot_be_written_are_refused_before_and_what_was_there_stays(here, tmp_path, monkeypatch):
+def test_features_that_cannot_be_written_are_refused_before_and_what_was_there_stays(
+    here, tmp_path, monkeypatch
+):
     (tmp_path / "folder.npz").mkdir()
     for out in ("f.csv", "gone/f.npz", "folder.npz"):
-        with pytest.raises(UserError, match=r"--out .*: name a file that ends in \.npz or \.parquet, in a folder"):
+        with pytest.raises(
+            UserError, match=r"--out .*: name a file that ends in \.npz or \.parquet, in a folder"
+        ):
             embed(["photos", f"--out={tmp_path / out}", "--ckpt=gone.ckpt"])
     file = tmp_path / "f.npz"
     file.write_text("before")
@@ -374,6 +458,6 @@ def test_features_that_cannot_be_written_are_refused_before_and_what_was_there_s
     with pytest.raises(ZeroDivisionError, match="division"):
         embed(["photos", f"--out={file}"])
     assert file.read_text() == "before"
-    monkeypatch.setattr("cifar_transfer.embed.find_spec", lambda name: None)
+    monkeypatch.setattr("cifar_transfer.commands.embed.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install pyarrow, or name a file that ends in \.npz"):
         embed(["photos", f"--out={tmp_path / 'f.parquet'}"])

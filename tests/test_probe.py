@@ -13,8 +13,8 @@ from conftest import RUN, TINY, quiet_trainer, run_fit, untouched, weights
 from test_terminal import on_terminal
 
 from cifar_transfer import Classifier, ShapesDataModule, TransferClassifier
-from cifar_transfer.errors import UserError
-from cifar_transfer.evaluate import evaluate
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.commands.evaluate import evaluate
 from cifar_transfer.features import heads
 from cifar_transfer.features.extract import FeatureExtractor, Features, features
 from cifar_transfer.features.store import FeatureFile, make_room
@@ -47,7 +47,9 @@ def test_features_are_what_comes_into_the_head(tmp_path):
     head = model.network.fc
     with torch.inference_mode():
         for split, exact in (("train", False), ("val", True), ("test", True)):
-            images = data.images[split].__getitems__(range(len(data.images[split])))[0].float() / 255
+            images = (
+                data.images[split].__getitems__(range(len(data.images[split])))[0].float() / 255
+            )
             logits = head(torch.from_numpy(np.array(found[split].views[0], np.float32)))
             torch.testing.assert_close(logits, model(images), atol=1e-5 if exact else 0.05, rtol=0)
             assert found[split].views[0].dtype == (np.float32 if exact else np.float16)
@@ -82,7 +84,10 @@ def test_what_is_there_is_not_computed_again(tmp_path, monkeypatch):
         extract(other, views=3)
     monkeypatch.setattr(FeatureFile, "write", write)
     again, extractor = extract(other, views=3)
-    assert extractor.computed == 3 * len(first["train"].labels) + len(first["val"].labels) + 70 - 3 * 20
+    assert (
+        extractor.computed
+        == 3 * len(first["train"].labels) + len(first["val"].labels) + 70 - 3 * 20
+    )
     for split in first:
         for one, two in zip(first[split].views, again[split].views, strict=True):
             np.testing.assert_allclose(one, two, atol=2e-2 if split == "train" else 1e-4)
@@ -119,7 +124,9 @@ def test_the_precision_once_chosen_is_kept(tmp_path, monkeypatch):
     half, _ = extract(tmp_path / "half")
     assert not np.array_equal(exact["train"].views[0], half["train"].views[0])
     np.testing.assert_array_equal(exact["val"].views[0], half["val"].views[0])
-    monkeypatch.setattr(FeatureExtractor, "_faster_in_bfloat16", lambda self: pytest.fail("it is chosen"))
+    monkeypatch.setattr(
+        FeatureExtractor, "_faster_in_bfloat16", lambda self: pytest.fail("it is chosen")
+    )
     assert extract(tmp_path / "half")[1].computed == 0
     assert extract(tmp_path / "exact")[1].computed == 0
 
@@ -177,9 +184,14 @@ def test_a_feature_that_is_nearly_always_the_same_gets_no_large_weight(drawn):
     train, val, _ = drawn
     rare = np.random.default_rng(0).random((len(train.labels), 1)) < 0.02
     views = [np.hstack([train.views[0], np.where(rare, 1e-4, 0).astype(np.float32)])]
-    seen = heads.Features([np.hstack([val.views[0], np.zeros((len(val.labels), 1), np.float32)])], val.labels)
+    seen = heads.Features(
+        [np.hstack([val.views[0], np.zeros((len(val.labels), 1), np.float32)])], val.labels
+    )
     head, _ = heads.logistic(
-        heads.Features(views, train.labels), seen, 4, heads.moments(heads.Features(views, train.labels))
+        heads.Features(views, train.labels),
+        seen,
+        4,
+        heads.moments(heads.Features(views, train.labels)),
     )
     largest = head.weight[:, :-1].abs().max()
     assert head.weight[:, -1].abs().max() < 10 * largest
@@ -213,14 +225,18 @@ def test_neighbours_and_means_are_those_of_plain_loops(drawn):
             nearest = train.labels[order[:k]]
             counts = np.bincount(nearest, minlength=4)
             near = np.bincount(nearest, likeness[order[:k]] / np.linalg.norm(one), minlength=4)
-            assert votes[k][row].argmax() == max(range(4), key=lambda label: (counts[label], near[label]))
+            assert votes[k][row].argmax() == max(
+                range(4), key=lambda label: (counts[label], near[label])
+            )
 
 
 def test_few_shots_draw_so_many_of_each_class(drawn, monkeypatch):
     train, val, test = drawn
     seen = []
     logistic = heads.logistic
-    monkeypatch.setattr(heads, "logistic", lambda some, *rest: seen.append(some) or logistic(some, *rest))
+    monkeypatch.setattr(
+        heads, "logistic", lambda some, *rest: seen.append(some) or logistic(some, *rest)
+    )
     scores = heads.few_shot(train, val, test, 4, heads.moments(train))
     least = np.bincount(train.labels).min()
     assert [*scores] == [str(shots) for shots in heads.SHOTS if shots <= least]
@@ -233,7 +249,9 @@ def test_few_shots_draw_so_many_of_each_class(drawn, monkeypatch):
 def test_a_network_with_two_heads_gives_the_logits_of_the_head(tmp_path):
     pytest.importorskip("timm", reason="timm is an optional extra")
     data = ShapesDataModule(train_images=60, test_images=20)
-    model = TransferClassifier("timm/deit_tiny_distilled_patch16_224", "none", class_names=data.class_names)
+    model = TransferClassifier(
+        "timm/deit_tiny_distilled_patch16_224", "none", class_names=data.class_names
+    )
     extractor = FeatureExtractor(model, data, tmp_path)
     found = features(quiet_trainer(use_distributed_sampler=False), extractor)
     width = found["test"].views[0].shape[1]
@@ -246,7 +264,9 @@ def test_a_network_with_two_heads_gives_the_logits_of_the_head(tmp_path):
 
 def test_a_head_that_is_not_linear_is_refused(tmp_path):
     model = TransferClassifier("squeezenet1_1", "none")
-    with pytest.raises(UserError, match="squeezenet1_1 cannot be probed, because its head is no linear layer"):
+    with pytest.raises(
+        UserError, match="squeezenet1_1 cannot be probed, because its head is no linear layer"
+    ):
         FeatureExtractor(model, ShapesDataModule(), tmp_path)
 
 
@@ -255,8 +275,14 @@ def probed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe")
     done = run_fit(
         folder,
-        *(f"{NETWORK}=none", "squeezenet1_1=none", "--model.image_size=64", "--features=kept", *TINY[2:]),
-        module="cifar_transfer.probe",
+        *(
+            f"{NETWORK}=none",
+            "squeezenet1_1=none",
+            "--model.image_size=64",
+            "--features=kept",
+            *TINY[2:],
+        ),
+        command="probe",
         expect=1,
     )
     return folder, done
@@ -271,7 +297,9 @@ def test_the_checkpoint_has_the_accuracy_of_the_probe(probed, monkeypatch):
     for split in ("val", "test"):
         scores = evaluate(str(ckpt), split, accelerator="cpu", figures=False)
         assert scores[f"{split}/acc"] == pytest.approx(result[split], abs=1e-7)
-    images, labels = ShapesDataModule(train_images=200, test_images=50).load("test").__getitems__(range(50))
+    images, labels = (
+        ShapesDataModule(train_images=200, test_images=50).load("test").__getitems__(range(50))
+    )
     classifier = Classifier.load(ckpt, "cpu")
     said = [classifier.names.index(rows[0][0]) for rows in classifier.predict([*images])]
     assert np.mean(np.array(said) == labels.numpy()) == pytest.approx(result["test"], abs=1e-7)
@@ -296,17 +324,22 @@ def test_another_recipe_needs_another_folder_and_the_same_one_adds_to_the_table(
     options = ["--model.image_size=64", "--features=kept", *TINY[2:]]
     with untouched(tmp_path):
         done = run_fit(
-            tmp_path, f"{NETWORK}=none", *options, "--data.batch_size=8", module="cifar_transfer.probe", expect=2
+            tmp_path, f"{NETWORK}=none", *options, "--data.batch_size=8", command="probe", expect=2
         )
-    assert "holds results of another recipe (recipe.json): name another folder with --out" in done.stderr
+    assert (
+        "holds results of another recipe (recipe.json): name another folder with --out"
+        in done.stderr
+    )
     home = tmp_path / "lightning_logs" / "probe" / f"{NETWORK}-from-scratch"
     shutil.copy(home / "recipe.json", tmp_path / "kept.json")
-    (home / "recipe.json").write_text('{"options": ["--model.weights=another/w.pth"]}')  # of the same name
+    (home / "recipe.json").write_text(
+        '{"options": ["--model.weights=another/w.pth"]}'
+    )  # of the same name
     with untouched(tmp_path):
-        done = run_fit(tmp_path, f"{NETWORK}=none", *options, module="cifar_transfer.probe", expect=2)
+        done = run_fit(tmp_path, f"{NETWORK}=none", *options, command="probe", expect=2)
     assert f"{NETWORK}-from-scratch holds results of another recipe" in done.stderr
     shutil.copy(tmp_path / "kept.json", home / "recipe.json")
-    done = run_fit(tmp_path, "shufflenet_v2_x1_0=none", *options, module="cifar_transfer.probe")
+    done = run_fit(tmp_path, "shufflenet_v2_x1_0=none", *options, command="probe")
     lines = (tmp_path / "lightning_logs" / "probe" / "probe.md").read_text().splitlines()
     assert {line.split(",")[0].strip("| ") for line in lines[2:]} == {NETWORK, "shufflenet_v2_x1_0"}
     assert done.stdout.count("best.ckpt") == 2
@@ -320,12 +353,18 @@ def test_two_processes_compute_the_same_features(tmp_path):
         if devices == 2:
             as_precise(tmp_path / "1", tmp_path / "2" / "kept")
         one = [*options, f"--trainer.devices={devices}", f"--out={tmp_path / str(devices)}"]
-        run_fit(tmp_path / str(devices), *one, module="cifar_transfer.probe")
+        run_fit(tmp_path / str(devices), *one, command="probe")
     one, two = files(tmp_path / "1" / "kept"), files(tmp_path / "2" / "kept")
     assert len(one) == 3
     assert one == two
-    results = [json.loads(path.read_text()) for path in sorted(tmp_path.glob(f"*/{NETWORK}-from-scratch/result.json"))]
-    figures = [{name: found for name, found in result.items() if "seconds" not in name} for result in results]
+    results = [
+        json.loads(path.read_text())
+        for path in sorted(tmp_path.glob(f"*/{NETWORK}-from-scratch/result.json"))
+    ]
+    figures = [
+        {name: found for name, found in result.items() if "seconds" not in name}
+        for result in results
+    ]
     assert figures[0] == figures[1]
     assert len(figures) == 2
 
@@ -335,14 +374,26 @@ def test_what_is_for_fit_alone_is_refused(run, tmp_path, option):
     shutil.copytree(run / RUN, tmp_path / "run")
     option = option.replace("RUN", str(tmp_path / "run"))
     with untouched(tmp_path):
-        done = run_fit(tmp_path, f"{NETWORK}=none", option, *TINY[2:], module="cifar_transfer.probe", expect=2)
+        done = run_fit(tmp_path, f"{NETWORK}=none", option, *TINY[2:], command="probe", expect=2)
     assert f"error: {option.partition('=')[0]} is for fit: leave it out." in done.stderr
 
 
 def test_fit_goes_on_from_the_probes_head(probed, tmp_path):
     folder, _ = probed
-    ckpt = folder / "lightning_logs" / "probe" / f"{NETWORK}-from-scratch" / "checkpoints" / "best.ckpt"
-    still = ["--model.lr=1e-30", "--freeze.unfreeze_epoch=0", "--trainer.max_epochs=1", "--model.image_size=64"]
+    ckpt = (
+        folder
+        / "lightning_logs"
+        / "probe"
+        / f"{NETWORK}-from-scratch"
+        / "checkpoints"
+        / "best.ckpt"
+    )
+    still = [
+        "--model.lr=1e-30",
+        "--freeze.unfreeze_epoch=0",
+        "--trainer.max_epochs=1",
+        "--model.image_size=64",
+    ]
     run_fit(tmp_path, *TINY, f"--model.weights={ckpt}", *still)
     names = ("network.fc.weight", "network.conv5.0.weight")
     before, after = weights(ckpt), weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
@@ -352,7 +403,7 @@ def test_fit_goes_on_from_the_probes_head(probed, tmp_path):
 
 def test_on_a_terminal_too(tmp_path):
     options = [f"{NETWORK}=none", "squeezenet1_1=none", *TINY[2:], "--features=kept"]
-    written = on_terminal(tmp_path, 80, *options, module="cifar_transfer.probe", expect=1)
+    written = on_terminal(tmp_path, 80, *options, command="probe", expect=1)
     lines = [line for line in re.split(r"[\r\n]+", written) if line.startswith("|")]
     assert len(lines) == 4
     assert max(map(len, lines)) < 80, "no line of the table wraps"
@@ -370,7 +421,9 @@ def test_features_beyond_half_precision_are_refused(drawn):
 def test_a_network_that_does_more_with_its_logits_is_refused(tmp_path):
     found, extractor = extract(tmp_path)
     head = heads.Linear(torch.randn(10, found["val"].views[0].shape[1]), torch.randn(10))
-    extractor.classifier.network.fc.register_forward_hook(lambda module, inputs, logits: logits.relu())
+    extractor.classifier.network.fc.register_forward_hook(
+        lambda module, inputs, logits: logits.relu()
+    )
     with pytest.raises(UserError, match="does more with its head's logits"):
         extractor.put(head, found["val"])
 
@@ -386,10 +439,16 @@ def test_options_of_training_do_not_cut_or_round_the_features(probed, tmp_path):
     folder, _ = probed
     as_precise(folder, tmp_path / "kept")
     cut = ["--features=kept"]
-    cut += ["--trainer.limit_test_batches=1", "--trainer.fast_dev_run=true", "--trainer.precision=bf16-true"]
-    run_fit(tmp_path, f"{NETWORK}=none", "--model.image_size=64", *TINY[2:], *cut, module="cifar_transfer.probe")
+    cut += [
+        "--trainer.limit_test_batches=1",
+        "--trainer.fast_dev_run=true",
+        "--trainer.precision=bf16-true",
+    ]
+    run_fit(tmp_path, f"{NETWORK}=none", "--model.image_size=64", *TINY[2:], *cut, command="probe")
     figures = [
-        json.loads((each / "lightning_logs/probe" / f"{NETWORK}-from-scratch" / "result.json").read_text())
+        json.loads(
+            (each / "lightning_logs/probe" / f"{NETWORK}-from-scratch" / "result.json").read_text()
+        )
         for each in (folder, tmp_path)
     ]
     timed = ("feature_seconds", "head_seconds", "bfloat16")
@@ -402,7 +461,10 @@ def test_options_of_training_do_not_cut_or_round_the_features(probed, tmp_path):
     ("options", "match"),
     [
         (["--features=FILE"], "error: --features .* cannot be made a folder"),
-        (["--out=FILE"], "error: .* cannot be written, because .* is no folder: name another place with --out=FOLDER"),
+        (
+            ["--out=FILE"],
+            "error: .* cannot be written, because .* is no folder: name another place with --out=FOLDER",
+        ),
         (["--limit_gb=nan"], "error: --limit_gb is nan: take a positive number"),
         ([f"{NETWORK}=none"], "error: Two of the backbones have one name"),
     ],
@@ -410,16 +472,23 @@ def test_options_of_training_do_not_cut_or_round_the_features(probed, tmp_path):
 def test_what_would_lose_the_features_is_refused_before(tmp_path, options, match):
     (tmp_path / "file").touch()
     options = [option.replace("FILE", str(tmp_path / "file")) for option in options]
-    done = run_fit(tmp_path, f"{NETWORK}=none", *options, *TINY[2:], module="cifar_transfer.probe", expect=2)
+    done = run_fit(tmp_path, f"{NETWORK}=none", *options, *TINY[2:], command="probe", expect=2)
     assert re.search(match, done.stderr), done.stderr
     assert "Traceback" not in done.stderr
 
 
 def heads_of(folder, monkeypatch, state, *options):
     """A run of `freeze.probe`, from these weights but for the head, that learns nothing."""
-    torch.save({k: v for k, v in state.items() if not k.startswith("network.fc.")}, folder / "backbone.pth")
+    torch.save(
+        {k: v for k, v in state.items() if not k.startswith("network.fc.")}, folder / "backbone.pth"
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    still = ["--model.image_size=64", "--freeze.unfrozen_lr=1e-30", "--trainer.max_epochs=1", "--freeze.probe=true"]
+    still = [
+        "--model.image_size=64",
+        "--freeze.unfrozen_lr=1e-30",
+        "--trainer.max_epochs=1",
+        "--freeze.probe=true",
+    ]
     still += ["--model.weights=backbone.pth"]
     return run_fit(folder, *TINY, *still, *options)
 
@@ -437,7 +506,14 @@ def heads_of(folder, monkeypatch, state, *options):
 def test_a_fit_may_begin_with_the_probes_head(probed, tmp_path, monkeypatch, options, said):
     as_precise(probed[0], tmp_path / "cache" / "cifar_transfer" / "features")
     folder, _ = probed
-    best = weights(folder / "lightning_logs" / "probe" / f"{NETWORK}-from-scratch" / "checkpoints" / "best.ckpt")
+    best = weights(
+        folder
+        / "lightning_logs"
+        / "probe"
+        / f"{NETWORK}-from-scratch"
+        / "checkpoints"
+        / "best.ckpt"
+    )
     done = heads_of(tmp_path, monkeypatch, best, *options)
     assert said in done.stdout
     fitted = weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
@@ -459,7 +535,10 @@ def test_a_resumed_fit_keeps_its_head(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (["--freeze.phases=gradual"], "error: --freeze.probe=true is in place of the frozen epochs"),
+        (
+            ["--freeze.phases=gradual"],
+            "error: --freeze.probe=true is in place of the frozen epochs",
+        ),
         (["--trainer.precision=bf16-true"], "error: .*probe=true needs a network in 32 bits"),
         ([], "error: .*probe=true needs a backbone that has learned something, not .*weights=none"),
     ],

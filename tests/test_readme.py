@@ -15,10 +15,10 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 
 import cifar_transfer
-from cifar_transfer import start
+from cifar_transfer.cli import start
+from cifar_transfer.cli.fit_cli import FitCLI
+from cifar_transfer.commands.export import export
 from cifar_transfer.data.cifar import CLASSES
-from cifar_transfer.export import export
-from cifar_transfer.training.cli import FitCLI
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -111,7 +111,9 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", sorted({shlex.join(words) for path in DOCUMENTS for words in commands(path)}))
+@pytest.mark.parametrize(
+    "command", sorted({shlex.join(words) for path in DOCUMENTS for words in commands(path)})
+)
 def test_a_command_is_one_with_such_options(command, place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.syspath_prepend(place)
@@ -130,7 +132,9 @@ def test_every_option_exists():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_extra_exists(document):
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     assert {*re.findall(r"pip install '\.\[(\w+)\]'", document.read_text())} <= {*extras}
 
 
@@ -143,12 +147,17 @@ def test_every_link_leads_somewhere():
             assert path.exists(), f"{document.name}: {target}"
             if part:
                 headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
-                slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+                slugs = [
+                    re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+                    for heading in headings
+                ]
                 assert part in slugs, f"{document.name}: {target}#{part}"
 
 
 def test_every_file_of_the_package_has_its_place_in_the_table():
-    named = re.findall(r"`(\w+\.py)`", (ROOT / "docs/house.md").read_text().partition("Beside the package")[0])
+    named = re.findall(
+        r"`(\w+\.py)`", (ROOT / "docs/house.md").read_text().partition("Beside the package")[0]
+    )
     files = {path.name for path in (ROOT / "cifar_transfer").rglob("*.py")} - {"__init__.py"}
     assert {*named} == files
 
@@ -163,8 +172,15 @@ def test_both_languages_of_the_readme_say_the_same():
     def facts(path):
         """The headings' levels, the measured figures, and where links lead to."""
         text = path.read_text().replace(".zh-CN", "")
-        levels = [len(level) for level in re.findall(r"^(#+) ", re.sub(r"(?s)```.*?```", "", text), re.MULTILINE)]
-        return levels, sorted(re.findall(r"\d+\.\d+|\d\d+", text)), sorted(re.findall(r"\]\((.*?)\)|src=(\S+)", text))
+        levels = [
+            len(level)
+            for level in re.findall(r"^(#+) ", re.sub(r"(?s)```.*?```", "", text), re.MULTILINE)
+        ]
+        return (
+            levels,
+            sorted(re.findall(r"\d+\.\d+|\d\d+", text)),
+            sorted(re.findall(r"\]\((.*?)\)|src=(\S+)", text)),
+        )
 
     assert code(english) == code(chinese)
     assert facts(english) == facts(chinese)
@@ -201,7 +217,11 @@ def test_the_python_examples_of_the_readme_run(tmp_path, monkeypatch):
     write_images(tmp_path / "data/test", 1, classes=CLASSES)
     Image.new("RGB", (40, 30)).save("photo.jpg")
     names = {}
-    small = {'"resnet18"': '"squeezenet1_1", "none"', 'weights="DEFAULT"': "weights=None", "epochs=40": "epochs=2"}
+    small = {
+        '"resnet18"': '"squeezenet1_1", "none"',
+        'weights="DEFAULT"': "weights=None",
+        "epochs=40": "epochs=2",
+    }
     for given, instead in (small | {"unfreeze_epoch=5": "unfreeze_epoch=1"}).items():
         assert given in train + own
         train, own = train.replace(given, instead), own.replace(given, instead)
@@ -232,7 +252,9 @@ def test_the_python_examples_of_exports_give_what_predict_gives(tmp_path, monkey
     pytest.importorskip("onnxruntime", reason="onnxruntime is an optional extra")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    model = cifar_transfer.TransferClassifier("squeezenet1_1", "none", class_names=["cat", "dog", "猫"])
+    model = cifar_transfer.TransferClassifier(
+        "squeezenet1_1", "none", class_names=["cat", "dog", "猫"]
+    )
     model.network.classifier[1].weight.data.uniform_(0, 2)  # it ends with a ReLU
     model.geometry = replace(model.geometry, size=(32, 48))
     trainer = quiet_trainer()

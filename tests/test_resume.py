@@ -13,7 +13,12 @@ from conftest import TINY, assert_same_weights, curves, once, run_fit, weights
 
 from cifar_transfer import TransferClassifier
 
-JOB = [*TINY, "--trainer.max_epochs=4", "--freeze.unfreeze_epoch=2", "--trainer.log_every_n_steps=1"]
+JOB = [
+    *TINY,
+    "--trainer.max_epochs=4",
+    "--freeze.unfreeze_epoch=2",
+    "--trainer.log_every_n_steps=1",
+]
 RUN = "lightning_logs/version_0"
 LAST = f"{RUN}/checkpoints/last.ckpt"
 
@@ -34,7 +39,10 @@ def test_interrupted_within_an_epoch_continues_from_that_step(tmp_path, undistur
         process.send_signal(signal.SIGINT)
         said = process.stdout.read()
     assert process.returncode == 130, said
-    assert "Stopped. Continue with: python -m cifar_transfer.fit --resume lightning_logs/version_0" in said
+    assert (
+        "Stopped. Continue with: python -m cifar_transfer.fit --resume lightning_logs/version_0"
+        in said
+    )
     assert "Traceback" not in said
     stopped = torch.load(tmp_path / LAST, weights_only=True)
     assert stopped["epoch"] == 2
@@ -46,7 +54,9 @@ def test_interrupted_within_an_epoch_continues_from_that_step(tmp_path, undistur
     resumed, whole = curves(tmp_path / RUN), curves(undisturbed / RUN)
     assert resumed["train/loss"] == whole["train/loss"], "every image once"
     assert resumed["val/loss"] == whole["val/loss"]
-    assert (tmp_path / RUN / "metrics.csv").read_text() == (undisturbed / RUN / "metrics.csv").read_text()
+    assert (tmp_path / RUN / "metrics.csv").read_text() == (
+        undisturbed / RUN / "metrics.csv"
+    ).read_text()
 
 
 @pytest.mark.whole
@@ -55,18 +65,28 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path, 
     assert_same_weights(tmp_path / LAST, undisturbed / LAST)
     run_fit(tmp_path, *JOB, "--seed_everything=1", "--trainer.max_epochs=1")
     other = weights(tmp_path / LAST.replace("version_0", "version_1"))
-    assert (other["network.conv1.0.weight"] != weights(undisturbed / LAST)["network.conv1.0.weight"]).any()
+    assert (
+        other["network.conv1.0.weight"] != weights(undisturbed / LAST)["network.conv1.0.weight"]
+    ).any()
 
 
 def test_an_override_that_the_checkpoint_would_undo_is_refused(tmp_path, undisturbed):
     shutil.copytree(undisturbed / "lightning_logs", tmp_path / "lightning_logs")
-    before = sorted((path.name, path.stat().st_size) for path in (tmp_path / "lightning_logs" / "version_0").rglob("*"))
+    before = sorted(
+        (path.name, path.stat().st_size)
+        for path in (tmp_path / "lightning_logs" / "version_0").rglob("*")
+    )
     run = "--resume=lightning_logs/version_0"
     done = run_fit(tmp_path, run, "--trainer.max_epochs=5", "--model.lr=0.5", expect=2)
     assert "model.lr=0.5 would be undone" in done.stderr
     assert "Traceback" not in done.stderr
-    after = sorted((path.name, path.stat().st_size) for path in (tmp_path / "lightning_logs" / "version_0").rglob("*"))
-    assert [row for row in after if row[0].endswith(".ckpt")] == [row for row in before if row[0].endswith(".ckpt")]
+    after = sorted(
+        (path.name, path.stat().st_size)
+        for path in (tmp_path / "lightning_logs" / "version_0").rglob("*")
+    )
+    assert [row for row in after if row[0].endswith(".ckpt")] == [
+        row for row in before if row[0].endswith(".ckpt")
+    ]
     # What the checkpoint does not fix may change: more epochs.
     run_fit(tmp_path, run, "--trainer.max_epochs=5")
     assert [step for step, _ in curves(tmp_path / RUN)["val/acc"]] == [1, 2, 3, 4, 5]

@@ -12,14 +12,24 @@ import yaml
 from conftest import curves, run_fit, untouched, write_images
 from lightning.pytorch.callbacks import Callback
 
-from cifar_transfer.errors import UserError
-from cifar_transfer.fit import fit
-from cifar_transfer.training.cli import FitCLI
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.cli.fit_cli import FitCLI
+from cifar_transfer.commands.fit import fit
 from cifar_transfer.training.resume import compare
 
 SMALL = [
-    *("--model.backbone=lenet5", "--model.weights=none", "--data=ShapesDataModule", "--trainer.accelerator=cpu"),
-    *("--data.train_images=100", "--data.test_images=30", "--data.batch_size=20", "--report.figures=false"),
+    *(
+        "--model.backbone=lenet5",
+        "--model.weights=none",
+        "--data=ShapesDataModule",
+        "--trainer.accelerator=cpu",
+    ),
+    *(
+        "--data.train_images=100",
+        "--data.test_images=30",
+        "--data.batch_size=20",
+        "--report.figures=false",
+    ),
     *("--freeze.unfreeze_epoch=0", "--trainer.enable_model_summary=false"),
 ]
 COMMAND = [sys.executable, "-m", "cifar_transfer.fit"]
@@ -53,7 +63,10 @@ def again(finished, tmp_path):
         (["--model.lr=-1"], "lr is -1"),
         (["--data=ImageFolderDataModule", "--data.root=nowhere"], "is missing"),
         (["--model.image_size=8"], "cannot take images of 8 pixels"),
-        (["--freeze.unfreeze_epoch=1", '--freeze.frozen=["nothing"]'], "No parameter's name begins"),
+        (
+            ["--freeze.unfreeze_epoch=1", '--freeze.frozen=["nothing"]'],
+            "No parameter's name begins",
+        ),
         (["--model.train_sizes=[32, 32]", "--trainer.max_epochs=-1"], "set --trainer.max_epochs"),
         (["--ckpt_path=nowhere.ckpt"], "does not exist"),
         (["--trainer.default_root_dir=/dev/null/runs"], "cannot be written"),
@@ -67,7 +80,9 @@ def test_a_refused_start_leaves_nothing_and_the_first_run_is_version_0(tmp_path,
 def test_the_first_accepted_run_is_version_0(tmp_path):
     with pytest.raises(UserError, match="8 pixels"):
         fit([*SMALL, "--model.image_size=8"])
-    assert fit([*SMALL, "--trainer.max_epochs=1"]).best == Path("lightning_logs/version_0/checkpoints/best.ckpt")
+    assert fit([*SMALL, "--trainer.max_epochs=1"]).best == Path(
+        "lightning_logs/version_0/checkpoints/best.ckpt"
+    )
     assert os.listdir("lightning_logs") == ["version_0"]
 
 
@@ -109,7 +124,9 @@ def test_a_run_belongs_to_one_process(tmp_path, again):
     """Until that process is gone, however it ends."""
     resume = f"--resume={again}"
     more = [resume, "--trainer.max_epochs=100000"]
-    with subprocess.Popen([*COMMAND, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as owner:
+    with subprocess.Popen(
+        [*COMMAND, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as owner:
         try:
             assert any(line.strip().startswith("3/") for line in owner.stdout)
             owner.send_signal(signal.SIGSTOP)  # so that it writes nothing while others are refused
@@ -131,11 +148,20 @@ def test_a_run_belongs_to_one_process(tmp_path, again):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--seed_everything=1", "--data.val_fraction=0.5"], "would make validation images of images"),
-        (["--data.val_fraction=0.5"], r"data.val_fraction=0.5 would make validation images .* written with 0.1"),
+        (
+            ["--seed_everything=1", "--data.val_fraction=0.5"],
+            "would make validation images of images",
+        ),
+        (
+            ["--data.val_fraction=0.5"],
+            r"data.val_fraction=0.5 would make validation images .* written with 0.1",
+        ),
         (["--seed_everything=1"], "seed_everything=1 would make validation images"),
         (["--data.train_images=120"], "data.train_images=120 would make"),
-        (["--model.lr=0.5"], "model.lr=0.5 would be undone by the checkpoint, which was written with 0.001"),
+        (
+            ["--model.lr=0.5"],
+            "model.lr=0.5 would be undone by the checkpoint, which was written with 0.001",
+        ),
         (
             ["--freeze.unfreeze_epoch=3"],
             "freeze.unfreeze_epoch=3 would have no effect, because parameters are unfrozen",
@@ -151,8 +177,18 @@ def test_a_change_that_would_spoil_the_run_is_refused(tmp_path, again, way, opti
 
 def test_a_resume_is_refused_before_anything_is_decoded(tmp_path):
     write_images(tmp_path / "photos" / "train", 12)
-    options = ["--model.backbone=lenet5", "--model.weights=none", "--data=ImageFolderDataModule", "--data.root=photos"]
-    options += ["--data.batch_size=8", "--report.figures=false", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
+    options = [
+        "--model.backbone=lenet5",
+        "--model.weights=none",
+        "--data=ImageFolderDataModule",
+        "--data.root=photos",
+    ]
+    options += [
+        "--data.batch_size=8",
+        "--report.figures=false",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_epochs=1",
+    ]
     run = fit(options).best.parents[1]
     shutil.rmtree(tmp_path / "photos" / ".cifar_transfer")
     for change in ("--model.lr=0.5", "--data.val_fraction=0.5"):
@@ -161,7 +197,12 @@ def test_a_resume_is_refused_before_anything_is_decoded(tmp_path):
 
 
 def test_other_changes_are_said_with_their_effect(again, caplog):
-    changes = ["--trainer.max_epochs=3", "--data.batch_size=30", "--data.eval_batch_size=10", "--data.augment.flip=0"]
+    changes = [
+        "--trainer.max_epochs=3",
+        "--data.batch_size=30",
+        "--data.eval_batch_size=10",
+        "--data.augment.flip=0",
+    ]
     fit([f"--resume={again}", *changes])
     said = [line for line in caplog.messages if " is changed from " in line]
     assert said == [
@@ -172,7 +213,10 @@ def test_other_changes_are_said_with_their_effect(again, caplog):
 
 
 def test_within_an_epoch_neither_the_batches_nor_the_processes_change():
-    for name, effect in (("data.batch_size", "another number of steps"), ("processes", "another number of images")):
+    for name, effect in (
+        ("data.batch_size", "another number of steps"),
+        ("processes", "another number of images"),
+    ):
         with pytest.raises(UserError, match=f"{name}=4 would skip images of the epoch"):
             compare({name: 2}, {name: 4}, within_epoch=True, unfrozen=False)
         (change,) = compare({name: 2}, {name: 4}, within_epoch=False, unfrozen=False)
@@ -190,7 +234,14 @@ def test_a_run_without_a_lock_gets_one_only_when_it_is_accepted(again):
 @pytest.fixture
 def job(monkeypatch):
     """The environment of a SLURM job of one task."""
-    names = {"JOB_ID": "47", "JOB_NAME": "sweep", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    names = {
+        "JOB_ID": "47",
+        "JOB_NAME": "sweep",
+        "NTASKS": "1",
+        "PROCID": "0",
+        "LOCALID": "0",
+        "NODEID": "0",
+    }
     for name, value in names.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("PATH", "/nowhere")  # neither srun nor scontrol
@@ -200,12 +251,16 @@ def test_two_fits_in_one_slurm_job_are_two_runs_and_each_continues_its_own(job, 
     logs = Path("lightning_logs")
     (logs / "slurm_470").mkdir(parents=True)  # of another job
     rates = [[*SMALL, f"--model.lr={lr}"] for lr in (0.001, 0.002)]
-    folders = [fit([*options, "--trainer.max_epochs=1"]).best.parents[1] for options in (*rates, rates[0])]
+    folders = [
+        fit([*options, "--trainer.max_epochs=1"]).best.parents[1] for options in (*rates, rates[0])
+    ]
     assert folders == [logs / name for name in ("slurm_47", "slurm_47_1", "slurm_47_2")]
     for unfinished in (logs / "slurm_47_1", logs / "slurm_47_2"):
         (unfinished / "result.json").unlink()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    folders = [fit([*options, "--trainer.max_epochs=1"]).best.parents[1] for options in (*rates, rates[0])]
+    folders = [
+        fit([*options, "--trainer.max_epochs=1"]).best.parents[1] for options in (*rates, rates[0])
+    ]
     assert folders == [logs / name for name in ("slurm_47_2", "slurm_47_1", "slurm_47")]
     assert [len(curves(run)["val/acc"]) for run in folders] == [1, 1, 1], "nothing is trained again"
     other = fit([*SMALL, "--model.lr=0.003", "--trainer.max_epochs=1"]).best.parents[1]

@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import SWALR
 
 from cifar_transfer import BackboneFreeze, Phase
-from cifar_transfer.errors import UserError
+from cifar_transfer.base.errors import UserError
 
 SCHEDULES = {
     "LambdaLR": lambda o: schedules.LambdaLR(o, lambda step: 1 - step / 40),
@@ -38,17 +38,27 @@ SCHEDULES = {
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_of_torch_keeps_its_curve_and_leads_to_the_phases_rate(name):
     def groups(module):
-        parts = [{"params": module.backbone.parameters()}, {"params": module.head.parameters(), "name": "head"}]
+        parts = [
+            {"params": module.backbone.parameters()},
+            {"params": module.head.parameters(), "name": "head"},
+        ]
         return SGD(parts, 0.01, momentum=0.9)
 
     seed_everything(0)
-    whole, plan = Net(optimizer=groups, schedule=SCHEDULES[name]), [Phase(["head"]), Phase(["backbone"], 1, lr=1e-4)]
+    whole, plan = (
+        Net(optimizer=groups, schedule=SCHEDULES[name]),
+        [Phase(["head"]), Phase(["backbone"], 1, lr=1e-4)],
+    )
     plain = fit(copy.deepcopy(whole), BackboneFreeze(0), 4)
-    watch = fit(copy.deepcopy(whole), BackboneFreeze(phases=[*plan, Phase(["all"], 2, factor=0.5)]), 4)
+    watch = fit(
+        copy.deepcopy(whole), BackboneFreeze(phases=[*plan, Phase(["all"], 2, factor=0.5)]), 4
+    )
     for step, (rates, before) in enumerate(zip(watch.rates, plain.rates, strict=True)):
         share = (1, 0.01, 0.005, 0.005, 0.005)[step // STEPS]
         assert rates == pytest.approx([before[0] * share, before[1]], rel=1e-9), step
-    assert max(before[0] for before in plain.rates) <= 0.01 * (1 + 1e-9), "which is where it leads up to"
+    assert max(before[0] for before in plain.rates) <= 0.01 * (1 + 1e-9), (
+        "which is where it leads up to"
+    )
 
 
 def test_a_plateau_takes_the_rate_and_starts_afresh():
@@ -63,7 +73,10 @@ def test_a_plateau_takes_the_rate_and_starts_afresh():
 
         def configure_optimizers(self):
             made = self.make(self)
-            return {"optimizer": made, "lr_scheduler": {"scheduler": plateau(made), "monitor": "loss"}}
+            return {
+                "optimizer": made,
+                "lr_scheduler": {"scheduler": plateau(made), "monitor": "loss"},
+            }
 
     rates = [rates[0] for rates in fit(Loss(), freeze(2), 4).rates[::STEPS]]
     assert rates == pytest.approx([1e-2, 1e-2, 1e-4, 1e-4, 1e-5])
@@ -90,5 +103,7 @@ def test_schedules_that_would_undo_the_rate_are_refused_by_name():
     with pytest.raises(UserError, match="Others is not of torch"):
         fit(module, freeze())
     fit(module, freeze(unfrozen_lr=None))
-    with pytest.raises(UserError, match=r"CosineAnnealingLR goes to eta_min=0.001, which is above .* 0.0001"):
+    with pytest.raises(
+        UserError, match=r"CosineAnnealingLR goes to eta_min=0.001, which is above .* 0.0001"
+    ):
         fit(Net(schedule=lambda o: schedules.CosineAnnealingLR(o, 20, eta_min=1e-3)), freeze())

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from conftest import RUN, assert_same_weights, curves, quiet_trainer
 
 from cifar_transfer import Classifier, ShapesDataModule, TransferClassifier
-from cifar_transfer.evaluate import evaluate
-from cifar_transfer.fit import fit
-from cifar_transfer.training.checkpoint import read_checkpoint
+from cifar_transfer.commands.evaluate import evaluate
+from cifar_transfer.commands.fit import fit
+from cifar_transfer.training.checkpoint_file import read_checkpoint
 from cifar_transfer.training.evaluation import load_data
 
 IMAGES = 184  # of training: six batches, the last one smaller
@@ -42,7 +42,10 @@ def callback(name, **options):
 
 
 NEVER = {
-    "a validation after five of four epochs": ["--trainer.max_epochs=4", "--trainer.check_val_every_n_epoch=5"],
+    "a validation after five of four epochs": [
+        "--trainer.max_epochs=4",
+        "--trainer.check_val_every_n_epoch=5",
+    ],
     "max_steps before a validation": ["--trainer.max_steps=4"],
 }
 CASES = NEVER | {
@@ -57,7 +60,11 @@ CASES = NEVER | {
         callback("EarlyStopping", monitor="val/acc", mode="max", patience=0),
     ],
     "EMA": [*BATCH_NORM, callback("EMAWeightAveraging", decay=0.8)],
-    "EMA, twice an epoch": [*BATCH_NORM, "--trainer.val_check_interval=0.5", callback("EMAWeightAveraging", decay=0.8)],
+    "EMA, twice an epoch": [
+        *BATCH_NORM,
+        "--trainer.val_check_interval=0.5",
+        callback("EMAWeightAveraging", decay=0.8),
+    ],
     "SWA": [*BATCH_NORM, callback("StochasticWeightAveraging", swa_lrs=0.01)],
     "some validation images": ["--trainer.limit_val_batches=2"],
 }
@@ -70,12 +77,19 @@ def predicted(best, split):
     images = data.images[split]
     pixels, labels = images.__getitems__(range(len(images)))
     likeliest = Classifier.load(best, "cpu").predict(list(pixels), top_k=1)
-    right = [names[0][0] == data.class_names[label] for names, label in zip(likeliest, labels, strict=True)]
+    right = [
+        names[0][0] == data.class_names[label]
+        for names, label in zip(likeliest, labels, strict=True)
+    ]
     return sum(right) / len(right)
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.whole] * (case == "EMA, twice an epoch")) for case in CASES]
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.whole] * (case == "EMA, twice an epoch"))
+        for case in CASES
+    ],
 )
 def test_the_scores_of_a_run_are_those_of_its_best_checkpoint(tmp_path, monkeypatch, capsys, case):
     monkeypatch.chdir(tmp_path)
@@ -86,14 +100,27 @@ def test_the_scores_of_a_run_are_those_of_its_best_checkpoint(tmp_path, monkeypa
     for split in ("val", "test"):
         score = result[f"best/{split}_acc"]
         assert score == outcome.scores[f"best/{split}_acc"]
-        assert score == evaluate(str(outcome.best), split, accelerator="cpu", figures=False)[f"{split}/acc"]
+        assert (
+            score
+            == evaluate(str(outcome.best), split, accelerator="cpu", figures=False)[f"{split}/acc"]
+        )
         assert score == pytest.approx(predicted(outcome.best, split), abs=1e-6)
         assert f"{split} accuracy{' ' * (split == 'val')}  {score:.2%}\n" in said
     last = torch.load(Path(RUN, "checkpoints/last.ckpt"), weights_only=True)["callbacks"]
-    (best,) = (state for name, state in last.items() if name.startswith("RunCheckpoint") and "val/acc" in name)
-    assert ("No validation took place" in said) == (case in NEVER) == (best["best_model_score"] is None)
+    (best,) = (
+        state
+        for name, state in last.items()
+        if name.startswith("RunCheckpoint") and "val/acc" in name
+    )
+    assert (
+        ("No validation took place" in said)
+        == (case in NEVER)
+        == (best["best_model_score"] is None)
+    )
     if case not in NEVER and case != "some validation images":
-        assert best["best_model_score"] == result["best/val_acc"], "the weights saved are those validated"
+        assert best["best_model_score"] == result["best/val_acc"], (
+            "the weights saved are those validated"
+        )
 
 
 def test_an_epoch_without_validation_shows_none_and_steps_no_plateau(tmp_path, monkeypatch, capsys):
@@ -103,7 +130,11 @@ def test_an_epoch_without_validation_shows_none_and_steps_no_plateau(tmp_path, m
     assert [line.count("%") for line in lines] == [1, 2, 1]
     assert len({line.index(" s") for line in lines}) == 1, "a column stays where it is"
     logged = curves(RUN)
-    assert [epoch for epoch, _ in logged["val/acc"]] == [epoch for epoch, _ in logged["val/loss"]] == [2]
+    assert (
+        [epoch for epoch, _ in logged["val/acc"]]
+        == [epoch for epoch, _ in logged["val/loss"]]
+        == [2]
+    )
     assert [epoch for epoch, _ in logged["train/acc"]] == [1, 2, 3]
     last = torch.load(Path(RUN, "checkpoints/last.ckpt"), weights_only=True)
     assert last["lr_schedulers"][0]["last_epoch"] == 1, "one validation, one step"
@@ -133,7 +164,9 @@ def state(run):
     last = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     result = json.loads((run / "result.json").read_text())
     images = last["callbacks"]["Report"]["epoch"]["images"]
-    logged = {tag: sorted(points) for tag, points in curves(run).items()}  # of event files of the same second
+    logged = {
+        tag: sorted(points) for tag, points in curves(run).items()
+    }  # of event files of the same second
     return logged, result["best/val_acc"], result["best/test_acc"], images, last["lr_schedulers"]
 
 
@@ -149,14 +182,18 @@ INTERVALS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", INTERVALS)
-def test_an_epoch_that_is_stopped_and_resumed_is_that_of_a_run_never_stopped(tmp_path, monkeypatch, steps, case):
+def test_an_epoch_that_is_stopped_and_resumed_is_that_of_a_run_never_stopped(
+    tmp_path, monkeypatch, steps, case
+):
     whole = tmp_path / "whole"
     whole.mkdir()
     monkeypatch.chdir(whole)
     fit([*JOB, *INTERVALS[case]])
     expected = state(whole / RUN)
     batches = list(steps)
-    assert [step[:2] for step in batches] == [(epoch, batch) for epoch in (0, 1) for batch in range(6)]
+    assert [step[:2] for step in batches] == [
+        (epoch, batch) for epoch in (0, 1) for batch in range(6)
+    ]
     assert expected[3] == IMAGES
     # Lightning counts an empty epoch when max_steps=6 ended a run with its epoch and max_steps continues it.
     for stop in (2, 3, 4, 11) if "more" in case else (2, 3, 4, 6, 11):
@@ -176,9 +213,14 @@ def test_an_epoch_that_is_stopped_and_resumed_is_that_of_a_run_never_stopped(tmp
         assert list(steps) == batches
         now = state(folder / RUN)
         if "max_steps" in case:  # its first end was tested too
-            now[0]["test/acc"], now[0]["test/loss"] = now[0]["test/acc"][-1:], now[0]["test/loss"][-1:]
+            now[0]["test/acc"], now[0]["test/loss"] = (
+                now[0]["test/acc"][-1:],
+                now[0]["test/loss"][-1:],
+            )
         assert now == expected
-        assert_same_weights(folder / RUN / "checkpoints/last.ckpt", whole / RUN / "checkpoints/last.ckpt")
+        assert_same_weights(
+            folder / RUN / "checkpoints/last.ckpt", whole / RUN / "checkpoints/last.ckpt"
+        )
 
 
 def test_a_mean_loss_is_that_of_all_images_however_they_are_batched(tmp_path):
@@ -186,7 +228,9 @@ def test_a_mean_loss_is_that_of_all_images_however_they_are_batched(tmp_path):
     data = ShapesDataModule(train_images=61, test_images=13, eval_batch_size=6)
     model = TransferClassifier("lenet5", "none", class_names=data.class_names)
     with torch.no_grad():
-        model.network.get_submodule(model.heads[0]).weight.mul_(50)  # so that images differ in their loss
+        model.network.get_submodule(model.heads[0]).weight.mul_(
+            50
+        )  # so that images differ in their loss
     trainer = quiet_trainer(default_root_dir=tmp_path, accelerator="cpu")
     trainer.validate(model, data, verbose=False)
     found = {name: float(score) for name, score in trainer.callback_metrics.items()}
@@ -198,7 +242,13 @@ def test_a_mean_loss_is_that_of_all_images_however_they_are_batched(tmp_path):
         if split != "train":
             assert found[f"{split}/loss"] == pytest.approx(float(losses.mean()), rel=1e-4)
             batches = torch.stack([batch.mean() for batch in losses.split(6)])
-            assert float(batches.mean()) != pytest.approx(float(losses.mean()), rel=1e-3), "this shows nothing"
+            assert float(batches.mean()) != pytest.approx(float(losses.mean()), rel=1e-3), (
+                "this shows nothing"
+            )
     for loss, count in ((1.0, 5), (4.0, 1)):
-        model.count(torch.tensor(loss), torch.zeros(count, data.num_classes), torch.zeros(count, dtype=torch.long))
+        model.count(
+            torch.tensor(loss),
+            torch.zeros(count, data.num_classes),
+            torch.zeros(count, dtype=torch.long),
+        )
     assert float(model.train_loss.compute()) == pytest.approx(9 / 6)

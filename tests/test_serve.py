@@ -26,9 +26,9 @@ from test_bad_images import encoded, png_of
 from torch import nn
 
 from cifar_transfer import Classifier, TransferClassifier
-from cifar_transfer.errors import UserError
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.commands.serve import main
 from cifar_transfer.inference import page
-from cifar_transfer.serve import main
 
 NAMES = ["<img src=x onerror=alert(1)>red", "蓝色", "green"]
 SEND = {"Content-Type": page.KIND}
@@ -37,10 +37,14 @@ SEND = {"Content-Type": page.KIND}
 @pytest.fixture(scope="module")
 def classifier():
     """A network that counts red, blue and green pixels."""
-    model = TransferClassifier("lenet5", "none", class_names=NAMES, normalize=[[0.0] * 3, [1.0] * 3]).eval()
+    model = TransferClassifier(
+        "lenet5", "none", class_names=NAMES, normalize=[[0.0] * 3, [1.0] * 3]
+    ).eval()
     colour = nn.Conv2d(3, 3, 1, bias=False)
     colour.weight.data = torch.tensor([[4.0, -2, -2], [-2, -2, 4], [-2, 4, -2]])[..., None, None]
-    model.network = nn.Sequential(colour, nn.ReLU(), nn.AvgPool2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model.network = nn.Sequential(
+        colour, nn.ReLU(), nn.AvgPool2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
     model.geometry = replace(model.geometry, size=(32, 48))
     return Classifier(model, "cpu")
 
@@ -91,7 +95,9 @@ IMAGES = {
     "turned.jpg": turned(),
     "cmyk.jpg": encoded(red().convert("CMYK"), "JPEG"),
     "grey.tif": encoded(red().convert("I;16"), "TIFF"),
-    "animated.gif": encoded(red(), "GIF", save_all=True, append_images=[red().transpose(Image.Transpose.ROTATE_90)]),
+    "animated.gif": encoded(
+        red(), "GIF", save_all=True, append_images=[red().transpose(Image.Transpose.ROTATE_90)]
+    ),
 }
 
 
@@ -107,7 +113,10 @@ def test_the_answer_is_that_of_predict_for_the_file(server, classifier, tmp_path
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", r"The file cannot be decoded as an image \(Pillow knows no such image\): take another one\."),
+        (
+            b"",
+            r"The file cannot be decoded as an image \(Pillow knows no such image\): take another one\.",
+        ),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", ".*Pillow knows no such image"),
         (IMAGES["png"][:-60], "The file cannot be decoded"),
         (png_of(100_000, 100_000), "The file has more than 100 million pixels: make it smaller"),
@@ -144,7 +153,9 @@ def test_what_is_no_image_gets_a_sentence(server, content, sentence):
         ("POST", "/predict", {**SEND, "Transfer-Encoding": "chunked"}, 411),
     ],
 )
-def test_requests_of_others_and_without_bounds_are_refused_before_they_are_read(server, method, path, headers, status):
+def test_requests_of_others_and_without_bounds_are_refused_before_they_are_read(
+    server, method, path, headers, status
+):
     """Nothing is sent after the headers, so that an answer means that nothing more was waited for."""
     with socket.create_connection(server.server_address, 30) as connection:
         lines = [f"{name}: {value}" for name, value in ({"Host": "127.0.0.1"} | headers).items()]
@@ -162,8 +173,19 @@ def test_a_page_of_this_server_may_ask_it(server):
 
 def test_an_open_server_takes_any_name_but_no_other_origin(classifier, tmp_path):
     with serving(classifier, tmp_path / "run/checkpoints/best.ckpt", "0.0.0.0") as server:
-        assert ask(server, "GET", "/about", headers={"Host": "gpu7:80", "Origin": "http://gpu7:80"})[0] == 200
-        assert ask(server, "GET", "/about", headers={"Host": "gpu7:80", "Origin": "http://evil.example"})[0] == 403
+        assert (
+            ask(server, "GET", "/about", headers={"Host": "gpu7:80", "Origin": "http://gpu7:80"})[0]
+            == 200
+        )
+        assert (
+            ask(
+                server,
+                "GET",
+                "/about",
+                headers={"Host": "gpu7:80", "Origin": "http://evil.example"},
+            )[0]
+            == 403
+        )
 
 
 def test_nothing_but_the_pages_own_script_and_style_is_allowed(server):
@@ -172,7 +194,10 @@ def test_nothing_but_the_pages_own_script_and_style_is_allowed(server):
     assert rules["default-src"] == rules["frame-ancestors"] == "'none'"
     for tag in ("script", "style"):
         inline = content.split(f"<{tag}>".encode())[1].split(f"</{tag}>".encode())[0]
-        assert rules[f"{tag}-src"] == f"'sha256-{base64.b64encode(hashlib.sha256(inline).digest()).decode()}'"
+        assert (
+            rules[f"{tag}-src"]
+            == f"'sha256-{base64.b64encode(hashlib.sha256(inline).digest()).decode()}'"
+        )
     assert not any(word in content for word in (b"http:", b"https:", b"innerHTML"))
 
 
@@ -205,17 +230,23 @@ def test_slow_clients_do_not_hold_others_up_and_are_cut_off(server, monkeypatch)
 
 def test_an_address_that_cannot_be_listened_at_is_a_sentence(server, classifier, tmp_path):
     taken = server.server_address[1]
-    with pytest.raises(UserError, match=f"cannot be at port {taken} of 127.0.0.1 .* name another --port, or 0"):
+    with pytest.raises(
+        UserError, match=f"cannot be at port {taken} of 127.0.0.1 .* name another --port, or 0"
+    ):
         page.Page(tmp_path, classifier, "127.0.0.1", taken)
     with pytest.raises(UserError, match="as --host a name or address of this machine"):
         page.Page(tmp_path, classifier, "nowhere.invalid", 0)
     with pytest.raises(UserError, match="port is 70000: take 0 to 65535"):
         main(["--port=70000"])
-    with pytest.raises(UserError, match=r"cannot be at port 0 of a{64}.example \(no name\): name another --port"):
+    with pytest.raises(
+        UserError, match=r"cannot be at port 0 of a{64}.example \(no name\): name another --port"
+    ):
         page.Page(tmp_path, classifier, f"{'a' * 64}.example", 0)
 
 
-def test_the_command_takes_the_newest_run_and_its_images_and_ctrl_c_ends_it(run, monkeypatch, capfd):
+def test_the_command_takes_the_newest_run_and_its_images_and_ctrl_c_ends_it(
+    run, monkeypatch, capfd
+):
     said, about = io.StringIO(), {}
 
     def visit():
@@ -228,7 +259,9 @@ def test_the_command_takes_the_newest_run_and_its_images_and_ctrl_c_ends_it(run,
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.chdir(run)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # what runs in the background ignores it
     try:
         with redirect_stdout(said):
             threading.Thread(target=visit).start()
@@ -252,8 +285,14 @@ DROP = """([name, content]) => {
 
 @pytest.fixture(scope="module")
 def chromium():
-    library = pytest.importorskip("playwright.sync_api", reason="playwright, which drives Chromium, is not installed")
-    if not (path := shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")):
+    library = pytest.importorskip(
+        "playwright.sync_api", reason="playwright, which drives Chromium, is not installed"
+    )
+    if not (
+        path := shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    ):
         pytest.skip("no Chromium is at hand")
     with library.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
@@ -261,7 +300,9 @@ def chromium():
         browser.close()
 
 
-def test_a_browser_shows_the_class_of_a_dropped_image_and_a_sentence_for_a_broken_one(chromium, server, monkeypatch):
+def test_a_browser_shows_the_class_of_a_dropped_image_and_a_sentence_for_a_broken_one(
+    chromium, server, monkeypatch
+):
     shown, addresses, faults = chromium.new_page(), [], []
     shown.on("request", lambda request: addresses.append(request.url))
     shown.on("pageerror", lambda fault: faults.append(str(fault)))
@@ -271,15 +312,24 @@ def test_a_browser_shows_the_class_of_a_dropped_image_and_a_sentence_for_a_broke
         shown.evaluate(DROP, [name, base64.b64encode(content).decode()])
         shown.wait_for_selector("body:not(.busy)")
         parts = ("name", "error", "classes", "none")
-        return {part: shown.inner_text(f"#{part}") for part in parts if shown.is_visible(f"#{part}")}
+        return {
+            part: shown.inner_text(f"#{part}") for part in parts if shown.is_visible(f"#{part}")
+        }
 
     shown.goto(server.url)
     first = drop("<b>car</b>.png", IMAGES["png"])
     assert first["name"] == "<b>car</b>.png"
     assert first["classes"].startswith(NAMES[0]), "as text"
     assert first.keys() == {"name", "classes"}
-    assert shown.evaluate("document.querySelector('#classes div div').getBoundingClientRect().width") > 20
-    assert shown.evaluate("[seen.naturalWidth, seen.naturalHeight, heat.naturalWidth]") == [48, 32, 48]
+    assert (
+        shown.evaluate("document.querySelector('#classes div div').getBoundingClientRect().width")
+        > 20
+    )
+    assert shown.evaluate("[seen.naturalWidth, seen.naturalHeight, heat.naturalWidth]") == [
+        48,
+        32,
+        48,
+    ]
     broken = drop("broken.png", IMAGES["png"][:-60])
     assert broken.keys() == {"name", "error"}
     assert broken["error"].startswith("The file cannot be decoded as an image")

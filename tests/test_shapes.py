@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.shapes import TASKS, draw
-from cifar_transfer.errors import UserError
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -42,7 +42,9 @@ def test_every_shape_stands_out_from_its_background(task):
     """The commonest lightness of the middle differs from that of the border: the shape is there, and contrasts."""
     images, labels = draw(task, 500, seed=0)
     light = images.mean(-1)
-    border = np.median(np.concatenate([light[:, :2].reshape(500, -1), light[:, -2:].reshape(500, -1)], 1), 1)
+    border = np.median(
+        np.concatenate([light[:, :2].reshape(500, -1), light[:, -2:].reshape(500, -1)], 1), 1
+    )
     inked = (np.abs(light - border[:, None, None]) > 50).mean((1, 2))
     for label, name in enumerate(TASKS[task]):
         assert 0.08 < np.median(inked[labels == label]) < 0.5, name
@@ -59,7 +61,9 @@ def test_pixels_are_useless_to_a_linear_classifier_and_the_outline_is_not(task):
         features = np.concatenate([features, np.ones((len(features), 1))], 1)
         train, test = slice(0, 1800), slice(1800, None)
         a, b = features[train], np.eye(10)[labels[train]]
-        weights = a.T @ np.linalg.solve(a @ a.T + ridge * np.eye(len(a)), b)  # the dual form: fewer images than pixels
+        weights = a.T @ np.linalg.solve(
+            a @ a.T + ridge * np.eye(len(a)), b
+        )  # the dual form: fewer images than pixels
         return ((features[test] @ weights).argmax(1) == labels[test]).mean()
 
     images, labels = draw(task, 3000, seed=0)
@@ -71,8 +75,13 @@ def test_pixels_are_useless_to_a_linear_classifier_and_the_outline_is_not(task):
     row, column = np.mgrid[:32, :32]
     mass = ink.sum((1, 2)) + 1e-6
     y, x = ((ink * axis).sum((1, 2)) / mass for axis in (row, column))
-    radius = np.hypot(row - y[:, None, None], column - x[:, None, None]) / np.sqrt(mass)[:, None, None]
-    shares = [(ink & (np.abs(radius - middle) < 0.05)).sum((1, 2)) / mass for middle in np.arange(0.05, 1.5, 0.1)]
+    radius = (
+        np.hypot(row - y[:, None, None], column - x[:, None, None]) / np.sqrt(mass)[:, None, None]
+    )
+    shares = [
+        (ink & (np.abs(radius - middle) < 0.05)).sum((1, 2)) / mass
+        for middle in np.arange(0.05, 1.5, 0.1)
+    ]
     assert accuracy(np.stack(shares, 1), labels, ridge=0.01) > 0.5
 
 

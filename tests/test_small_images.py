@@ -29,7 +29,9 @@ def features(built, images):
     """What the heads see, [B, features]."""
     seen = []
     hooks = [
-        built.network.get_submodule(head).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        built.network.get_submodule(head).register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0])
+        )
         for head in built.heads
     ]
     with torch.no_grad():
@@ -91,7 +93,9 @@ def test_features_stay_those_of_the_enlarged_image(name, factor, largest, random
 def photographs(shared):
     """Sixteen test images, normalised for ImageNet's networks."""
     sheet = np.asarray(Image.open(shared / "cifar10" / "test-00.webp").convert("RGB"))[:128, :128]
-    images = torch.from_numpy(sheet.reshape(4, 32, 4, 32, 3).swapaxes(1, 2).reshape(16, 32, 32, 3)).movedim(-1, 1)
+    images = torch.from_numpy(
+        sheet.reshape(4, 32, 4, 32, 3).swapaxes(1, 2).reshape(16, 32, 32, 3)
+    ).movedim(-1, 1)
     mean, std = (torch.tensor(triple).view(3, 1, 1) for triple in STATISTICS["imagenet"])
     return (images / 255 - mean) / std
 
@@ -109,7 +113,14 @@ def test_real_weights_survive(shared, photographs, name, file, factor, least):
 
 
 @pytest.mark.parametrize(
-    "name", ["mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "timm/mobilenetv1_100", "timm/tf_efficientnet_b0"]
+    "name",
+    [
+        "mobilenet_v2",
+        "mobilenet_v3_large",
+        "efficientnet_b0",
+        "timm/mobilenetv1_100",
+        "timm/tf_efficientnet_b0",
+    ],
 )
 def test_a_stem_without_pool_is_the_same_function_inside(name):
     if name.startswith("timm/"):
@@ -152,11 +163,15 @@ def test_a_stem_with_pool_stays_close_inside(name):
 
 
 @pytest.mark.parametrize(
-    ("size", "factor", "padding"), [(3, 2, 1), (3, 2, 0), (4, 4, 0), (11, 4, 2), (7, 2, 3), (5, 3, 1)]
+    ("size", "factor", "padding"),
+    [(3, 2, 1), (3, 2, 0), (4, 4, 0), (11, 4, 2), (7, 2, 3), (5, 3, 1)],
 )
 def test_enlarged_kernels_are_exact_inside(size, factor, padding):
     torch.manual_seed(0)
-    kernel, images = torch.randn(5, 3, size, size, dtype=torch.double), torch.randn(2, 3, 16, 16, dtype=torch.double)
+    kernel, images = (
+        torch.randn(5, 3, size, size, dtype=torch.double),
+        torch.randn(2, 3, 16, 16, dtype=torch.double),
+    )
     enlarged = F.interpolate(images, scale_factor=factor, mode="bilinear")
     expected = F.conv2d(enlarged, kernel, stride=factor, padding=padding)
     small = enlarged_kernel(kernel, factor, -padding)
@@ -170,8 +185,12 @@ def test_enlarged_kernels_are_exact_inside(size, factor, padding):
 def test_enlarged_patches_are_exact(size):
     torch.manual_seed(0)
     kernel, patch = torch.randn(5, 3, 16, 16), torch.randn(2, 3, size, size)
-    expected = F.conv2d(F.interpolate(patch, size=(16, 16), mode="bilinear", antialias=True), kernel)
-    torch.testing.assert_close(F.conv2d(patch, enlarged_patch(kernel, size)), expected, rtol=1e-3, atol=1e-3)
+    expected = F.conv2d(
+        F.interpolate(patch, size=(16, 16), mode="bilinear", antialias=True), kernel
+    )
+    torch.testing.assert_close(
+        F.conv2d(patch, enlarged_patch(kernel, size)), expected, rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", ["vgg11_bn", "alexnet"])
@@ -202,7 +221,9 @@ def test_position_embeddings_and_patches_of_any_size(random_weights):
         assert network.eval()(torch.rand(1, 3, size, size)).shape == (1, 1000)
         assert network.encoder.pos_embedding.shape[1] == (size // (patch or 32)) ** 2 + 1
     adapt(stock, 64, 8)
-    torch.testing.assert_close(stock.encoder.pos_embedding[:, 0], weights["encoder.pos_embedding"][:, 0])
+    torch.testing.assert_close(
+        stock.encoder.pos_embedding[:, 0], weights["encoder.pos_embedding"][:, 0]
+    )
 
 
 @pytest.mark.parametrize("name", ["swin_t", "swin_v2_t"])
@@ -210,7 +231,10 @@ def test_swin_windows_divide_the_grids_and_neighbours_keep_their_bias(name):
     torch.manual_seed(0)
     network = build.stock(name)
     block = next(m for m in network.modules() if isinstance(m, ShiftedWindowAttention))
-    old, before = block.window_size[0], block.get_relative_position_bias().detach()[0]  # [heads, old², old²]
+    old, before = (
+        block.window_size[0],
+        block.get_relative_position_bias().detach()[0],
+    )  # [heads, old², old²]
     changes = adapt(network, 32, small=True)
     assert "windows of" in changes[-1]
     window = block.window_size[0]
@@ -219,7 +243,10 @@ def test_swin_windows_divide_the_grids_and_neighbours_keep_their_bias(name):
         expected = before[:, y * old + x, v * old + u]
         torch.testing.assert_close(after[:, y * window + x, v * window + u], expected)
     grids = [16, 8, 4, 2]
-    attentions = [[m for m in stage.modules() if isinstance(m, ShiftedWindowAttention)] for stage in network.features]
+    attentions = [
+        [m for m in stage.modules() if isinstance(m, ShiftedWindowAttention)]
+        for stage in network.features
+    ]
     windows = [stage[0].window_size[0] for stage in attentions if stage]
     assert all(grid % window == 0 for grid, window in zip(grids, windows, strict=True))
     shifts = [[attention.shift_size for attention in stage] for stage in attentions if stage]
@@ -245,7 +272,9 @@ def test_adapting_twice_changes_nothing():
         assert adapt(network, 32, small=True)
         state = {key: value.clone() for key, value in network.state_dict().items()}
         adapt(network, 32, small=True)
-        assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items()), name
+        assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items()), (
+            name
+        )
 
 
 @pytest.mark.parametrize("size", [32, 64, 33, 17])
@@ -254,7 +283,9 @@ def test_dense_convolutions_are_the_same_function(size):
     plain = models.resnet18(num_classes=10)
     ours = build.build("resnet18", "none", 10).network
     ours.load_state_dict(plain.state_dict())
-    assert sum(isinstance(m, DenseConv2d) for m in ours.modules()) == 17, "all but the three 1 x 1 shortcuts"
+    assert sum(isinstance(m, DenseConv2d) for m in ours.modules()) == 17, (
+        "all but the three 1 x 1 shortcuts"
+    )
     images = torch.rand(4, 3, size, size)
     results = []
     for network in (plain.train(), ours.train()):
@@ -268,7 +299,9 @@ def test_dense_convolutions_are_the_same_function(size):
 
 def test_only_convolutions_that_see_all_everywhere_are_dense(monkeypatch):
     products, linear = [], nn.functional.linear
-    monkeypatch.setattr("torch.nn.functional.linear", lambda x, w: products.append(tuple(w.shape)) or linear(x, w))
+    monkeypatch.setattr(
+        "torch.nn.functional.linear", lambda x, w: products.append(tuple(w.shape)) or linear(x, w)
+    )
     DenseConv2d(4, 8, 3, padding=1)(torch.rand(1, 4, 1, 1))
     DenseConv2d(4, 8, 3, padding=1, stride=2)(torch.rand(1, 4, 2, 2))
     DenseConv2d(4, 8, 3, padding=1)(torch.rand(1, 4, 2, 2))

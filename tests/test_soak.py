@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from cifar_transfer.fit import fit
+from cifar_transfer.commands.fit import fit
 from cifar_transfer.results.report import Report
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -33,7 +33,9 @@ class Gauge(Callback):
     def on_train_epoch_start(self, trainer, module):
         memory = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
         files = len(os.listdir("/proc/self/fd"))
-        disk = sum(path.stat().st_size for path in Path(trainer.log_dir).rglob("*") if path.is_file())
+        disk = sum(
+            path.stat().st_size for path in Path(trainer.log_dir).rglob("*") if path.is_file()
+        )
         self.rows.append((memory, files, disk))
 
 
@@ -41,7 +43,10 @@ class Gauge(Callback):
 @pytest.mark.parametrize(
     ("epochs", "memory_a_thousand"),
     # Forty epochs see up to 80 kB each of the allocator's own on a busy machine; a kept batch is 700 kB.
-    [pytest.param(60, 300e6, id="60 epochs"), pytest.param(2000, 4e6, id="2000 epochs", marks=pytest.mark.whole)],
+    [
+        pytest.param(60, 300e6, id="60 epochs"),
+        pytest.param(2000, 4e6, id="2000 epochs", marks=pytest.mark.whole),
+    ],
 )
 def test_memory_files_and_disk_are_flat(tmp_path, monkeypatch, capsys, epochs, memory_a_thousand):
     monkeypatch.chdir(tmp_path)
@@ -57,10 +62,13 @@ def test_memory_files_and_disk_are_flat(tmp_path, monkeypatch, capsys, epochs, m
     epoch = np.arange(epochs)
     later = epoch >= epochs // 3  # what is allocated once, is by then
     memory, files, disk = (
-        np.polyfit(epoch[later], np.array(column)[later], 1)[0] for column in zip(*gauge.rows, strict=True)
+        np.polyfit(epoch[later], np.array(column)[later], 1)[0]
+        for column in zip(*gauge.rows, strict=True)
     )
     with capsys.disabled():
-        print(f"\nan epoch leaves {memory:.0f} bytes of memory, {files:.4f} files, {disk:.0f} bytes of disk")
+        print(
+            f"\nan epoch leaves {memory:.0f} bytes of memory, {files:.4f} files, {disk:.0f} bytes of disk"
+        )
     assert memory * 1000 < memory_a_thousand
     assert abs(files) < 0.01
     assert disk < 2000, "seven figures of an epoch and three of steps"

@@ -9,17 +9,32 @@ import pytest
 import torch
 from conftest import quiet_trainer, untouched, write_images
 
-from cifar_transfer import CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule, TransferClassifier
+from cifar_transfer import (
+    CIFAR10DataModule,
+    ImageFolderDataModule,
+    ShapesDataModule,
+    TransferClassifier,
+)
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.commands.evaluate import evaluate
+from cifar_transfer.commands.fit import fit
 from cifar_transfer.data import splits
 from cifar_transfer.data.cifar import CLASSES
-from cifar_transfer.errors import UserError
-from cifar_transfer.evaluate import evaluate
-from cifar_transfer.fit import fit
-from cifar_transfer.training.checkpoint import read_checkpoint
+from cifar_transfer.training.checkpoint_file import read_checkpoint
 from cifar_transfer.training.evaluation import load_data
 
-JOB = ["--model.backbone=lenet5", "--model.weights=none", "--freeze.unfreeze_epoch=0", "--trainer.accelerator=cpu"]
-JOB += ["--report.figures=false", "--data=ImageFolderDataModule", "--data.root=photos", "--data.val_fraction=0.4"]
+JOB = [
+    "--model.backbone=lenet5",
+    "--model.weights=none",
+    "--freeze.unfreeze_epoch=0",
+    "--trainer.accelerator=cpu",
+]
+JOB += [
+    "--report.figures=false",
+    "--data=ImageFolderDataModule",
+    "--data.root=photos",
+    "--data.val_fraction=0.4",
+]
 JOB += ["--model.image_size=32"]
 RUN = "lightning_logs/version_1"
 LAST = f"{RUN}/checkpoints/last.ckpt"
@@ -28,7 +43,11 @@ LAST = f"{RUN}/checkpoints/last.ckpt"
 def held_out(names, fraction=0.2, seed=0):
     """Of names "class/name" those that are held out."""
     labels = np.unique([name.partition("/")[0] for name in names], return_inverse=True)[1]
-    return {name for name, held in zip(names, splits.hold_out(names, labels, fraction, seed), strict=True) if held}
+    return {
+        name
+        for name, held in zip(names, splits.hold_out(names, labels, fraction, seed), strict=True)
+        if held
+    }
 
 
 NAMES = [f"{name}/{number:03d}.png" for name in ("cat", "dog", "猫") for number in range(200)]
@@ -53,8 +72,12 @@ def test_images_that_come_or_go_move_no_other():
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("fraction", "expected"), [(1e-9, {"b": 1, "c": 1}), (0.999999, {"b": 1, "c": 29})])
-def test_a_class_of_two_or_more_has_images_on_both_sides_and_one_alone_is_trained_on(seed, fraction, expected):
+@pytest.mark.parametrize(
+    ("fraction", "expected"), [(1e-9, {"b": 1, "c": 1}), (0.999999, {"b": 1, "c": 29})]
+)
+def test_a_class_of_two_or_more_has_images_on_both_sides_and_one_alone_is_trained_on(
+    seed, fraction, expected
+):
     names = ["a/1", "b/1", "b/2", *(f"c/{number}" for number in range(30))]
     chosen = [name[0] for name in held_out(names, fraction, seed)]
     assert {name: chosen.count(name) for name in chosen} == expected
@@ -78,7 +101,11 @@ def names_of(data):
 
 def test_images_without_names_go_by_class_and_number():
     names = names_of(ShapesDataModule(train_images=90, test_images=20))
-    assert [len(names[split]) for split in splits.SPLITS] == [90 - len(names["val"]), len(names["val"]), 20]
+    assert [len(names[split]) for split in splits.SPLITS] == [
+        90 - len(names["val"]),
+        len(names["val"]),
+        20,
+    ]
     assert {*names["train"]}.isdisjoint(names["val"])
     more = names_of(ShapesDataModule(train_images=90, test_images=70))
     assert more["val"] == names["val"]
@@ -88,7 +115,9 @@ def test_cifar10_is_split_alike_from_a_folder_and_from_arrays(tmp_path):
     for split in ("train", "test"):
         write_images(tmp_path / split, 6, classes=CLASSES)
     names = names_of(CIFAR10DataModule(str(tmp_path), val_fraction=0.3))
-    assert "train/cat/0" in names["train"] + names["val"], "as of the batches: no zeros before the number, no ending"
+    assert "train/cat/0" in names["train"] + names["val"], (
+        "as of the batches: no zeros before the number, no ending"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +145,9 @@ def test_a_run_records_its_splits(here):
     assert {*names["train"]} | {*names["val"]} == files
     assert len(names["train"]) + len(names["val"]) == 24
     assert names == names_of(ImageFolderDataModule("photos", val_fraction=0.4)) | {"test": []}
-    assert torch.load(LAST, weights_only=True)["datamodule_hyper_parameters"]["held_out_by"] == "hash"
+    assert (
+        torch.load(LAST, weights_only=True)["datamodule_hyper_parameters"]["held_out_by"] == "hash"
+    )
 
 
 def change(here):
@@ -132,7 +163,9 @@ def change(here):
     return names
 
 
-def test_a_run_continues_on_changed_images_without_validating_on_any_that_it_trained_on(here, caplog):
+def test_a_run_continues_on_changed_images_without_validating_on_any_that_it_trained_on(
+    here, caplog
+):
     before = change(here)
     with caplog.at_level("INFO"):
         fit([*JOB, f"--resume={RUN}", "--trainer.max_epochs=2"])
@@ -146,7 +179,9 @@ def test_a_run_continues_on_changed_images_without_validating_on_any_that_it_tra
 def test_another_run_that_continues_a_checkpoint_keeps_its_splits(here):
     before = change(here)
     fit([*JOB, f"--ckpt_path={LAST}", "--trainer.max_epochs=2"])
-    assert {*splits.read("lightning_logs/version_2/checkpoints/last.ckpt")["val"]} == {*before["val"]}
+    assert {*splits.read("lightning_logs/version_2/checkpoints/last.ckpt")["val"]} == {
+        *before["val"]
+    }
 
 
 def test_evaluate_takes_the_recorded_images(here, caplog):
@@ -173,7 +208,9 @@ def test_figures_go_into_the_run_from_wherever_it_is_evaluated(here, monkeypatch
     assert "figures  ../figures/val-*.png" in capsys.readouterr().out
     assert (here / RUN / "figures" / "val-confusion.png").is_file()
     assert not Path("figures").exists()
-    with pytest.raises(UserError, match=r"projector=true comes with the figures: leave out figures=false"):
+    with pytest.raises(
+        UserError, match=r"projector=true comes with the figures: leave out figures=false"
+    ):
         evaluate("last.ckpt", "val", figures=False, projector=True)
 
 
@@ -207,7 +244,11 @@ def as_of_an_older_version(here):
     data = ImageFolderDataModule("photos", val_fraction=0.4)
     labels = np.repeat([0, 1], 12)
     names = [f"train/{name}/{number:03d}.png" for name in data.class_names for number in range(12)]
-    return [name for name, held in zip(names, splits.hold_out_as_before(labels, 0.4, 0), strict=True) if held]
+    return [
+        name
+        for name, held in zip(names, splits.hold_out_as_before(labels, 0.4, 0), strict=True)
+        if held
+    ]
 
 
 def test_an_older_run_continues_with_the_images_that_it_held_out(here):
@@ -217,14 +258,25 @@ def test_an_older_run_continues_with_the_images_that_it_held_out(here):
     assert names_of(old)["val"] == held, "as for evaluate"
     fit([*JOB, f"--resume={RUN}", "--trainer.max_epochs=2"])
     assert splits.read(LAST)["val"] == held
-    assert torch.load(LAST, weights_only=True)["datamodule_hyper_parameters"]["held_out_by"] == "permutation"
+    assert (
+        torch.load(LAST, weights_only=True)["datamodule_hyper_parameters"]["held_out_by"]
+        == "permutation"
+    )
 
 
-DAMAGED = {"empty": b"", "no gzip": b"no", "no JSON": gzip.compress(b"{"), "no splits": gzip.compress(b"[1]")}
+DAMAGED = {
+    "empty": b"",
+    "no gzip": b"no",
+    "no JSON": gzip.compress(b"{"),
+    "no splits": gzip.compress(b"[1]"),
+}
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_record_is_refused(here, content):
     (here / RUN / splits.RECORD).write_bytes(content)
-    with untouched(RUN), pytest.raises(UserError, match=r"splits\.json\.gz.* is damaged: restore it"):
+    with (
+        untouched(RUN),
+        pytest.raises(UserError, match=r"splits\.json\.gz.* is damaged: restore it"),
+    ):
         fit([*JOB, f"--resume={RUN}", "--trainer.max_epochs=2"])

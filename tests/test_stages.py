@@ -24,10 +24,18 @@ KNOWN = {
         "head",
     ],
     "densenet121": [
-        *("stem", *(f"features.{kind}{n}" for n in (1, 2, 3) for kind in ("denseblock", "transition"))),
+        *(
+            "stem",
+            *(f"features.{kind}{n}" for n in (1, 2, 3) for kind in ("denseblock", "transition")),
+        ),
         *("features.denseblock4", "head"),
     ],
-    "timm/selecsls42": ["stem", *(f"features.{n}" for n in range(6)), "head.", "head"],  # the first is no head
+    "timm/selecsls42": [
+        "stem",
+        *(f"features.{n}" for n in range(6)),
+        "head.",
+        "head",
+    ],  # the first is no head
     "efficientnet_b0": ["stem", *(f"features.{n}" for n in range(1, 9)), "head"],
     "convnext_tiny": ["stem", *(f"features.{n}" for n in range(1, 8)), "head"],
     "vit_b_16": ["stem", *(f"encoder.layers.encoder_layer_{n}" for n in range(12)), "head"],
@@ -55,7 +63,10 @@ def test_stages_have_the_names_and_the_order_of_the_network(name):
 
 def everything(network, heads):
     found = stages(network, heads)
-    named = [network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False)]
+    named = [
+        network.named_parameters(remove_duplicate=False),
+        network.named_buffers(remove_duplicate=False),
+    ]
     state = [name for group in named for name, _ in group]
     names = [name for part in found.values() for name in part]
     assert sorted(names) == sorted(state), "each once"
@@ -65,7 +76,9 @@ def everything(network, heads):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("name", [n for n in models.list_models(module=models) if "quantized" not in n])
+@pytest.mark.parametrize(
+    "name", [n for n in models.list_models(module=models) if "quantized" not in n]
+)
 def test_every_network_of_torchvision_has_stages(name):
     with torch.device("cpu" if "regnet" in name else "meta"):
         network = build.stock(name, initialise=False)
@@ -116,7 +129,8 @@ FAMILIES += [
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in FAMILIES[::8] else pytest.mark.whole) for n in FAMILIES]
+    "name",
+    [pytest.param(n, marks=[] if n in FAMILIES[::8] else pytest.mark.whole) for n in FAMILIES],
 )
 def test_stages_are_in_the_order_of_timms_own_groups(name):
     """Of two parameters, the one in timm's later group is in no earlier stage (its groups are finer or coarser)."""
@@ -140,7 +154,9 @@ def test_stages_are_in_the_order_of_timms_own_groups(name):
 
 def test_other_peoples_modules_have_stages_too():
     block = lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU())  # noqa: E731
-    network = nn.ModuleDict({"encoder": nn.Sequential(*(block() for _ in range(5))), "norm": nn.LayerNorm(4)})
+    network = nn.ModuleDict(
+        {"encoder": nn.Sequential(*(block() for _ in range(5))), "norm": nn.LayerNorm(4)}
+    )
     network["top"] = nn.Sequential(nn.Dropout(), nn.Linear(4, 2))
     found = stages(network, ["top.1"])
     assert list(found) == ["stem", *(f"encoder.{n}" for n in range(1, 5)), "head"]
@@ -150,5 +166,5 @@ def test_other_peoples_modules_have_stages_too():
 
 
 def test_the_command_lists_them(tmp_path):
-    done = run_fit(tmp_path, "--detail", "resnet18", module="cifar_transfer.backbones")
+    done = run_fit(tmp_path, "--detail", "resnet18", command="backbones")
     assert re.search(r"^  stages  stem, layer1, layer2, layer3, layer4, head$", done.stdout, re.M)

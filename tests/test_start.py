@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from cifar_transfer import __version__, start
-from cifar_transfer.errors import UserError
-from cifar_transfer.options import PartParser
+from cifar_transfer import __version__
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.cli import start
+from cifar_transfer.cli.parsers import PartParser
 
 HEAVY = {"torch", "torchvision", "lightning", "jsonargparse", "matplotlib", "numpy"}
 ABOUT = start.OPTIONS.read_text("utf-8")
@@ -30,9 +31,16 @@ ANSWERED = [
         2,
         "error: --config fats is neither a file nor a recipe: the recipes are acc",
     ),
-    (["cifar_transfer.compare", "resnet18", "--model.lrr=1"], 2, "error: There is no option --model.lrr: did you mean"),
-    *(([f"cifar_transfer.{name}", "--help"], 0, f"usage: python -m cifar_transfer.{name}") for name in start.COMMANDS),
-    *(([f"cifar_transfer.{name}", "--version"], 0, "cifar_transfer") for name in start.COMMANDS),
+    (
+        ["cifar_transfer", "compare", "resnet18", "--model.lrr=1"],
+        2,
+        "error: There is no option --model.lrr: did you mean",
+    ),
+    *(
+        (["cifar_transfer", name, "--help"], 0, f"usage: python -m cifar_transfer {name}")
+        for name in start.COMMANDS
+    ),
+    *((["cifar_transfer", name, "--version"], 0, "cifar_transfer") for name in start.COMMANDS),
 ]
 
 
@@ -40,11 +48,15 @@ ANSWERED = [
 def test_answers_within_a_second_import_nothing_heavy(command, status, says):
     command = [sys.executable, "-X", "importtime", "-m", *command]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    imported = {
+        line.rpartition("|")[2].strip()
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
     said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == status
     assert says in (done.stdout if status == 0 else "\n".join(said))
-    assert "cifar_transfer.errors" in imported
+    assert "cifar_transfer.base.errors" in imported
     assert not imported & HEAVY
 
 
@@ -62,7 +74,7 @@ def test_answers_within_a_second_import_nothing_heavy(command, status, says):
 )
 def test_a_mistake_in_the_options_of_any_command_is_a_sentence(command, options, says):
     with pytest.raises(UserError, match=rf"^{says} \(All options: --help\)$"):
-        import_module(f"cifar_transfer.{command}").main(options)
+        import_module(f"cifar_transfer.commands.{command}").main(options)
 
 
 def test_a_value_with_a_space_is_handed_on():
@@ -80,14 +92,22 @@ def test_a_value_with_a_space_is_handed_on():
     ]
     given, rest = parser.parse_known_args(args)
     assert (given.backbones, given.out) == (["lenet5"], "my probe")
-    assert rest == ["--data.root=my photos", "--model.lr=1", "--data.root=others", "--data.seed", "1"]
+    assert rest == [
+        "--data.root=my photos",
+        "--model.lr=1",
+        "--data.root=others",
+        "--data.seed",
+        "1",
+    ]
 
 
 def test_ctrl_c_while_pytorch_is_imported_is_quiet(tmp_path):
     command = [sys.executable, "-m", "cifar_transfer.fit", "--model.weights=none"]
     environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": ""}
     streams = {"stderr": subprocess.PIPE, "text": True}
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also if this process was told to ignore it
+    heard = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # also if this process was told to ignore it
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=heard, **streams)
     assert process.stderr.readline() == f"cifar_transfer {__version__}: loading PyTorch ...\n"
     process.send_signal(signal.SIGINT)
@@ -123,7 +143,10 @@ def test_a_near_name_means_the_right_option(name):
 
 def test_a_shell_completes_commands_and_options():
     assert start.completions("cifar-transfer f") == ["fit", "figures"]
-    assert start.completions("cifar-transfer fit --model.lr_") == ["--model.lr_factor", "--model.lr_patience"]
+    assert start.completions("cifar-transfer fit --model.lr_") == [
+        "--model.lr_factor",
+        "--model.lr_patience",
+    ]
     assert start.completions("cifar-transfer predict pho") == []
     assert start.completions("cifar-transfer x y") == []
 
@@ -150,7 +173,9 @@ def test_options_of_classes_that_others_may_have_written_are_left_to_the_parser(
     assert start.answer("fit", options) == options
 
 
-@pytest.mark.parametrize("options", [["--data.side=3"], ["--data=ShapesDataModule", "--data.side=3"]], ids=str)
+@pytest.mark.parametrize(
+    "options", [["--data.side=3"], ["--data=ShapesDataModule", "--data.side=3"]], ids=str
+)
 def test_options_of_our_own_data_modules_are_known(options):
     with pytest.raises(UserError, match=r"There is no option --data\.side"):
         start.answer("fit", options)
@@ -158,8 +183,12 @@ def test_options_of_our_own_data_modules_are_known(options):
 
 def test_another_lightning_may_have_other_options(tmp_path, monkeypatch):
     monkeypatch.setattr(start, "OPTIONS", tmp_path / "options.json")
-    start.OPTIONS.write_text(json.dumps(json.loads(ABOUT) | {"lightning": metadata.version("lightning")}))
-    with pytest.raises(UserError, match=r"--trainer\.max_epoch: did you mean --trainer\.max_epochs"):
+    start.OPTIONS.write_text(
+        json.dumps(json.loads(ABOUT) | {"lightning": metadata.version("lightning")})
+    )
+    with pytest.raises(
+        UserError, match=r"--trainer\.max_epoch: did you mean --trainer\.max_epochs"
+    ):
         start.answer("fit", ["--trainer.max_epoch=3"])
     start.OPTIONS.write_text(json.dumps(json.loads(ABOUT) | {"lightning": "2.0"}))
     assert start.answer("fit", ["--trainer.max_epoch=3"]) == ["--trainer.max_epoch=3"]
@@ -169,7 +198,10 @@ def test_a_recipe_is_found_by_its_name_unless_there_is_such_a_file(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     path = str(start.RECIPES / "fast.yaml")
     assert start.with_recipes(["-c", "fast", "--config=fast"]) == ["-c", path, f"--config={path}"]
-    assert start.with_recipes(["--config={model: {lr: 0.1}}", "fast"]) == ["--config={model: {lr: 0.1}}", "fast"]
+    assert start.with_recipes(["--config={model: {lr: 0.1}}", "fast"]) == [
+        "--config={model: {lr: 0.1}}",
+        "fast",
+    ]
     Path("fast").touch()
     assert start.with_recipes(["--config", "fast"]) == ["--config", "fast"]
 
@@ -178,11 +210,20 @@ def test_the_help_fits_the_terminal_and_begins_with_what_people_change_first(mon
     monkeypatch.setenv("COLUMNS", "80")
     text = start.help_text("fit")
     known = start.known_options("fit")
-    shown = [word.partition("=")[0] for word in text.split("\n\n")[3].split() if word.startswith("--")]
+    shown = [
+        word.partition("=")[0] for word in text.split("\n\n")[3].split() if word.startswith("--")
+    ]
     assert 10 <= len(shown) <= 12
     assert set(shown) <= set(known)
     assert max(map(len, text.splitlines())) <= 80
     listed = {line.split("=")[0].strip() for line in text.splitlines() if line.startswith("  --")}
-    assert {"--model.lr", "--data.augment.flip", "--data.decode_size", "--trainer.precision"} <= listed
+    assert {
+        "--model.lr",
+        "--data.augment.flip",
+        "--data.decode_size",
+        "--trainer.precision",
+    } <= listed
     silent = json.loads(ABOUT)["commands"]["fit"]["silent"]
-    assert {*known} - {*silent} - {"--help", "--version"} <= {name.split()[0].split("[")[0] for name in listed}
+    assert {*known} - {*silent} - {"--help", "--version"} <= {
+        name.split()[0].split("[")[0] for name in listed
+    }

@@ -13,8 +13,8 @@ from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback
 
 from cifar_transfer import BackboneFreeze, Classifier, ShapesDataModule, TransferClassifier
-from cifar_transfer.errors import UserError
-from cifar_transfer.training.checkpoint import load_network
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.training.checkpoint_file import load_network
 from cifar_transfer.training.evaluation import load_model
 from cifar_transfer.training.resume import compare
 
@@ -33,7 +33,11 @@ def write_teacher(path, size=(32, 32), **options):
     with torch.no_grad():
         model.network.get_submodule(model.heads[0]).weight.mul_(20)
     model.settle_size(size)
-    checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams), "global_step": 0}
+    checkpoint = {
+        "state_dict": model.state_dict(),
+        "hyper_parameters": dict(model.hparams),
+        "global_step": 0,
+    }
     model.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, path)
     return str(path)
@@ -85,7 +89,9 @@ def formula(images, logits, labels, teacher, share, temperature, weights, smooth
     with torch.no_grad():
         told = load_network(teacher)(images).double().numpy()
     losses = []
-    for own, theirs, label in zip(logits.detach().double().numpy(), told, labels.tolist(), strict=True):
+    for own, theirs, label in zip(
+        logits.detach().double().numpy(), told, labels.tolist(), strict=True
+    ):
         wanted = np.full(len(own), smoothing / len(own))
         wanted[label] += 1 - smoothing
         entropy = -(wanted * np.log(softmax(own))).sum() * weights[label]
@@ -97,7 +103,13 @@ def formula(images, logits, labels, teacher, share, temperature, weights, smooth
 def test_the_loss_is_that_of_the_paper_and_nothing_of_the_teacher_is_kept(tmp_path, teacher):
     """Class weights are of the cross-entropy alone; the student has another size and other statistics."""
     witness = Witness()
-    options = {"teacher": teacher, "teacher_weight": 0.3, "temperature": 2.5, "label_smoothing": 0.1, "image_size": 40}
+    options = {
+        "teacher": teacher,
+        "teacher_weight": 0.3,
+        "temperature": 2.5,
+        "label_smoothing": 0.1,
+        "image_size": 40,
+    }
     weights = np.linspace(1, 3, len(NAMES))
     model, trainer = fit(tmp_path, [witness], weights=weights.tolist(), ema=0.9, **options)
     plain = TransferClassifier(NETWORK, "none", image_size=40, **ALIKE)
@@ -105,10 +117,15 @@ def test_the_loss_is_that_of_the_paper_and_nothing_of_the_teacher_is_kept(tmp_pa
     images, labels = witness.batch
     counts = np.bincount(trainer.datamodule.images["train"].labels, minlength=len(NAMES))
     weights *= counts.sum() / (weights @ counts)
-    assert witness.loss == pytest.approx(formula(images, plain(images), labels, teacher, 0.3, 2.5, weights, 0.1), 1e-5)
+    assert witness.loss == pytest.approx(
+        formula(images, plain(images), labels, teacher, 0.3, 2.5, weights, 0.1), 1e-5
+    )
 
     file = torch.load(teacher, weights_only=True)["state_dict"]
-    now = {f"network.{name}": value for name, value in model._teacher.network.network.state_dict().items()}
+    now = {
+        f"network.{name}": value
+        for name, value in model._teacher.network.network.state_dict().items()
+    }
     assert [name for name, value in now.items() if not torch.equal(value, file[name])] == [], (
         "nor its batch-norm learns"
     )
@@ -120,7 +137,9 @@ def test_the_loss_is_that_of_the_paper_and_nothing_of_the_teacher_is_kept(tmp_pa
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     assert len(Classifier.load(path).predict(pixels, 3)) == 3
     assert load_model(path).hparams["teacher"] == teacher
-    quiet_trainer(default_root_dir=tmp_path).test(TransferClassifier.load_from_checkpoint(path), trainer.datamodule)
+    quiet_trainer(default_root_dir=tmp_path).test(
+        TransferClassifier.load_from_checkpoint(path), trainer.datamodule
+    )
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path):
@@ -131,7 +150,12 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path):
     seed_everything(0)
     model = TransferClassifier(NETWORK, teacher, teacher=teacher, teacher_weight=1.0, **ALIKE)
     frozen, witness = BackboneFreeze(1), Witness()
-    options = {"max_epochs": 1, "limit_train_batches": 1, "num_sanity_val_steps": 0, "default_root_dir": tmp_path}
+    options = {
+        "max_epochs": 1,
+        "limit_train_batches": 1,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": tmp_path,
+    }
     quiet_trainer(**options, callbacks=[frozen, witness]).fit(model, trainer.datamodule)
     assert witness.loss == pytest.approx(0, abs=1e-6)
     assert len(witness.gradients) == 2, "of the head"
@@ -146,7 +170,9 @@ def test_with_no_weight_it_is_as_if_there_were_no_teacher(tmp_path, teacher):
     )
     states = [model.state_dict() for model in (taught, alone, other)]
     assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
-    assert not torch.equal(states[1]["network.conv1.0.weight"], states[2]["network.conv1.0.weight"]), "it is heard"
+    assert not torch.equal(
+        states[1]["network.conv1.0.weight"], states[2]["network.conv1.0.weight"]
+    ), "it is heard"
 
 
 @pytest.mark.parametrize(
@@ -157,8 +183,14 @@ def test_with_no_weight_it_is_as_if_there_were_no_teacher(tmp_path, teacher):
         ({"teacher": "gone.ckpt"}, r"teacher=gone\.ckpt: The checkpoint gone\.ckpt does not exist"),
         ({"teacher": __file__}, r"teacher=.*test_teacher\.py cannot be read as a checkpoint"),
         ({"teacher": {"class_names": NAMES[::-1]}}, "teacher=.*their classes in another order"),
-        ({"teacher": {"class_names": None, "num_classes": 3}}, "teacher=.*It has 3 outputs, and its student 10"),
-        ({"teacher": {"size": (40, 48)}}, "decoded to 48 x 40 pixels, and the data give 32 x 32: give both the same"),
+        (
+            {"teacher": {"class_names": None, "num_classes": 3}},
+            "teacher=.*It has 3 outputs, and its student 10",
+        ),
+        (
+            {"teacher": {"size": (40, 48)}},
+            "decoded to 48 x 40 pixels, and the data give 32 x 32: give both the same",
+        ),
     ],
 )
 def test_mistakes_get_a_sentence(tmp_path, options, message):
@@ -171,14 +203,21 @@ def test_mistakes_get_a_sentence(tmp_path, options, message):
 
 @pytest.mark.slow
 def test_a_resumed_run_ends_as_one_that_was_not_stopped_and_needs_the_teacher(tmp_path, teacher):
-    job = [*TINY, f"--model.teacher={teacher}", "--freeze.unfreeze_epoch=1", "--trainer.max_epochs=2"]
+    job = [
+        *TINY,
+        f"--model.teacher={teacher}",
+        "--freeze.unfreeze_epoch=1",
+        "--trainer.max_epochs=2",
+    ]
     run_fit(tmp_path, *job)
     run_fit(tmp_path, *job, "--trainer.max_steps=8")  # within the second epoch
     runs = [tmp_path / "lightning_logs" / f"version_{number}" for number in (0, 1)]
     moved = Path(teacher).rename(tmp_path / "moved.ckpt")
     resumed = f"--resume={runs[1]}", "--trainer.max_steps=-1"
     done = run_fit(tmp_path, *resumed, expect=2)
-    assert f"error: --model.teacher={teacher}: The checkpoint {teacher} does not exist" in done.stderr
+    assert (
+        f"error: --model.teacher={teacher}: The checkpoint {teacher} does not exist" in done.stderr
+    )
     moved.rename(teacher)
     run_fit(tmp_path, *resumed)
     assert_same_weights(*(run / "checkpoints" / "last.ckpt" for run in runs))
@@ -196,11 +235,24 @@ def test_another_teacher_on_resuming_is_said():
 @pytest.mark.slow
 def test_two_processes_take_the_step_of_one_with_the_joint_batch(tmp_path):
     teacher = write_teacher(tmp_path / "teacher.ckpt")
-    command = [sys.executable, Path(__file__).with_name("ddp_job.py"), tmp_path, "auto", "2", teacher]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        Path(__file__).with_name("ddp_job.py"),
+        tmp_path,
+        "auto",
+        "2",
+        teacher,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    assert [name for name, value in ranks[0]["state"].items() if not torch.equal(value, ranks[1]["state"][name])] == []
+    assert [
+        name
+        for name, value in ranks[0]["state"].items()
+        if not torch.equal(value, ranks[1]["state"][name])
+    ] == []
     steps = [rank["steps"][1] for rank in ranks]
     images, labels = (torch.cat([step[key] for step in steps]) for key in ("images", "labels"))
     model = TransferClassifier(NETWORK, "none", normalize="cifar10")
@@ -212,4 +264,6 @@ def test_two_processes_take_the_step_of_one_with_the_joint_batch(tmp_path):
     (0.5 * F.cross_entropy(logits, labels) + 8 * divergence).backward()
     assert len(steps[0]["gradients"]) == len([*model.parameters()]), "everything trains"
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(steps[0]["gradients"][name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            steps[0]["gradients"][name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name
+        )

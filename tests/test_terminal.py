@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
 
 from cifar_transfer import BackboneFreeze, Phase
-from cifar_transfer.console import ProgressBar, say
+from cifar_transfer.base.console import ProgressBar, say
 from cifar_transfer.results.terminal import Table
 
 HEADING = "epoch  train loss  train acc  val loss  val acc         lr    time      left"
@@ -33,17 +33,23 @@ def drawn(written):
             shown = piece + shown[len(piece) :]
             pieces.append(piece)
         lines.append(shown.rstrip())
-    assert not re.search(r"[\x00-\x08\x0b-\x1f]", "".join(pieces)), "nothing moves the cursor to other lines"
+    assert not re.search(r"[\x00-\x08\x0b-\x1f]", "".join(pieces)), (
+        "nothing moves the cursor to other lines"
+    )
     return pieces, lines
 
 
-def on_terminal(folder, columns, *options, module="cifar_transfer.fit", expect=0):
-    """What a command writes to a terminal of so many columns."""
+def on_terminal(folder, columns, *options, command=None, expect=0):
+    """What `fit` or another command writes to a terminal of so many columns."""
+    module = "cifar_transfer" if command else "cifar_transfer.fit"
+    options = (command, *options) if command else options
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     (folder / "out").symlink_to(os.ttyname(slave))
     (folder / "err").touch()
-    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")
+    }
     environment |= {"RUN_FIT": f"{folder}{os.sep}", "TERM": "xterm"}
     process = FORKS.Process(target=run_module, args=(folder, module, options, environment))
     process.start()
@@ -64,15 +70,21 @@ def test_a_run_at_80_columns_and_its_continuation_in_a_pipe(tmp_path):
     pieces, lines = drawn(written)
     assert max(map(len, pieces)) < 80, "no line wraps"
     form = r"epoch 4/4 [█▏▎▍▌▋▊▉ ]{20,40} \d+%  loss \d\.\d{3}  \d+ images/s  \d\d:\d\d left *"
-    assert any(re.fullmatch(form, piece) for piece in pieces), [piece for piece in pieces if "4/4" in piece]
+    assert any(re.fullmatch(form, piece) for piece in pieces), [
+        piece for piece in pieces if "4/4" in piece
+    ]
     assert any(piece.startswith("test ") for piece in pieces)
     assert not any("?" in piece for piece in pieces), "nothing is said of what is not known yet"
     table = lines[lines.index(HEADING) + 1 :][:6]
     assert table[0] == "Epochs 1 to 2: backbone frozen, 10,250 parameters train."
     assert table[3] == "Epochs 3 to 4: everything at rate 0.0001, 352,042 parameters train."
     epochs = [row for row in table if not row.startswith("Epoch")]
-    assert [row.split()[0] for row in epochs] == ["1/4", "2/4", "3/4", "4/4"], "and no bar is left between them"
-    assert ["> " in row for row in epochs] == [True, True, False, False], "how long others take is not known before"
+    assert [row.split()[0] for row in epochs] == ["1/4", "2/4", "3/4", "4/4"], (
+        "and no bar is left between them"
+    )
+    assert ["> " in row for row in epochs] == [True, True, False, False], (
+        "how long others take is not known before"
+    )
     best = 0.0
     for row in epochs:
         accuracy = float(re.findall(r"([\d.]+)%", row)[1])
@@ -89,7 +101,9 @@ def test_a_run_at_80_columns_and_its_continuation_in_a_pipe(tmp_path):
     accuracy = float(re.findall(r"([\d.]+)%", continued[at + 2])[1])
     assert (" *" in continued[at + 2]) == (accuracy > best)
     assert continued.count(HEADING) == 1
-    assert not re.search(r"[^\S\n ]|[^\x20-\x7e\n]", done.stdout), "plain lines, without control characters"
+    assert not re.search(r"[^\S\n ]|[^\x20-\x7e\n]", done.stdout), (
+        "plain lines, without control characters"
+    )
 
 
 class Terminal(io.StringIO):
@@ -101,7 +115,12 @@ def trainer(**others):
     state = SimpleNamespace(fn="fit", stage=RunningStage.TRAINING)
     usual = {"sanity_checking": False, "world_size": 8, "state": state}
     usual |= {"max_epochs": 40, "max_steps": -1, "current_epoch": 39}
-    usual |= {"num_training_batches": 10**6, "is_global_zero": True, "callbacks": [], "checkpoint_callbacks": []}
+    usual |= {
+        "num_training_batches": 10**6,
+        "is_global_zero": True,
+        "callbacks": [],
+        "checkpoint_callbacks": [],
+    }
     return SimpleNamespace(**usual | {"progress_bar_metrics": {"train/loss": 2.345}} | others)
 
 
@@ -131,7 +150,9 @@ def test_the_bar_never_wraps_and_lines_do_not_tear_it(monkeypatch, columns, plai
 
 def left(capsys, freeze, seconds, last, sides=(None,)):
     """What the column of that name has after each epoch."""
-    module = SimpleNamespace(epoch_scores=dict, learning_rate=0.1, side_at=lambda n, of: sides[len(sides) * n // of])
+    module = SimpleNamespace(
+        epoch_scores=dict, learning_rate=0.1, side_at=lambda n, of: sides[len(sides) * n // of]
+    )
     table, found = Table(), []
     for epoch, (phase, taken) in enumerate(seconds):
         freeze.phase = phase
@@ -151,4 +172,6 @@ def test_the_time_left_knows_what_comes_and_claims_nothing_that_was_not_seen(cap
     assert left(capsys, freeze, [(0, 10.0), (1, 30.0), (1, 30.0)], 3) == ["> 20 s", "30 s", ""]
     freeze.plan = [Phase(["all"])]
     epochs = [(0, 10.0), (0, 10.0), (0, 30.0), (0, 30.0)]
-    assert left(capsys, freeze, epochs, 4, (32, 48)) == ["> 30 s", "> 20 s", "30 s", ""], "larger images take longer"
+    assert left(capsys, freeze, epochs, 4, (32, 48)) == ["> 30 s", "> 20 s", "30 s", ""], (
+        "larger images take longer"
+    )

@@ -20,17 +20,22 @@ from PIL import Image
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
 from cifar_transfer import Augment, ImageFolderDataModule, ShapesDataModule, TransferClassifier
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.commands.evaluate import evaluate
+from cifar_transfer.commands.fit import fit
 from cifar_transfer.data.images import ArrayImages
 from cifar_transfer.data.loading import training_loader
 from cifar_transfer.data.shapes import draw
-from cifar_transfer.errors import UserError
-from cifar_transfer.evaluate import evaluate
-from cifar_transfer.fit import fit
 from cifar_transfer.training.resume import compare
 from cifar_transfer.training.scoring import ByClass
 
 SHAPES = {"drop": 1, "tee": 3, "flower": 5}  # and their places among all
-JOB = ["--model.backbone=lenet5", "--model.weights=none", "--freeze.unfreeze_epoch=0", "--trainer.accelerator=cpu"]
+JOB = [
+    "--model.backbone=lenet5",
+    "--model.weights=none",
+    "--freeze.unfreeze_epoch=0",
+    "--trainer.accelerator=cpu",
+]
 JOB += ["--report.figures=false", "--data=ImageFolderDataModule", "--data.batch_size=16"]
 
 
@@ -69,8 +74,13 @@ def test_balanced_weights_are_those_of_scikit_learn(caplog, photos):
     data.setup()
     counts = np.bincount(data.images["train"].labels)
     assert counts.sum() < 156, "held-out images do not count"
-    torch.testing.assert_close(data.loss_weights(), torch.tensor(counts.sum() / (3 * counts), dtype=torch.float32))
-    assert f"Classes of {counts[1]} (flower) to {counts[0]} (drop) training images, with weights from 0." in caplog.text
+    torch.testing.assert_close(
+        data.loss_weights(), torch.tensor(counts.sum() / (3 * counts), dtype=torch.float32)
+    )
+    assert (
+        f"Classes of {counts[1]} (flower) to {counts[0]} (drop) training images, with weights from 0."
+        in caplog.text
+    )
 
 
 def test_given_weights_keep_their_ratios_and_have_a_mean_of_one_over_the_images_drawn(photos):
@@ -87,7 +97,10 @@ def test_unequal_classes_are_pointed_out_with_what_helps(caplog, photos):
     data = ImageFolderDataModule(str(photos))
     data.setup()
     assert data.loss_weights() is None
-    assert "(drop) training images: --data.class_weights=balanced or --data.sampler=balanced makes up" in caplog.text
+    assert (
+        "(drop) training images: --data.class_weights=balanced or --data.sampler=balanced makes up"
+        in caplog.text
+    )
     caplog.clear()
     assert shapes(train_images=60).loss_weights() is None
     assert "makes up" not in caplog.text
@@ -97,7 +110,12 @@ def test_a_step_is_the_mean_over_images_of_each_with_its_weight(photos):
     data = ImageFolderDataModule(str(photos), class_weights="balanced", batch_size=16)
     model = TransferClassifier("lenet5", "none", num_classes=3)
     quiet_trainer(max_steps=0).fit(model, data)
-    labels, weights, smoothing, aux = torch.tensor([0, 0, 1, 2, 2, 2, 0, 1]), data.loss_weights(), 0.2, 0.3
+    labels, weights, smoothing, aux = (
+        torch.tensor([0, 0, 1, 2, 2, 2, 0, 1]),
+        data.loss_weights(),
+        0.2,
+        0.3,
+    )
     main, other = (torch.randn(8, 3) for _ in range(2))
     model.hparams.update(label_smoothing=smoothing, aux_weight=aux)
     model.all_logits, model._trainer = lambda images, side: (main, other), None
@@ -111,7 +129,10 @@ def test_a_step_is_the_mean_over_images_of_each_with_its_weight(photos):
 def epochs(count, world, labels, batch_size=4):
     """Rows that each process reads in each epoch."""
     images = ArrayImages(np.zeros((len(labels), 3, 1, 1), np.uint8), np.array(labels))
-    loaders = [training_loader(images, batch_size, 0, rank, world, seed=3, balanced=True) for rank in range(world)]
+    loaders = [
+        training_loader(images, batch_size, 0, rank, world, seed=3, balanced=True)
+        for rank in range(world)
+    ]
     read = []
     for epoch in range(count):
         for loader in loaders:
@@ -130,8 +151,14 @@ def test_each_class_and_of_a_class_each_image_is_drawn_equally_often(world, size
         each -= each % 4 == 1  # as without the sampler, a batch of one is left out
         assert [len(shard) for shard in shards] == [each] * world
         rows = np.array([*chain(*shards)])
-        for counts in (Counter(rows.tolist()), total := total + Counter(rows.tolist())):  # in an epoch, and over epochs
-            seen = [[counts[row] for row in np.flatnonzero(labels == label)] for label in range(len(sizes))]
+        for counts in (
+            Counter(rows.tolist()),
+            total := total + Counter(rows.tolist()),
+        ):  # in an epoch, and over epochs
+            seen = [
+                [counts[row] for row in np.flatnonzero(labels == label)]
+                for label in range(len(sizes))
+            ]
             assert np.ptp([sum(of_class) for of_class in seen]) <= 1
             assert all(max(of_class) - min(of_class) <= 1 for of_class in seen)
 
@@ -153,7 +180,10 @@ def test_a_class_without_training_images_is_refused(here, tmp_path, option):
     ((name, value),) = option.items()
     job = [*JOB[:-2], "--data=ShapesDataModule", "--data.train_images=8", "--data.test_images=9"]
     job += ["--data.val_fraction=0"]  # of a single image none is held out
-    with untouched(tmp_path), pytest.raises(UserError, match=f"{name} needs .* every class: add some of .*, or leave"):
+    with (
+        untouched(tmp_path),
+        pytest.raises(UserError, match=f"{name} needs .* every class: add some of .*, or leave"),
+    ):
         fit([*job, f"--data.{name}={value}"])
     fit([*job, "--trainer.max_epochs=1"])  # which is trained without
 
@@ -161,11 +191,23 @@ def test_a_class_without_training_images_is_refused(here, tmp_path, option):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"class_weights": [1.0, 2.0]}, "class_weights has 2 numbers for 10 classes: give one for each"),
-        *[({"class_weights": [1.0] * 9 + [bad]}, "take balanced, or a number from") for bad in (0, -1, np.nan, np.inf)],
-        *[({"class_weights": bad}, "class_weights is .*: take balanced, or") for bad in ("text", [], 3, ["1"] * 10)],
+        (
+            {"class_weights": [1.0, 2.0]},
+            "class_weights has 2 numbers for 10 classes: give one for each",
+        ),
+        *[
+            ({"class_weights": [1.0] * 9 + [bad]}, "take balanced, or a number from")
+            for bad in (0, -1, np.nan, np.inf)
+        ],
+        *[
+            ({"class_weights": bad}, "class_weights is .*: take balanced, or")
+            for bad in ("text", [], 3, ["1"] * 10)
+        ],
         ({"sampler": "weighted"}, "sampler is weighted: take balanced, or null"),
-        ({"sampler": "balanced", "class_weights": "balanced"}, "for the same twice: take one of them"),
+        (
+            {"sampler": "balanced", "class_weights": "balanced"},
+            "for the same twice: take one of them",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_sentence(options, words):
@@ -187,7 +229,12 @@ def test_a_change_on_resuming_is_said_and_within_an_epoch_other_images_are_refus
 
 
 def test_a_run_that_is_stopped_and_resumed_is_one_never_stopped(tmp_path, photos, monkeypatch):
-    job = [*JOB, f"--data.root={photos}", "--data.sampler=balanced", "--data.class_weights=[1, 2, 0.5]"]
+    job = [
+        *JOB,
+        f"--data.root={photos}",
+        "--data.sampler=balanced",
+        "--data.class_weights=[1, 2, 0.5]",
+    ]
     job += ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=1"]
     folders = [tmp_path / "whole", tmp_path / "stopped"]
     step, steps = TransferClassifier.training_step, []
@@ -218,12 +265,25 @@ def test_a_run_that_is_stopped_and_resumed_is_one_never_stopped(tmp_path, photos
 
 @pytest.mark.slow
 def test_a_step_of_two_processes_has_the_gradients_of_their_joint_batch(tmp_path):
-    command = [sys.executable, Path(__file__).with_name("ddp_job.py"), tmp_path, "auto", "2", "balanced"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        Path(__file__).with_name("ddp_job.py"),
+        tmp_path,
+        "auto",
+        "2",
+        "balanced",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    steps = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)["steps"][1] for rank in range(2)]
+    steps = [
+        torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)["steps"][1] for rank in range(2)
+    ]
     images, labels = (torch.cat([step[key] for step in steps]) for key in ("images", "labels"))
-    data = ShapesDataModule(train_images=157, test_images=45, val_fraction=0.4, class_weights="balanced")
+    data = ShapesDataModule(
+        train_images=157, test_images=45, val_fraction=0.4, class_weights="balanced"
+    )
     data.setup()
     weights = data.loss_weights()
     sums = [float(weights[step["labels"]].sum()) for step in steps]
@@ -234,7 +294,9 @@ def test_a_step_of_two_processes_has_the_gradients_of_their_joint_batch(tmp_path
     (F.cross_entropy(model(images), labels, reduction="none") * weights[labels]).mean().backward()
     for name, parameter in model.named_parameters():
         for step in steps:
-            torch.testing.assert_close(step["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(
+                step["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name
+            )
 
 
 def test_scores_by_class_are_those_of_torchmetrics_and_leave_out_classes_without_images():
@@ -253,7 +315,9 @@ def test_reports_count_classes_alike_where_they_are_unequal(here, photos, capsys
     outcome = fit([*JOB, f"--data.root={photos}", "--trainer.max_epochs=2"])
     said, result = capsys.readouterr().out, json.loads(Path(RUN, "result.json").read_text())
     assert {
-        f"best/{split}_{name}" for split in ("val", "test") for name in ("acc", "balanced_accuracy", "macro_f1")
+        f"best/{split}_{name}"
+        for split in ("val", "test")
+        for name in ("acc", "balanced_accuracy", "macro_f1")
     } == {name for name in result if name.startswith("best/")}
     assert result.items() >= outcome.scores.items()
     found = evaluate(str(outcome.best), accelerator="cpu", figures=True)
@@ -263,9 +327,13 @@ def test_reports_count_classes_alike_where_they_are_unequal(here, photos, capsys
     references = {"balanced_accuracy": multiclass_accuracy, "macro_f1": multiclass_f1_score}
     for name, reference in references.items():
         value = float(reference(guesses.float(), labels, 3, average="macro"))
-        assert result[f"best/test_{name}"] == found[f"test/{name}"] == pytest.approx(value, abs=1e-6)
+        assert (
+            result[f"best/test_{name}"] == found[f"test/{name}"] == pytest.approx(value, abs=1e-6)
+        )
         assert f"test/{name}  {value:.2%}\n" in printed
-        assert re.search(rf"^test {name.replace('_', ' ').replace('f1', 'F1')} +{value:.2%}$", said, re.MULTILINE)
+        assert re.search(
+            rf"^test {name.replace('_', ' ').replace('f1', 'F1')} +{value:.2%}$", said, re.MULTILINE
+        )
         assert curves(RUN)[f"test/{name}"][0][1] == pytest.approx(value, abs=1e-6)
     assert found["test/acc"] != found["test/balanced_accuracy"]
 
@@ -274,8 +342,13 @@ def test_reports_of_equal_classes_do_not_repeat_the_accuracy(here, tmp_path, cap
     write_shapes(tmp_path / "photos/train", (20, 20, 20))
     write_shapes(tmp_path / "photos/test", (5, 5, 5), seed=1)
     outcome = fit([*JOB, "--data.root=photos", "--data.val_fraction=0.3", "--trainer.max_epochs=1"])
-    assert outcome.scores.keys() == {"best/val_acc", "best/test_acc"}, "though not as many of each are held out"
-    assert evaluate(str(outcome.best), "val", accelerator="cpu", figures=False).keys() == {"val/loss", "val/acc"}
+    assert outcome.scores.keys() == {"best/val_acc", "best/test_acc"}, (
+        "though not as many of each are held out"
+    )
+    assert evaluate(str(outcome.best), "val", accelerator="cpu", figures=False).keys() == {
+        "val/loss",
+        "val/acc",
+    }
     assert "macro" not in capsys.readouterr().out
 
 
@@ -284,8 +357,12 @@ def test_rare_classes_are_told_better(tmp_path):
     rng = np.random.default_rng(0)
     for split, counts in (("train", (600, 30, 15)), ("test", (150, 150, 150))):
         images, _ = draw("downstream", sum(counts), counts[0])
-        for number, (label, pixels) in enumerate(zip(np.repeat(range(3), counts), images, strict=True)):
-            brighter = (0.3 * pixels + rng.normal(60 + 40 * label, 35)).clip(0, 255).astype(np.uint8)
+        for number, (label, pixels) in enumerate(
+            zip(np.repeat(range(3), counts), images, strict=True)
+        ):
+            brighter = (
+                (0.3 * pixels + rng.normal(60 + 40 * label, 35)).clip(0, 255).astype(np.uint8)
+            )
             path = tmp_path / split / "abc"[label] / f"{number:03}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(brighter).save(path)
@@ -297,5 +374,7 @@ def test_rare_classes_are_told_better(tmp_path):
         model = TransferClassifier("lenet5", "none", num_classes=3, lr=0.003)
         trainer = quiet_trainer(max_epochs=6, limit_val_batches=0)
         trainer.fit(model, data)
-        accuracies.append(trainer.test(model, data, verbose=False)[0]["test/acc"])  # balanced, as the test is
+        accuracies.append(
+            trainer.test(model, data, verbose=False)[0]["test/acc"]
+        )  # balanced, as the test is
     assert min(accuracies[1:]) > accuracies[0] + 0.1, accuracies

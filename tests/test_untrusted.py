@@ -12,16 +12,16 @@ import torch
 from conftest import RUN, TINY, Program, run_fit, weights
 
 import cifar_transfer
-from cifar_transfer.embed import main as embed
-from cifar_transfer.errors import UserError
-from cifar_transfer.evaluate import evaluate
-from cifar_transfer.export import export
-from cifar_transfer.fit import fit
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.commands.embed import main as embed
+from cifar_transfer.commands.evaluate import evaluate
+from cifar_transfer.commands.export import export
+from cifar_transfer.commands.fit import fit
+from cifar_transfer.commands.predict import main as predict
+from cifar_transfer.commands.serve import main as serve
 from cifar_transfer.inference.predictor import Classifier
 from cifar_transfer.network import weights as weights_module
-from cifar_transfer.predict import main as predict
-from cifar_transfer.serve import main as serve
-from cifar_transfer.training.checkpoint import read_checkpoint
+from cifar_transfer.training.checkpoint_file import read_checkpoint
 from cifar_transfer.training.evaluation import load_data, load_model
 
 
@@ -50,7 +50,9 @@ def test_a_program_as_a_checkpoint_or_as_weights_is_refused(tmp_path, run, progr
 FORMATS = {
     "pickle": lambda path, it: path.write_bytes(pickle.dumps(it)),
     "before 1.6": lambda path, it: torch.save(it, path, _use_new_zipfile_serialization=False),
-    "numpy": lambda path, it: path.write_bytes(io_bytes(lambda file: np.save(file, np.array([it], dtype=object)))),
+    "numpy": lambda path, it: path.write_bytes(
+        io_bytes(lambda file: np.save(file, np.array([it], dtype=object)))
+    ),
 }
 
 
@@ -64,7 +66,10 @@ def io_bytes(write):
 def test_a_program_in_an_older_or_another_format_is_refused(tmp_path, write):
     marker = tmp_path / "it was run"
     for name in ("w.ckpt", "w.pth", "w.pt2", "w.pth.tar", "w.safetensors", "w.bin"):
-        write(tmp_path / name, {"state_dict": Program(marker), "hyper_parameters": {"backbone": "resnet18"}})
+        write(
+            tmp_path / name,
+            {"state_dict": Program(marker), "hyper_parameters": {"backbone": "resnet18"}},
+        )
         for read in (load_model, weights_module.read_file):
             with pytest.raises(UserError, match=r"not opened|cannot be read"):
                 read(tmp_path / name)
@@ -86,7 +91,9 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_no_command_runs_a_program(tmp_path, monkeypatch, run, program, command):
     shutil.copytree(run / "lightning_logs", tmp_path / "lightning_logs")
-    bad = program(tmp_path / RUN / "checkpoints/last.ckpt", inside=disguises(run, program)["callbacks"])
+    bad = program(
+        tmp_path / RUN / "checkpoints/last.ckpt", inside=disguises(run, program)["callbacks"]
+    )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="not opened"):
         command(str(bad))
@@ -94,7 +101,7 @@ def test_no_command_runs_a_program(tmp_path, monkeypatch, run, program, command)
 
 def test_a_program_as_a_command_ends_with_a_sentence_and_status_2(tmp_path, program):
     bad = program(tmp_path / "w.ckpt", call="system")
-    done = run_fit(tmp_path, f"--ckpt={bad}", module="cifar_transfer.evaluate", expect=2)
+    done = run_fit(tmp_path, f"--ckpt={bad}", command="evaluate", expect=2)
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
 
@@ -119,14 +126,19 @@ def test_a_checkpoint_of_the_first_version_is_used_and_continued(tmp_path, run):
 
 def lying(run, path, change):
     """A checkpoint whose zip file is written anew, with one member changed."""
-    with zipfile.ZipFile(run / RUN / "checkpoints/last.ckpt") as old, zipfile.ZipFile(path, "w") as new:
+    with (
+        zipfile.ZipFile(run / RUN / "checkpoints/last.ckpt") as old,
+        zipfile.ZipFile(path, "w") as new,
+    ):
         for member in old.infolist():
             change(new, member, old.read(member))
 
 
 def cut(new, member, content):
     """Half of each storage, and the sizes of the tensors as before."""
-    new.writestr(member.filename, content[: len(content) // 2] if "/data/" in member.filename else content)
+    new.writestr(
+        member.filename, content[: len(content) // 2] if "/data/" in member.filename else content
+    )
 
 
 def long(new, member, content):
@@ -148,7 +160,9 @@ def packed(new, member, content):
         (packed, pytest.raises(UserError, match="unpacks to")),
     ],
 )
-def test_a_checkpoint_whose_parts_have_other_sizes_is_refused_or_read(tmp_path, run, change, outcome):
+def test_a_checkpoint_whose_parts_have_other_sizes_is_refused_or_read(
+    tmp_path, run, change, outcome
+):
     lying(run, tmp_path / "w.ckpt", change)
     with outcome:
         load_model(tmp_path / "w.ckpt")

@@ -19,15 +19,17 @@ import torch
 from conftest import RUN, Program, untouched
 
 import cifar_transfer
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.cli.fit_cli import FitCLI
+from cifar_transfer.commands.figures import figures
+from cifar_transfer.commands.fit import fit
 from cifar_transfer.data import cache, cifar
-from cifar_transfer.errors import UserError
-from cifar_transfer.figures import figures
-from cifar_transfer.fit import fit
 from cifar_transfer.results.predictions import Predictions
-from cifar_transfer.training.cli import FitCLI
 
 
-def test_a_program_as_the_best_checkpoint_of_a_finished_run_is_refused(tmp_path, monkeypatch, run, program):
+def test_a_program_as_the_best_checkpoint_of_a_finished_run_is_refused(
+    tmp_path, monkeypatch, run, program
+):
     """Which `--resume` tests at once."""
     shutil.copytree(run / "lightning_logs", tmp_path / "lightning_logs")
     best = tmp_path / RUN / "checkpoints/best.ckpt"
@@ -128,9 +130,13 @@ def test_a_resumed_configuration_may_name_lightnings_classes_and_what_the_comman
     checkpoint["datamodule_hyper_parameters"]["data"] = "Mine"
     torch.save(checkpoint, last)
     assert "mine.Mine" in text
-    stopping = "{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/loss}}"
+    stopping = (
+        "{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/loss}}"
+    )
     config.write_text(text.replace("callbacks: null", f"callbacks: [{stopping}]"))
-    with pytest.raises(UserError, match=r"mine\.Mine.*not allowed.*name it on the command line too"):
+    with pytest.raises(
+        UserError, match=r"mine\.Mine.*not allowed.*name it on the command line too"
+    ):
         FitCLI([f"--resume={RUN}"])
     cli = FitCLI([f"--resume={RUN}", "--data=mine.Mine"])
     assert type(cli.datamodule).__module__ == "mine"
@@ -204,7 +210,16 @@ SAFE = {
 
 # What runs what it is given, or unpacks where the packer wished.
 FORBIDDEN = {
-    *("eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load"),
+    *(
+        "eval",
+        "exec",
+        "compile",
+        "os.system",
+        "os.popen",
+        "yaml.load",
+        "yaml.unsafe_load",
+        "yaml.full_load",
+    ),
     *(
         "pickle.load",
         "torch.jit.load",

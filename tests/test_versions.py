@@ -60,6 +60,8 @@ def test_versions_with_known_holes_are_not_allowed(script, name):
 
 @pytest.mark.parametrize("arguments", [[], ["middle"]])
 def test_without_a_word_it_says_how_it_is_used(arguments):
-    done = subprocess.run([sys.executable, ROOT / ".ci" / "versions", *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / ".ci" / "versions", *arguments], capture_output=True, text=True
+    )
     assert done.returncode == 1
     assert ".ci/versions oldest|newest" in done.stderr

@@ -17,10 +17,11 @@ from broken_server import BEHAVIOURS, BrokenServer
 from safetensors.torch import save
 from torchvision import models
 
-from cifar_transfer import TransferClassifier, download
+from cifar_transfer import TransferClassifier
+from cifar_transfer.base import download
+from cifar_transfer.base.download import fetch
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.data import cifar
-from cifar_transfer.download import fetch
-from cifar_transfer.errors import UserError
 from cifar_transfer.network import build, weights
 
 TINY = "shufflenet_v2_x0_5"
@@ -29,7 +30,11 @@ VIT = "timm/test_vit"
 
 def assert_arrived(model, state):
     """Every tensor of the model but the head's is that of `state`."""
-    own = {key: value for key, value in model.network.state_dict().items() if not key.startswith(model.heads)}
+    own = {
+        key: value
+        for key, value in model.network.state_dict().items()
+        if not key.startswith(model.heads)
+    }
     assert own
     assert all(torch.equal(value, state[key]) for key, value in own.items())
 
@@ -37,7 +42,9 @@ def assert_arrived(model, state):
 def test_no_network_names_the_three_ways_out(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     entry = models.get_model_weights(TINY).DEFAULT
-    monkeypatch.setattr(type(entry), "url", f"http://127.0.0.1:9/{entry.url.rsplit('/', 1)[-1]}", raising=False)
+    monkeypatch.setattr(
+        type(entry), "url", f"http://127.0.0.1:9/{entry.url.rsplit('/', 1)[-1]}", raising=False
+    )
     with pytest.raises(UserError, match=r"copy the file to .*weights=FILE.*weights=none"):
         TransferClassifier(TINY, "DEFAULT")
 
@@ -51,7 +58,9 @@ class Hub(BaseHTTPRequestHandler):
     served: ClassVar[list[str]] = []
 
     def do_GET(self):
-        if self.command == self.stalls:  # a byte now and then, so that no time-out of a socket fires
+        if (
+            self.command == self.stalls
+        ):  # a byte now and then, so that no time-out of a socket fires
             with suppress(OSError):
                 self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Never-Ending: ")
                 while True:
@@ -91,13 +100,19 @@ def hub(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     yield server
     server.shutdown()
 
 
-def test_timms_weights_come_from_the_hub_and_a_damaged_file_is_fetched_once_more(hub, tmp_path, caplog, monkeypatch):
+def test_timms_weights_come_from_the_hub_and_a_damaged_file_is_fetched_once_more(
+    hub, tmp_path, caplog, monkeypatch
+):
     name = f"{VIT}.r160_in1k"
     model = TransferClassifier(name, "DEFAULT", num_classes=3, image_size=160)
     assert len(Hub.served) == 1
@@ -124,11 +139,15 @@ def test_timms_weights_come_from_the_hub_and_a_damaged_file_is_fetched_once_more
 def test_without_the_hub_there_are_three_ways_out(hub, monkeypatch):
     hub.shutdown()
     hub.server_close()
-    with pytest.raises(UserError, match=r"could not be fetched \(.*\)\. Three ways out: .*weights=FILE"):
+    with pytest.raises(
+        UserError, match=r"could not be fetched \(.*\)\. Three ways out: .*weights=FILE"
+    ):
         TransferClassifier(f"{VIT}.r160_in1k", "DEFAULT")
 
 
-@pytest.mark.parametrize(("method", "why"), [("HEAD", "no answer within 1 s"), ("GET", "silent for 1 s")])
+@pytest.mark.parametrize(
+    ("method", "why"), [("HEAD", "no answer within 1 s"), ("GET", "silent for 1 s")]
+)
 def test_a_hub_that_sends_a_byte_now_and_then_is_left(hub, tmp_path, monkeypatch, method, why):
     monkeypatch.setattr(Hub, "stalls", method)
     monkeypatch.setattr(weights, "HUB_SECONDS", 1)
@@ -176,7 +195,9 @@ def restored(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(cifar, "ARCHIVE_MD5", cifar.ARCHIVE_MD5)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", huggingface_hub.constants.HF_HUB_CACHE)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HF_HUB_CACHE", huggingface_hub.constants.HF_HUB_CACHE
+    )
     for name in ("get_hf_file_metadata", "hf_hub_download"):
         monkeypatch.setattr(huggingface_hub, name, getattr(huggingface_hub, name))
     before = torch.hub.get_dir()
@@ -189,7 +210,9 @@ NAME = f"w-{hashlib.sha256(CONTENT).hexdigest()[:8]}.pth"
 
 @pytest.mark.parametrize("behaviour", [name for name in BEHAVIOURS if name not in GOOD])
 @pytest.mark.parametrize("what", ["data", "torchvision", "hub"])
-def test_a_broken_server_leaves_no_file_and_a_way_out(tmp_path, monkeypatch, restored, what, behaviour):
+def test_a_broken_server_leaves_no_file_and_a_way_out(
+    tmp_path, monkeypatch, restored, what, behaviour
+):
     """Or, where the second attempt is good, the file."""
     for module in (cifar, weights):
         monkeypatch.setattr(module, "fetch", partial(fetch, stall_seconds=0.4))
@@ -216,7 +239,9 @@ def fetch_one(what, home, url):
 @pytest.mark.parametrize("what", ["data", "torchvision", "hub"])
 def test_of_four_processes_one_downloads(tmp_path, restored, what):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cifar_transfer.weights", __name__])  # else each imports torch for itself
+    context.set_forkserver_preload(
+        ["cifar_transfer.weights", __name__]
+    )  # else each imports torch for itself
     with BrokenServer({f"/{NAME}": CONTENT}, slow_rate=200_000) as server:
         url = server.url(f"/slow/{NAME}")
         four = [context.Process(target=fetch_one, args=(what, tmp_path, url)) for _ in range(4)]
@@ -232,14 +257,18 @@ def test_of_four_processes_one_downloads(tmp_path, restored, what):
 def test_the_library_says_how_large_a_file_may_be(monkeypatch):
     """ResNet18's has 46,830,571 bytes; a body without end is left a little after, not after gigabytes."""
     asked = {}
-    monkeypatch.setattr(weights, "fetch", lambda *_, **options: asked.update(options) or Path("unread"))
+    monkeypatch.setattr(
+        weights, "fetch", lambda *_, **options: asked.update(options) or Path("unread")
+    )
     monkeypatch.setattr(weights, "read_file", lambda path: ({}, {}))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "/nowhere")
     weights.read("resnet18", "DEFAULT")
     assert 46_830_571 < asked["max_bytes"] < 48_000_000
 
 
-def test_weights_in_torchs_cache_are_used_and_a_damaged_file_is_fetched_once_more(tmp_path, monkeypatch, caplog):
+def test_weights_in_torchs_cache_are_used_and_a_damaged_file_is_fetched_once_more(
+    tmp_path, monkeypatch, caplog
+):
     torch.save(models.get_model(TINY).state_dict(), tmp_path / "w.pth")
     content = (tmp_path / "w.pth").read_bytes()
     name = f"tiny-{hashlib.sha256(content).hexdigest()[:8]}.pth"

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from cifar_transfer import ImageFolderDataModule, ShapesDataModule, TransferClassifier
-from cifar_transfer.errors import UserError
-from cifar_transfer.fit import fit
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.commands.fit import fit
 from cifar_transfer.network import build, catalog
 from cifar_transfer.network.build import with_head
 
@@ -29,7 +29,10 @@ def upstream():
 
 
 def write(network, path, half=False):
-    state = {k: v.half() if half and v.is_floating_point() else v for k, v in network.state_dict().items()}
+    state = {
+        k: v.half() if half and v.is_floating_point() else v
+        for k, v in network.state_dict().items()
+    }
     save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
     return path
 
@@ -40,7 +43,11 @@ def assert_backbone_arrived(model, state, exact=True):
     heads = tuple(f"{head}." for head in model.heads)
     for name, value in own.items():
         if not name.startswith(heads):
-            expected = state[name] if exact or not value.is_floating_point() else state[name].half().float()
+            expected = (
+                state[name]
+                if exact or not value.is_floating_point()
+                else state[name].half().float()
+            )
             assert torch.equal(value, expected), name
 
 
@@ -77,9 +84,13 @@ def own_checkpoint(model, path):
 def test_a_checkpoint_of_ours_is_a_pretraining(tmp_path, same):
     first = TransferClassifier(TINY, "none", class_names=["cat", "dog"])
     names = ["cat", "dog"] if same else ["cow", "pig"]
-    second = TransferClassifier(TINY, own_checkpoint(first, tmp_path / "run.ckpt"), class_names=names)
+    second = TransferClassifier(
+        TINY, own_checkpoint(first, tmp_path / "run.ckpt"), class_names=names
+    )
     assert_backbone_arrived(second, first.network.state_dict())
-    assert torch.equal(second.network.fc.weight, first.network.fc.weight) == same, "kept for the same classes only"
+    assert torch.equal(second.network.fc.weight, first.network.fc.weight) == same, (
+        "kept for the same classes only"
+    )
 
 
 def test_an_adapted_checkpoint_of_ours_is_taken_up_as_it_is(tmp_path):
@@ -94,10 +105,15 @@ def test_an_adapted_checkpoint_of_ours_is_taken_up_as_it_is(tmp_path):
 
 
 def test_images_unlike_those_of_the_checkpoint_are_told(tmp_path, caplog):
-    path = own_checkpoint(TransferClassifier(TINY, "none", image_size=64, normalize="imagenet"), tmp_path / "run.ckpt")
+    path = own_checkpoint(
+        TransferClassifier(TINY, "none", image_size=64, normalize="imagenet"), tmp_path / "run.ckpt"
+    )
     data = ShapesDataModule(train_images=100)
     quiet_trainer(fast_dev_run=True).fit(TransferClassifier(TINY, path), data)
-    assert "come from images of 64 x 64 pixels, and the network now sees 32 x 32: set --model.image_size" in caplog.text
+    assert (
+        "come from images of 64 x 64 pixels, and the network now sees 32 x 32: set --model.image_size"
+        in caplog.text
+    )
     assert "come from images of other statistics: see --model.normalize" in caplog.text
     caplog.clear()
     same = TransferClassifier(TINY, path, image_size=64, normalize="imagenet")
@@ -110,7 +126,8 @@ def test_an_adaptation_to_other_images_is_told(tmp_path):
     data = ImageFolderDataModule(str(tmp_path), val_fraction=0.5, batch_size=4)
     model = TransferClassifier("alexnet", "none", num_classes=2, small_images=True)
     with pytest.warns(
-        UserWarning, match=r"adapted to images of 32 pixels, and these have 96 x 96: set --model\.image_size"
+        UserWarning,
+        match=r"adapted to images of 32 pixels, and these have 96 x 96: set --model\.image_size",
     ):
         quiet_trainer(fast_dev_run=True).fit(model, data)
 
@@ -121,9 +138,17 @@ def test_weights_alone_are_no_run_to_continue(tmp_path):
         torch.load(path, weights_only=True) | {"global_step": 1}, path
     )  # as `save_checkpoint(weights_only=True)`
     with pytest.raises(
-        UserError, match=r"holds weights alone, and no run to continue: begin with --model\.weights=FILE"
+        UserError,
+        match=r"holds weights alone, and no run to continue: begin with --model\.weights=FILE",
     ):
-        fit([f"--model.backbone={TINY}", "--data=ShapesDataModule", "--data.train_images=100", f"--ckpt_path={path}"])
+        fit(
+            [
+                f"--model.backbone={TINY}",
+                "--data=ShapesDataModule",
+                "--data.train_images=100",
+                f"--ckpt_path={path}",
+            ]
+        )
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
@@ -153,11 +178,18 @@ def test_torchvisions_old_names_of_densenet(tmp_path):
     """Its files of DenseNet have `norm.1` where the network has `norm1`."""
     torch.manual_seed(0)
     state = models.densenet121().state_dict()
-    published = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", key): v for key, v in state.items()}
+    published = {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", key): v
+        for key, v in state.items()
+    }
     assert "features.denseblock1.denselayer1.norm.1.weight" in published
-    published = {k: v for k, v in published.items() if "num_batches" not in k}  # older than that counter
+    published = {
+        k: v for k, v in published.items() if "num_batches" not in k
+    }  # older than that counter
     torch.save(published, tmp_path / "w.pth")
-    assert_backbone_arrived(TransferClassifier("densenet121", str(tmp_path / "w.pth"), num_classes=3), state)
+    assert_backbone_arrived(
+        TransferClassifier("densenet121", str(tmp_path / "w.pth"), num_classes=3), state
+    )
 
 
 def test_torchvisions_old_names_and_larger_images_of_vit(tmp_path):
@@ -165,12 +197,17 @@ def test_torchvisions_old_names_and_larger_images_of_vit(tmp_path):
     torch.manual_seed(0)
     network = models.vit_b_16(image_size=384)
     state = network.state_dict()
-    published = {k.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): v for k, v in state.items()}
+    published = {
+        k.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): v
+        for k, v in state.items()
+    }
     assert published.keys() != state.keys()
     torch.save(published, tmp_path / "w.pth")
     model = TransferClassifier("vit_b_16", str(tmp_path / "w.pth"), num_classes=3, image_size=384)
     assert_backbone_arrived(model, state)
-    model = TransferClassifier("vit_b_16", str(tmp_path / "w.pth"), num_classes=3, image_size=32, small_images=True)
+    model = TransferClassifier(
+        "vit_b_16", str(tmp_path / "w.pth"), num_classes=3, image_size=32, small_images=True
+    )
     assert model.network.encoder.pos_embedding.shape[1] == 8 * 8 + 1
 
 
@@ -178,16 +215,22 @@ def test_mnasnet_which_insists_on_a_version(tmp_path):
     torch.manual_seed(0)
     network = models.mnasnet0_5()
     torch.save(network.state_dict(), tmp_path / "w.pth")
-    assert_backbone_arrived(TransferClassifier("mnasnet0_5", str(tmp_path / "w.pth")), network.state_dict())
+    assert_backbone_arrived(
+        TransferClassifier("mnasnet0_5", str(tmp_path / "w.pth")), network.state_dict()
+    )
     save_file(network.state_dict(), tmp_path / "w.safetensors")  # which has no place for one
-    assert_backbone_arrived(TransferClassifier("mnasnet0_5", str(tmp_path / "w.safetensors")), network.state_dict())
+    assert_backbone_arrived(
+        TransferClassifier("mnasnet0_5", str(tmp_path / "w.safetensors")), network.state_dict()
+    )
 
 
 @pytest.mark.parametrize("auxiliary", [0.0, 0.3])
 def test_auxiliary_heads_are_loaded_or_left(tmp_path, auxiliary):
     network = models.googlenet(init_weights=False)
     torch.save(network.state_dict(), tmp_path / "w.pth")
-    model = TransferClassifier("googlenet", str(tmp_path / "w.pth"), num_classes=3, aux_weight=auxiliary)
+    model = TransferClassifier(
+        "googlenet", str(tmp_path / "w.pth"), num_classes=3, aux_weight=auxiliary
+    )
     assert_backbone_arrived(model, network.state_dict())
     assert any("aux1.conv" in key for key in model.state_dict()) == (auxiliary > 0)
 
@@ -195,14 +238,21 @@ def test_auxiliary_heads_are_loaded_or_left(tmp_path, auxiliary):
 def test_a_head_without_bias_is_dropped(tmp_path):
     network = models.maxvit_t(num_classes=7)
     torch.save(network.state_dict(), tmp_path / "w.pth")
-    model = TransferClassifier("maxvit_t", str(tmp_path / "w.pth"), num_classes=3, image_size="native")
+    model = TransferClassifier(
+        "maxvit_t", str(tmp_path / "w.pth"), num_classes=3, image_size="native"
+    )
     assert_backbone_arrived(model, network.state_dict())
 
 
 def test_weights_of_another_network_are_refused(tmp_path, upstream):
     path = str(write(upstream, tmp_path / "w.pth"))
-    for name in ("resnet18", *(["timm/test_vit", "timm/swin_tiny_patch4_window7_224"] if find_spec("timm") else [])):
-        with pytest.raises(UserError, match=r"do not fit the network. Keys missing: .*; unknown: ") as error:
+    for name in (
+        "resnet18",
+        *(["timm/test_vit", "timm/swin_tiny_patch4_window7_224"] if find_spec("timm") else []),
+    ):
+        with pytest.raises(
+            UserError, match=r"do not fit the network. Keys missing: .*; unknown: "
+        ) as error:
             TransferClassifier(name, path, num_classes=3)
         assert "\n" not in str(error.value)
 
@@ -215,11 +265,18 @@ def moco_v3(network, head, projector):
     state |= {f"module.momentum_encoder.{k}": torch.zeros_like(v) for k, v in encoder.items()}
     state["module.predictor.0.weight"] = torch.randn(projector, projector)
     optimizer = torch.optim.SGD(network.parameters(), 0.1).state_dict()
-    return {"epoch": 300, "arch": "x", "state_dict": state, "optimizer": optimizer, "scaler": {"scale": 65536.0}}
+    return {
+        "epoch": 300,
+        "arch": "x",
+        "state_dict": state,
+        "optimizer": optimizer,
+        "scaler": {"scale": 65536.0},
+    }
 
 
 @pytest.mark.parametrize(
-    ("name", "head"), [("resnet50", "fc"), pytest.param("timm/vit_base_patch16_224", "head", id="vit_base")]
+    ("name", "head"),
+    [("resnet50", "fc"), pytest.param("timm/vit_base_patch16_224", "head", id="vit_base")],
 )
 def test_moco_v3(tmp_path, name, head):
     if name.startswith("timm/"):
@@ -227,7 +284,9 @@ def test_moco_v3(tmp_path, name, head):
     torch.manual_seed(0)
     network = build.stock(name)
     torch.save(moco_v3(network, head, 16), tmp_path / "r-50-300ep.pth.tar")
-    model = TransferClassifier(name, str(tmp_path / "r-50-300ep.pth.tar"), num_classes=3, image_size=224)
+    model = TransferClassifier(
+        name, str(tmp_path / "r-50-300ep.pth.tar"), num_classes=3, image_size=224
+    )
     assert_backbone_arrived(model, network.state_dict())
 
 
@@ -242,10 +301,14 @@ def test_publishers_wrappings(tmp_path, publisher):
         "deit": {"model": state, "args": Namespace(lr=0.1), "epoch": 3},
         "dino": {
             "student": {f"module.backbone.{k}": torch.zeros_like(v) for k, v in state.items()},
-            "teacher": {f"backbone.{k}": v for k, v in state.items()} | {"head.mlp.0.weight": torch.zeros(3, 3)},
+            "teacher": {f"backbone.{k}": v for k, v in state.items()}
+            | {"head.mlp.0.weight": torch.zeros(3, 3)},
             "epoch": 3,
         },
-        "lightning": {"state_dict": {f"model.{k}": v for k, v in state.items()}, "pytorch-lightning_version": "2.5"},
+        "lightning": {
+            "state_dict": {f"model.{k}": v for k, v in state.items()},
+            "pytorch-lightning_version": "2.5",
+        },
         "ddp": {"state_dict": {f"module.{k}": v for k, v in state.items()}},
     }[publisher]
     torch.save(content, tmp_path / "w.pth")
@@ -267,20 +330,28 @@ def test_microsofts_own_files_of_swin_and_beit(tmp_path):
             r"layers\.(\d)\.downsample\.(.*)", key
         )  # a stage ends with it there, and begins with it in timm
         published[f"layers.{int(found[1]) - 1}.downsample.{found[2]}" if found else key] = value
-    published["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.long)
+    published["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(
+        49, 49, dtype=torch.long
+    )
     torch.save({"model": published}, tmp_path / "swin.pth")
     model = TransferClassifier(name, str(tmp_path / "swin.pth"), num_classes=3, image_size=224)
     assert_backbone_arrived(model, state)
 
     name = "timm/beit_base_patch16_224"
     state = build.stock(name).state_dict()
-    published = state | {"blocks.0.attn.relative_position_index": torch.zeros(197, 197, dtype=torch.long)}
+    published = state | {
+        "blocks.0.attn.relative_position_index": torch.zeros(197, 197, dtype=torch.long)
+    }
     torch.save({"model": published}, tmp_path / "beit.pth")
     model = TransferClassifier(name, str(tmp_path / "beit.pth"), num_classes=3, image_size=224)
     assert_backbone_arrived(model, state)
     table = "blocks.0.attn.relative_position_bias_table"
-    small = TransferClassifier(name, str(tmp_path / "beit.pth"), num_classes=3, image_size=32, small_images=True)
-    assert small.network.state_dict()[table].shape[0] == (2 * 8 - 1) ** 2 + 3, "resampled to 8 x 8 patches"
+    small = TransferClassifier(
+        name, str(tmp_path / "beit.pth"), num_classes=3, image_size=32, small_images=True
+    )
+    assert small.network.state_dict()[table].shape[0] == (2 * 8 - 1) ** 2 + 3, (
+        "resampled to 8 x 8 patches"
+    )
 
 
 def test_mismatches_name_the_keys(tmp_path, upstream):
@@ -289,7 +360,10 @@ def test_mismatches_name_the_keys(tmp_path, upstream):
     state["conv9.weight"] = torch.zeros(1)
     state["conv5.0.weight"] = torch.zeros(3)
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"missing: conv1\.0\.weight.*unknown: conv9\.weight.*shape: conv5\.0\.weight"):
+    with pytest.raises(
+        UserError,
+        match=r"missing: conv1\.0\.weight.*unknown: conv9\.weight.*shape: conv5\.0\.weight",
+    ):
         TransferClassifier(TINY, str(tmp_path / "w.pth"))
 
 
@@ -343,9 +417,15 @@ def test_real_weights_load(shared):
         model = TransferClassifier(name, str(path))
         state = torch.load(path, weights_only=True)
         own = model.network.state_dict()
-        different = {key for key in own if own[key].shape != state[key].shape or not own[key].equal(state[key].float())}
+        different = {
+            key
+            for key in own
+            if own[key].shape != state[key].shape or not own[key].equal(state[key].float())
+        }
         different = {key for key in different if "num_batches" not in key}
-        assert different == {f"{head}.{part}" for head in model.heads for part in ("weight", "bias")}
+        assert different == {
+            f"{head}.{part}" for head in model.heads for part in ("weight", "bias")
+        }
 
 
 def test_catalogue_is_json_and_says_where_weights_are():

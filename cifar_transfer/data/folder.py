@@ -8,12 +8,14 @@ from typing import Any, NoReturn
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from cifar_transfer.data import duplicates, splits
+from cifar_transfer.base.errors import UserError, check
+from cifar_transfer.base.text import printable
+from cifar_transfer.data import exact_duplicates as duplicates
+from cifar_transfer.data import splits
 from cifar_transfer.data.cache import cached
-from cifar_transfer.data.geometry import Size, choose_size, pixels
+from cifar_transfer.data.geometry import LARGEST_SIDE, Size, choose_size, pixels
 from cifar_transfer.data.images import (
     EXTENSIONS,
-    LARGEST_SIDE,
     MAX_MEGAPIXELS,
     FileImages,
     Images,
@@ -21,8 +23,6 @@ from cifar_transfer.data.images import (
     read_size,
 )
 from cifar_transfer.data.module import ImageDataModule, Split
-from cifar_transfer.errors import UserError, check
-from cifar_transfer.text import printable
 
 LOOKED_AT = 1000  # training images, evenly spread, whose sizes decide to which all are brought
 
@@ -59,21 +59,39 @@ class ImageFolderDataModule(ImageDataModule):
         check("root", root, Path, "a folder")
         self.root = Path(root)
         if decode_size is not None:
-            check("decode_size", decode_size, lambda n: 1 <= n <= LARGEST_SIDE, f"1 to {LARGEST_SIDE} pixels")
+            check(
+                "decode_size",
+                decode_size,
+                lambda n: 1 <= n <= LARGEST_SIDE,
+                f"1 to {LARGEST_SIDE} pixels",
+            )
         check("cache_limit_gb", cache_limit_gb, lambda x: x >= 0, "0 or more")
         check("max_megapixels", max_megapixels, lambda x: x > 0, "a positive number")
         train = self.root / "train"
         if not train.is_dir():
-            raise UserError(f"{train} is missing: put the images of each class into {root}/train/<class>/.")
+            raise UserError(
+                f"{train} is missing: put the images of each class into {root}/train/<class>/."
+            )
         self._classes = class_folders(train)
         if not self._classes:
             raise UserError(f"{train} has no folders: it needs one for each class.")
         if len(self._classes) < 2:
-            raise UserError(f"{train} has one class only ({self._classes[0]}): it needs two or more.")
-        self.decode_size, self.cache_limit_gb, self.max_megapixels = decode_size, cache_limit_gb, max_megapixels
+            raise UserError(
+                f"{train} has one class only ({self._classes[0]}): it needs two or more."
+            )
+        self.decode_size, self.cache_limit_gb, self.max_megapixels = (
+            decode_size,
+            cache_limit_gb,
+            max_megapixels,
+        )
         self._files: dict[Split, tuple[list[str], np.ndarray]] = {}
         self._sizes: list[Size] = []  # of the training images that were looked at
-        self.record(root=root, decode_size=decode_size, cache_limit_gb=cache_limit_gb, max_megapixels=max_megapixels)
+        self.record(
+            root=root,
+            decode_size=decode_size,
+            cache_limit_gb=cache_limit_gb,
+            max_megapixels=max_megapixels,
+        )
 
     @property
     def class_names(self) -> list[str]:
@@ -92,7 +110,9 @@ class ImageFolderDataModule(ImageDataModule):
             paths, _ = self._listed(split)
             found = duplicates.find(train, self._listed("train")[0], images, paths)
             if pairs := [pair for pair in found if not out.intersection(map(self._name, pair))]:
-                examples = "; ".join(printable(f"{other} is {trained}") for trained, other in pairs[:2])
+                examples = "; ".join(
+                    printable(f"{other} is {trained}") for trained, other in pairs[:2]
+                )
                 rank_zero_warn(
                     f"{len(pairs):,} of {len(paths):,} {split} images are also among those of training ({examples}), "
                     f"so the {split} figure will be too good: remove them from either, or list them for leave_out."
@@ -136,7 +156,9 @@ class ImageFolderDataModule(ImageDataModule):
 
 def class_folders(folder: Path) -> list[str]:
     """The names of the folders in a folder, sorted; those that are hidden left out, as `.ipynb_checkpoints`."""
-    return sorted(e.name for e in os.scandir(folder) if not e.name.startswith(".") and os.path.isdir(e.path))
+    return sorted(
+        e.name for e in os.scandir(folder) if not e.name.startswith(".") and os.path.isdir(e.path)
+    )
 
 
 def class_files(folder: Path, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -151,14 +173,21 @@ def class_files(folder: Path, classes: Sequence[str]) -> tuple[list[str], np.nda
 
     if unknown := set(class_folders(folder)) - set(classes):
         names = ", ".join(sorted(unknown))
-        raise UserError(f"{folder} has classes that training has not ({names}): remove or rename them.")
-    files = [list(images_below(str(folder / name), refuse)) if (folder / name).is_dir() else [] for name in classes]
+        raise UserError(
+            f"{folder} has classes that training has not ({names}): remove or rename them."
+        )
+    files = [
+        list(images_below(str(folder / name), refuse)) if (folder / name).is_dir() else []
+        for name in classes
+    ]
     empty = [name for name, found in zip(classes, files, strict=True) if not found]
     if empty and (folder.name == "train" or len(empty) == len(classes)):
         raise UserError(
             f"{folder} has no images of {', '.join(empty)} ({' '.join(EXTENSIONS)}): add some, or remove the class."
         )
-    return [path for found in files for path in found], np.repeat(np.arange(len(classes)), [*map(len, files)])
+    return [path for found in files for path in found], np.repeat(
+        np.arange(len(classes)), [*map(len, files)]
+    )
 
 
 def folder_images(images: FileImages, folder: Path, split: str, limit_gb: float) -> Images:
@@ -166,13 +195,21 @@ def folder_images(images: FileImages, folder: Path, split: str, limit_gb: float)
     try:
         stats = [os.stat(path) for path in images.paths]
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend or remove it.") from None
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}): mend or remove it."
+        ) from None
     found: Images = images
     if 3 * images.size[0] * images.size[1] * len(images) > limit_gb * 1e9:
-        rank_zero_info("%s: decoded on the fly, because all of it would take more than %g GB", split, limit_gb)
+        rank_zero_info(
+            "%s: decoded on the fly, because all of it would take more than %g GB", split, limit_gb
+        )
     else:
         paths = [path.removeprefix(f"{folder}{os.sep}") for path in images.paths]
-        content = [[path, file.st_size, file.st_mtime_ns] for path, file in zip(paths, stats, strict=True)]
+        content = [
+            [path, file.st_size, file.st_mtime_ns] for path, file in zip(paths, stats, strict=True)
+        ]
         found = cached(folder, split, [content, images.size], lambda: images)
-    found.names = [path.removeprefix(f"{folder / split}{os.sep}").replace(os.sep, "/") for path in images.paths]
+    found.names = [
+        path.removeprefix(f"{folder / split}{os.sep}").replace(os.sep, "/") for path in images.paths
+    ]
     return found

@@ -17,16 +17,20 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import center_crop
 
-from cifar_transfer.errors import UserError
+from cifar_transfer.base.errors import UserError
 
 Size = tuple[int, int]  # height and width in pixels
 
 GEOMETRY_KEY = "geometry"  # in checkpoints
+LARGEST_SIDE = 4000  # pixels that an image may be asked to be brought to
 LARGEST_KEPT = 256  # pixels: up to this, images that share one size keep it
 MIXED_SIDE = 224  # pixels: the largest square that other images become, unless a size is asked for
 DEFAULT_SIDE = 32  # pixels, where nothing is known of the images
 STATISTICS = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # the deviations that tutorials use
+    "cifar10": (
+        (0.4914, 0.4822, 0.4465),
+        (0.2023, 0.1994, 0.2010),
+    ),  # the deviations that tutorials use
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
@@ -36,7 +40,9 @@ class Geometry:
     """What is done to an image on its way to the network; all resizing is bilinear and antialiased."""
 
     size: Size  # that images are decoded to: resized to cover it, and the centre cut out
-    input_side: int | None  # pixels, of the square that the network takes, resized on the device; None: as decoded
+    input_side: (
+        int | None
+    )  # pixels, of the square that the network takes, resized on the device; None: as decoded
     mean: Sequence[float]  # of R, G, B in [0, 1]
     std: Sequence[float]
     stretch: bool = False  # rectangles are squashed, not cut, to `input_side`, as before checkpoints had a geometry
@@ -65,7 +71,11 @@ class Geometry:
             inside: Whether the network itself resizes from `size` to `input_size` and normalises.
         """
         height, width = self.size
-        side = f"the shorter side to {height} pixels" if height == width else f"to cover {pixels(self.size)} pixels"
+        side = (
+            f"the shorter side to {height} pixels"
+            if height == width
+            else f"to cover {pixels(self.size)} pixels"
+        )
         words = (
             f"Turn the image upright as its EXIF says, make it RGB, resize it ({side}; bilinear, antialiased), cut out "
             f"the centre, {pixels(self.size)} pixels, and divide by 255."
@@ -73,10 +83,21 @@ class Geometry:
         if not inside:
             if self.input_size != self.size:
                 cut = "" if self.stretch or height == width else "Cut out the centre square. "
-                words += f" {cut}Resize (bilinear, antialiased) to {pixels(self.input_size)} pixels."
+                words += (
+                    f" {cut}Resize (bilinear, antialiased) to {pixels(self.input_size)} pixels."
+                )
             words += " Subtract the mean of each channel and divide by its deviation."
-        sizes = {"size": list(self.size), "input_size": list(self.size if inside else self.input_size)}
-        method = {"crop": "centre", "interpolation": "bilinear", "antialias": True, "range": [0, 1], "channels": "RGB"}
+        sizes = {
+            "size": list(self.size),
+            "input_size": list(self.size if inside else self.input_size),
+        }
+        method = {
+            "crop": "centre",
+            "interpolation": "bilinear",
+            "antialias": True,
+            "range": [0, 1],
+            "channels": "RGB",
+        }
         own = {} if inside else {"mean": list(self.mean), "std": list(self.std)}
         return {"preparation": words, "geometry": sizes | method, **own}
 
@@ -140,7 +161,9 @@ def pixels(size: Size) -> str:
     return f"{width} x {height}"
 
 
-def statistics(normalize: str | Sequence[Sequence[float]]) -> tuple[Sequence[float], Sequence[float]]:
+def statistics(
+    normalize: str | Sequence[Sequence[float]],
+) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and deviation of the channels, by name or as given.
 
     Raises:
@@ -149,9 +172,17 @@ def statistics(normalize: str | Sequence[Sequence[float]]) -> tuple[Sequence[flo
     if isinstance(normalize, str):
         if normalize not in STATISTICS:
             known = ", ".join(STATISTICS)
-            raise UserError(f"normalize={normalize!r} is unknown: take {known}, or [[mean], [deviation]].")
+            raise UserError(
+                f"normalize={normalize!r} is unknown: take {known}, or [[mean], [deviation]]."
+            )
         return STATISTICS[normalize]
     triples = len(normalize) == 2 and all(len(triple) == 3 for triple in normalize)
-    if not triples or not all(map(math.isfinite, [*normalize[0], *normalize[1]])) or min(normalize[1]) <= 0:
-        raise UserError(f"normalize={normalize} must be two triples, the means and the positive deviations of R, G, B.")
+    if (
+        not triples
+        or not all(map(math.isfinite, [*normalize[0], *normalize[1]]))
+        or min(normalize[1]) <= 0
+    ):
+        raise UserError(
+            f"normalize={normalize} must be two triples, the means and the positive deviations of R, G, B."
+        )
     return normalize[0], normalize[1]

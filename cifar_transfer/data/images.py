@@ -16,18 +16,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import folder
 
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.untrusted import open_regular
 from cifar_transfer.data.geometry import Size, cover
-from cifar_transfer.errors import UserError
-from cifar_transfer.untrusted import open_regular
 
 Batch = tuple[Tensor, Tensor]
 
 EXTENSIONS = (*folder.IMG_EXTENSIONS, ".jfif", ".gif", ".avif")  # of images in folders
 
-MAX_MEGAPIXELS = 100.0  # of an image that is decoded, unless somebody asks for more: 300 MB in memory
-LARGEST_SIDE = 4000  # pixels that an image may be asked to be brought to
+MAX_MEGAPIXELS = (
+    100.0  # of an image that is decoded, unless somebody asks for more: 300 MB in memory
+)
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `read_image` has a limit, and refuses
+warnings.simplefilter(
+    "ignore", Image.DecompressionBombWarning
+)  # `read_image` has a limit, and refuses
 
 
 def read_image(
@@ -53,18 +56,31 @@ def read_image(
 def read_size(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> Size:
     """Size of an image file, upright, by its header alone: nothing is decoded. Errors are as of `read_image`."""
     with _opened(path, max_megapixels) as image:
-        exif = Image.Image.getexif(image)  # that of a PNG would decode the image, to find an EXIF after it
-        return image.size if exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8) else image.size[::-1]
+        exif = Image.Image.getexif(
+            image
+        )  # that of a PNG would decode the image, to find an EXIF after it
+        return (
+            image.size
+            if exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            else image.size[::-1]
+        )
 
 
 @contextmanager
 def _opened(path: str | Path | bytes, max_megapixels: float) -> Iterator[Image.Image]:
-    name, advice = ("The file", "take another one") if isinstance(path, bytes) else (path, "mend or remove it")
+    name, advice = (
+        ("The file", "take another one") if isinstance(path, bytes) else (path, "mend or remove it")
+    )
     most = max_megapixels * 1e6
     if Image.MAX_IMAGE_PIXELS is not None and most > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = int(min(most, sys.maxsize))  # never lowered, as other threads read too
+        Image.MAX_IMAGE_PIXELS = int(
+            min(most, sys.maxsize)
+        )  # never lowered, as other threads read too
     try:
-        with BytesIO(path) if isinstance(path, bytes) else open_regular(path) as file, Image.open(file) as image:
+        with (
+            BytesIO(path) if isinstance(path, bytes) else open_regular(path) as file,
+            Image.open(file) as image,
+        ):
             if image.width * image.height > most:
                 raise Image.DecompressionBombError
             if image.format == "EPS":
@@ -74,7 +90,9 @@ def _opened(path: str | Path | bytes, max_megapixels: float) -> Iterator[Image.I
         raise UserError(
             f"{name} has more than {max_megapixels:g} million pixels: make it smaller, or raise max_megapixels."
         ) from None
-    except Exception as error:  # of any kind: what the decoders of damaged files raise is not listed anywhere
+    except (
+        Exception
+    ) as error:  # of any kind: what the decoders of damaged files raise is not listed anywhere
         if not isinstance(path, bytes) and not os.path.lexists(path):
             raise UserError(f"{name} does not exist.") from None
         if isinstance(error, OSError) and error.errno:  # the system's, not a decoder's
@@ -88,26 +106,34 @@ def to_pixels(image: Image.Image, size: Size | None = None) -> np.ndarray:
     """An opened image as an array: uint8 [3, H, W], RGB, upright; `size` as in `read_image`."""
     image.load()
     with suppress(Exception):  # of any kind, because an EXIF that cannot be read says nothing
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # `exif_transpose` would copy the others too
+        if (
+            image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        ):  # `exif_transpose` would copy the others too
             image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("its pixels are floats, whose range is not known")
     if image.mode.startswith("I"):  # 16 bit a pixel, which `convert` would clip instead of scale
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     rgb = image.convert("RGB")
-    return np.array(cover(rgb, size) if size else rgb).transpose(2, 0, 1)  # a copy, which torch can write to
+    return np.array(cover(rgb, size) if size else rgb).transpose(
+        2, 0, 1
+    )  # a copy, which torch can write to
 
 
 class Images(Dataset[Batch]):
     """Images and labels, read a batch of indices at a time. A subclass has `pixels`."""
 
     on_the_fly = False  # whether reading means decoding, so that worker processes pay
-    names: Sequence[str] | None = None  # class and name of each, say "cat/007.png", all different; None: only a number
+    names: Sequence[str] | None = (
+        None  # class and name of each, say "cat/007.png", all different; None: only a number
+    )
 
     def __init__(self, labels: np.ndarray) -> None:
         given = np.asarray(labels)
         if given.ndim != 1 or (given.dtype.kind not in "iub" and len(given)):
-            raise UserError(f"Labels are whole numbers, one for each image, int64 [N], not {_form(given)}.")
+            raise UserError(
+                f"Labels are whole numbers, one for each image, int64 [N], not {_form(given)}."
+            )
         self.labels = given.astype(np.int64)  # [N]
 
     def __len__(self) -> int:
@@ -122,7 +148,9 @@ class Images(Dataset[Batch]):
         rows = np.asarray(indices)
         pixels = self.pixels(rows)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
-            raise UserError(f"Images are uint8 [N, 3, H, W], RGB, from 0 to 255, not {_form(pixels)}: convert them.")
+            raise UserError(
+                f"Images are uint8 [N, 3, H, W], RGB, from 0 to 255, not {_form(pixels)}: convert them."
+            )
         return torch.from_numpy(pixels), torch.from_numpy(self.labels[rows])
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
@@ -158,11 +186,15 @@ class _Rows(Images):
 class ArrayImages(Images):
     """Images of an array uint8 [N, 3, H, W], in memory or mapped; `sums`: CRC-32 of each, uint32 [N], if known."""
 
-    def __init__(self, array: np.ndarray, labels: np.ndarray, sums: np.ndarray | None = None) -> None:
+    def __init__(
+        self, array: np.ndarray, labels: np.ndarray, sums: np.ndarray | None = None
+    ) -> None:
         super().__init__(labels)
         self.array, self.sums = np.asarray(array), sums
         if len(self.array) != len(self.labels):
-            raise UserError(f"There are {len(self.array)} images and {len(self.labels)} labels: give one for each.")
+            raise UserError(
+                f"There are {len(self.array)} images and {len(self.labels)} labels: give one for each."
+            )
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
         """As of `Images`."""
@@ -179,20 +211,30 @@ class FileImages(Images):
     on_the_fly = True
 
     def __init__(
-        self, paths: Sequence[str], labels: np.ndarray, size: Size, max_megapixels: float = MAX_MEGAPIXELS
+        self,
+        paths: Sequence[str],
+        labels: np.ndarray,
+        size: Size,
+        max_megapixels: float = MAX_MEGAPIXELS,
     ) -> None:
         super().__init__(labels)
         self.paths, self.size, self.max_megapixels = paths, size, max_megapixels
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
         """As of `Images`; a UserError names a broken file."""
-        return np.stack([read_image(self.paths[row], self.size, self.max_megapixels) for row in rows])
+        return np.stack(
+            [read_image(self.paths[row], self.size, self.max_megapixels) for row in rows]
+        )
 
     def marks(self) -> np.ndarray:
         """As of `Images`, by the size and the time of each file."""
         files = zip(self.paths, map(os.stat, self.paths), strict=True)
         texts = (f"{path} {file.st_size} {file.st_mtime_ns} {self.size}" for path, file in files)
-        return np.fromiter((zlib.crc32(text.encode(errors="surrogateescape")) for text in texts), np.uint32, len(self))
+        return np.fromiter(
+            (zlib.crc32(text.encode(errors="surrogateescape")) for text in texts),
+            np.uint32,
+            len(self),
+        )
 
 
 def cores() -> int:
@@ -221,7 +263,11 @@ def images_below(
         if entry.name.startswith("."):
             continue
         link = entry.is_symlink()
-        if os.path.isdir(entry.path) if link else entry.is_dir():  # which fails for a link to itself
+        if (
+            os.path.isdir(entry.path) if link else entry.is_dir()
+        ):  # which fails for a link to itself
             yield from images_below(entry.path, refuse, above | {real})
-        elif entry.name.lower().endswith(EXTENSIONS) and (link or entry.is_file()):  # to read a broken link fails
+        elif entry.name.lower().endswith(EXTENSIONS) and (
+            link or entry.is_file()
+        ):  # to read a broken link fails
             yield entry.path

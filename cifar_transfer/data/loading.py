@@ -12,8 +12,8 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.images import Batch, Images, cores
-from cifar_transfer.errors import UserError
 
 RESERVED_FILES = 40  # that a process may have open beside
 FILES_A_WORKER = 6  # of its queues and pipes, and of the images in shared memory
@@ -39,11 +39,15 @@ class Balanced(Shuffled):
     `labels`, int64 [N], are those of the images of all processes.
     """
 
-    def __init__(self, labels: np.ndarray, each: int, num_replicas: int, rank: int, seed: int) -> None:
+    def __init__(
+        self, labels: np.ndarray, each: int, num_replicas: int, rank: int, seed: int
+    ) -> None:
         super().__init__(range(each * num_replicas), num_replicas, rank, seed=seed)  # type: ignore[arg-type] # its length counts
         mixed = np.random.default_rng(seed).permutation(len(labels))
         mixed = mixed[np.argsort(labels[mixed], kind="stable")]
-        self.rounds = np.split(mixed, np.flatnonzero(np.diff(labels[mixed])) + 1)  # rows of each class
+        self.rounds = np.split(
+            mixed, np.flatnonzero(np.diff(labels[mixed])) + 1
+        )  # rows of each class
 
     def __iter__(self) -> Iterator[int]:
         for place in super().__iter__():
@@ -85,7 +89,13 @@ def check_processes(images: Mapping[str, Images], world: int) -> None:
 
 
 def training_loader(
-    images: Images, batch_size: int, workers: int, rank: int, world: int, seed: int, balanced: bool = False
+    images: Images,
+    batch_size: int,
+    workers: int,
+    rank: int,
+    world: int,
+    seed: int,
+    balanced: bool = False,
 ) -> ResumableLoader:
     """Shuffled batches for process `rank` of `world`, read by `workers` processes; seed and epoch give the order."""
     sampler = Shuffled(images, num_replicas=world, rank=rank, shuffle=True, seed=seed)
@@ -96,13 +106,17 @@ def training_loader(
     return ResumableLoader(images, batch_size, sampler=sampler, drop_last=last, **_reading(workers))
 
 
-def evaluation_loader(images: Images, batch_size: int, workers: int, rank: int, world: int) -> DataLoader[Batch]:
+def evaluation_loader(
+    images: Images, batch_size: int, workers: int, rank: int, world: int
+) -> DataLoader[Batch]:
     """Batches in order, each image once over all processes: repeats to make these even would count in the metrics."""
     sampler = UnrepeatedDistributedSampler(images, num_replicas=world, rank=rank, shuffle=False)
     return DataLoader(images, batch_size, sampler=sampler, **_reading(workers))
 
 
-def rows_loader(images: Images, batches: Sequence[Sequence[int]], workers: int) -> DataLoader[Batch]:
+def rows_loader(
+    images: Images, batches: Sequence[Sequence[int]], workers: int
+) -> DataLoader[Batch]:
     """Batches of these rows, in this order."""
     return DataLoader(images, batch_sampler=batches, **_reading(workers))  # type: ignore[arg-type] # any iterable does
 
@@ -132,7 +146,9 @@ def workers_within(asked: int | None, batch_bytes: int) -> int:
 
 def _reading(workers: int) -> dict:
     pin = torch.cuda.is_available()
-    return dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=pin, collate_fn=as_is)
+    return dict(
+        num_workers=workers, persistent_workers=workers > 0, pin_memory=pin, collate_fn=as_is
+    )
 
 
 def as_is(batch: Batch) -> Batch:

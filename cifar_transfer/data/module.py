@@ -18,18 +18,26 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.data import splits
 from cifar_transfer.data.augment import Augment, step_seed
 from cifar_transfer.data.classes import Balance, loss_weights
 from cifar_transfer.data.geometry import Size, pixels, to_float
 from cifar_transfer.data.images import Batch, Images
-from cifar_transfer.data.loading import check_processes, evaluation_loader, training_loader, workers_within
+from cifar_transfer.data.loading import (
+    check_processes,
+    evaluation_loader,
+    training_loader,
+    workers_within,
+)
 from cifar_transfer.data.splits import SPLITS, Names, Split
-from cifar_transfer.errors import UserError, check
 
 LARGEST_BATCH = 65536  # images; more is a slip of the finger
 MOST_WORKERS = 512
-HASH, PERMUTATION = "hash", "permutation"  # how images are held out; checkpoints that do not say how are older
+HASH, PERMUTATION = (
+    "hash",
+    "permutation",
+)  # how images are held out; checkpoints that do not say how are older
 
 
 class ImageDataModule(LightningDataModule):
@@ -51,7 +59,7 @@ class ImageDataModule(LightningDataModule):
             mean of 1 over the images drawn. The weighted losses of a batch are divided by the number of its images, so
             that several processes take the step of one with their joint batch. `val/loss` has no weights.
         sampler: "balanced" draws each class equally often, in epochs of the same length, see `loading.Balanced`.
-        leave_out: A file of images to do without, wherever they are: one of those that `python -m cifar_transfer.audit`
+        leave_out: A file of images to do without, wherever they are: one of those that `python -m cifar_transfer audit`
             writes, or any CSV with a column `image` that names them alike, say "train/cat/007.png".
         num_workers: Processes that decode images that are not cached; None takes one for each core. Cached images are
             read by the process itself, which is faster.
@@ -61,8 +69,12 @@ class ImageDataModule(LightningDataModule):
         UserError: An option out of its range.
     """
 
-    statistics: str | None = None  # name of the channel statistics, unless others are asked for; None: of the weights
-    fixed_size: Size | None = None  # that images are decoded to, set before `setup` to that of a checkpoint
+    statistics: str | None = (
+        None  # name of the channel statistics, unless others are asked for; None: of the weights
+    )
+    fixed_size: Size | None = (
+        None  # that images are decoded to, set before `setup` to that of a checkpoint
+    )
 
     def __init__(
         self,
@@ -77,22 +89,56 @@ class ImageDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check("batch_size", batch_size, lambda n: 2 <= n <= LARGEST_BATCH, f"2 to {LARGEST_BATCH} images")
-        check("eval_batch_size", eval_batch_size, lambda n: 1 <= n <= LARGEST_BATCH, f"1 to {LARGEST_BATCH} images")
-        check("val_fraction", val_fraction, lambda x: 0 <= x < 1, "a share of the training images in [0, 1)")
+        check(
+            "batch_size",
+            batch_size,
+            lambda n: 2 <= n <= LARGEST_BATCH,
+            f"2 to {LARGEST_BATCH} images",
+        )
+        check(
+            "eval_batch_size",
+            eval_batch_size,
+            lambda n: 1 <= n <= LARGEST_BATCH,
+            f"1 to {LARGEST_BATCH} images",
+        )
+        check(
+            "val_fraction",
+            val_fraction,
+            lambda x: 0 <= x < 1,
+            "a share of the training images in [0, 1)",
+        )
         if class_weights not in (None, "balanced"):
             wanted = "balanced, or a number from 1e-6 to 1e6 for each class"
-            check("class_weights", class_weights, lambda ws: ws and all(1e-6 <= w <= 1e6 for w in ws), wanted)
+            check(
+                "class_weights",
+                class_weights,
+                lambda ws: ws and all(1e-6 <= w <= 1e6 for w in ws),
+                wanted,
+            )
         check("sampler", sampler, lambda name: name in (None, "balanced"), "balanced, or null")
         if sampler and class_weights == "balanced":
-            raise UserError("class_weights=balanced and sampler=balanced make up for the same twice: take one of them.")
+            raise UserError(
+                "class_weights=balanced and sampler=balanced make up for the same twice: take one of them."
+            )
         if num_workers is not None:
-            check("num_workers", num_workers, lambda n: 0 <= n <= MOST_WORKERS, f"0 to {MOST_WORKERS} processes")
+            check(
+                "num_workers",
+                num_workers,
+                lambda n: 0 <= n <= MOST_WORKERS,
+                f"0 to {MOST_WORKERS} processes",
+            )
         check("seed", seed, lambda n: 0 <= n < 2**32, "a number from 0 to 4294967295")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.val_fraction, self.augment, self.num_workers, self.seed = val_fraction, augment, num_workers, seed
+        self.val_fraction, self.augment, self.num_workers, self.seed = (
+            val_fraction,
+            augment,
+            num_workers,
+            seed,
+        )
         self.class_weights, self.sampler, self.leave_out = class_weights, sampler, leave_out
-        self.resumed: list[dict[str, int]] = []  # the state of the next training loader, if a run continues
+        self.resumed: list[
+            dict[str, int]
+        ] = []  # the state of the next training loader, if a run continues
         self.size: Size | None = None  # that `load` brings images to
         self.images: dict[Split, Images] = {}
         self.names: Names = {}  # of `images`, and of those left out
@@ -123,10 +169,14 @@ class ImageDataModule(LightningDataModule):
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images in pixels; known after `setup`. A `UserError` refuses several sizes."""
         filled = {split: images for split, images in self.images.items() if len(images)}
-        sizes: dict[Split, Any] = {split: images[0][0].shape[1:] for split, images in filled.items()}
+        sizes: dict[Split, Any] = {
+            split: images[0][0].shape[1:] for split, images in filled.items()
+        }
         if len({*sizes.values()}) > 1:
             found = ", ".join(f"{split} {pixels(size)}" for split, size in sizes.items())
-            raise UserError(f"The images of all splits need one size, and have {found}: resize them in `load`.")
+            raise UserError(
+                f"The images of all splits need one size, and have {found}: resize them in `load`."
+            )
         height, width = min(sizes.values())
         return height, width
 
@@ -142,7 +192,11 @@ class ImageDataModule(LightningDataModule):
         """Download and decode: called once a machine, before `setup`."""
         self._load_all()
 
-    def _load_all(self) -> None:  # once, as to look through a folder takes seconds; again if another size is asked for
+    def _load_all(
+        self,
+    ) -> (
+        None
+    ):  # once, as to look through a folder takes seconds; again if another size is asked for
         network = getattr(self.trainer, "lightning_module", None)
         size = self.fixed_size or self.choose_size(getattr(network, "largest_side", None))
         if size != self.size or not self._loaded:
@@ -159,17 +213,26 @@ class ImageDataModule(LightningDataModule):
         if not self.images:
             self._split(stage)
         if self.trainer:
-            used = {"validate": ["val"], "test": ["test"]}.get(stage or "", SPLITS)  # a fit ends with the test
-            check_processes({s: found for s, found in self.images.items() if s in used}, self.trainer.world_size)
+            used = {"validate": ["val"], "test": ["test"]}.get(
+                stage or "", SPLITS
+            )  # a fit ends with the test
+            check_processes(
+                {s: found for s, found in self.images.items() if s in used}, self.trainer.world_size
+            )
 
     def loss_weights(self) -> Tensor | None:
         """What `classes.loss_weights` makes of `class_weights`; its errors are that one's. Called after `setup`."""
-        return loss_weights(self.images["train"].labels, self.class_names, self.class_weights, self.sampler)
+        return loss_weights(
+            self.images["train"].labels, self.class_names, self.class_weights, self.sampler
+        )
 
     def unequal(self, split: Split) -> bool:
         """Whether the classes of a split differ in size; of images held out, the classes that they are a sample of."""
         images = self._loaded.get(self._source if split == "val" else split)
-        return images is not None and len(set(np.bincount(images.labels, minlength=self.num_classes))) > 1
+        return (
+            images is not None
+            and len(set(np.bincount(images.labels, minlength=self.num_classes))) > 1
+        )
 
     def _split(self, stage: str | None = None) -> None:
         loaded = {split: images for split, images in self._loaded.items() if images is not None}
@@ -180,15 +243,21 @@ class ImageDataModule(LightningDataModule):
             labels = images.labels
             if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
                 found, most = f"labels from {labels.min()} to {labels.max()}", self.num_classes - 1
-                raise UserError(f"The {split} images have {found}, but the classes are numbered from 0 to {most}.")
+                raise UserError(
+                    f"The {split} images have {found}, but the classes are numbered from 0 to {most}."
+                )
             # A number tells those apart that have no name: they are always the same ones in the same order.
-            names = images.names or [f"{self.class_names[label]}/{row}" for row, label in enumerate(labels)]
+            names = images.names or [
+                f"{self.class_names[label]}/{row}" for row, label in enumerate(labels)
+            ]
             self.names[split] = [f"{split}/{name}" for name in names]
         source: Split = "val" if "val" in loaded else "train"
         if source == "train" and self.val_fraction == 0:
             source = "test"
             if source not in loaded:
-                raise UserError("There is nothing to validate on: set val_fraction or add a folder val/.")
+                raise UserError(
+                    "There is nothing to validate on: set val_fraction or add a folder val/."
+                )
             rank_zero_warn(
                 "val_fraction=0: validation uses the test images, so the schedule and the choice of the checkpoint "
                 "have seen them and the test figure is not clean."
@@ -210,7 +279,10 @@ class ImageDataModule(LightningDataModule):
         if self.leave_out:
             for split, rows in splits.without(self.names, self.leave_out).items():
                 self.images[split] = self.images[split].subset(rows)
-        rank_zero_info("Images: %s", ", ".join(f"{len(images):,} {split}" for split, images in self.images.items()))
+        rank_zero_info(
+            "Images: %s",
+            ", ".join(f"{len(images):,} {split}" for split, images in self.images.items()),
+        )
 
     def _chosen(self, source: Split, images: Images) -> np.ndarray:
         """Which images of a split are validated on, bool [N]: the recorded ones, else those held out, or all."""
@@ -241,7 +313,9 @@ class ImageDataModule(LightningDataModule):
         """
         choice = saved.get("held_out_by", PERMUTATION)
         recorded = None if self.recorded else splits.read(checkpoint)
-        other = recorded and ({*recorded["val"]} != {*self.names["val"]} or splits.changes(self.names, recorded))
+        other = recorded and (
+            {*recorded["val"]} != {*self.names["val"]} or splits.changes(self.names, recorded)
+        )
         if other or choice != self.hparams.get("held_out_by"):
             self.recorded = self.recorded or recorded
             self.hparams["held_out_by"] = choice
@@ -257,13 +331,19 @@ class ImageDataModule(LightningDataModule):
     def shard(self, split: Split) -> dict[str, Any]:
         """What a loader of this process needs to know of a split."""
         if split not in self.images:
-            raise UserError(f"There are no {split} images: add a folder {split}/ with the same classes.")
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+            raise UserError(
+                f"There are no {split} images: add a folder {split}/ with the same classes."
+            )
+        rank, world = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
         images = self.images[split]
         workers = 0
         if images.on_the_fly:
             height, width = self.size or self.image_size
-            largest = 3 * height * width * max(self.batch_size, self.eval_batch_size)  # bytes of a batch
+            largest = (
+                3 * height * width * max(self.batch_size, self.eval_batch_size)
+            )  # bytes of a batch
             workers = workers_within(self.num_workers, largest * world)  # as all share the memory
         return {"images": images, "workers": workers, "rank": rank, "world": world}
 
@@ -293,7 +373,9 @@ class ImageDataModule(LightningDataModule):
         # From here on all chance of this step, dropout included, follows from these.
         step = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         seed = step_seed(self.seed, self.trainer.current_epoch, step, self.trainer.global_rank)
-        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` costs 0.4 ms, for devices that are not used
+        torch.default_generator.manual_seed(
+            seed
+        )  # `torch.manual_seed` costs 0.4 ms, for devices that are not used
         if images.is_cuda:
             torch.cuda.manual_seed(seed)
         return self.augment(images), labels

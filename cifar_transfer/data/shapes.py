@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.data.images import ArrayImages, Images
 from cifar_transfer.data.module import ImageDataModule, Split
-from cifar_transfer.errors import UserError, check
 
 MOST = 1_000_000  # images, 3 GB
 _SIDE = 32  # pixels
@@ -41,7 +41,10 @@ def _around(times: int, shape: _Shape) -> _Shape:
     sector = 2 * np.pi / times
 
     def folded(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        radius, angle = np.hypot(x, y), np.abs((np.arctan2(y, x) + sector / 2) % sector - sector / 2)
+        radius, angle = (
+            np.hypot(x, y),
+            np.abs((np.arctan2(y, x) + sector / 2) % sector - sector / 2),
+        )
         return shape(radius * np.cos(angle), radius * np.sin(angle))
 
     return folded
@@ -49,11 +52,15 @@ def _around(times: int, shape: _Shape) -> _Shape:
 
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     x, y = x + 0.15, y + 0.15
-    return np.minimum.reduce([_box(x, y, -0.5, 0.5, 0.5), _disc(x, y, 0.5, 0.5), _disc(y, x, 0.5, 0.5)])
+    return np.minimum.reduce(
+        [_box(x, y, -0.5, 0.5, 0.5), _disc(x, y, 0.5, 0.5), _disc(y, x, 0.5, 0.5)]
+    )
 
 
 def _drop(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    sine = 0.6 / 1.4  # the cone from the tip touches the disc, of radius 0.6 and 1.4 away, along its tangents
+    sine = (
+        0.6 / 1.4
+    )  # the cone from the tip touches the disc, of radius 0.6 and 1.4 away, along its tangents
     cone = np.maximum(_cone(x, y, 1.0, sine / np.sqrt(1 - sine**2)), -0.4 + 0.6 * sine - x)
     return np.minimum(_disc(x, y, 0.6, -0.4), cone)
 
@@ -69,18 +76,26 @@ _SHAPES: dict[str, dict[str, _Shape]] = {
         "ring": lambda x, y: np.abs(_disc(x, y, 0.7)) - 0.2,
         "crescent": lambda x, y: np.maximum(_disc(x, y, 0.95), -_disc(x, y, 0.75, 0.5)),
         "heart": _heart,
-        "arrow": lambda x, y: np.minimum(_box(x, y, -1.0, 0.2, 0.2), np.maximum(_cone(x, y, 1.0, 0.8), 0.1 - x)),
+        "arrow": lambda x, y: np.minimum(
+            _box(x, y, -1.0, 0.2, 0.2), np.maximum(_cone(x, y, 1.0, 0.8), 0.1 - x)
+        ),
         "hourglass": lambda x, y: np.maximum(_cone(-np.abs(x), y, 0.05, 0.8), np.abs(x) - 0.85),
     },
     "downstream": {
         "semicircle": lambda x, y: np.maximum(_disc(x, y, 1.0, -0.4), -0.4 - x),
         "drop": _drop,
         "frame": _around(4, lambda x, y: np.abs(x - 0.6) - 0.18),
-        "tee": lambda x, y: np.minimum(_box(x, y, -0.9, 0.8, 0.22), _box(y, x - 0.7, -0.8, 0.8, 0.22)),
+        "tee": lambda x, y: np.minimum(
+            _box(x, y, -0.9, 0.8, 0.22), _box(y, x - 0.7, -0.8, 0.8, 0.22)
+        ),
         "chevron": lambda x, y: np.maximum(np.abs(_cone(x, y, 0.5, 1.0)) - 0.2, -0.45 - x),
         "flower": _around(5, lambda x, y: _disc(x, y, 0.36, 0.6)),
-        "horseshoe": lambda x, y: np.maximum(np.abs(_disc(x, y, 0.7)) - 0.2, -_cone(-x, y, 0.0, 0.8)),
-        "dumbbell": lambda x, y: np.minimum(_disc(np.abs(x), y, 0.4, 0.6), _box(x, y, -0.6, 0.6, 0.15)),
+        "horseshoe": lambda x, y: np.maximum(
+            np.abs(_disc(x, y, 0.7)) - 0.2, -_cone(-x, y, 0.0, 0.8)
+        ),
+        "dumbbell": lambda x, y: np.minimum(
+            _disc(np.abs(x), y, 0.4, 0.6), _box(x, y, -0.6, 0.6, 0.15)
+        ),
         "wye": _around(3, _bar),
         "sparkle": _around(4, lambda x, y: _cone(x, y, 1.0, 0.4)),
     },
@@ -146,7 +161,9 @@ def draw(task: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     if task not in TASKS:
         raise UserError(f"there is no task {task!r} of shapes: take one of {', '.join(TASKS)}.")
     if count < 1:
-        raise UserError(f"cannot draw {count} images for the task {task!r} ({', '.join(TASKS)}): ask for at least 1.")
+        raise UserError(
+            f"cannot draw {count} images for the task {task!r} ({', '.join(TASKS)}): ask for at least 1."
+        )
     rng = np.random.default_rng([seed, list(TASKS).index(task), count])
     labels = rng.permutation(np.arange(count, dtype=np.int64) % len(TASKS[task]))
     images = np.empty((count, _SIDE, _SIDE, 3), np.uint8)
@@ -169,7 +186,11 @@ class ShapesDataModule(ImageDataModule):
     statistics = "cifar10"  # near enough to theirs
 
     def __init__(
-        self, task: str = "downstream", train_images: int = 400, test_images: int = 2000, **options: Any
+        self,
+        task: str = "downstream",
+        train_images: int = 400,
+        test_images: int = 2000,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         if task not in TASKS:
@@ -189,6 +210,10 @@ class ShapesDataModule(ImageDataModule):
         """The drawn images of "train" or "test"."""
         if split == "val":
             return None
-        count, seed = (self.train_images, 2 * self.seed) if split == "train" else (self.test_images, 2 * self.seed + 1)
+        count, seed = (
+            (self.train_images, 2 * self.seed)
+            if split == "train"
+            else (self.test_images, 2 * self.seed + 1)
+        )
         pixels, labels = draw(self.task, count, seed)
         return ArrayImages(pixels.transpose(0, 3, 1, 2), labels)

@@ -13,15 +13,17 @@ from typing import Literal
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from cifar_transfer.errors import UserError, first_line
-from cifar_transfer.files import atomic_write
-from cifar_transfer.untrusted import open_regular
+from cifar_transfer.base.errors import UserError, first_line
+from cifar_transfer.base.files import atomic_write
+from cifar_transfer.base.untrusted import open_regular
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 RECORD = "splits.json.gz"  # in the folder of a run
 MOST_BYTES = 2**30  # of a record, unpacked: the names of some ten million images
-Names = dict[Split, list[str]]  # of the images of each split, as "train/cat/007.png": where it lies, class, name
+Names = dict[
+    Split, list[str]
+]  # of the images of each split, as "train/cat/007.png": where it lies, class, name
 
 
 def hold_out(names: Sequence[str], labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -39,7 +41,10 @@ def hold_out(names: Sequence[str], labels: np.ndarray, fraction: float, seed: in
         bool [N], whether an image is held out.
     """
     key = str(seed).encode()
-    digests = (blake2b(name.encode(errors="surrogatepass"), digest_size=8, key=key).digest() for name in names)
+    digests = (
+        blake2b(name.encode(errors="surrogatepass"), digest_size=8, key=key).digest()
+        for name in names
+    )
     hashes = np.frombuffer(b"".join(digests), ">u8")
     held_out = hashes < fraction * 2.0**64
     order = np.lexsort((hashes, labels))  # by class, then by hash
@@ -63,7 +68,9 @@ def hold_out_as_before(labels: np.ndarray, fraction: float, seed: int) -> np.nda
 def write(folder: Path, names: Names) -> None:
     """Record the splits of a run in its folder."""
     with atomic_write(folder / RECORD) as file:
-        file.write(gzip.compress(json.dumps(names).encode(), mtime=0))  # ASCII, with escapes for all else
+        file.write(
+            gzip.compress(json.dumps(names).encode(), mtime=0)
+        )  # ASCII, with escapes for all else
 
 
 def read(checkpoint: str | Path) -> Names | None:
@@ -72,13 +79,19 @@ def read(checkpoint: str | Path) -> Names | None:
     Raises:
         UserError: The record is damaged.
     """
-    parents = Path(checkpoint).resolve().parents  # RUN/checkpoints/last.ckpt, or SLURM's RUN/hpc_ckpt_1.ckpt
-    path = next((folder / RECORD for folder in parents[:2][::-1] if (folder / RECORD).is_file()), None)
+    parents = (
+        Path(checkpoint).resolve().parents
+    )  # RUN/checkpoints/last.ckpt, or SLURM's RUN/hpc_ckpt_1.ckpt
+    path = next(
+        (folder / RECORD for folder in parents[:2][::-1] if (folder / RECORD).is_file()), None
+    )
     if path is None:
         return None
     try:
         with open_regular(path) as file, gzip.open(file) as unpacked:
-            names = json.loads(unpacked.read(MOST_BYTES))  # cut there, and so damaged, if it unpacks to more
+            names = json.loads(
+                unpacked.read(MOST_BYTES)
+            )  # cut there, and so damaged, if it unpacks to more
         return {split: [str(name) for name in names[split]] for split in SPLITS}
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
         raise UserError(
@@ -100,9 +113,11 @@ def listed(path: str | Path) -> frozenset[str]:
                 return frozenset(row["image"] for row in rows if row["image"])
     except (OSError, UnicodeError, csv.Error) as error:
         why = first_line(error)
-        raise UserError(f"leave_out={path} cannot be read as a list of images ({why}): name another one.") from None
+        raise UserError(
+            f"leave_out={path} cannot be read as a list of images ({why}): name another one."
+        ) from None
     raise UserError(
-        f"leave_out={path} has no column `image`: it takes a CSV as `python -m cifar_transfer.audit` writes."
+        f"leave_out={path} has no column `image`: it takes a CSV as `python -m cifar_transfer audit` writes."
     )
 
 
@@ -134,9 +149,15 @@ def without(names: Names, path: str) -> dict[Split, np.ndarray]:
     """
     out = listed(path)
     rows = {split: others(found, out) for split, found in names.items()}
-    out_of = {split: (len(names[split]) - len(rows[split]), len(names[split])) for split in SPLITS if split in names}
+    out_of = {
+        split: (len(names[split]) - len(rows[split]), len(names[split]))
+        for split in SPLITS
+        if split in names
+    }
     if out and not any(count for count, _ in out_of.values()):
-        raise UserError(f"leave_out={path} lists none of these images, but, say, {min(out)}: it is of others.")
+        raise UserError(
+            f"leave_out={path} lists none of these images, but, say, {min(out)}: it is of others."
+        )
     for split, left in rows.items():
         if names[split] and not len(left):
             raise UserError(f"leave_out={path} lists all {split} images: list fewer.")
@@ -147,7 +168,9 @@ def without(names: Names, path: str) -> dict[Split, np.ndarray]:
 
 def changes(now: Names, before: Names) -> str | None:
     """What has changed since the splits were recorded, in a sentence, or None."""
-    present, recorded = ({name for names in splits.values() for name in names} for splits in (now, before))
+    present, recorded = (
+        {name for names in splits.values() for name in names} for splits in (now, before)
+    )
     new, gone = len(present - recorded), len(recorded - present)
     if not new and not gone:
         return None

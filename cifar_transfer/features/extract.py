@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.augment import step_seed
 from cifar_transfer.data.geometry import to_float
 from cifar_transfer.data.images import Batch
 from cifar_transfer.data.loading import rows_loader
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split
-from cifar_transfer.errors import UserError
 from cifar_transfer.features.store import LIMIT_GB, FeatureFile, default_folder, make_room
 
 BATCH_PIXELS = 2**20  # that the network sees at once, within 8 to 256 images
@@ -36,7 +36,9 @@ VERSION = b"2"  # of what features are: another one computes all anew
 class Features(NamedTuple):
     """Of N images."""
 
-    views: list[np.ndarray]  # [N, D] each, memory-mapped: float16 of training images, float32 of others
+    views: list[
+        np.ndarray
+    ]  # [N, D] each, memory-mapped: float16 of training images, float32 of others
     labels: np.ndarray  # int64 [N]
 
 
@@ -75,7 +77,11 @@ class FeatureExtractor(LightningModule):
         test: bool = True,
     ) -> None:
         super().__init__()
-        self.classifier, self.data, self.folder = classifier.eval(), data, folder or default_folder()
+        self.classifier, self.data, self.folder = (
+            classifier.eval(),
+            data,
+            folder or default_folder(),
+        )
         self.views, self.limit_gb, self.test = views, limit_gb, test
         self.allow_zero_length_dataloader_with_multiple_devices = True  # of parts that are there
         self.parts: list[Part] = []
@@ -108,7 +114,9 @@ class FeatureExtractor(LightningModule):
         self.parts = choices[self.in_bfloat16]
         if self.trainer.is_global_zero:
             paths = [part.file.path for part in self.parts]
-            make_room(self.folder, sum(part.file.bytes for part in self.parts), paths, self.limit_gb)
+            make_room(
+                self.folder, sum(part.file.bytes for part in self.parts), paths, self.limit_gb
+            )
             for part in self.parts:
                 part.file.make()
         self.trainer.strategy.barrier()
@@ -130,8 +138,12 @@ class FeatureExtractor(LightningModule):
             for view, half in product(range(self.views if split == "train" else 1), choices):
                 kind = ("float16", half) if split == "train" else ("float32", False)
                 augmented = (self.data.augment, self.data.seed) if view > 1 else None
-                key = hashlib.sha256(known + repr((kind, batch, view, augmented)).encode()).hexdigest()
-                file = FeatureFile(self.folder / f"features-{key[:32]}.bin", len(images), columns, kind[0], batch)
+                key = hashlib.sha256(
+                    known + repr((kind, batch, view, augmented)).encode()
+                ).hexdigest()
+                file = FeatureFile(
+                    self.folder / f"features-{key[:32]}.bin", len(images), columns, kind[0], batch
+                )
                 choices[half].append(Part(split, view, file, []))
         return choices
 
@@ -157,7 +169,9 @@ class FeatureExtractor(LightningModule):
         loaders = []
         for split, _, file, missing in self.parts:
             shard = self.data.shard(split)
-            loaders.append(rows_loader(shard["images"], [file.batches[n] for n in missing], shard["workers"]))
+            loaders.append(
+                rows_loader(shard["images"], [file.batches[n] for n in missing], shard["workers"])
+            )
         return loaders
 
     def on_test_start(self) -> None:
@@ -166,7 +180,10 @@ class FeatureExtractor(LightningModule):
         wanted = sum(part.file.shape[0] for part in self.parts)
         rank_zero_info(f"Features of {self.computed:,} images to compute, of {wanted:,}.")
         self._bar = tqdm(
-            total=total, unit="img", desc="features", disable=None if self.trainer.is_global_zero else True
+            total=total,
+            unit="img",
+            desc="features",
+            disable=None if self.trainer.is_global_zero else True,
         )
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -177,7 +194,9 @@ class FeatureExtractor(LightningModule):
         if view > 1:
             torch.manual_seed(step_seed(self.data.seed, view, number, 0))
             images = self.data.augment(images)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=split == "train" and self.in_bfloat16):
+        with torch.autocast(
+            images.device.type, torch.bfloat16, enabled=split == "train" and self.in_bfloat16
+        ):
             features = self._features(images)
         file.write(number, features.numpy())
         self._bar.update(len(images))
@@ -188,8 +207,14 @@ class FeatureExtractor(LightningModule):
 
     def found(self) -> dict[Split, Features]:
         """The features of each split, once they are there."""
-        files = {split: [part.file for part in self.parts if part.split == split] for split in self.splits}
-        return {s: Features([file.read() for file in files[s]], self.data.images[s].labels) for s in files}
+        files = {
+            split: [part.file for part in self.parts if part.split == split]
+            for split in self.splits
+        }
+        return {
+            s: Features([file.read() for file in files[s]], self.data.images[s].labels)
+            for s in files
+        }
 
     def within(self, trainer: Trainer) -> dict[Split, Features]:
         """The features, computed within a fit of the network itself, by all of its processes together."""
@@ -198,7 +223,9 @@ class FeatureExtractor(LightningModule):
         self.on_test_start()
         for number, loader in enumerate(self.test_dataloader()):
             for index, batch in enumerate(loader):
-                self.test_step(move_data_to_device(batch, trainer.strategy.root_device), index, number)
+                self.test_step(
+                    move_data_to_device(batch, trainer.strategy.root_device), index, number
+                )
         self.on_test_end()
         trainer.strategy.barrier()
         return self.found()
@@ -227,7 +254,9 @@ class FeatureExtractor(LightningModule):
         Raises:
             UserError: The network does not give the logits of the head for validation images.
         """
-        first, *others = (self.classifier.network.get_submodule(name) for name in self.classifier.heads)
+        first, *others = (
+            self.classifier.network.get_submodule(name) for name in self.classifier.heads
+        )
         images, _ = self.data.images["val"].__getitems__(range(min(TRIED, len(val.labels))))
         with torch.no_grad():
             for name, value in (("weight", head.weight), ("bias", head.bias)):

@@ -45,7 +45,8 @@ def probabilities(found: Mapping[Split, Features], classes: int) -> Tensor:
     folds = np.random.default_rng(0).permutation(len(train.labels)) % FOLDS
     for fold in np.unique(folds):  # of few images some are empty
         fitted, asked = (
-            Features([train.views[0][rows]], train.labels[rows]) for rows in (folds != fold, folds == fold)
+            Features([train.views[0][rows]], train.labels[rows])
+            for rows in (folds != fold, folds == fold)
         )
         head, _ = heads.logistic(fitted, val, classes, standard, (penalty,))
         logits["train"][folds == fold] = head.logits(asked)
@@ -65,7 +66,9 @@ def wrong_labels(shares: Tensor, labels: Tensor) -> list[Finding]:
     """
     classes = shares.shape[1]
     given = shares.gather(1, labels[:, None])[:, 0]
-    means = torch.full((classes,), torch.inf).scatter_reduce(0, labels, given, "mean", include_self=False)
+    means = torch.full((classes,), torch.inf).scatter_reduce(
+        0, labels, given, "mean", include_self=False
+    )
     confident = torch.where(shares >= means, shares, -1)
     counted = confident.amax(1) >= 0
     pairs = labels[counted] * classes + confident[counted].argmax(1)
@@ -74,7 +77,9 @@ def wrong_labels(shares: Tensor, labels: Tensor) -> list[Finding]:
     count = round(float((labels.bincount(minlength=classes) * (1 - right)).sum()))
     likely = shares.argmax(1)
     scores = shares.amax(1) - given
-    order = scores.argsort(descending=True, stable=True)[: min(count, int((likely != labels).sum()))]
+    order = scores.argsort(descending=True, stable=True)[
+        : min(count, int((likely != labels).sum()))
+    ]
     columns = (values[order].tolist() for values in (torch.arange(len(labels)), scores, likely))
     return [Finding(*found) for found in zip(*columns, strict=True)]
 
@@ -113,7 +118,10 @@ def outliers(cosines: Tensor) -> list[Finding]:
     """The images that are least like their nearest ones, the least first; of the cosines of `nearest`."""
     scores = 1 - cosines.mean(1)
     best = scores.topk(min(OUTLIERS, len(scores)))
-    return [Finding(row, score, -1) for row, score in zip(best.indices.tolist(), best.values.tolist(), strict=False)]
+    return [
+        Finding(row, score, -1)
+        for row, score in zip(best.indices.tolist(), best.values.tolist(), strict=False)
+    ]
 
 
 def small(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,14 +131,20 @@ def small(images: Tensor) -> tuple[Tensor, Tensor]:
         images: uint8 [B, 3, H, W].
     """
     floats = images.float()
-    grey = F.interpolate(floats.mean(1, keepdim=True), (SIDE, SIDE), mode="bilinear", antialias=True)[:, 0]
+    grey = F.interpolate(
+        floats.mean(1, keepdim=True), (SIDE, SIDE), mode="bilinear", antialias=True
+    )[:, 0]
     return grey.round().byte(), floats.std((1, 2, 3))
 
 
 def blank(deviations: Tensor) -> list[Finding]:
     """Images of nothing, the emptiest first, by what `small` says of their pixels."""
     order = deviations.argsort(stable=True)
-    return [Finding(row, 1 - deviations[row].item() / 255, -1) for row in order.tolist() if deviations[row] < FLAT]
+    return [
+        Finding(row, 1 - deviations[row].item() / 255, -1)
+        for row in order.tolist()
+        if deviations[row] < FLAT
+    ]
 
 
 def near_duplicates(cosines: Tensor, rows: Tensor, images: Tensor) -> list[Finding]:
@@ -142,12 +156,16 @@ def near_duplicates(cosines: Tensor, rows: Tensor, images: Tensor) -> list[Findi
         images: Of `small`, uint8 [N, SIDE, SIDE].
     """
     ones = torch.arange(len(rows))[:, None].expand_as(rows)
-    pairs = torch.stack((torch.maximum(ones, rows), torch.minimum(ones, rows)), 2)[cosines >= ALIKE].unique(dim=0)
+    pairs = torch.stack((torch.maximum(ones, rows), torch.minimum(ones, rows)), 2)[
+        cosines >= ALIKE
+    ].unique(dim=0)
     best: dict[int, Finding] = {}
     for block in pairs.split(256) if len(pairs) else ():
         scores = correlations(images[block[:, 0]], images[block[:, 1]])
         for (later, earlier), score in zip(block.tolist(), scores.tolist(), strict=True):
-            if score >= SAME and (later not in best or score > best[later].score + 1e-6):  # the earliest of equal ones
+            if score >= SAME and (
+                later not in best or score > best[later].score + 1e-6
+            ):  # the earliest of equal ones
                 best[later] = Finding(later, score, earlier)
     return sorted(best.values(), key=lambda finding: -finding.score)
 

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from lightning import Trainer
 from torch import Tensor
 
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split
-from cifar_transfer.errors import UserError
 from cifar_transfer.features.extract import FeatureExtractor, Features
 
 BLOCK = 16384  # images that are in memory at once, beside those kept
-KEPT = 2**32  # bytes of standardised features that may be kept in memory, because they are gone through often
+KEPT = (
+    2**32
+)  # bytes of standardised features that may be kept in memory, because they are gone through often
 # L2 penalties on the weights, of half their squares, beside the mean cross-entropy; all are tried at once.
 PENALTIES = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 ITERATIONS = 100  # of L-BFGS
@@ -62,7 +64,11 @@ def moments(train: Features) -> Moments:
     Raises:
         UserError: A feature is NaN or infinite, or beyond half precision, in which those of training are kept.
     """
-    sums = ((v.double().sum(0), v.double().square().sum(0)) for view in train.views for v in blocks(view))
+    sums = (
+        (v.double().sum(0), v.double().square().sum(0))
+        for view in train.views
+        for v in blocks(view)
+    )
     count = len(train.views) * len(train.labels)
     mean, squares = (sum(parts, torch.zeros(())) / count for parts in zip(*sums, strict=True))
     if not squares.isfinite().all():
@@ -73,7 +79,9 @@ def moments(train: Features) -> Moments:
     return mean.float(), (squares - mean**2).clamp_min(0).sqrt().clamp_min(SMALLEST).float()
 
 
-def standardised(views: Sequence[np.ndarray], labels: np.ndarray, standard: Moments) -> Iterator[tuple[Tensor, Tensor]]:
+def standardised(
+    views: Sequence[np.ndarray], labels: np.ndarray, standard: Moments
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Blocks of standardised features, float32 [B, D], with their labels, int64 [B]: one view after the other."""
     mean, deviation = standard
     for view in views:
@@ -82,7 +90,11 @@ def standardised(views: Sequence[np.ndarray], labels: np.ndarray, standard: Mome
 
 
 def logistic(
-    train: Features, val: Features, classes: int, standard: Moments, penalties: Sequence[float] = PENALTIES
+    train: Features,
+    val: Features,
+    classes: int,
+    standard: Moments,
+    penalties: Sequence[float] = PENALTIES,
 ) -> tuple[Linear, float]:
     """Logistic regression on standardised features, with the penalty that is best on the images held out.
 
@@ -98,7 +110,9 @@ def logistic(
     strengths = torch.tensor(penalties)
     weights = torch.zeros(len(strengths), classes, width)
     biases = torch.zeros(len(strengths), classes)
-    solver = torch.optim.LBFGS([weights, biases], max_iter=ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS(
+        [weights, biases], max_iter=ITERATIONS, history_size=10, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> Tensor:
         weights.grad, biases.grad = weights * strengths[:, None, None], torch.zeros_like(biases)
@@ -108,7 +122,12 @@ def logistic(
             chosen = those[:, None, None].expand(-1, len(strengths), 1)
             errors = logits.log_softmax(2)
             total -= float(errors.gather(2, chosen).sum()) / count
-            errors = errors.exp_().scatter_add_(2, chosen, torch.full_like(chosen, -1, dtype=torch.float32)) / count
+            errors = (
+                errors.exp_().scatter_add_(
+                    2, chosen, torch.full_like(chosen, -1, dtype=torch.float32)
+                )
+                / count
+            )
             weights.grad += (errors.flatten(1).T @ values).view_as(weights)
             biases.grad += errors.sum(0)
         return torch.tensor(total)
@@ -133,7 +152,9 @@ def nearest_mean(train: Features, other: Features, classes: int, standard: Momen
     return torch.cat([-torch.cdist(values, means) for values, _ in asked])
 
 
-def nearest_neighbours(train: Features, other: Features, classes: int, standard: Moments) -> dict[int, Tensor]:
+def nearest_neighbours(
+    train: Features, other: Features, classes: int, standard: Moments
+) -> dict[int, Tensor]:
     """Votes [N, C] of the most alike training images, `NEIGHBOURS` of them, by the cosine of standardised features.
 
     Views beyond the images themselves do not vote. Of classes with as many votes the one whose images are more alike is
@@ -150,11 +171,15 @@ def nearest_neighbours(train: Features, other: Features, classes: int, standard:
         labelled = labelled.gather(1, order)
         for k in NEIGHBOURS:
             weight = 1 + TIE * likeness[:, :k]
-            votes[k].append(torch.zeros(len(values), classes).scatter_add_(1, labelled[:, :k], weight))
+            votes[k].append(
+                torch.zeros(len(values), classes).scatter_add_(1, labelled[:, :k], weight)
+            )
     return {k: torch.cat(parts) for k, parts in votes.items()}
 
 
-def few_shot(train: Features, val: Features, test: Features, classes: int, standard: Moments) -> dict[str, list[float]]:
+def few_shot(
+    train: Features, val: Features, test: Features, classes: int, standard: Moments
+) -> dict[str, list[float]]:
     """Accuracies of `logistic` from so many images of each class, drawn anew for each; standardised as all are."""
     scores: dict[str, list[float]] = {}
     for shots in SHOTS:
@@ -162,8 +187,12 @@ def few_shot(train: Features, val: Features, test: Features, classes: int, stand
             break
         for draw in range(DRAWS):
             order = np.random.default_rng([shots, draw]).permutation(len(train.labels))
-            rows = np.sort(np.concatenate([order[train.labels[order] == c][:shots] for c in range(classes)]))
-            head, _ = logistic(Features([train.views[0][rows]], train.labels[rows]), val, classes, standard)
+            rows = np.sort(
+                np.concatenate([order[train.labels[order] == c][:shots] for c in range(classes)])
+            )
+            head, _ = logistic(
+                Features([train.views[0][rows]], train.labels[rows]), val, classes, standard
+            )
             scores.setdefault(str(shots), []).append(accuracy(head.logits(test), test.labels))
     return scores
 
@@ -193,7 +222,9 @@ def best(found: dict[Split, Features], classes: int) -> tuple[Linear, dict[str, 
     if "test" in found:
         scores["test"] = accuracy(logits, other.labels)
     counts = np.bincount(other.labels, minlength=classes)
-    scores["balanced"] = float((np.bincount(other.labels, right, classes)[counts > 0] / counts[counts > 0]).mean())
+    scores["balanced"] = float(
+        (np.bincount(other.labels, right, classes)[counts > 0] / counts[counts > 0]).mean()
+    )
     votes = nearest_neighbours(train, other, classes, standard)
     scores["neighbours"] = {str(k): accuracy(votes[k], other.labels) for k in votes}
     scores["means"] = accuracy(nearest_mean(train, other, classes, standard), other.labels)
@@ -210,12 +241,18 @@ def begin_with_logistic(trainer: Trainer, classifier: Any) -> None:
     """
     data = getattr(trainer, "datamodule", None)
     if not (isinstance(data, ImageDataModule) and hasattr(classifier, "geometry")):
-        raise UserError("probe=true needs a TransferClassifier and a data module of this package: leave it out.")
+        raise UserError(
+            "probe=true needs a TransferClassifier and a data module of this package: leave it out."
+        )
     if next(classifier.network.parameters()).dtype != torch.float32:
-        raise UserError("probe=true needs a network in 32 bits: take precision=32-true, bf16-mixed or 16-mixed.")
+        raise UserError(
+            "probe=true needs a network in 32 bits: take precision=32-true, bf16-mixed or 16-mixed."
+        )
     # In eval mode such a one does not even give what it gives in training.
     if str(classifier.hparams["weights"]).lower() == "none":
-        raise UserError("probe=true needs a backbone that has learned something, not weights=none: leave it out.")
+        raise UserError(
+            "probe=true needs a backbone that has learned something, not weights=none: leave it out."
+        )
     modes = {module: module.training for module in classifier.modules()}
     extractor = FeatureExtractor(classifier, data, test=False)
     found, head = extractor.within(trainer), None

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 
-from cifar_transfer.errors import UserError
-from cifar_transfer.files import make_folder
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.files import make_folder
 
 NAME = re.compile(r"features-[0-9a-f]{32}\.bin")
 LIMIT_GB = 20.0  # of all such files in a folder
@@ -43,7 +43,9 @@ class FeatureFile:
     def __init__(self, path: Path, count: int, width: int, dtype: str, batch: int) -> None:
         self.path, self.dtype = path, np.dtype(dtype)
         self.shape = count, width
-        self.batches: Sequence[range] = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+        self.batches: Sequence[range] = [
+            range(start, min(start + batch, count)) for start in range(0, count, batch)
+        ]
         self._row = width * self.dtype.itemsize  # bytes
         self.bytes = count * self._row + 4 * len(self.batches)
 
@@ -61,7 +63,11 @@ class FeatureFile:
             file.seek(self.shape[0] * self._row)
             sums = np.frombuffer(file.read(), np.uint32)
             file.seek(0)
-            return [n for n, rows in enumerate(self.batches) if _sum(file.read(len(rows) * self._row)) != sums[n]]
+            return [
+                n
+                for n, rows in enumerate(self.batches)
+                if _sum(file.read(len(rows) * self._row)) != sums[n]
+            ]
 
     def write(self, number: int, values: np.ndarray) -> None:
         """Write a batch, [B, D], and then its sum."""

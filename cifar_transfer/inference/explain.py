@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import Encoder
 
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.geometry import Size, to_float
-from cifar_transfer.errors import UserError
+from cifar_transfer.network.image_classifier import ImageNetwork
 from cifar_transfer.results import gallery, plots
 from cifar_transfer.results.predictions import ImagePrediction
-from cifar_transfer.training.image_network import ImageNetwork
 
 SIDES = (4, 2)  # positions along a side that are wanted, or else at least
 
@@ -41,7 +41,9 @@ def heat_map(model: ImageNetwork, pixels: np.ndarray) -> np.ndarray:
     outputs: list[object] = []
     with torch.enable_grad(), ExitStack() as hooks:
         for layer in _trunk(model.network):
-            hooks.enter_context(layer.register_forward_hook(lambda _, inputs, output: outputs.append(output)))
+            hooks.enter_context(
+                layer.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+            )
         # The gradient of the images is not used, but with it there are others where all parameters are frozen.
         images = to_float(torch.from_numpy(pixels)[None].to(model.device)).requires_grad_()
         best = model(images).max()
@@ -56,13 +58,20 @@ def heat_map(model: ImageNetwork, pixels: np.ndarray) -> np.ndarray:
     for side in SIDES:
         for values, weights in layers:
             # Behind its last attention a ViT reads the token of the class alone, and the others have no gradient.
-            if values is None or weights is None or not weights.any() or min(values.shape[1:]) < side:
+            if (
+                values is None
+                or weights is None
+                or not weights.any()
+                or min(values.shape[1:]) < side
+            ):
                 continue
             heat = (weights.mean((1, 2), keepdim=True) * values).sum(0).relu()
             heat = F.interpolate(heat[None, None], size=pixels.shape[1:], mode="bilinear")[0, 0]
             return (heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)).cpu().numpy()
     name = model.options["backbone"]
-    raise UserError(f"There is no heat map of {name} at this size: no layer of it has 2 x 2 places or more.")
+    raise UserError(
+        f"There is no heat map of {name} at this size: no layer of it has 2 x 2 places or more."
+    )
 
 
 def _trunk(network: nn.Module) -> Iterator[nn.Module]:
@@ -70,7 +79,9 @@ def _trunk(network: nn.Module) -> Iterator[nn.Module]:
     for layer in network.children():
         if isinstance(layer, nn.Sequential | nn.ModuleList | Encoder):
             yield from _trunk(layer)
-        elif not isinstance(layer, nn.AdaptiveAvgPool2d):  # VGG's makes 7 x 7 places of one, all alike
+        elif not isinstance(
+            layer, nn.AdaptiveAvgPool2d
+        ):  # VGG's makes 7 x 7 places of one, all alike
             yield layer
 
 
@@ -92,7 +103,9 @@ def _places(values: Tensor, size: Size) -> Tensor | None:
     return None
 
 
-def explained(predictions: Iterable[ImagePrediction], model: ImageNetwork, folder: Path) -> Iterator[ImagePrediction]:
+def explained(
+    predictions: Iterable[ImagePrediction], model: ImageNetwork, folder: Path
+) -> Iterator[ImagePrediction]:
     """Pass predictions on, after the heat map of each has been drawn as `folder/NUMBER-NAME.png`."""
     for number, prediction in enumerate(predictions, 1):
         figure = gallery.heated(prediction, heat_map(model, prediction.pixels))

@@ -25,7 +25,7 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from cifar_transfer.errors import UserError
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.inference.explain import heat_map
 from cifar_transfer.inference.predictor import Classifier
 from cifar_transfer.results.predictions import Predictions
@@ -56,10 +56,19 @@ class Page(ThreadingTCPServer):
     daemon_threads = True
 
     def __init__(self, ckpt: Path, classifier: Classifier, host: str, port: int) -> None:
-        self.classifier, self.turn, self.places = classifier, Lock(), BoundedSemaphore(MOST_CONNECTIONS)
+        self.classifier, self.turn, self.places = (
+            classifier,
+            Lock(),
+            BoundedSemaphore(MOST_CONNECTIONS),
+        )
         page = Path(__file__).with_name("page.html").read_text("utf-8")
-        inline = [(tag, page.split(f"<{tag}>")[1].split(f"</{tag}>")[0]) for tag in ("script", "style")]
-        sums = [f"{tag}-src 'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for tag, text in inline]
+        inline = [
+            (tag, page.split(f"<{tag}>")[1].split(f"</{tag}>")[0]) for tag in ("script", "style")
+        ]
+        sums = [
+            f"{tag}-src 'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
+            for tag, text in inline
+        ]
         self.rules = RULES + "; ".join(["frame-ancestors 'none'", *sums])
         examples: list[tuple[str, str]] = []
         with suppress(Exception):  # of any kind: the run may be anybody's, and have none
@@ -70,9 +79,14 @@ class Page(ThreadingTCPServer):
             examples = [(name, _png(image.transpose(1, 2, 0))) for name, image in chosen]
         about = {"network": classifier.model.options["backbone"], "classes": len(classifier.names)}
         about |= {"size": classifier.size, "most_bytes": MOST_BYTES, "examples": examples}
-        self.files = {"/": (page, "text/html; charset=utf-8"), "/about": (json.dumps(about), "application/json")}
+        self.files = {
+            "/": (page, "text/html; charset=utf-8"),
+            "/about": (json.dumps(about), "application/json"),
+        }
         try:
-            self.address_family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            self.address_family, *_, address = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM
+            )[0]
             super().__init__((str(address[0]), port), _Request)
         except (OSError, UnicodeError) as error:  # the latter of what is no name
             why = error.strerror if isinstance(error, OSError) else "no name"
@@ -81,14 +95,19 @@ class Page(ThreadingTCPServer):
                 f"that is free, and as --host a name or address of this machine."
             ) from None
         where, port = self.socket.getsockname()[:2]
-        self.hosts = {"localhost", "127.0.0.1", "::1", host} if ip_address(where).is_loopback else None
+        self.hosts = (
+            {"localhost", "127.0.0.1", "::1", host} if ip_address(where).is_loopback else None
+        )
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
     def answer(self, content: bytes) -> dict[str, Any]:
         """What the page shows of an image; a `UserError` if that cannot be read."""
         with self.turn:
             prediction = next(self.classifier.stream([content]))
-            shown = {"classes": prediction.classes, "seen": _png(prediction.pixels.transpose(1, 2, 0))}
+            shown = {
+                "classes": prediction.classes,
+                "seen": _png(prediction.pixels.transpose(1, 2, 0)),
+            }
             try:
                 heat = heat_map(self.classifier.model, prediction.pixels)
             except UserError as error:
@@ -130,7 +149,11 @@ class _Request(BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         if not super().parse_request():
             return False
-        host, origin, hosts = self.headers.get("Host", ""), self.headers.get("Origin"), self.server.hosts
+        host, origin, hosts = (
+            self.headers.get("Host", ""),
+            self.headers.get("Origin"),
+            self.server.hosts,
+        )
         with suppress(ValueError):
             known = not hosts or urlsplit(f"//{host}").hostname in hosts
             if known and (origin is None or urlsplit(origin).netloc == host):

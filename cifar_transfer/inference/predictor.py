@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.data.geometry import Size, to_float
 from cifar_transfer.data.images import MAX_MEGAPIXELS, cores, read_image, to_pixels
-from cifar_transfer.errors import UserError, check
+from cifar_transfer.network.image_classifier import ImageNetwork
 from cifar_transfer.results.predictions import ImagePrediction
-from cifar_transfer.training.checkpoint import load_network
-from cifar_transfer.training.image_network import ImageNetwork
+from cifar_transfer.training.checkpoint_file import load_network
 
 Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor
 Prediction = tuple[str, float]
@@ -44,22 +44,30 @@ class Classifier:
         classifier.predict("photo.jpg")  # [("cat", 0.93), ("dog", 0.05), ...]
     """
 
-    def __init__(self, model: ImageNetwork, accelerator: str = "auto", max_megapixels: float = MAX_MEGAPIXELS) -> None:
+    def __init__(
+        self, model: ImageNetwork, accelerator: str = "auto", max_megapixels: float = MAX_MEGAPIXELS
+    ) -> None:
         check("max_megapixels", max_megapixels, lambda x: x > 0, "a positive number")
         self.max_megapixels = max_megapixels
         self.model = model.eval().to(_device(accelerator))
-        self.names: list[str] = model.options["class_names"] or [str(i) for i in range(model.options["num_classes"])]
+        self.names: list[str] = model.options["class_names"] or [
+            str(i) for i in range(model.options["num_classes"])
+        ]
         self.size = model.geometry.size
 
     @classmethod
-    def load(cls, ckpt: str | Path, accelerator: str = "auto", max_megapixels: float = MAX_MEGAPIXELS) -> "Classifier":
+    def load(
+        cls, ckpt: str | Path, accelerator: str = "auto", max_megapixels: float = MAX_MEGAPIXELS
+    ) -> "Classifier":
         """That of a checkpoint of `fit`; a `UserError` says that it is missing, damaged or none."""
         return cls(load_network(ckpt), accelerator, max_megapixels)
 
     @overload
     def predict(self, images: Picture, top_k: int = 5) -> list[Prediction]: ...
     @overload
-    def predict(self, images: list[Any] | tuple[Any, ...], top_k: int = 5) -> list[list[Prediction]]: ...
+    def predict(
+        self, images: list[Any] | tuple[Any, ...], top_k: int = 5
+    ) -> list[list[Prediction]]: ...
     def predict(self, images: Any, top_k: int = 5) -> list[Prediction] | list[list[Prediction]]:
         """The likeliest classes of one image or of several, each resized to cover `size` and the centre cut out.
 
@@ -79,7 +87,11 @@ class Classifier:
         return next(self.stream([images], top_k)).classes
 
     def stream(
-        self, images: Iterable[Picture], top_k: int = 5, batch_size: int = 64, refuse: Refuse | None = None
+        self,
+        images: Iterable[Picture],
+        top_k: int = 5,
+        batch_size: int = 64,
+        refuse: Refuse | None = None,
     ) -> Iterator[ImagePrediction]:
         """Predictions in the order of the images, however many these are: two batches are in memory.
 
@@ -94,7 +106,10 @@ class Classifier:
         for name, value in (("top_k", top_k), ("batch_size", batch_size)):
             check(name, value, lambda n: n >= 1, "1 or more")
         with ThreadPoolExecutor(cores()) as pool:
-            reading = ((image, pool.submit(_pixels, image, self.size, self.max_megapixels)) for image in images)
+            reading = (
+                (image, pool.submit(_pixels, image, self.size, self.max_megapixels))
+                for image in images
+            )
             batches = iter(lambda: list(islice(reading, batch_size)), [])
             # Threads decode the next batch while the network looks at this one.
             for batch, _ in pairwise(chain(batches, [[]])):
@@ -108,7 +123,9 @@ class Classifier:
                             raise
                         refuse(error)
                 if shown:
-                    yield from map(ImagePrediction, sources, shown, self._classes(np.stack(shown), top_k))
+                    yield from map(
+                        ImagePrediction, sources, shown, self._classes(np.stack(shown), top_k)
+                    )
 
     @torch.inference_mode()
     def _classes(self, pixels: np.ndarray, top_k: int) -> list[list[Prediction]]:
@@ -129,11 +146,19 @@ def _pixels(image: Picture, size: Size, max_megapixels: float) -> np.ndarray:
             image = (255 * image).round().byte()
         if image.dtype == torch.uint8:
             image = image.permute(1, 2, 0).numpy()
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size:
+    if (
+        isinstance(image, np.ndarray)
+        and image.dtype == np.uint8
+        and image.shape[2:] == (3,)
+        and image.size
+    ):
         image = Image.fromarray(np.ascontiguousarray(image))
     if isinstance(image, Image.Image):
         return to_pixels(image, size)
-    what = [type(given).__name__, *(str(getattr(given, part)) for part in ("dtype", "shape") if hasattr(given, part))]
+    what = [
+        type(given).__name__,
+        *(str(getattr(given, part)) for part in ("dtype", "shape") if hasattr(given, part)),
+    ]
     raise UserError(
         f"An image is a path, a PIL image, a uint8 array [H, W, 3] or a tensor [3, H, W] of uint8 or of floats in "
         f"[0, 1], not this {' '.join(what)}."

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torchvision import models
 
-from cifar_transfer.errors import UserError
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.network import catalog, weights
 from cifar_transfer.network.catalog import LENET, TIMM
 from cifar_transfer.network.dense_conv import DenseConv2d
@@ -24,9 +24,13 @@ class Backbone(NamedTuple):
     # float32; takes float [B, 3, H, W], normalised, and gives logits [B, num_classes], or while it trains with
     # auxiliary heads a tuple of logits, the main ones first.
     network: nn.Module
-    heads: tuple[str, ...]  # names of the layers that tell the classes apart; all the rest is the backbone
+    heads: tuple[
+        str, ...
+    ]  # names of the layers that tell the classes apart; all the rest is the backbone
     image_size: int | None  # side of the images in pixels, None as it came
-    normalize: str | list[list[float]] | None  # what the weights were trained with, as `--model.normalize` takes it
+    normalize: (
+        str | list[list[float]] | None
+    )  # what the weights were trained with, as `--model.normalize` takes it
     changes: list[str]  # what was adapted to small images or to the size, a sentence each
     saved: dict[str, Any]  # the options of the run whose checkpoint gave the weights, else empty
 
@@ -56,13 +60,17 @@ def stock(name: str, auxiliary: bool = False, initialise: bool = True) -> nn.Mod
     catalog.check(name)
     if auxiliary and name not in AUXILIARY:
         known = ", ".join(AUXILIARY)
-        raise UserError(f"{name} has no auxiliary heads: leave aux_weight at 0 (those that have: {known}).")
+        raise UserError(
+            f"{name} has no auxiliary heads: leave aux_weight at 0 (those that have: {known})."
+        )
     if name == LENET:
         return lenet5(_IMAGENET_CLASSES)
     if name.startswith(TIMM):
         return catalog.timm().create_model(catalog.split(name)[0], num_classes=_IMAGENET_CLASSES)
     if name in AUXILIARY:  # transform_input: as torchvision builds them for its weights
-        return models.get_model(name, aux_logits=auxiliary, init_weights=initialise, transform_input=True)
+        return models.get_model(
+            name, aux_logits=auxiliary, init_weights=initialise, transform_input=True
+        )
     return models.get_model(name)
 
 
@@ -94,7 +102,9 @@ def with_head(
         if isinstance(old, nn.Linear):
             new: nn.Module = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
         else:
-            new = nn.Conv2d(old.in_channels, num_classes, old.kernel_size, bias=old.bias is not None)
+            new = nn.Conv2d(
+                old.in_channels, num_classes, old.kernel_size, bias=old.bias is not None
+            )
         network.set_submodule(head, new)
     return network, heads
 
@@ -133,7 +143,9 @@ def build(
         size = source.saved.get("image_size") or min(source.saved.get("input_size") or [0])
         size = size or (published.native if published else None)
         if not size:
-            raise UserError(f"{name} has no published weights, so no native size: give image_size in pixels.")
+            raise UserError(
+                f"{name} has no published weights, so no native size: give image_size in pixels."
+            )
     else:
         size = image_size
     if published and size and size < published.least < published.native and not small:
@@ -148,7 +160,9 @@ def build(
     changes = adapt(network, size, patch, small)
     DenseConv2d.convert(network)
     statistics = [list(published.mean), list(published.std)] if published else None
-    return Backbone(network, heads, size, source.saved.get("normalize", statistics), changes, source.saved)
+    return Backbone(
+        network, heads, size, source.saved.get("normalize", statistics), changes, source.saved
+    )
 
 
 def size_hint(name: str) -> str:
@@ -160,15 +174,26 @@ def size_hint(name: str) -> str:
     return f"set image_size={least}native ({published.native}), or try small_images=true."
 
 
-def _shape_for(network: nn.Module, name: str, source: weights.Pretrained, pretrained: str, small: bool) -> None:
+def _shape_for(
+    network: nn.Module, name: str, source: weights.Pretrained, pretrained: str, small: bool
+) -> None:
     """Bring the network to the form that the weights have."""
     saved = source.saved
     if saved:
         if catalog.split(saved["backbone"])[0] != catalog.split(name)[0]:
             raise UserError(f"{pretrained} holds a {saved['backbone']}, not a {name}.")
         if saved.get("small_images") and not small:
-            raise UserError(f"{pretrained} was trained with small_images=true: ask for it here too.")
-        adapt(network, saved.get("image_size"), saved.get("patch_size"), bool(saved.get("small_images")))
+            raise UserError(
+                f"{pretrained} was trained with small_images=true: ask for it here too."
+            )
+        adapt(
+            network,
+            saved.get("image_size"),
+            saved.get("patch_size"),
+            bool(saved.get("small_images")),
+        )
     elif isinstance(network, models.VisionTransformer) and "encoder.pos_embedding" in source.state:
-        tokens = source.state["encoder.pos_embedding"].shape[1] - 1  # torchvision publishes some for larger images
+        tokens = (
+            source.state["encoder.pos_embedding"].shape[1] - 1
+        )  # torchvision publishes some for larger images
         adapt(network, math.isqrt(tokens) * network.patch_size)

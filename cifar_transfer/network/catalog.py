@@ -10,8 +10,8 @@ from typing import Any
 
 from torchvision import models
 
-from cifar_transfer.errors import UserError
-from cifar_transfer.start import program
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.text import program
 
 LENET = "lenet5"
 TIMM = "timm/"
@@ -23,7 +23,9 @@ Triple = tuple[float, float, float]
 class Weights:
     """Published weights of a network, and what their library says of them; None where it does not."""
 
-    name: str  # in the library: "IMAGENET1K_V1" in torchvision, a tag such as "augreg_in21k" in timm
+    name: (
+        str  # in the library: "IMAGENET1K_V1" in torchvision, a tag such as "augreg_in21k" in timm
+    )
     url: str  # of the file; "" if it is on the Hugging Face Hub alone
     hub: tuple[str, str] | None  # repository and file on the Hub
     native: int  # side of the images they were trained or evaluated with, in pixels
@@ -66,14 +68,18 @@ def check(name: str) -> None:
         if not timm().is_model(architecture):
             _unknown(name, [TIMM + known for known in timm().list_models()])
         if tag and tag not in weights(name):
-            _unknown(name, [f"{TIMM}{architecture}.{known}" for known in weights(TIMM + architecture)])
+            _unknown(
+                name, [f"{TIMM}{architecture}.{known}" for known in weights(TIMM + architecture)]
+            )
     elif name not in (LENET, *TORCHVISION):
         _unknown(name, [LENET, *TORCHVISION])
 
 
 def _unknown(name: str, known: list[str]) -> None:
     near = difflib.get_close_matches(name, known, n=4)
-    hint = f"did you mean {', '.join(near)}?" if near else f"take one of {', '.join(known[:4])}, ..."
+    hint = (
+        f"did you mean {', '.join(near)}?" if near else f"take one of {', '.join(known[:4])}, ..."
+    )
     raise UserError(f"There is no backbone {name!r}: {hint} All: {program('backbones')}")
 
 
@@ -83,7 +89,11 @@ def names(pattern: str = "*") -> list[str]:
     Raises:
         UserError: timm's are asked for, and it is not installed.
     """
-    known = [TIMM + name for name in timm().list_models()] if pattern.startswith(TIMM) else [LENET, *TORCHVISION]
+    known = (
+        [TIMM + name for name in timm().list_models()]
+        if pattern.startswith(TIMM)
+        else [LENET, *TORCHVISION]
+    )
     pattern = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
     return [name for name in known if fnmatch.fnmatchcase(name, pattern)]
 
@@ -94,7 +104,9 @@ def weights(name: str) -> dict[str, Weights]:
         return {}
     if name.startswith(TIMM):
         architecture, tag = split(name)
-        published = [_from_timm(cfg) for cfg in timm().models.get_arch_pretrained_cfgs(architecture).values()]
+        published = [
+            _from_timm(cfg) for cfg in timm().models.get_arch_pretrained_cfgs(architecture).values()
+        ]
         known = {entry.name: entry for entry in published if entry.hub or entry.url}
         default = tag or getattr(timm().get_pretrained_cfg(architecture), "tag", None)
     else:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cifar_transfer.errors import UserError
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.network import catalog
 
 
@@ -23,7 +23,9 @@ def contestants(texts: Sequence[str]) -> list[Contestant]:
     """As `contestant`, for each; a `UserError` refuses two of one name, which would share a folder."""
     found = [contestant(text) for text in texts]
     if len({one.folder for one in found}) < len(found):
-        raise UserError("Two of the backbones have one name, and so one folder: name each once, or rename its weights.")
+        raise UserError(
+            "Two of the backbones have one name, and so one folder: name each once, or rename its weights."
+        )
     return found
 
 
@@ -38,10 +40,14 @@ def contestant(text: str) -> Contestant:
     scratch = weights.lower() == "none"
     if weights and not scratch and weights not in ("DEFAULT", *catalog.weights(name)):
         if not Path(weights).expanduser().is_file():
-            raise UserError(f"{text}: {weights} is neither a file nor a name of {name}'s weights, nor none.")
+            raise UserError(
+                f"{text}: {weights} is neither a file nor a name of {name}'s weights, nor none."
+            )
         weights = str(Path(weights).expanduser().resolve())
     stem = Path(weights).stem
-    if Path(weights).parent.name == "checkpoints":  # of a run, in whose folder all have the same names
+    if (
+        Path(weights).parent.name == "checkpoints"
+    ):  # of a run, in whose folder all have the same names
         stem = "-".join((*Path(weights).parts[-3:-2], stem))
     kind = "from scratch" if scratch else stem.removeprefix(name).strip("-_.") or "pretrained"
     label = f"{name}, {kind}"

@@ -25,7 +25,9 @@ class DenseConv2d(nn.Conv2d):
         # Channels last, as the networks are kept: then nothing of this is a copy but the rows of the matrix.
         height, width = input.shape[-2:]
         kernel = self.weight.permute(0, 2, 3, 1)
-        windows = torch.stack([kernel[:, y : y + height, x : x + width] for y in rows for x in columns])
+        windows = torch.stack(
+            [kernel[:, y : y + height, x : x + width] for y in rows for x in columns]
+        )
         output = F.linear(input.permute(0, 2, 3, 1).flatten(1), windows.flatten(0, 1).flatten(1))
         output = output.unflatten(1, (len(rows), len(columns), -1)).permute(0, 3, 1, 2)
         return output if self.bias is None else output + self.bias[:, None, None].to(output.dtype)
@@ -33,15 +35,27 @@ class DenseConv2d(nn.Conv2d):
     def _starts(self, size: int, axis: int) -> list[int]:
         """Where in the kernel the input begins for each output pixel, along one axis; empty if one does not see all."""
         kernel, padding, stride = self.kernel_size[axis], int(self.padding[axis]), self.stride[axis]
-        starts = [padding - stride * output for output in range((size + 2 * padding - kernel) // stride + 1)]
+        starts = [
+            padding - stride * output
+            for output in range((size + 2 * padding - kernel) // stride + 1)
+        ]
         return starts if all(0 <= start <= kernel - size for start in starts) else []
 
     @classmethod
     def convert(cls, network: nn.Module) -> None:
         """Make the padded convolutions of a network ones of this class, in place."""
         for module in network.modules():
-            padded = type(module) is nn.Conv2d and isinstance(module.padding, tuple) and max(module.padding) > 0
-            if padded and module.groups == 1 and module.padding_mode == "zeros" and module.dilation == (1, 1):
+            padded = (
+                type(module) is nn.Conv2d
+                and isinstance(module.padding, tuple)
+                and max(module.padding) > 0
+            )
+            if (
+                padded
+                and module.groups == 1
+                and module.padding_mode == "zeros"
+                and module.dilation == (1, 1)
+            ):
                 module.__class__ = cls
 
 

@@ -5,7 +5,9 @@ from collections.abc import Collection
 from torch import nn
 
 STEM, HEAD = "stem", "head"
-FEWEST = 4  # stages before the head; what has fewer parts is a wrapper, such as `features` or `encoder`
+FEWEST = (
+    4  # stages before the head; what has fewer parts is a wrapper, such as `features` or `encoder`
+)
 
 
 def stages(network: nn.Module, heads: Collection[str] = ()) -> dict[str, list[str]]:
@@ -27,7 +29,9 @@ def stages(network: nn.Module, heads: Collection[str] = ()) -> dict[str, list[st
             break
         inside = {part: _inside(network, part, heads) for part in parts}
         opened = max(
-            mixed or (part for part in parts if inside[part]), key=lambda part: _matrices(network, part), default=None
+            mixed or (part for part in parts if inside[part]),
+            key=lambda part: _matrices(network, part),
+            default=None,
         )
         if opened is None:
             break
@@ -49,7 +53,9 @@ def stages(network: nn.Module, heads: Collection[str] = ()) -> dict[str, list[st
 
 
 def _inside(network: nn.Module, part: str, heads: Collection[str]) -> list[str]:
-    children = (f"{part}.{name}".lstrip(".") for name, _ in network.get_submodule(part).named_children())
+    children = (
+        f"{part}.{name}".lstrip(".") for name, _ in network.get_submodule(part).named_children()
+    )
     return [child for child in children if child not in heads and _matrices(network, child)]
 
 

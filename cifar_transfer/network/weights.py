@@ -19,19 +19,32 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 
-from cifar_transfer.download import fetch, through_proxy, within
-from cifar_transfer.errors import UserError, first_line
+from cifar_transfer.base.download import fetch, through_proxy, within
+from cifar_transfer.base.errors import UserError, first_line
+from cifar_transfer.base.untrusted import check_archive
 from cifar_transfer.network import catalog
-from cifar_transfer.untrusted import check_archive
 
 State = dict[str, Tensor]
 OWN_PREFIX = "network."  # of the keys in our own checkpoints
 # Under what publishers file the weights in their checkpoints: most; DeiT, BEiT and Swin; DINO.
 WRAPPINGS = ("state_dict", "model", "teacher")
 # Of all keys: DDP's; torch.compile's; MoCo v3's, v1's and v2's; DINO's; other people's Lightning modules'.
-PREFIXES = ("module.", "_orig_mod.", "base_encoder.", "encoder_q.", "backbone.", "network.", "model.", "net.")
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "base_encoder.",
+    "encoder_q.",
+    "backbone.",
+    "network.",
+    "model.",
+    "net.",
+)
 SHA256 = re.compile("[0-9a-f]{64}")
-AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # how the keys of auxiliary heads begin, GoogLeNet's and Inception v3's
+AUXILIARY = (
+    "aux1.",
+    "aux2.",
+    "AuxLogits.",
+)  # how the keys of auxiliary heads begin, GoogLeNet's and Inception v3's
 LARGEST = 2**33  # bytes of a file whose size nobody says
 HUB_SECONDS = 60.0  # for the Hub's answer to where a file is
 THREE_WAYS_OUT = (
@@ -44,12 +57,16 @@ class Pretrained(NamedTuple):
     """What a source of weights holds."""
 
     state: State  # tensors by the network's own names
-    saved: dict[str, Any]  # the options of the run that wrote it, if it is a checkpoint of this project, else empty
+    saved: dict[
+        str, Any
+    ]  # the options of the run that wrote it, if it is a checkpoint of this project, else empty
     published: catalog.Weights | None  # the library's entry, if they were named
 
 
 def _say(line: str) -> None:
-    from lightning.pytorch.utilities import rank_zero_info  # which prediction, that fetches nothing, need not wait for
+    from lightning.pytorch.utilities import (
+        rank_zero_info,
+    )  # which prediction, that fetches nothing, need not wait for
 
     rank_zero_info(line)
 
@@ -105,7 +122,9 @@ def _fetch(url: str, mebibytes: float | None = None) -> Path:
         return fetch([url], path, digest=f"sha256:{match[1]}", max_bytes=most)
     except UserError as error:
         way_out = THREE_WAYS_OUT.format(place=path)
-        raise UserError(f"The pretrained weights are not on this machine: {error}. {way_out}") from None
+        raise UserError(
+            f"The pretrained weights are not on this machine: {error}. {way_out}"
+        ) from None
 
 
 def _put_aside(file: Path, name: Path, wanted: str, found: str) -> None:
@@ -128,7 +147,9 @@ def _from_hub(entry: catalog.Weights) -> Path:
     for name in names:
         with suppress(LocalEntryNotFoundError):
             path = Path(hf_hub_download(repository, name, local_files_only=True))
-            blob = path.resolve()  # not named by a SHA-256 if it was copied there by hand: nothing to compare with
+            blob = (
+                path.resolve()
+            )  # not named by a SHA-256 if it was copied there by hand: nothing to compare with
             if not SHA256.fullmatch(blob.name) or (found := _sha256(blob)) == blob.name:
                 return path
             _put_aside(blob, path, blob.name, found)
@@ -139,10 +160,14 @@ def _from_hub(entry: catalog.Weights) -> Path:
             return _into_hubs_cache(repository, names[0])
         except EntryNotFoundError:
             return _into_hubs_cache(repository, names[1])
-    except Exception as error:  # of any kind: the Hub's own, and those of its HTTP library of the day
+    except (
+        Exception
+    ) as error:  # of any kind: the Hub's own, and those of its HTTP library of the day
         way_out = THREE_WAYS_OUT.format(place=f"the Hugging Face cache, {constants.HF_HUB_CACHE}")
         why = f"{first_line(error)}{through_proxy(constants.ENDPOINT)}"
-        raise UserError(f"The weights {repository} could not be fetched ({why}). {way_out}") from None
+        raise UserError(
+            f"The weights {repository} could not be fetched ({why}). {way_out}"
+        ) from None
 
 
 def _into_hubs_cache(repository: str, name: str) -> Path:
@@ -183,24 +208,44 @@ def read_file(path: Path) -> tuple[State, dict[str, Any]]:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # many publishers file their options beside
+            with torch.serialization.safe_globals(
+                [argparse.Namespace]
+            ):  # many publishers file their options beside
                 content = torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path} is not opened: it holds more than tensors, or is no file of weights.") from None
+        raise UserError(
+            f"{path} is not opened: it holds more than tensors, or is no file of weights."
+        ) from None
     except Exception as error:  # of any kind: the file may come from anywhere
-        raise UserError(f"{path} cannot be read as weights ({first_line(error)}): it may be cut short.") from None
+        raise UserError(
+            f"{path} cannot be read as weights ({first_line(error)}): it may be cut short."
+        ) from None
     saved: dict[str, Any] = {}
     options = content.get("hyper_parameters") if isinstance(content, dict) else None
-    if isinstance(options, dict) and "backbone" in options and isinstance(content.get("state_dict"), Mapping):
+    if (
+        isinstance(options, dict)
+        and "backbone" in options
+        and isinstance(content.get("state_dict"), Mapping)
+    ):
         saved = {**options, "input_size": content.get("input_size")}
         tensors = content["state_dict"].items()
-        content = {key.removeprefix(OWN_PREFIX): value for key, value in tensors if key.startswith(OWN_PREFIX)}
+        content = {
+            key.removeprefix(OWN_PREFIX): value
+            for key, value in tensors
+            if key.startswith(OWN_PREFIX)
+        }
     else:
         for key in WRAPPINGS:
             if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
                 content = content[key]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{path} is no state dict: save one with torch.save(network.state_dict(), FILE).")
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(v, Tensor) for v in content.values())
+    ):
+        raise UserError(
+            f"{path} is no state dict: save one with torch.save(network.state_dict(), FILE)."
+        )
     return dict(content) if saved else _renamed(content), saved
 
 
@@ -210,15 +255,23 @@ def _renamed(state: Mapping[str, Tensor]) -> State:
     while stripped:
         stripped = False
         for prefix in PREFIXES:
-            inner = {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
+            inner = {
+                key.removeprefix(prefix): value
+                for key, value in named.items()
+                if key.startswith(prefix)
+            }
             if inner:
                 named, stripped = inner, True
     # As torchvision's own builder does for its files of DenseNet.
-    old = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_mean|running_var))$")
+    old = re.compile(
+        r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_mean|running_var))$"
+    )
     return {old.sub(r"\1\2", key): value for key, value in named.items()}
 
 
-def load(network: nn.Module, state: State, heads: Sequence[str], source: str, unwanted: str = "") -> None:
+def load(
+    network: nn.Module, state: State, heads: Sequence[str], source: str, unwanted: str = ""
+) -> None:
     """Put weights into a network; a head for other classes is dropped, and every other tensor must arrive.
 
     Args:
@@ -239,18 +292,30 @@ def load(network: nn.Module, state: State, heads: Sequence[str], source: str, un
         fits = own == given and all(state[key].shape == expected[key].shape for key in own)
         if given and (unwanted or not fits):
             weight = f"{head}.weight"
-            outputs = f"it has {len(state[weight])} outputs, the data" if weight in given else "the data have"
+            outputs = (
+                f"it has {len(state[weight])} outputs, the data"
+                if weight in given
+                else "the data have"
+            )
             why = unwanted or f"{outputs} {len(expected[weight])} classes."
             _say(f"The pretrained head is dropped: {why}")
             state = {key: value for key, value in state.items() if key not in given}
-    other = {key for key in state.keys() & expected.keys() if state[key].shape != expected[key].shape}
+    other = {
+        key for key in state.keys() & expected.keys() if state[key].shape != expected[key].shape
+    }
     usable = OrderedDict((key, value) for key, value in state.items() if key not in other)
     # Without versions of its modules a state dict counts as oldest, so that torch and torchvision look for old names.
     if isinstance(network, models.MNASNet):  # which insists on a version
         usable._metadata = expected._metadata  # type: ignore[attr-defined]
-    bad = {key for key, value in usable.items() if value.is_floating_point() and not value.isfinite().all()}
+    bad = {
+        key
+        for key, value in usable.items()
+        if value.is_floating_point() and not value.isfinite().all()
+    }
     if bad:  # torchvision says of VGG16's IMAGENET1K_FEATURES that values are missing
-        raise UserError(f"The weights {source} hold values that are no numbers, in {_some(bad)}: take others.")
+        raise UserError(
+            f"The weights {source} hold values that are no numbers, in {_some(bad)}: take others."
+        )
     result = network.load_state_dict(usable, strict=False)
     needless = tuple(f"{head}." for head in heads)
     wrong = {
@@ -263,13 +328,23 @@ def load(network: nn.Module, state: State, heads: Sequence[str], source: str, un
         raise UserError(f"The weights {source} do not fit the network. Keys {found}.")
 
 
-def _in_the_networks_format(network: nn.Module, state: State, expected: Mapping[str, Tensor]) -> State:
+def _in_the_networks_format(
+    network: nn.Module, state: State, expected: Mapping[str, Tensor]
+) -> State:
     """Converted by timm, which keeps a function beside each network for the formats of its publishers."""
     module = type(network).__module__
-    convert = getattr(sys.modules[module], "checkpoint_filter_fn", None) if module.startswith("timm.") else None
-    same = {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in expected.items()}
+    convert = (
+        getattr(sys.modules[module], "checkpoint_filter_fn", None)
+        if module.startswith("timm.")
+        else None
+    )
+    same = {key: value.shape for key, value in state.items()} == {
+        key: value.shape for key, value in expected.items()
+    }
     if convert and not same:
-        with suppress(Exception):  # of any kind: not a format that it knows, and what does not fit will be named
+        with suppress(
+            Exception
+        ):  # of any kind: not a format that it knows, and what does not fit will be named
             return dict(convert(dict(state), network))
     return state
 

@@ -48,17 +48,27 @@ class CollectPredictions(Callback):
             self._chosen = self._rows % math.ceil(len(self._loader.dataset) / self._wanted) == 0
             self._seen: list[Tensor] = []  # in this batch
             head = pl_module.get_submodule(f"network.{pl_module.heads[0]}")  # type: ignore[index]
-            self._hook = head.register_forward_pre_hook(lambda _, inputs: self._seen.append(inputs[0]))
+            self._hook = head.register_forward_pre_hook(
+                lambda _, inputs: self._seen.append(inputs[0])
+            )
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        *_: Any,
     ) -> None:
         """Gather a batch."""
         self._probabilities.append(outputs.float().softmax(1))
         if self._wanted:
             first = batch_idx * self._loader.batch_size
             # The mirror images come second.
-            self._features.append(self._seen[0][self._chosen[first : first + len(outputs)]].flatten(1).float())
+            self._features.append(
+                self._seen[0][self._chosen[first : first + len(outputs)]].flatten(1).float()
+            )
             self._seen.clear()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,7 +82,9 @@ class CollectPredictions(Callback):
         images, labels = self._loader.dataset, torch.from_numpy(self._loader.dataset.labels)
         shown = _worth_seeing(labels, probabilities)
         names = trainer.datamodule.class_names  # type: ignore[attr-defined] # set when it is attached
-        self.predictions = Predictions(names, labels, probabilities, shown, _thumbnails(images, shown, THUMBNAIL))
+        self.predictions = Predictions(
+            names, labels, probabilities, shown, _thumbnails(images, shown, THUMBNAIL)
+        )
         if self._wanted:
             self.features, self.classes = features, labels[chosen]
             self.thumbnails = _thumbnails(images, chosen, SPRITE)
@@ -117,5 +129,7 @@ def thumbnails(images: Tensor, side: int) -> Tensor:
     """Images, uint8 [K, 3, H, W], made smaller until none is longer than `side` pixels."""
     if (longest := max(images.shape[2:])) <= side:
         return images
-    smaller = F.interpolate(images.float(), scale_factor=side / longest, mode="bilinear", antialias=True)
+    smaller = F.interpolate(
+        images.float(), scale_factor=side / longest, mode="bilinear", antialias=True
+    )
     return smaller.round().clamp(0, 255).byte()

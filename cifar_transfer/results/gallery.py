@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cifar_transfer.base.text import printable
 from cifar_transfer.results.plots import SKY, image, note
 from cifar_transfer.results.predictions import SHOWN, ImagePrediction
 from cifar_transfer.results.words import class_name, lettering, word
-from cifar_transfer.text import printable
 
 BARS = 10  # classes of an image in a gallery
 TRACK, WORDS = "#EEEEEE", "#666666"
@@ -26,10 +26,13 @@ def gallery(predictions: Sequence[ImagePrediction], count: int) -> Figure:
     Of more images than are drawn the `count` is said above.
     """
     predictions = predictions[:SHOWN]
-    words = [(_place(one), [class_name(name) for name, _ in one.classes[:BARS]]) for one in predictions]
+    words = [
+        (_place(one), [class_name(name) for name, _ in one.classes[:BARS]]) for one in predictions
+    ]
     letters = lettering(chain.from_iterable([place, *names] for place, names in words))
     cells = [
-        [_wrap(letters.names[place], 38), *(_wrap(letters.names[name], 32) for name in names)] for place, names in words
+        [_wrap(letters.names[place], 38), *(_wrap(letters.names[name], 32) for name in names)]
+        for place, names in words
     ]
     height = max(1.2, LINE * max(sum(len(text) + GAP for text in cell) for cell in cells))
     columns = next(n for n in (3, 2, 1) if len(predictions) % n == 0 or len(predictions) > 9)
@@ -37,7 +40,10 @@ def gallery(predictions: Sequence[ImagePrediction], count: int) -> Figure:
     figure = Figure(figsize=(4.5 * columns, rows * (height + 0.15) + 0.4), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05, wspace=0, hspace=0)  # type: ignore[union-attr, call-arg]
     if count > len(predictions):
-        figure.suptitle(word("The first {shown} of {all:,} images", shown=len(predictions), all=count), fontsize=10)
+        figure.suptitle(
+            word("The first {shown} of {all:,} images", shown=len(predictions), all=count),
+            fontsize=10,
+        )
     axes = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1.2, 3] * columns)
     for ax in axes.flat:
         ax.axis("off")
@@ -50,7 +56,9 @@ def gallery(predictions: Sequence[ImagePrediction], count: int) -> Figure:
     return figure
 
 
-def _bars(axes: Axes, texts: Sequence[Sequence[str]], shares: Sequence[float], families: list[str]) -> None:
+def _bars(
+    axes: Axes, texts: Sequence[Sequence[str]], shares: Sequence[float], families: list[str]
+) -> None:
     """The first text alone, each other on a bar; a line of text is one unit of the vertical axis."""
     top = 0.0
     for number, text in enumerate(texts):
@@ -59,10 +67,21 @@ def _bars(axes: Axes, texts: Sequence[Sequence[str]], shares: Sequence[float], f
         if number:
             axes.barh(middle, 1, height - 0.15, color=TRACK)
             axes.barh(middle, shares[number - 1], height - 0.15, color=SKY)
-            axes.text(0.99, middle, f"{shares[number - 1]:.1%}", ha="right", va="center", fontsize=8)
+            axes.text(
+                0.99, middle, f"{shares[number - 1]:.1%}", ha="right", va="center", fontsize=8
+            )
         color = "k" if number else WORDS
         words = "\n".join(text)
-        axes.text(0.015, middle, words, va="center", color=color, fontsize=8, family=families, linespacing=1.15)
+        axes.text(
+            0.015,
+            middle,
+            words,
+            va="center",
+            color=color,
+            fontsize=8,
+            family=families,
+            linespacing=1.15,
+        )
         top += height
 
 
@@ -78,10 +97,16 @@ def heated(prediction: ImagePrediction, heat: np.ndarray) -> Figure:
     for ax in (left, right):
         ax.axis("off")
     image(left, prediction.pixels)
-    left.set_title("\n".join(_wrap(letters.names[place], 28)), fontsize=8, family=letters.families, color=WORDS)
+    left.set_title(
+        "\n".join(_wrap(letters.names[place], 28)), fontsize=8, family=letters.families, color=WORDS
+    )
     right.imshow(prediction.pixels.mean(0), cmap="gray", vmin=0, vmax=255)
     shade = right.imshow(heat, cmap="plasma", vmin=0, vmax=1, alpha=0.6, interpolation="bilinear")
-    right.set_title(word("what speaks for it" if heat.any() else "nothing speaks for it here"), fontsize=8, color=WORDS)
+    right.set_title(
+        word("what speaks for it" if heat.any() else "nothing speaks for it here"),
+        fontsize=8,
+        color=WORDS,
+    )
     scale = figure.colorbar(shade, ax=right, ticks=[0, 1], shrink=0.8)
     scale.ax.set_yticklabels([word("none"), word("most")], fontsize=8)
     note(figure, letters)

@@ -13,12 +13,19 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cifar_transfer.files import atomic_write
+from cifar_transfer.base.files import atomic_write
+from cifar_transfer.base.text import printable
 from cifar_transfer.results.predictions import Predictions
 from cifar_transfer.results.words import Lettering, lettering, word
-from cifar_transfer.text import printable
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # all but yellow and black
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)  # all but yellow and black
 BLUE, ORANGE, SKY, GREY = COLOURS[0], COLOURS[1], COLOURS[5], "#999999"
 DPI = 100
 LEVELS = 8  # rates that are marked on the scale
@@ -53,7 +60,9 @@ class Phases(NamedTuple):
     """What is frozen at first, and when that changes."""
 
     frozen: str  # of the first phase: "backbone frozen" or "partly frozen"
-    begins: Sequence[float]  # epochs or steps before each other phase; the last one may be the run's end
+    begins: Sequence[
+        float
+    ]  # epochs or steps before each other phase; the last one may be the run's end
 
 
 def iterations(curves: dict[str, Curve], phases: Phases, val: str = "validation") -> Figure:
@@ -65,7 +74,10 @@ def iterations(curves: dict[str, Curve], phases: Phases, val: str = "validation"
         val: "test" where the validation images are those of the test.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = [("loss", 1, "train/loss", "val/loss_step"), ("accuracy", 100, "train/acc_step", "val/acc_step")]
+    panels = [
+        ("loss", 1, "train/loss", "val/loss_step"),
+        ("accuracy", 100, "train/acc_step", "val/acc_step"),
+    ]
     panels = [panel for panel in panels if panel[2] in curves]
     places = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (what, scale, batch, tested) in zip(places, panels, strict=True):
@@ -85,7 +97,10 @@ def smooth(values: np.ndarray) -> np.ndarray:
     """Exponential moving average without the pull of its beginning (Adam's correction, arXiv:1412.6980)."""
     past = min(SMOOTHED, max(0, 1 - 10 / len(values)))  # of few values less
     kernel = past ** np.arange(min(len(values), 1000))
-    return np.convolve(values, kernel)[: len(values)] / np.convolve(np.ones(len(values)), kernel)[: len(values)]
+    return (
+        np.convolve(values, kernel)[: len(values)]
+        / np.convolve(np.ones(len(values)), kernel)[: len(values)]
+    )
 
 
 def epochs(curves: dict[str, Curve], phases: Phases, val: str = "validation") -> Figure:
@@ -101,15 +116,26 @@ def epochs(curves: dict[str, Curve], phases: Phases, val: str = "validation") ->
     changes = lr.x[1:][lr.y[1:] != lr.y[:-1]] - 1
     if len(changes) > len(lr.x) / 2:
         changes = changes[:0]  # a rate that always changes has no steps
-    panels = ("loss", 1, ("train/loss_epoch", "val/loss")), ("accuracy", 100, ("train/acc", "val/acc"))
+    panels = (
+        ("loss", 1, ("train/loss_epoch", "val/loss")),
+        ("accuracy", 100, ("train/acc", "val/acc")),
+    )
     for axes, (what, scale, tags) in zip(figure.subplots(1, 2), panels, strict=True):
-        for tag, color, label, marker in zip(tags, (BLUE, ORANGE), ("training", val), "os", strict=True):
+        for tag, color, label, marker in zip(
+            tags, (BLUE, ORANGE), ("training", val), "os", strict=True
+        ):
             if tag in curves:
                 x, y = curves[tag].x, scale * curves[tag].y
                 axes.plot(x, y, marker + "-", color=color, ms=3, label=word(f"{label} {what}"))
         _shade(axes, phases)
         for number, epoch in enumerate(sorted({*changes} - {*phases.begins})):
-            axes.axvline(epoch + 0.5, color=GREY, ls=":", lw=1, label="" if number else word("learning rate changed"))
+            axes.axvline(
+                epoch + 0.5,
+                color=GREY,
+                ls=":",
+                lw=1,
+                label="" if number else word("learning rate changed"),
+            )
         _finish(axes, "epoch", what if scale == 1 else f"{what} (%)")
     return figure
 
@@ -117,7 +143,13 @@ def epochs(curves: dict[str, Curve], phases: Phases, val: str = "validation") ->
 def _shade(axes: Axes, phases: Phases) -> None:
     for number, begin in enumerate(phases.begins):
         if number:
-            axes.axvline(begin + 0.5, color=GREY, ls="--", lw=1, label="" if number > 1 else word("more unfrozen"))
+            axes.axvline(
+                begin + 0.5,
+                color=GREY,
+                ls="--",
+                lw=1,
+                label="" if number > 1 else word("more unfrozen"),
+            )
         else:
             axes.axvspan(0.5, begin + 0.5, color=GREY, alpha=0.2, lw=0, label=word(phases.frozen))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -135,9 +167,14 @@ def rates_by_stage(rates: np.ndarray, stages: Sequence[str]) -> Figure:
     colours = LogNorm(low, high if high > low else 2 * low)
     extent = 0.5, rates.shape[1] + 0.5, len(stages), 0
     picture = axes.imshow(shown, "viridis", norm=colours, aspect="auto", extent=extent)
-    axes.set_yticks(np.arange(len(stages)) + 0.5, [printable(stage) for stage in reversed(stages)], fontsize=9)
+    axes.set_yticks(
+        np.arange(len(stages)) + 0.5, [printable(stage) for stage in reversed(stages)], fontsize=9
+    )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set(xlabel=word("epoch"), title=word("Learning rate by stage at the end of each epoch (grey: 0)"))
+    axes.set(
+        xlabel=word("epoch"),
+        title=word("Learning rate by stage at the end of each epoch (grey: 0)"),
+    )
     levels = np.unique(shown.compressed())
     exact: dict[str, Any] = {"ticks": levels, "format": "%.2g"} if len(levels) <= LEVELS else {}
     figure.colorbar(picture, ax=axes, pad=0.01, **exact).minorticks_off()
@@ -151,7 +188,11 @@ def confusion(predictions: Predictions, split: str = "test") -> Figure:
     shown = np.sort(np.argsort(-mistakes, kind="stable")[:MOST_CLASSES])
     shares = (counts / np.maximum(counts.sum(1, keepdims=True), 1))[np.ix_(shown, shown)]
     every, counts = len(counts), counts[np.ix_(shown, shown)]
-    letters, classes, few = lettering(predictions.names[row] for row in shown), len(shown), len(shown) <= NUMBERED
+    letters, classes, few = (
+        lettering(predictions.names[row] for row in shown),
+        len(shown),
+        len(shown) <= NUMBERED,
+    )
     names = [shortened(letters.names[predictions.names[row]]) for row in shown]
     # Letters and cells in inches; other scripts' letters are wide.
     letter, side = (0.085, max(2.4, 0.42 * classes)) if few else (0.048, 0.13 * classes)
@@ -167,12 +208,21 @@ def confusion(predictions: Predictions, split: str = "test") -> Figure:
         axes.tick_params(axis="x", rotation=90 if longest * classes > side else 0)
         for (row, column), value in np.ndenumerate(values) if few else ():
             color = "w" if value > values.max() / 2 else "k"
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
+            axes.text(
+                column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color
+            )
     accuracy, of = float(predictions.correct.float().mean()), len(predictions.labels)
     score = word(f"{SPLITS[split]} accuracy")
-    title = word("Confusion matrix: {score} {value:.2%} of {count:,} images", score=score, value=accuracy, count=of)
+    title = word(
+        "Confusion matrix: {score} {value:.2%} of {count:,} images",
+        score=score,
+        value=accuracy,
+        count=of,
+    )
     if classes < every:
-        title += "\n" + word("The {shown} of {all:,} classes with the most mistakes", shown=classes, all=every)
+        title += "\n" + word(
+            "The {shown} of {all:,} classes with the most mistakes", shown=classes, all=every
+        )
     figure.suptitle(title)
     note(figure, letters)
     return figure
@@ -185,21 +235,37 @@ def per_class(predictions: Predictions) -> Figure:
     f1 = 2 * hits / np.maximum(said + truth, 1)
     order = np.argsort(f1, kind="stable")[:MOST_CLASSES]
     letters = lettering(predictions.names[row] for row in order)
-    lines, names = range(len(order)), [shortened(letters.names[predictions.names[row]]) for row in order]
+    lines, names = (
+        range(len(order)),
+        [shortened(letters.names[predictions.names[row]]) for row in order],
+    )
     figure = Figure(figsize=(7, 0.9 + 0.24 * len(order)), layout="constrained")
     axes = figure.subplots()
     axes.barh(lines, 100 * f1[order], color=BLUE, alpha=0.3, height=0.8)
     axes.set_yticks(lines, names, family=letters.families)
     precision, recall = hits / np.maximum(said, 1), hits / np.maximum(truth, 1)
-    columns = (("precision", 100 * precision), ("recall", 100 * recall), ("F1", 100 * f1), ("images", truth))
+    columns = (
+        ("precision", 100 * precision),
+        ("recall", 100 * recall),
+        ("F1", 100 * f1),
+        ("images", truth),
+    )
     for x, (title, values) in zip(range(116, 180, 20), columns, strict=True):
         axes.text(x, -1, word(title), ha="right", va="center", weight="bold")
         for line, value in zip(lines, values[order], strict=True):
-            axes.text(x, line, f"{value:d}" if title == "images" else f"{value:.1f}", ha="right", va="center")
+            axes.text(
+                x,
+                line,
+                f"{value:d}" if title == "images" else f"{value:.1f}",
+                ha="right",
+                va="center",
+            )
     axes.set(xlim=(0, 180), ylim=(len(order) - 0.4, -1.6), xticks=[0, 50, 100])
     axes.set_xlabel("F1 (%)", loc="left")
     if len(order) < len(counts):
-        title = word("The {shown} of {all:,} classes with the lowest F1", shown=len(order), all=len(counts))
+        title = word(
+            "The {shown} of {all:,} classes with the lowest F1", shown=len(order), all=len(counts)
+        )
         axes.set_title(title, fontsize=10)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -220,10 +286,14 @@ def reliability(predictions: Predictions, bins: int = 15) -> Figure:
     upper.bar(edges[full], accuracy, 1 / bins, align="edge", color=BLUE, alpha=0.6, edgecolor="w")
     upper.plot(confidence, accuracy, "o", color=BLUE, ms=4)
     upper.plot([0, 1], [0, 1], "--", color=GREY, lw=1)
-    upper.set_title(word("expected calibration error {error:.1%}", error=predictions.calibration_error(bins)))
+    upper.set_title(
+        word("expected calibration error {error:.1%}", error=predictions.calibration_error(bins))
+    )
     _finish(upper, "", "accuracy")
     bars = lower.bar(edges, count, 1 / bins, align="edge", color=GREY, edgecolor="w")
-    lower.bar_label(bars, [f"{number:,}" if number else "" for number in count], fontsize=7, padding=1)
+    lower.bar_label(
+        bars, [f"{number:,}" if number else "" for number in count], fontsize=7, padding=1
+    )
     lower.margins(y=0.15)
     lower.set_xlim(0, 1)
     _finish(lower, "confidence", "images")
@@ -236,7 +306,9 @@ def grid(images: np.ndarray, titles: Sequence[Sequence[str]], heading: str) -> F
     Of more than eight, the last few that would begin a row are left out.
     """
     few = len(images) <= COLUMNS
-    columns = len(images) if few else min(range(COLUMNS, COLUMNS // 2, -1), key=lambda n: len(images) % n)
+    columns = (
+        len(images) if few else min(range(COLUMNS, COLUMNS // 2, -1), key=lambda n: len(images) % n)
+    )
     rows = len(images) // columns
     letters = lettering(line for lines in titles for line in lines)
     lines = max(map(len, titles), default=0)

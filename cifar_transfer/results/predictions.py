@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifar_transfer.files import atomic_write
-from cifar_transfer.untrusted import check_archive
+from cifar_transfer.base.files import atomic_write
+from cifar_transfer.base.untrusted import check_archive
 
 SHOWN = 24  # images of a command line, in a figure
-MOST_BYTES = 2**31  # of a file of predictions, unpacked: those of a million images for a thousand classes
+MOST_BYTES = (
+    2**31
+)  # of a file of predictions, unpacked: those of a million images for a thousand classes
 
 
 class ImagePrediction(NamedTuple):
@@ -21,7 +23,9 @@ class ImagePrediction(NamedTuple):
 
     source: Any  # the image as it was given, a path or something in memory
     pixels: np.ndarray  # what the network was shown, uint8 [3, H, W], RGB
-    classes: list[tuple[str, float]]  # the likeliest with their probabilities in [0, 1], the likeliest first
+    classes: list[
+        tuple[str, float]
+    ]  # the likeliest with their probabilities in [0, 1], the likeliest first
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,22 @@ class Predictions:
     def confusion(self) -> np.ndarray:
         """int64 [C, C]: how many images of a class (row) were taken for which (column)."""
         classes = len(self.names)
-        return (self.labels * classes + self.predicted).bincount(minlength=classes**2).view(classes, classes).numpy()
+        return (
+            (self.labels * classes + self.predicted)
+            .bincount(minlength=classes**2)
+            .view(classes, classes)
+            .numpy()
+        )
 
     def calibration_error(self, bins: int) -> float:
         """By how much confidence and accuracy differ on average (Guo et al. 2017, https://arxiv.org/abs/1706.04599)."""
-        from torchmetrics.functional.classification import multiclass_calibration_error  # which takes seconds
+        from torchmetrics.functional.classification import (
+            multiclass_calibration_error,
+        )  # which takes seconds
 
-        return float(multiclass_calibration_error(self.probabilities, self.labels, len(self.names), bins))
+        return float(
+            multiclass_calibration_error(self.probabilities, self.labels, len(self.names), bins)
+        )
 
     def save(self, path: Path) -> None:
         """Write to a `.npz` of plain arrays, probabilities in half precision."""
@@ -68,12 +81,19 @@ class Predictions:
             # Where rounding has another class win, the predicted one is given a last digit more.
             rows = (half.argmax(1) != self.predicted).nonzero()[:, 0]
             half[rows, self.predicted[rows]] = half[rows].amax(1).nextafter(torch.ones(1).half())
-            np.savez_compressed(file, names=np.array(self.names), probabilities=half.numpy(), **arrays)
+            np.savez_compressed(
+                file, names=np.array(self.names), probabilities=half.numpy(), **arrays
+            )
 
     @classmethod
     def load(cls, path: Path) -> "Predictions":
         """Read what `save` has written."""
         check_archive(path, MOST_BYTES)
         with np.load(path, allow_pickle=False) as arrays:
-            read = {name: torch.from_numpy(arrays[name]) for name in ("labels", "rows", "images", "probabilities")}
-            return cls(arrays["names"].tolist(), **read | {"probabilities": read["probabilities"].float()})
+            read = {
+                name: torch.from_numpy(arrays[name])
+                for name in ("labels", "rows", "images", "probabilities")
+            }
+            return cls(
+                arrays["names"].tolist(), **read | {"probabilities": read["probabilities"].float()}
+            )

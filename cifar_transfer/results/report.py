@@ -11,9 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
-from cifar_transfer.console import say
-from cifar_transfer.errors import UserError, first_line
-from cifar_transfer.files import RESULT, write_json
+from cifar_transfer.base.console import say
+from cifar_transfer.base.errors import UserError, first_line
+from cifar_transfer.base.files import RESULT, write_json
 from cifar_transfer.results import publish
 from cifar_transfer.results.collect import CollectPredictions
 from cifar_transfer.results.terminal import Table
@@ -25,7 +25,12 @@ SLOW_GRAPH = 300  # modules, whose graph takes seconds to draw
 # TensorBoard's tab of custom scalars.
 CHARTS = {what: [f"^{what}/train$", f"^{what}/val$"] for what in ("accuracy", "loss")}
 # Capital letters come first in its table of hyper-parameters, which shows five.
-FIRST = {"backbone": "Backbone", "batch_size": "Batch size", "lr": "Learning rate", "optimizer": "Optimizer"}
+FIRST = {
+    "backbone": "Backbone",
+    "batch_size": "Batch size",
+    "lr": "Learning rate",
+    "optimizer": "Optimizer",
+}
 FIRST |= {"weights": "Weights"}
 SCHEDULE = {"learning rate": ["^lr$"], "rate by stage": [publish.STAGES]}
 SCHEDULE |= {"trainable parameters": ["trainable_parameters"]}
@@ -46,13 +51,21 @@ class Report(Callback):
             projector (6 MB for ResNet18).
     """
 
-    def __init__(self, figures: bool = True, projector: bool = False, language: Language = "en") -> None:
+    def __init__(
+        self, figures: bool = True, projector: bool = False, language: Language = "en"
+    ) -> None:
         if projector and not figures:
             raise UserError("projector=true comes with the figures: leave out figures=false.")
         self.figures, self.projector, self.language = figures, projector, language
-        self.images_per_second = 0.0  # of training in the last epoch, over all devices; validation does not count
+        self.images_per_second = (
+            0.0  # of training in the last epoch, over all devices; validation does not count
+        )
         self._earlier = 0.0  # seconds of the epochs before this one
-        self._epoch = {"seconds": 0.0, "validation": 0.0, "images": 0.0}  # until the clock was last read
+        self._epoch = {
+            "seconds": 0.0,
+            "validation": 0.0,
+            "images": 0.0,
+        }  # until the clock was last read
         self._read: float | None = None  # when that was; None between two epochs
         self._table = Table()
 
@@ -69,7 +82,12 @@ class Report(Callback):
 
     def _show_beginning(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = trainer.log_dir  # asked for by all ranks together
-        if not trainer.is_global_zero or trainer.ckpt_path or trainer.logger is None or folder is None:
+        if (
+            not trainer.is_global_zero
+            or trainer.ckpt_path
+            or trainer.logger is None
+            or folder is None
+        ):
             return  # a run that continues has it already
         board, data = _board(trainer), getattr(trainer, "datamodule", None)
         if self.figures and data is not None:
@@ -102,7 +120,9 @@ class Report(Callback):
                 self._epoch[part] += now - self._read
             self._read = now
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Count images, before another callback saves that they were seen."""
         self._epoch["images"] += len(batch[1]) * trainer.world_size
 
@@ -118,7 +138,10 @@ class Report(Callback):
         """Add the epoch to the table."""
         self._tick("seconds")
         self._read = None
-        seconds, training = self._epoch["seconds"], self._epoch["seconds"] - self._epoch["validation"]
+        seconds, training = (
+            self._epoch["seconds"],
+            self._epoch["seconds"] - self._epoch["validation"],
+        )
         if self._epoch["images"]:
             self.images_per_second = self._epoch["images"] / training
         self._table.add(trainer, pl_module, seconds)
@@ -126,7 +149,11 @@ class Report(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The time so far, that of this epoch, and the last speed, for a run that is resumed."""
         self._tick("seconds")
-        return {"seconds": self.seconds, "images_per_second": self.images_per_second, "epoch": dict(self._epoch)}
+        return {
+            "seconds": self.seconds,
+            "images_per_second": self.images_per_second,
+            "epoch": dict(self._epoch),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the clock."""
@@ -144,12 +171,18 @@ def _add_graph(trainer: Trainer, pl_module: Any, board: SummaryWriter) -> None:
     modes = {module: module.training for module in network.modules()}
     if len(modes) > SLOW_GRAPH:
         say(trainer, f"Drawing the graph of {len(modes)} modules for TensorBoard ...")
-    example = torch.zeros(1, 3, *pl_module.geometry.input_size, device=pl_module.device, dtype=pl_module.dtype)
+    example = torch.zeros(
+        1, 3, *pl_module.geometry.input_size, device=pl_module.device, dtype=pl_module.dtype
+    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes are constants in a picture of one size
+        warnings.simplefilter(
+            "ignore", torch.jit.TracerWarning
+        )  # sizes are constants in a picture of one size
         try:
             board.add_graph(network.eval(), example)
-        except Exception as error:  # of any kind, from tracing somebody's network: a picture must not cost the run
+        except (
+            Exception
+        ) as error:  # of any kind, from tracing somebody's network: a picture must not cost the run
             say(trainer, f"TensorBoard will have no graph of this network ({first_line(error)}).")
     for module, training in modes.items():
         module.training = training
@@ -166,7 +199,9 @@ def draw_final(trainer: Trainer, split: str, collected: CollectPredictions) -> N
     publish.publish(run, split, collected, board, trainer.global_step)
 
 
-def log_final(trainer: Trainer, hparams: dict[str, Any], scores: dict[str, float], test: dict[str, float]) -> None:
+def log_final(
+    trainer: Trainer, hparams: dict[str, Any], scores: dict[str, float], test: dict[str, float]
+) -> None:
     """Write the hyper-parameters with the run's final scores, so that TensorBoard compares runs by them.
 
     Args:
@@ -180,7 +215,9 @@ def log_final(trainer: Trainer, hparams: dict[str, Any], scores: dict[str, float
             logger.log_metrics(test, step=trainer.global_step)
     if isinstance(trainer.logger, TensorBoardLogger):
         texts = {
-            FIRST.get(name, name): " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
+            FIRST.get(name, name): " ".join(f"{k}={v}" for k, v in value.items())
+            if isinstance(value, dict)
+            else value
             for name, value in hparams.items()
         }
         results = {name.replace("best/", publish.FINAL): score for name, score in scores.items()}
@@ -188,7 +225,9 @@ def log_final(trainer: Trainer, hparams: dict[str, Any], scores: dict[str, float
         trainer.logger.save()
 
 
-def write_result(trainer: Trainer, pl_module: LightningModule, scores: dict[str, float]) -> dict[str, float]:
+def write_result(
+    trainer: Trainer, pl_module: LightningModule, scores: dict[str, float]
+) -> dict[str, float]:
     """Write what a run came to into its folder, as `result.json`: scores as for `log_final`, size and speed."""
     folder = trainer.log_dir  # asked for by all ranks together
     report = next(callback for callback in trainer.callbacks if isinstance(callback, Report))  # type: ignore[attr-defined]

@@ -17,11 +17,11 @@ from anyascii import anyascii
 from matplotlib import font_manager, rc_context
 from matplotlib.ft2font import FT2Font
 
+from cifar_transfer.base.errors import check
+from cifar_transfer.base.files import CONFIG
+from cifar_transfer.base.text import printable
+from cifar_transfer.base.untrusted import read_yaml
 from cifar_transfer.data.cifar import CLASSES
-from cifar_transfer.errors import check
-from cifar_transfer.files import CONFIG
-from cifar_transfer.text import printable
-from cifar_transfer.untrusted import read_yaml
 
 Language = Literal["en", "zh"]
 CHINESE = {
@@ -68,13 +68,25 @@ CHINESE = {
     "Names in Latin letters: no font here has theirs (Noto Sans CJK has many).": "名称以拉丁字母显示: 没有合适的字体",
 }
 CHINESE_CLASSES = dict(
-    zip(CLASSES, ("飞机", "汽车", "鸟类", "猫", "鹿", "狗", "青蛙", "马", "船", "卡车"), strict=True)
+    zip(
+        CLASSES, ("飞机", "汽车", "鸟类", "猫", "鹿", "狗", "青蛙", "马", "船", "卡车"), strict=True
+    )
 )
-TABLES: dict[str, tuple[dict[str, str], dict[str, str]]] = {"en": ({}, {}), "zh": (CHINESE, CHINESE_CLASSES)}
+TABLES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "en": ({}, {}),
+    "zh": (CHINESE, CHINESE_CLASSES),
+}
 _current = ContextVar("language", default=TABLES["en"])
 BASE = "DejaVu Sans"  # comes with matplotlib
 # Broad fonts of the systems people have, tried before all others, whose choice would be arbitrary.
-BROAD = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "Noto Sans")
+BROAD = (
+    "Noto Sans CJK SC",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "Noto Sans",
+)
 
 
 @contextmanager
@@ -104,7 +116,10 @@ def _families(name: str) -> list[str] | None:
     found = lettering("".join(text) for table in TABLES[name] for text in table.values())
     if not found.note:
         return found.families
-    print(f"Figures are in English: no font here has the letters of {name} (Noto Sans CJK has).", file=sys.stderr)
+    print(
+        f"Figures are in English: no font here has the letters of {name} (Noto Sans CJK has).",
+        file=sys.stderr,
+    )
     return None
 
 
@@ -137,8 +152,13 @@ class Lettering(NamedTuple):
 def lettering(names: Iterable[str]) -> Lettering:
     """Find fonts for names in any script; without one for all its letters, a name is transliterated by anyascii."""
     texts = {name: printable(name) for name in names}
-    missing, families = set[str]().union(*texts.values()) - _letters(font_manager.findfont(BASE)), [BASE]
-    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name not in BROAD, font.name)):
+    missing, families = (
+        set[str]().union(*texts.values()) - _letters(font_manager.findfont(BASE)),
+        [BASE],
+    )
+    for font in sorted(
+        font_manager.fontManager.ttflist, key=lambda font: (font.name not in BROAD, font.name)
+    ):
         if not missing:
             break
         # The font of last resort, which comes with matplotlib, draws boxes.
@@ -147,11 +167,20 @@ def lettering(names: Iterable[str]) -> Lettering:
         if found := missing & _letters(font.fname):
             families.append(font.name)
             missing -= found
-    drawn = {name: anyascii(text).strip() if missing.intersection(text) else text for name, text in texts.items()}
+    drawn = {
+        name: anyascii(text).strip() if missing.intersection(text) else text
+        for name, text in texts.items()
+    }
     latin = any(drawn[name] != text for name, text in texts.items())
-    note = word("Names in Latin letters: no font here has theirs (Noto Sans CJK has many).") if latin else ""
+    note = (
+        word("Names in Latin letters: no font here has theirs (Noto Sans CJK has many).")
+        if latin
+        else ""
+    )
     # A dollar sign would begin a formula.
-    return Lettering(families, {name: shown.replace("$", r"\$") for name, shown in drawn.items()}, note)
+    return Lettering(
+        families, {name: shown.replace("$", r"\$") for name, shown in drawn.items()}, note
+    )
 
 
 @lru_cache(maxsize=256)

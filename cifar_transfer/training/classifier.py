@@ -11,17 +11,17 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from cifar_transfer import __version__
+from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.data.classes import check_classes
-from cifar_transfer.data.geometry import pixels
-from cifar_transfer.data.images import LARGEST_SIDE, Batch
+from cifar_transfer.data.geometry import LARGEST_SIDE, pixels
+from cifar_transfer.data.images import Batch
 from cifar_transfer.data.module import ImageDataModule
-from cifar_transfer.errors import UserError, check
+from cifar_transfer.network.image_classifier import MOST_CLASSES
 from cifar_transfer.network.stages import stages
 from cifar_transfer.results.publish import STAGES
 from cifar_transfer.training import optimizer, resume
-from cifar_transfer.training.average import AveragedModule
-from cifar_transfer.training.checkpoint import VERSION_KEY
-from cifar_transfer.training.image_network import MOST_CLASSES
+from cifar_transfer.training.checkpoint_file import VERSION_KEY
+from cifar_transfer.training.ema import AveragedModule
 from cifar_transfer.training.optimizer import LARGEST_RATE
 from cifar_transfer.training.teacher import Teacher
 
@@ -35,7 +35,7 @@ class TransferClassifier(AveragedModule):
 
     Args:
         backbone: Name of a torchvision classification network, "timm/NAME" for one of timm's, or "lenet5". The list:
-            `python -m cifar_transfer.backbones`.
+            `python -m cifar_transfer backbones`.
         weights: The library's name for the weights, "DEFAULT", "none", or a file: a state dict (.pth, .safetensors), a
             published checkpoint, or a checkpoint of this class.
         num_classes: Outputs of the head; None takes as many as there are `class_names`, or 10.
@@ -50,7 +50,7 @@ class TransferClassifier(AveragedModule):
             trained with (found as for `image_size`), or [[mean, mean, mean], [deviation, ...]]. None takes "cifar10"
             for CIFAR-10 and drawn shapes, and for other images "weights", or "imagenet" where these say nothing.
         small_images: Adapt the network to small images, keeping its weights: a stem of stride 1, smaller patches and
-            windows, no pooling that only repeats. `python -m cifar_transfer.backbones --detail NAME` says what.
+            windows, no pooling that only repeats. `python -m cifar_transfer backbones --detail NAME` says what.
         patch_size: Side of a transformer's patches in pixels; None leaves it to the network and `small_images`.
         aux_weight: Weight of the auxiliary heads' losses in GoogLeNet (0.3 in its paper) and Inception v3 (0.4 in
             torchvision's tutorial); 0 drops these heads.
@@ -120,7 +120,9 @@ class TransferClassifier(AveragedModule):
         compile: bool = False,
     ) -> None:
         num_classes = len(class_names or range(10)) if num_classes is None else num_classes
-        check("num_classes", num_classes, lambda n: 2 <= n <= MOST_CLASSES, f"2 to {MOST_CLASSES:,}")
+        check(
+            "num_classes", num_classes, lambda n: 2 <= n <= MOST_CLASSES, f"2 to {MOST_CLASSES:,}"
+        )
         super().__init__(num_classes)
         if class_names and len(class_names) != num_classes:
             raise UserError(
@@ -136,17 +138,29 @@ class TransferClassifier(AveragedModule):
     def _check(self) -> None:
         most = f"1 to {LARGEST_SIDE} pixels"
         for name, fits, wanted in (
-            ("train_sizes", lambda ns: ns is None or (ns and 1 <= min(ns) <= max(ns) <= LARGEST_SIDE), most),
+            (
+                "train_sizes",
+                lambda ns: ns is None or (ns and 1 <= min(ns) <= max(ns) <= LARGEST_SIDE),
+                most,
+            ),
             ("label_smoothing", lambda x: 0 <= x < 1, "a share in [0, 1)"),
             ("teacher_weight", lambda x: 0 <= x <= 1, "a share in [0, 1]"),
             ("temperature", lambda x: 0.01 <= x <= 1000, "0.01 to 1000"),
             ("lr", lambda x: 0 < x <= LARGEST_RATE, f"a positive rate up to {LARGEST_RATE}"),
-            ("head_lr", lambda x: x is None or 0 < x <= LARGEST_RATE, f"a positive rate up to {LARGEST_RATE}"),
+            (
+                "head_lr",
+                lambda x: x is None or 0 < x <= LARGEST_RATE,
+                f"a positive rate up to {LARGEST_RATE}",
+            ),
             ("layer_decay", lambda x: x is None or 0 < x <= 1, "a share in (0, 1], or null"),
             ("weight_decay", lambda x: 0 <= x <= LARGEST_RATE, f"0 to {LARGEST_RATE}"),
             ("momentum", lambda x: 0 <= x < 1, "a share in [0, 1)"),
             ("warmup_epochs", lambda x: 0 <= x < math.inf, "0 epochs or more"),
-            ("warmup_epochs", lambda x: not (x and self.hparams["schedule"] == "plateau"), "0 for a plateau"),
+            (
+                "warmup_epochs",
+                lambda x: not (x and self.hparams["schedule"] == "plateau"),
+                "0 for a plateau",
+            ),
             ("lr_factor", lambda x: 0 < x < 1, "a factor between 0 and 1"),
             ("lr_patience", lambda n: n >= 0, "0 epochs or more"),
             ("ema", lambda x: x is None or 0 <= x < 1, "a decay in [0, 1), or null"),
@@ -179,7 +193,9 @@ class TransferClassifier(AveragedModule):
             self.tell_unlike()
         if stage == "fit" and min(self.geometry.size) < (self.largest_side or 0):
             side = self.largest_side
-            rank_zero_info(f"Images of {pixels(self.geometry.size)} are enlarged to {side} x {side} on the device.")
+            rank_zero_info(
+                f"Images of {pixels(self.geometry.size)} are enlarged to {side} x {side} on the device."
+            )
         self.try_sizes()
 
     def on_train_start(self) -> None:
@@ -259,7 +275,9 @@ class TransferClassifier(AveragedModule):
             return
         for change in resume.compare_checkpoint(self.trainer, self, data, checkpoint):
             rank_zero_info(change)
-        if isinstance(data, ImageDataModule):  # Lightning has no effect on a loader that its count of steps has made
+        if isinstance(
+            data, ImageDataModule
+        ):  # Lightning has no effect on a loader that its count of steps has made
             data.resumed = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         mine, given = self.state_dict(), checkpoint["state_dict"]
         if other := [key for key in mine if key in given and mine[key].shape != given[key].shape]:

@@ -6,19 +6,20 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_warn
 
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.augment import Augment
 from cifar_transfer.data.cifar import CIFAR10DataModule
 from cifar_transfer.data.folder import ImageFolderDataModule
 from cifar_transfer.data.geometry import Geometry
 from cifar_transfer.data.module import PERMUTATION, ImageDataModule, Split
 from cifar_transfer.data.shapes import ShapesDataModule
-from cifar_transfer.errors import UserError
 from cifar_transfer.results.collect import CollectPredictions
-from cifar_transfer.training.checkpoint import load
+from cifar_transfer.training.checkpoint_file import load
 from cifar_transfer.training.classifier import TransferClassifier
 
 DATA_MODULES: dict[str, type[ImageDataModule]] = {
-    module.__name__: module for module in (CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule)
+    module.__name__: module
+    for module in (CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule)
 }
 
 
@@ -51,11 +52,15 @@ def load_data(checkpoint: dict, **overrides: str | int | None) -> ImageDataModul
         if checkpoint.get("input_size"):
             data.fixed_size = Geometry.of(checkpoint).size
     except (KeyError, TypeError) as error:
-        raise UserError(f"The checkpoint's options for its data are not those of this version ({error}).") from None
+        raise UserError(
+            f"The checkpoint's options for its data are not those of this version ({error})."
+        ) from None
     data.hparams["held_out_by"] = choice
     if left_out and "leave_out" not in overrides and data.hparams["left_out"] != left_out:
         listed = f"now {data.hparams['left_out']}, in training {left_out}"
-        rank_zero_warn(f"{data.leave_out}, the list of images that are left out, has changed: {listed}.")
+        rank_zero_warn(
+            f"{data.leave_out}, the list of images that are left out, has changed: {listed}."
+        )
     return data
 
 

@@ -23,8 +23,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cifar_transfer.console import say, styled
-from cifar_transfer.errors import UserError, check
+from cifar_transfer.base.console import say, styled
+from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.features import heads
 from cifar_transfer.training import optimizer, resume
 from cifar_transfer.training import phases as plans
@@ -90,19 +90,32 @@ class BackboneFreeze(Callback):
         monitor: str = "val/loss",
         mode: Literal["min", "max"] = "min",
     ) -> None:
-        check("unfreeze_epoch", unfreeze_epoch, lambda n: n >= 0, "0 (never frozen) or a later epoch")
-        check("unfrozen_lr", unfrozen_lr, lambda x: x is None or 0 < x <= optimizer.LARGEST_RATE, plans.RATE)
+        check(
+            "unfreeze_epoch", unfreeze_epoch, lambda n: n >= 0, "0 (never frozen) or a later epoch"
+        )
+        check(
+            "unfrozen_lr",
+            unfrozen_lr,
+            lambda x: x is None or 0 < x <= optimizer.LARGEST_RATE,
+            plans.RATE,
+        )
         plans.check_patterns("frozen", frozen or ())
         if frozen == []:
-            raise UserError("frozen is []: name what is to be frozen, or freeze nothing with unfreeze_epoch=0.")
+            raise UserError(
+                "frozen is []: name what is to be frozen, or freeze nothing with unfreeze_epoch=0."
+            )
         if phases is not None and (frozen or not phases):
-            raise UserError("phases name what trains: give one or more, and no frozen; or leave phases out.")
+            raise UserError(
+                "phases name what trains: give one or more, and no frozen; or leave phases out."
+            )
         if isinstance(phases, list):
             plans.check_begins(phases)
         self.unfreeze_epoch, self.unfrozen_lr = unfreeze_epoch, unfrozen_lr
         self.frozen, self.batch_norm = frozen, batch_norm
         if probe and (phases or frozen):
-            raise UserError("probe=true is in place of the frozen epochs: leave out phases and frozen.")
+            raise UserError(
+                "probe=true is in place of the frozen epochs: leave out phases and frozen."
+            )
         self.phases, self.probe, self.monitor, self.mode = phases, probe, monitor, mode
         self._forget()
 
@@ -110,9 +123,15 @@ class BackboneFreeze(Callback):
         self.phase = 0  # its number
         self.plan: list[Phase] = []  # known when a fit starts, as it depends on the network
         self._untold: list[Phase] = []  # that have begun
-        self._begins: dict[str, int] = {}  # in which phase parameters and buffers begin to train, by name
-        self._held: list[tuple[nn.Parameter, int]] = []  # the same of the parameters that the module has not fixed
-        self._resting: set[nn.Module] = set()  # modules that are in eval mode because of this callback
+        self._begins: dict[
+            str, int
+        ] = {}  # in which phase parameters and buffers begin to train, by name
+        self._held: list[
+            tuple[nn.Parameter, int]
+        ] = []  # the same of the parameters that the module has not fixed
+        self._resting: set[nn.Module] = (
+            set()
+        )  # modules that are in eval mode because of this callback
         self._best, self._bad = math.inf, 0  # the figure in this phase, and the epochs since then
         self._figure: float | None = None  # of this epoch
 
@@ -122,7 +141,9 @@ class BackboneFreeze(Callback):
             return
         self._forget()
         if sum(isinstance(callback, BackboneFreeze) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise UserError("The Trainer has several BackboneFreeze callbacks: give one of them phases.")
+            raise UserError(
+                "The Trainer has several BackboneFreeze callbacks: give one of them phases."
+            )
         if self.freezes and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise UserError(
                 f"BackboneFreeze works on one device and under DDP, not under {type(trainer.strategy).__name__}, which "
@@ -132,7 +153,9 @@ class BackboneFreeze(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze, now that the optimizer has everything that trains at some time."""
         stages = plans.own_stages(pl_module)
-        self.plan = plans.planned(pl_module, stages, self.phases or self.frozen, self.unfreeze_epoch, self.unfrozen_lr)
+        self.plan = plans.planned(
+            pl_module, stages, self.phases or self.frozen, self.unfreeze_epoch, self.unfrozen_lr
+        )
         if self.probe:
             self.plan[1:] = [replace(phase, epoch=0) for phase in self.plan[1:]]
             if not (trainer.ckpt_path or trainer.fast_dev_run):  # type: ignore[attr-defined]
@@ -152,14 +175,18 @@ class BackboneFreeze(Callback):
         for phase in self.plan[1:]:
             optimizer.check_rates(trainer, phase.lr, phase.factor)
         if any(phase.from_best for phase in self.plan) and not _best_kept(trainer):
-            raise UserError("from_best needs a ModelCheckpoint that monitors a figure among the Trainer's callbacks.")
+            raise UserError(
+                "from_best needs a ModelCheckpoint that monitors a figure among the Trainer's callbacks."
+            )
         self._require_grad(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state, which may come from a checkpoint: a run resumed within an epoch skips its start."""
         self._apply(trainer, pl_module)
         self._untold = self._untold or [self.plan[self.phase]]
-        optimized = [p for each in trainer.optimizers for group in each.param_groups for p in group["params"]]
+        optimized = [
+            p for each in trainer.optimizers for group in each.param_groups for p in group["params"]
+        ]
         ours = [parameter for parameter, _ in self._held]
         for said in plans.never_train(pl_module, self._begins, len(self.plan), ours, optimized):
             rank_zero_info(said)
@@ -168,10 +195,14 @@ class BackboneFreeze(Callback):
         """Begin a phase when its epoch has come."""
         self._apply(trainer, pl_module)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Name the phase that has begun; now, so that it stands in the table of epochs."""
         if begun := self._untold:
-            epochs = plans.span(self.plan[self.phase + 1 :], trainer.current_epoch, trainer.max_epochs)
+            epochs = plans.span(
+                self.plan[self.phase + 1 :], trainer.current_epoch, trainer.max_epochs
+            )
             what = plans.named(begun, begun[0] is self.plan[0])
             count = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
             say(trainer, styled(f"{epochs}: {what}, {count:,} parameters train.", 36))
@@ -210,15 +241,23 @@ class BackboneFreeze(Callback):
             changed |= parameter.requires_grad != trains
             parameter.requires_grad_(trains)
         strategy = trainer.strategy
-        if changed and isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
-            strategy.model = pl_module  # the old wrapper, and with it its hooks on the gradients, goes
+        if (
+            changed
+            and isinstance(strategy, DDPStrategy)
+            and isinstance(strategy.model, DistributedDataParallel)
+        ):
+            strategy.model = (
+                pl_module  # the old wrapper, and with it its hooks on the gradients, goes
+            )
             strategy.configure_ddp()
 
     def _set_modes(self, pl_module: LightningModule) -> None:
         if self.batch_norm == "train":
             return
         frozen = plans.resting(pl_module, self._begins, self.phase)
-        self._resting |= {module for module in frozen if module.training}  # and not those that their author has in eval
+        self._resting |= {
+            module for module in frozen if module.training
+        }  # and not those that their author has in eval
         for module in self._resting:
             module.training = module not in frozen
         self._resting &= frozen
@@ -229,14 +268,18 @@ class BackboneFreeze(Callback):
             return
         if self.monitor not in trainer.callback_metrics:
             logged = ", ".join(trainer.callback_metrics)
-            raise UserError(f"monitor={self.monitor} is not logged in validation, which a phase waits for: {logged}.")
+            raise UserError(
+                f"monitor={self.monitor} is not logged in validation, which a phase waits for: {logged}."
+            )
         self._figure = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the epochs without a better figure."""
         if self._figure is not None:
             figure = self._figure if self.mode == "min" else -self._figure
-            self._best, self._bad = (figure, 0) if figure < self._best else (self._best, self._bad + 1)
+            self._best, self._bad = (
+                (figure, 0) if figure < self._best else (self._best, self._bad + 1)
+            )
             self._figure = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -247,19 +290,27 @@ class BackboneFreeze(Callback):
             module.training = True
         self._held, self._resting = [], set()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         """As `teardown`, which Lightning then leaves out."""
         self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
         """The phase, what the next one waits for, and how it was told to."""
         begun = {"phase": self.phase, "unfrozen": self.phase > 0 or len(self.plan) == 1}
-        return begun | {"best": self._best, "bad": self._bad, "figure": self._figure} | self._settings()
+        return (
+            begun
+            | {"best": self._best, "bad": self._bad, "figure": self._figure}
+            | self._settings()
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue in the checkpoint's phase; a `UserError` if it is a later one that began under other settings."""
         saved, asked = resume.flat(freeze=state_dict), resume.flat(freeze=self._settings())
-        for change in resume.compare(saved, asked, within_epoch=False, unfrozen=state_dict["unfrozen"]):
+        for change in resume.compare(
+            saved, asked, within_epoch=False, unfrozen=state_dict["unfrozen"]
+        ):
             rank_zero_info(change)
         self.phase = state_dict.get("phase", int(state_dict["unfrozen"] and self.freezes))
         self._best, self._bad = state_dict.get("best", math.inf), state_dict.get("bad", 0)
@@ -278,12 +329,20 @@ class BackboneFreeze(Callback):
 
 
 def _best_kept(trainer: Trainer) -> list[ModelCheckpoint]:
-    return [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each.monitor]
+    return [
+        each
+        for each in trainer.checkpoint_callbacks
+        if isinstance(each, ModelCheckpoint) and each.monitor
+    ]
 
 
 def _load_best(trainer: Trainer, pl_module: LightningModule) -> None:
     path = _best_kept(trainer)[0].best_model_path
-    best = torch.load(path, "cpu", weights_only=True)["state_dict"] if path and trainer.is_global_zero else None
+    best = (
+        torch.load(path, "cpu", weights_only=True)["state_dict"]
+        if path and trainer.is_global_zero
+        else None
+    )
     best = trainer.strategy.broadcast(best)  # of the first process, as others may see other files
     if best is not None:
         pl_module.load_state_dict(best)

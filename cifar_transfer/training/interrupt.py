@@ -12,11 +12,13 @@ from typing import Any
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from cifar_transfer.console import say
+from cifar_transfer.base.console import say
 from cifar_transfer.training.run import RunCheckpoint
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-MAX_STEPS_BETWEEN_STOP_CHECKS = 10  # of several processes, which ask each other whether one is to stop
+MAX_STEPS_BETWEEN_STOP_CHECKS = (
+    10  # of several processes, which ask each other whether one is to stop
+)
 SECONDS_BETWEEN_PARENT_CHECKS = 1.0
 
 
@@ -52,7 +54,9 @@ class Interrupt(Callback):
         if threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, lambda number, frame: self._note(trainer, number))
+            self._before[number] = signal.signal(
+                number, lambda number, frame: self._note(trainer, number)
+            )
         if SLURMEnvironment.detect() and callable(lightnings := signal.getsignal(signal.SIGUSR1)):
             self._before[signal.SIGUSR1] = lightnings
             signal.signal(signal.SIGUSR1, self._note_requeue)
@@ -70,7 +74,9 @@ class Interrupt(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and requeue, if told to."""
-        every = trainer.accumulate_grad_batches * (MAX_STEPS_BETWEEN_STOP_CHECKS if trainer.world_size > 1 else 1)
+        every = trainer.accumulate_grad_batches * (
+            MAX_STEPS_BETWEEN_STOP_CHECKS if trainer.world_size > 1 else 1
+        )
         if not trainer.is_last_batch and (batch_idx + 1) % every:
             return
         self._agree(trainer)
@@ -94,7 +100,9 @@ class Interrupt(Callback):
             status = subprocess.run(["scontrol", "requeue", job], check=False).returncode
         except OSError as error:
             status = error.errno or 1
-        words = "is requeued" if status == 0 else f"cannot be requeued: scontrol ended with {status}"
+        words = (
+            "is requeued" if status == 0 else f"cannot be requeued: scontrol ended with {status}"
+        )
         say(trainer, f"Saved; SLURM job {job} {words}.")
 
     def _requeue_asked(self, trainer: Trainer) -> bool:
@@ -105,9 +113,15 @@ class Interrupt(Callback):
             self.asked = self._heard or signal.SIGTERM
 
     def _any(self, trainer: Trainer, here: bool) -> bool:
-        return here if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(here, all=False)
+        return (
+            here
+            if trainer.world_size == 1
+            else trainer.strategy.reduce_boolean_decision(here, all=False)
+        )
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Stop, now that the step before is logged."""
         if trainer.world_size == 1 and batch_idx == 0:  # told in validation
             self._agree(trainer)
@@ -129,7 +143,11 @@ def end_with_the_first() -> None:
     The first process sees to the end of the others; this is the other way round. Elsewhere than under Lightning's own
     launcher it is the business of torchrun or SLURM.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" in os.environ or SLURMEnvironment.detect():
+    if (
+        os.environ.get("LOCAL_RANK", "0") == "0"
+        or "TORCHELASTIC_RUN_ID" in os.environ
+        or SLURMEnvironment.detect()
+    ):
         return
     first = os.getppid()
 

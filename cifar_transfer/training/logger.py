@@ -15,8 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from cifar_transfer.console import counted
-from cifar_transfer.files import atomic_write
+from cifar_transfer.base.console import counted
+from cifar_transfer.base.files import atomic_write
 from cifar_transfer.results.publish import FINAL, NAMES, STAGES, STEPS, TAGS
 from cifar_transfer.training.metrics_file import OF_EPOCH, MetricsFile, trim_metrics
 from cifar_transfer.training.scoring import EPOCH_SCORES
@@ -62,7 +62,9 @@ class RunLogger(TensorBoardLogger):
         if folder == expected:
             return
         for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and Path(callback.dirpath or "/").is_relative_to(expected):
+            if isinstance(callback, ModelCheckpoint) and Path(
+                callback.dirpath or "/"
+            ).is_relative_to(expected):
                 callback.dirpath = str(folder / Path(callback.dirpath or "").relative_to(expected))
         rank = trainer.local_rank if trainer.world_size > 1 else None
         trainer.profiler.setup("fit", rank, str(folder))  # type: ignore[attr-defined] # set by one of its connectors
@@ -87,7 +89,9 @@ class RunLogger(TensorBoardLogger):
         if STEPS in metrics:  # of an epoch
             self._metrics.add(step, int(scalars.pop(STEPS)) - 1, scalars)
         else:
-            self._metrics.add(counted(int(metrics["epoch"])) if "epoch" in metrics else None, step, scalars)
+            self._metrics.add(
+                counted(int(metrics["epoch"])) if "epoch" in metrics else None, step, scalars
+            )
 
     @rank_zero_only
     def save(self) -> None:
@@ -134,7 +138,9 @@ def trim_events(run: Path, epochs: int, steps: int) -> None:
     for path in sorted(run.glob("events.out.tfevents.*")):
         with atomic_write(path) as file:
             writer = RecordWriter(file)
-            for event in LegacyEventFileLoader(str(path)).Load():  # stops before a record that was cut short
+            for event in LegacyEventFileLoader(
+                str(path)
+            ).Load():  # stops before a record that was cut short
                 tags = {NAMES.get(value.tag, value.tag) for value in event.summary.value}
                 final = any(tag.startswith(("best/", FINAL)) for tag in tags)
                 by_epoch = tags & BY_EPOCH or any(tag.startswith(STAGES) for tag in tags)

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from cifar_transfer.files import write_text
+from cifar_transfer.base.files import write_text
 
 METRICS = "metrics.csv"  # in the folder of a run
 OF_EPOCH = "trainable_parameters"  # a column that only rows of epochs fill
@@ -36,7 +36,9 @@ class MetricsFile:
         row, self._row = self._row, {}
         if row.keys() <= set(self._columns):
             with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self._columns, lineterminator="\n").writerows([row] if row else [])
+                csv.DictWriter(file, self._columns, lineterminator="\n").writerows(
+                    [row] if row else []
+                )
         else:  # new columns
             self._columns = _write(self.path, [*_read(self.path), row])
 

@@ -8,15 +8,22 @@ from dataclasses import dataclass
 from lightning import LightningModule
 from torch import nn
 
-from cifar_transfer.console import counted
-from cifar_transfer.errors import UserError, check
+from cifar_transfer.base.console import counted
+from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.network.stages import HEAD, stages
 from cifar_transfer.training.optimizer import LARGEST_RATE
 
 EVERYTHING = "all"
 GRADUAL = "gradual"
 RATE = f"a positive rate up to {LARGEST_RATE}, or null to leave the rate as it is"
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Phase:
     The first begins with the run; each other has one of `epoch`, `share` and `patience`.
 
     Args:
-        train: Stages of the network, such as "head", "layer4", "stem" (`python -m cifar_transfer.backbones --detail
+        train: Stages of the network, such as "head", "layer4", "stem" (`python -m cifar_transfer backbones --detail
             NAME` lists them), "all", or regular expressions that match parameters' names from their start.
         epoch: It begins after so many epochs of the run.
         share: It begins after this share of the run's `max_epochs`, rounded up to a whole epoch.
@@ -50,10 +57,17 @@ class Phase:
 
     def __post_init__(self) -> None:
         check("epoch", self.epoch, lambda n: n is None or n >= 0, "0 or a later one")
-        check("share", self.share, lambda x: x is None or 0 < x < 1, "a share of the run between 0 and 1")
+        check(
+            "share",
+            self.share,
+            lambda x: x is None or 0 < x < 1,
+            "a share of the run between 0 and 1",
+        )
         check("patience", self.patience, lambda n: n is None or n >= 1, "1 epoch or more")
         check("lr", self.lr, lambda x: x is None or 0 < x <= LARGEST_RATE, RATE)
-        check("factor", self.factor, lambda x: x is None or 0 < x <= LARGEST_RATE, "a positive factor")
+        check(
+            "factor", self.factor, lambda x: x is None or 0 < x <= LARGEST_RATE, "a positive factor"
+        )
         if not self.train or (self.lr and self.factor):
             raise UserError(f"A phase trains something, and has lr or factor, not both: {self}.")
         check_patterns("train", self.train)
@@ -63,14 +77,18 @@ class Phase:
         if self.share is None:
             return self.epoch
         if max_epochs is None or max_epochs < 0:
-            raise UserError(f"A phase that begins after share={self.share} of the run needs max_epochs.")
+            raise UserError(
+                f"A phase that begins after share={self.share} of the run needs max_epochs."
+            )
         return math.ceil(round(self.share * max_epochs, 6))  # 0.55 * 20 is a little more than 11
 
 
 def span(later: Sequence[Phase], epoch: int, max_epochs: int | None) -> str:
     """The epochs of a phase that is followed by these, from `epoch` on (of 0): "Epochs 6 to 40"."""
     first, last = counted(epoch), max_epochs if max_epochs and max_epochs > 0 else math.inf
-    end = later[0].beginning(max_epochs) if later else last  # counted from 1, the last epoch before it
+    end = (
+        later[0].beginning(max_epochs) if later else last
+    )  # counted from 1, the last epoch before it
     if end is None or min(end, last) == math.inf:
         return f"From epoch {first}"
     return f"Epoch {first}" if min(end, last) == first else f"Epochs {first} to {min(end, last)}"
@@ -84,7 +102,9 @@ def named(begun: Sequence[Phase], first: bool) -> str:
         what = "everything"
     elif first and (names == [HEAD] or names[0].startswith("(?!")):  # of `frozen`
         what = "backbone frozen" if names == [HEAD] else "partly frozen"
-    changes = [(" at rate", phase.lr) if phase.lr else (", rates times", phase.factor) for phase in begun]
+    changes = [
+        (" at rate", phase.lr) if phase.lr else (", rates times", phase.factor) for phase in begun
+    ]
     return what + "".join(f"{change} {value:g}" for change, value in changes if value)
 
 
@@ -94,26 +114,34 @@ def check_patterns(name: str, patterns: Sequence[str]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UserError(f"{name} has {pattern!r}, which is not a regular expression ({error}).") from None
+            raise UserError(
+                f"{name} has {pattern!r}, which is not a regular expression ({error})."
+            ) from None
 
 
 def check_begins(phases: Sequence[Phase]) -> None:
     """Refuse, by a `UserError`, phases of which it is not clear when they begin."""
     for number, phase in enumerate(phases):
-        begins = [value for value in (phase.epoch, phase.share, phase.patience) if value is not None]
+        begins = [
+            value for value in (phase.epoch, phase.share, phase.patience) if value is not None
+        ]
         if number == 0 and phase != Phase(phase.train):
             raise UserError(
                 f"The first phase begins with the run, at the optimizer's rate: give it train alone: {phase}."
             )
         if number and len(begins) != 1:
-            raise UserError(f"A phase after the first begins by one of epoch, share, patience: {phase}.")
+            raise UserError(
+                f"A phase after the first begins by one of epoch, share, patience: {phase}."
+            )
 
 
 def check_order(phases: Sequence[Phase], max_epochs: int | None) -> None:
     """Refuse, by a `UserError`, a phase that would begin after a later one, or after a share of a run without end."""
     epochs = [epoch for phase in phases if (epoch := phase.beginning(max_epochs)) is not None]
     if epochs != sorted(epochs):
-        raise UserError(f"phases come in the order in which they begin, not at the epochs {epochs}.")
+        raise UserError(
+            f"phases come in the order in which they begin, not at the epochs {epochs}."
+        )
 
 
 def own_stages(module: LightningModule) -> dict[str, list[str]]:
@@ -123,14 +151,22 @@ def own_stages(module: LightningModule) -> dict[str, list[str]]:
         UserError: A name in its `heads` that no submodule has.
     """
     heads = getattr(module, "heads", ())
-    heads = [head for head in heads if isinstance(head, str)] if isinstance(heads, list | tuple | set) else []
+    heads = (
+        [head for head in heads if isinstance(head, str)]
+        if isinstance(heads, list | tuple | set)
+        else []
+    )
     known = {name for name, _ in module.named_modules()}
     network, prefix = getattr(module, "network", None), "network."
     if not isinstance(network, nn.Module) or not known.issuperset(prefix + head for head in heads):
         network, prefix = module, ""
     if unknown := [head for head in heads if prefix + head not in known]:
-        raise UserError(f"{type(module).__name__}.heads names {unknown[0]!r}, which is none of its submodules.")
-    return {stage: [prefix + name for name in names] for stage, names in stages(network, heads).items()}
+        raise UserError(
+            f"{type(module).__name__}.heads names {unknown[0]!r}, which is none of its submodules."
+        )
+    return {
+        stage: [prefix + name for name in names] for stage, names in stages(network, heads).items()
+    }
 
 
 def planned(
@@ -160,7 +196,9 @@ def planned(
     if given and given != GRADUAL:
         first = f"(?!{'|'.join(f'(?:{pattern})' for pattern in given)})"
         if all(re.match(first, name) for name, _ in module.named_parameters()):
-            raise UserError(f"No parameter's name begins with any of {given}: see the module's named_parameters().")
+            raise UserError(
+                f"No parameter's name begins with any of {given}: see the module's named_parameters()."
+            )
     elif HEAD not in stages:
         raise UserError(
             f"{type(module).__name__} names no head, so all of it would be frozen: give BackboneFreeze the names of "
@@ -172,11 +210,16 @@ def planned(
     later[-1] = [EVERYTHING]  # also what is in no stage, if there is a module around the network
     return [
         Phase([HEAD]),
-        *(Phase(each, number, lr=lr if number == 1 else None) for number, each in enumerate(later, 1)),
+        *(
+            Phase(each, number, lr=lr if number == 1 else None)
+            for number, each in enumerate(later, 1)
+        ),
     ]
 
 
-def begins(module: nn.Module, phases: Sequence[Sequence[str]], stages: Mapping[str, list[str]]) -> dict[str, int]:
+def begins(
+    module: nn.Module, phases: Sequence[Sequence[str]], stages: Mapping[str, list[str]]
+) -> dict[str, int]:
     """In which phase each parameter and buffer begins to train, by name; `len(phases)` if in none.
 
     One with several names (tied weights) begins with the first of them.
@@ -189,7 +232,12 @@ def begins(module: nn.Module, phases: Sequence[Sequence[str]], stages: Mapping[s
     Raises:
         UserError: A name that is no stage and matches nothing.
     """
-    state = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+    state = dict(
+        [
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ]
+    )
     first: dict[int, int] = {}  # by the identity of the tensor
     for number, train in enumerate(phases):
         for what in train:
@@ -197,7 +245,9 @@ def begins(module: nn.Module, phases: Sequence[Sequence[str]], stages: Mapping[s
             chosen = chosen or [name for name in state if re.match(what, name)]
             if not chosen:
                 known = ", ".join([*stages, EVERYTHING])
-                raise UserError(f"{what!r} is no stage ({known}), and no parameter's name begins with it.")
+                raise UserError(
+                    f"{what!r} is no stage ({known}), and no parameter's name begins with it."
+                )
             for name in chosen:
                 first.setdefault(id(state[name]), number)
     return {name: first.get(id(tensor), len(phases)) for name, tensor in state.items()}
@@ -216,7 +266,9 @@ def resting(module: nn.Module, begins: Mapping[str, int], phase: int) -> set[nn.
         """Whether all of its state is frozen; None if it has none."""
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         known = [begins.get(prefix + name, 0) > phase for name, _ in own]
-        children = [(child, visit(f"{prefix}{name}.", child)) for name, child in module.named_children()]
+        children = [
+            (child, visit(f"{prefix}{name}.", child)) for name, child in module.named_children()
+        ]
         following: bool | None = None
         for child, frozen in reversed(children):
             if frozen is None and following and (prefix or isinstance(child, DROPOUTS)):
@@ -247,13 +299,21 @@ def never_train(
         ours: Those that were trainable before the fit.
         optimized: Those that an optimizer has.
     """
-    trainable, known = {id(parameter) for parameter in ours}, {id(parameter) for parameter in optimized}
+    trainable, known = (
+        {id(parameter) for parameter in ours},
+        {id(parameter) for parameter in optimized},
+    )
     found: dict[str, list[str]] = {}
     for name, parameter in module.named_parameters():
         if begins[name] == phases:
             found.setdefault("stay frozen, because no phase trains them", []).append(name)
         elif begins[name] and id(parameter) not in trainable:
-            found.setdefault("stay frozen, because the module itself has fixed them", []).append(name)
+            found.setdefault("stay frozen, because the module itself has fixed them", []).append(
+                name
+            )
         elif begins[name] and id(parameter) not in known:
             found.setdefault("never train, because no optimizer has them", []).append(name)
-    return [f"{len(names)} tensors of parameters, such as {names[0]}, {why}." for why, names in found.items()]
+    return [
+        f"{len(names)} tensors of parameters, such as {names[0]}, {why}."
+        for why, names in found.items()
+    ]

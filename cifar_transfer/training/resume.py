@@ -5,11 +5,11 @@ from typing import Any
 
 from lightning import LightningDataModule, Trainer
 
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.geometry import Geometry
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import digest
-from cifar_transfer.errors import UserError
-from cifar_transfer.training.image_network import ImageNetwork
+from cifar_transfer.network.image_classifier import ImageNetwork
 
 _UNDONE = "would be undone by the checkpoint"
 _SPLIT = "would make validation images of images that were trained on"
@@ -18,22 +18,43 @@ _AVERAGE = "would score other weights than the run has so far"
 _LOSS = "the training loss is another one"
 _UNFROZEN = "would have no effect, because parameters are unfrozen already"
 REFUSED = {
-    **{f"model.{name}": _UNDONE for name in ("backbone", "num_classes", "small_images", "patch_size", "aux_weight")},
-    **{f"model.{name}": _UNDONE for name in ("optimizer", "lr", "head_lr", "layer_decay", "weight_decay", "momentum")},
+    **{
+        f"model.{name}": _UNDONE
+        for name in ("backbone", "num_classes", "small_images", "patch_size", "aux_weight")
+    },
+    **{
+        f"model.{name}": _UNDONE
+        for name in ("optimizer", "lr", "head_lr", "layer_decay", "weight_decay", "momentum")
+    },
     **{f"model.{name}": _UNDONE for name in ("schedule", "lr_factor", "lr_patience")},
     "model.ema": _AVERAGE,
     **{f"data.{name}": _SPLIT for name in ("data", "seed", "val_fraction", "task", "train_images")},
 }
 _ORDER = ("data.batch_size", "data.sampler", "data.left_out", "processes", "training_images")
 REFUSED_WITHIN_AN_EPOCH = {name: _SKIPPED for name in _ORDER}
-MENDS = {"data.left_out": "have the list as it was", "training_images": "have the images as they were"}
-FREEZE = ("unfreeze_epoch", "unfrozen_lr", "frozen", "batch_norm", "phases", "probe", "monitor", "mode")
+MENDS = {
+    "data.left_out": "have the list as it was",
+    "training_images": "have the images as they were",
+}
+FREEZE = (
+    "unfreeze_epoch",
+    "unfrozen_lr",
+    "frozen",
+    "batch_norm",
+    "phases",
+    "probe",
+    "monitor",
+    "mode",
+)
 REFUSED_UNFROZEN = {f"freeze.{name}": _UNFROZEN for name in FREEZE}
 CHANGED = {
     "model.image_size": "the network sees images of another size",
     "model.train_sizes": "the sizes are shared out over the run anew",
     "model.normalize": "the network sees images with other statistics",
-    **{f"model.{name}": _LOSS for name in ("label_smoothing", "teacher", "teacher_weight", "temperature")},
+    **{
+        f"model.{name}": _LOSS
+        for name in ("label_smoothing", "teacher", "teacher_weight", "temperature")
+    },
     "model.warmup_epochs": "the learning rate follows another curve",
     "data.batch_size": "an epoch has another number of steps",
     "data.class_weights": _LOSS,
@@ -59,10 +80,16 @@ CHANGED = {
 
 def flat(**groups: Mapping[str, Any]) -> dict[str, Any]:
     """Options of several groups by their full names, say `model.lr`."""
-    return {f"{group}.{name}": value for group, options in groups.items() for name, value in options.items()}
+    return {
+        f"{group}.{name}": value
+        for group, options in groups.items()
+        for name, value in options.items()
+    }
 
 
-def compare(saved: Mapping[str, Any], asked: Mapping[str, Any], within_epoch: bool, unfrozen: bool) -> list[str]:
+def compare(
+    saved: Mapping[str, Any], asked: Mapping[str, Any], within_epoch: bool, unfrozen: bool
+) -> list[str]:
     """What differs between the options of a checkpoint and those of the run that continues from it.
 
     Args:
@@ -77,14 +104,22 @@ def compare(saved: Mapping[str, Any], asked: Mapping[str, Any], within_epoch: bo
     Raises:
         UserError: A change that the checkpoint would undo, or that would spoil the run.
     """
-    refused = REFUSED | (REFUSED_WITHIN_AN_EPOCH if within_epoch else {}) | (REFUSED_UNFROZEN if unfrozen else {})
+    refused = (
+        REFUSED
+        | (REFUSED_WITHIN_AN_EPOCH if within_epoch else {})
+        | (REFUSED_UNFROZEN if unfrozen else {})
+    )
     changes = []
     for name in saved.keys() & asked.keys():
         before, after = saved[name], asked[name]
         if before == after:
             continue
         if isinstance(before, dict) and isinstance(after, dict):
-            both = {key: (before.get(key), value) for key, value in after.items() if before.get(key) != value}
+            both = {
+                key: (before.get(key), value)
+                for key, value in after.items()
+                if before.get(key) != value
+            }
             before, after = ({key: pair[at] for key, pair in both.items()} for at in (0, 1))
         option = {"data.seed": "seed_everything", "data.left_out": "data.leave_out"}.get(name, name)
         if name in refused:
@@ -99,10 +134,14 @@ def compare(saved: Mapping[str, Any], asked: Mapping[str, Any], within_epoch: bo
     return sorted(changes)
 
 
-def compare_checkpoint(trainer: Trainer, model: Any, data: Any, checkpoint: Mapping[str, Any]) -> list[str]:
+def compare_checkpoint(
+    trainer: Trainer, model: Any, data: Any, checkpoint: Mapping[str, Any]
+) -> list[str]:
     """What differs between a checkpoint and the run of these that continues from it; see `compare`."""
     if "loops" not in checkpoint or "callbacks" not in checkpoint:
-        raise UserError("The checkpoint holds weights alone, and no run to continue: begin with --model.weights=FILE.")
+        raise UserError(
+            "The checkpoint holds weights alone, and no run to continue: begin with --model.weights=FILE."
+        )
     loops = checkpoint["loops"]["fit_loop"]
     run = checkpoint["callbacks"].get("RunFolder", {})
     saved_data = checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
@@ -117,8 +156,12 @@ def compare_checkpoint(trainer: Trainer, model: Any, data: Any, checkpoint: Mapp
 
 def keep_size(data: ImageDataModule, model: ImageNetwork, checkpoint: dict) -> None:
     """Have a run that continues decode its images as before, unless its options ask for another size."""
-    before = checkpoint["hyper_parameters"] | checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    before = checkpoint["hyper_parameters"] | checkpoint.get(
+        LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {}
+    )
     now = {**model.options, **data.hparams}
-    same = all(before.get(name) == now.get(name) for name in ("image_size", "train_sizes", "decode_size"))
+    same = all(
+        before.get(name) == now.get(name) for name in ("image_size", "train_sizes", "decode_size")
+    )
     if same and checkpoint.get("input_size"):
         data.fixed_size = Geometry.of(checkpoint).size

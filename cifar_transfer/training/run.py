@@ -17,10 +17,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.files import CONFIG, RESULT, atomic_write, remove_partial, write_text
 from cifar_transfer.data import splits
-from cifar_transfer.errors import UserError
-from cifar_transfer.files import CONFIG, RESULT, atomic_write, remove_partial, write_text
-from cifar_transfer.training.checkpoint import read_checkpoint
+from cifar_transfer.training.checkpoint_file import read_checkpoint
 from cifar_transfer.training.logger import RunLogger, slurm_job, trim_events
 
 LOCK = ".lock"  # held by the process that trains the run
@@ -33,8 +33,14 @@ def import_nothing_else(args: Sequence[str]) -> None:
     `--config` gives is a choice of whoever gives it, and may name any. From here on this holds for the whole process.
     """
     values = [arg.partition("=")[2] if arg.startswith("--") else arg for arg in args]
-    named = [value for value in values if re.fullmatch(r"(?!jsonargparse\.)[^\W\d]\w*(\.[^\W\d]\w*)+", value)]
-    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["cifar_transfer", "lightning", *named])
+    named = [
+        value
+        for value in values
+        if re.fullmatch(r"(?!jsonargparse\.)[^\W\d]\w*(\.[^\W\d]\w*)+", value)
+    ]
+    set_parsing_settings(
+        import_path_denylist=["*"], import_path_allowlist=["cifar_transfer", "lightning", *named]
+    )
 
 
 def check_places(trainer: Trainer, run: Path) -> None:
@@ -67,7 +73,10 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, filename: str, monitor: str | None = None, in_place: bool = False) -> None:
-        own: dict[str, Any] = {"save_on_train_epoch_end": monitor is None, "enable_version_counter": False}
+        own: dict[str, Any] = {
+            "save_on_train_epoch_end": monitor is None,
+            "enable_version_counter": False,
+        }
         super().__init__(filename=filename, monitor=monitor, mode="max", save_top_k=1, **own)
         self.in_place, self.stopping = in_place, False
 
@@ -82,7 +91,9 @@ class RunCheckpoint(ModelCheckpoint):
         if self.stopping and self.path and not trainer.is_last_batch:
             trainer.save_checkpoint(self.path)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Let an epoch that `max_steps`, `max_time` or a callback ended early go on when the run is resumed.
 
         Lightning counts it as processed, and would begin with the next one.
@@ -138,9 +149,13 @@ class RunFolder(Callback):
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            raise UserError(f"{where} is being trained by another process: wait for its end, or stop it.") from None
+            raise UserError(
+                f"{where} is being trained by another process: wait for its end, or stop it."
+            ) from None
         except OSError as error:  # of a file system without locks, or another user's file
-            rank_zero_warn(f"{where} cannot be locked ({error.strerror}): see to it that no other process trains it.")
+            rank_zero_warn(
+                f"{where} cannot be locked ({error.strerror}): see to it that no other process trains it."
+            )
             return
         self._lock = lock
 
@@ -151,7 +166,10 @@ class RunFolder(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note what a run that continues from this one is compared with."""
-        self._options: dict[str, Any] = {"processes": trainer.world_size, "max_epochs": trainer.max_epochs}
+        self._options: dict[str, Any] = {
+            "processes": trainer.world_size,
+            "max_epochs": trainer.max_epochs,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The number of processes and of epochs, and the training images, which are in no hyper-parameters."""
@@ -200,15 +218,23 @@ def requeued_run(logs: Path, config: str) -> Path | None:
     """
     if (job := slurm_job()) is None or int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0:
         return None
-    runs = [path.parent for path in logs.glob(f"slurm_{job}*/{CONFIG}") if path.read_text() == config]
-    ours = [run for run in runs if run.name == f"slurm_{job}" or run.name.startswith(f"slurm_{job}_")]
+    runs = [
+        path.parent for path in logs.glob(f"slurm_{job}*/{CONFIG}") if path.read_text() == config
+    ]
+    ours = [
+        run for run in runs if run.name == f"slurm_{job}" or run.name.startswith(f"slurm_{job}_")
+    ]
     ours.sort(key=lambda run: ((run / RESULT).is_file(), len(run.name), run.name))
     return ours[0] if ours else None
 
 
 def newest_state(run: Path) -> Path | None:
     """The checkpoint to continue a run from: `last.ckpt`, or Lightning's for SLURM if newer; None before any."""
-    states = [path for path in (run / "checkpoints" / "last.ckpt", *run.glob("hpc_ckpt_*.ckpt")) if path.is_file()]
+    states = [
+        path
+        for path in (run / "checkpoints" / "last.ckpt", *run.glob("hpc_ckpt_*.ckpt"))
+        if path.is_file()
+    ]
     return max(states, key=os.path.getmtime, default=None)
 
 
@@ -227,7 +253,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Lightning's come from the system's folder for temporary files, which may be another disk: that is no single move.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
         """Write a checkpoint, or raise a `UserError` and keep the one before."""
         path = Path(path)
         try:
@@ -240,10 +268,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if not isinstance(cause, OSError):
                 raise
             kept = "the one before is kept" if path.is_file() else "there is none before"
-            raise UserError(f"The checkpoint {path} cannot be written ({cause.strerror}); {kept}.") from error
+            raise UserError(
+                f"The checkpoint {path} cannot be written ({cause.strerror}); {kept}."
+            ) from error
 
     def load_checkpoint(
-        self, path: Any, map_location: Callable | None = lambda storage, _: storage, weights_only: bool | None = None
+        self,
+        path: Any,
+        map_location: Callable | None = lambda storage, _: storage,
+        weights_only: bool | None = None,
     ) -> dict[str, Any]:
         """Read a checkpoint as everywhere, onto the CPU: no code that it may hold is run."""
         return read_checkpoint(path)

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from cifar_transfer.console import counted
+from cifar_transfer.base.console import counted
 from cifar_transfer.data.images import Batch
 from cifar_transfer.results.publish import STEPS
 
@@ -29,13 +29,19 @@ class ByClass(Metric):
     def __init__(self, num_classes: int, f1: bool) -> None:
         super().__init__()
         self.f1 = f1
-        self.counts: Tensor  # of the images of each class, of those taken for it, and of those that are both
-        self.add_state("counts", torch.zeros(3, num_classes, dtype=torch.long), dist_reduce_fx="sum")
+        self.counts: (
+            Tensor  # of the images of each class, of those taken for it, and of those that are both
+        )
+        self.add_state(
+            "counts", torch.zeros(3, num_classes, dtype=torch.long), dist_reduce_fx="sum"
+        )
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Count logits [B, num_classes] and labels [B]."""
         guesses = logits.argmax(1)
-        for count, found in zip(self.counts, (labels, guesses, labels[guesses == labels]), strict=True):
+        for count, found in zip(
+            self.counts, (labels, guesses, labels[guesses == labels]), strict=True
+        ):
             count += torch.bincount(found, minlength=len(count))
 
     def compute(self) -> Tensor:
@@ -61,7 +67,10 @@ class ScoredModule(LightningModule):
             MulticlassAccuracy(num_classes, average="micro", validate_args=False) for _ in range(4)
         )
         self.by_class = nn.ModuleDict(
-            {"balanced_accuracy": ByClass(num_classes, f1=False), "macro_f1": ByClass(num_classes, f1=True)}
+            {
+                "balanced_accuracy": ByClass(num_classes, f1=False),
+                "macro_f1": ByClass(num_classes, f1=True),
+            }
         )
         self.mirrored = self.unequal = False
         self._val_scores: dict[str, float] = {}  # of the last validation of this epoch
@@ -84,7 +93,11 @@ class ScoredModule(LightningModule):
             resumed; `val/acc` and `val/loss` of its last validation, only if it has validated.
         """
         metrics = {"train/acc": self.train_acc, "train/loss_epoch": self.train_loss}
-        scores = {name: float(metric.compute()) for name, metric in metrics.items() if metric.update_called}
+        scores = {
+            name: float(metric.compute())
+            for name, metric in metrics.items()
+            if metric.update_called
+        }
         return scores | self._val_scores
 
     def count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -99,8 +112,17 @@ class ScoredModule(LightningModule):
         if self.trainer.is_last_batch or (every and (self.trainer.global_step + 1) % every == 0):
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/acc_step", (logits.argmax(1) == labels).float().mean())
-            self.log("train/loss_epoch", self.train_loss, on_step=False, on_epoch=True, logger=False)
-            self.log("train/acc", self.train_acc, on_step=False, on_epoch=True, logger=False, prog_bar=True)
+            self.log(
+                "train/loss_epoch", self.train_loss, on_step=False, on_epoch=True, logger=False
+            )
+            self.log(
+                "train/acc",
+                self.train_acc,
+                on_step=False,
+                on_epoch=True,
+                logger=False,
+                prog_bar=True,
+            )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Add a batch to `val/loss` and `val/acc`; its logits are for callbacks."""
@@ -110,7 +132,9 @@ class ScoredModule(LightningModule):
         """Add a batch to `test/loss` and `test/acc`; its logits are for callbacks."""
         return self._evaluate(batch, "test", self.test_acc, logger=True)
 
-    def _evaluate(self, batch: Batch, split: str, accuracy: MulticlassAccuracy, logger: bool) -> Tensor:
+    def _evaluate(
+        self, batch: Batch, split: str, accuracy: MulticlassAccuracy, logger: bool
+    ) -> Tensor:
         images, labels = batch
         logits = self(images)
         accuracy.update(logits, labels)
@@ -134,17 +158,23 @@ class ScoredModule(LightningModule):
             self._val_scores = {name: float(metrics[name]) for name in ("val/acc", "val/loss")}
             by_step = {f"{name}_step": score for name, score in self._val_scores.items()}
             for logger in self.loggers:
-                logger.log_metrics(by_step | {"epoch": self.current_epoch}, step=self.global_step - 1)
+                logger.log_metrics(
+                    by_step | {"epoch": self.current_epoch}, step=self.global_step - 1
+                )
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's scores against the epoch, and show the plateau schedule the validation loss."""
         scores = self.epoch_scores() | self.rates()
-        scores["trainable_parameters"] = float(sum(p.numel() for p in self.parameters() if p.requires_grad))
+        scores["trainable_parameters"] = float(
+            sum(p.numel() for p in self.parameters() if p.requires_grad)
+        )
         scores[STEPS] = float(self.global_step)
         for logger in self.loggers:
             logger.log_metrics(scores, step=counted(self.current_epoch))
             logger.save()
-        if not self.trainer.is_last_batch:  # max_steps or max_time ended the run here; resumed, it ends the epoch
+        if (
+            not self.trainer.is_last_batch
+        ):  # max_steps or max_time ended the run here; resumed, it ends the epoch
             return
         scheduler = self.lr_schedulers()
         if self._val_scores and isinstance(scheduler, ReduceLROnPlateau):
@@ -177,7 +207,9 @@ class ScoredModule(LightningModule):
             return
         saved = checkpoint.get(EPOCH_KEY, {"train": {}, "val": {}})
         self._val_scores = saved["val"]
-        for name in saved["train"] if self.trainer.is_global_zero else ():  # it has the sum over all processes
+        for name in (
+            saved["train"] if self.trainer.is_global_zero else ()
+        ):  # it has the sum over all processes
             metric = getattr(self, name)
             for key in metric.metric_state:
                 setattr(metric, key, saved["train"][name][key].to(metric.device))

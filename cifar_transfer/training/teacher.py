@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.classes import check_classes
 from cifar_transfer.data.geometry import Size, pixels
-from cifar_transfer.errors import UserError
-from cifar_transfer.training.checkpoint import load_network
+from cifar_transfer.training.checkpoint_file import load_network
 
 
 class Teacher:
@@ -21,18 +21,20 @@ class Teacher:
             these are known.
     """
 
-    def __init__(self, path: str, num_classes: int, names: Sequence[str] | None, size: Size | None) -> None:
+    def __init__(
+        self, path: str, num_classes: int, names: Sequence[str] | None, size: Size | None
+    ) -> None:
         try:
             self.network = load_network(path)
             options, own = self.network.options, self.network.geometry
             if names and options["class_names"]:
                 check_classes(options["class_names"], names)
             if options["num_classes"] != num_classes:
-                raise UserError(f"It has {options['num_classes']} outputs, and its student {num_classes}.")
-            if size not in (None, own.size):
-                seen = (
-                    f"It was trained on images decoded to {pixels(own.size)} pixels, and the data give {pixels(size)}"
+                raise UserError(
+                    f"It has {options['num_classes']} outputs, and its student {num_classes}."
                 )
+            if size not in (None, own.size):
+                seen = f"It was trained on images decoded to {pixels(own.size)} pixels, and the data give {pixels(size)}"
                 if own.input_side is None:
                     raise UserError(f"{seen}: give both the same data.decode_size.")
                 rank_zero_info(f"teacher={path}: {seen}, which are resized for it.")

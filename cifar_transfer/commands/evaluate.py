@@ -1,0 +1,96 @@
+"""Loss and accuracy of a checkpoint: `python -m cifar_transfer evaluate --ckpt FILE [--split val]`."""
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import auto_cli
+from lightning import Trainer
+from torch.utils.tensorboard import SummaryWriter
+
+from cifar_transfer.base import console
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.files import CONFIG
+from cifar_transfer.cli.parsers import Parser
+from cifar_transfer.data import splits
+from cifar_transfer.results.collect import PROJECTED, CollectPredictions
+from cifar_transfer.results.publish import FOLDER, publish
+from cifar_transfer.training.checkpoint_file import read_checkpoint
+from cifar_transfer.training.evaluation import evaluate_checkpoint, load_data
+
+
+def evaluate(
+    ckpt: str,
+    split: Literal["test", "val"] = "test",
+    root: str | None = None,
+    accelerator: str = "auto",
+    devices: int = 1,
+    precision: str = "32-true",
+    mirrored: bool = False,
+    leave_out: str | None = None,
+    figures: bool = True,
+    projector: bool = False,
+) -> dict[str, float]:
+    """Evaluate a checkpoint on the data it was trained with.
+
+    Args:
+        ckpt: The checkpoint.
+        split: "test", or "val" for the very images that were held out in its training.
+        root: Where the data are now, if they have moved.
+        accelerator: As in Lightning's Trainer.
+        devices: As in Lightning's Trainer.
+        precision: As in Lightning's Trainer.
+        mirrored: Also predict from each image and its mirror image together, for twice the time.
+        leave_out: A file of images, as `fit --data.leave_out` takes it: score all images, and also all but these.
+        figures: Draw confusion, reliability and mistakes into the folder `figures` of the checkpoint's run, and into
+            the run's TensorBoard; for a checkpoint outside a run, beside it.
+        projector: Also give TensorBoard's projector the features of 1,000 images.
+
+    Returns:
+        `test/loss` and `test/acc`, or `val/loss` and `val/acc`. Where classes are unequal also `test/balanced_accuracy`
+        and `test/macro_f1`, the mean recall and F1 of the classes that have images. With `mirrored` also
+        `test/mirrored_acc`, and with `leave_out` also `test/acc_without`. All but the loss are shares of 1.
+    """
+    console.hush()
+    if projector and not figures:
+        raise UserError("projector=true comes with the figures: leave out figures=false.")
+    checkpoint = read_checkpoint(ckpt)
+    overrides = {"root": root} if root else {}
+    data = load_data(checkpoint, **overrides | ({"leave_out": None} if leave_out else {}))
+    data.recorded = splits.read(ckpt)
+    collected = CollectPredictions(PROJECTED if projector else 0) if figures or leave_out else None
+    given: Any = {
+        "accelerator": accelerator,
+        "devices": devices,
+        "precision": precision,
+    }  # Lightning checks them
+    given |= {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": (terminal := sys.stdout.isatty()),
+    }
+    trainer = Trainer(**given, callbacks=[console.ProgressBar()] if terminal else [])
+    results = evaluate_checkpoint(trainer, ckpt, data, split, collected, mirrored)
+    if leave_out and collected and collected.predictions:  # of the first process
+        said, rows = collected.predictions, splits.without(data.names, leave_out)[split]
+        results[f"{split}/acc_without"] = float(
+            (said.predicted == said.labels)[rows].float().mean()
+        )
+    if trainer.is_global_zero:
+        for name, value in results.items():
+            print(f"{name} {value:.4f}" if name.endswith("loss") else f"{name}  {value:.2%}")
+        if collected and figures:
+            folder = Path(ckpt).absolute().parent
+            run = folder.parent if (folder.parent / CONFIG).is_file() else None
+            with SummaryWriter(str(run)) if run else nullcontext() as board:
+                publish(run or folder, split, collected, board, checkpoint["global_step"])
+            print(f"figures  {os.path.relpath(run or folder)}/{FOLDER}/{split}-*.png")
+    return results
+
+
+def main(args: Sequence[str]) -> None:
+    """Parse the options and evaluate."""
+    auto_cli(evaluate, args=[*args], as_positional=False, parser_class=Parser)
