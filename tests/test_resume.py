@@ -92,14 +92,6 @@ def test_an_override_that_the_checkpoint_would_undo_is_refused(tmp_path, undistu
     assert [step for step, _ in curves(tmp_path / RUN)["val/acc"]] == [1, 2, 3, 4, 5]
 
 
-def test_a_configuration_of_an_earlier_version_is_read(tmp_path, run):
-    shutil.copytree(run / RUN, tmp_path / RUN)
-    config = tmp_path / RUN / "config.yaml"
-    config.write_text(f"{config.read_text()}\nfind_lr: false\n")
-    run_fit(tmp_path, f"--resume={RUN}", "--trainer.max_epochs=2", "--report.figures=false")
-    assert "find_lr" not in config.read_text()
-
-
 def test_ckpt_path_continues_in_a_new_run(tmp_path, undisturbed):
     run_fit(tmp_path, *JOB, "--trainer.max_epochs=5", f"--ckpt_path={undisturbed / LAST}")
     assert [step for step, _ in curves(tmp_path / RUN)["val/acc"]] == [5]

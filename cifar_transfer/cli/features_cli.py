@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from lightning import Trainer
 
-from cifar_transfer.base.errors import UserError, check
+from cifar_transfer.base.errors import check
 from cifar_transfer.base.files import require_writable
-from cifar_transfer.cli.fit_cli import FitCLI
+from cifar_transfer.cli.fit_cli import PlainCLI
 from cifar_transfer.cli.parsers import PartParser
 from cifar_transfer.data.splits import Split
 from cifar_transfer.features.extract import FeatureExtractor, Features, features
@@ -18,24 +18,12 @@ from cifar_transfer.features.store import LIMIT_GB
 from cifar_transfer.network.contestant import Contestant
 
 
-class FeaturesCLI(FitCLI):
-    """The options of `fit`, and a Trainer that keeps nothing, whose loaders say themselves which process reads what."""
-
-    keeps_nothing = True
+class FeaturesCLI(PlainCLI):
+    """The options of `fit`, and a Trainer that keeps nothing."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """As of `fit`; a `UserError` refuses options that are for training alone."""
-        for name in ("resume", "ckpt_path"):
-            if self.config[name]:
-                raise UserError(f"--{name} is for fit: leave it out.")
-        # All images are read, and each feature is as precise as the extractor says, whatever a recipe for training has.
-        whole = {
-            "use_distributed_sampler": False,
-            "limit_test_batches": None,
-            "fast_dev_run": False,
-            "precision": None,
-        }
-        return super().instantiate_trainer(**kwargs | whole)
+        """Make the Trainer; each feature is as precise as the extractor says, whatever a recipe for training has."""
+        return super().instantiate_trainer(precision=None, **kwargs)
 
 
 class Extracted(NamedTuple):

@@ -68,17 +68,31 @@ class Parser(LightningArgumentParser):
         raise UserError(message + hint)
 
 
-class FitCLI(LightningCLI):
-    """`LightningCLI` for `TransferClassifier` and the data modules, without subcommands."""
+class PlainCLI(LightningCLI):
+    """The options of `fit`, the model and the data that they name, and a plain Trainer.
 
-    keeps_nothing = False  # whether the Trainer has no folder, log, checkpoints or callbacks
+    The Trainer keeps nothing: it has no folder, logger, checkpoints, callbacks or progress bar. It is for
+    passes over the images other than training, with loaders that share them out over the processes.
+
+    Args:
+        args: Options as on the command line.
+
+    Attributes:
+        model: The `TransferClassifier`.
+        datamodule: The data module.
+        trainer: The Trainer.
+        config: All options, parsed.
+
+    Raises:
+        UserError: A mistake in the options, the data or the weights.
+    """
 
     def __init__(self, args: Sequence[str]) -> None:
         console.hush()
         super().__init__(
             TransferClassifier,
             ImageDataModule,
-            save_config_callback=None,  # `RunFolder` writes it, in one move, once the run is accepted
+            save_config_callback=None,  # `RunFolder` writes it, once the run is accepted
             subclass_mode_data=True,
             seed_everything_default=0,
             trainer_defaults={
@@ -103,11 +117,53 @@ class FitCLI(LightningCLI):
         parser.add_argument(
             "--resume", type=str | None, help="Folder of a run to continue in place."
         )
-        # Nothing looks at it, but it is in the configurations that version 0.1.0 has written.
-        parser.add_argument("--find_lr", help=argparse.SUPPRESS)
         parser.set_defaults({"data": {"class_path": "cifar_transfer.CIFAR10DataModule"}})
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_integer_seed)
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the options; a `UserError` refuses those that continue a run."""
+        self.config = parser.parse_args(start.with_recipes(args))
+        for name in ("resume", "ckpt_path"):
+            if self.config[name]:
+                raise UserError(f"--{name} is for fit: leave it out.")
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and Trainer; whatever is wrong with an option is a `UserError`."""
+        try:
+            super().instantiate_classes()
+        except (UserError, ValueError, TypeError) as error:
+            # Ours, jsonargparse's around one of ours, or the Trainer's.
+            ours = caused_by_us(error)
+            if ours is None:
+                raise UserError(account(str(error))) from None
+            raise self.named_as_options(ours) from None
+
+    def named_as_options(self, error: UserError) -> UserError:
+        """The same error for the command line: it names arguments, `lr=`, and here they are options, `--model.lr=`."""
+        text = str(error)
+        for key in self.config.keys():  # noqa: SIM118 # a Namespace
+            option = key.replace(".init_args.", ".")
+            text = re.sub(rf"(?<![\w.-]){option.rpartition('.')[2]}=", f"--{option}=", text)
+        return UserError(text)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make a Trainer that keeps nothing, with the devices, strategy and precision of the options."""
+        options = dict(self.config_init.trainer) | speed_options(self.config_init.trainer)
+        options |= {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "callbacks": [],
+            "use_distributed_sampler": False,
+            "limit_test_batches": None,
+            "fast_dev_run": False,
+        }
+        return Trainer(**options | kwargs)
+
+
+class FitCLI(PlainCLI):
+    """The options of `fit` and the run that they describe: its folder, its callbacks, its Trainer."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Put the configuration of a run to resume before the options, so that these override it."""
@@ -130,16 +186,12 @@ class FitCLI(LightningCLI):
             read_yaml(file)
         self.config = parser.parse_args(args)
         kept = self.config.clone()  # the configuration as given, but for what continues another run
-        for name in ("resume", "ckpt_path", "find_lr"):
+        for name in ("resume", "ckpt_path"):
             kept.pop(name)
         self.config_text = without_password(self.parser.dump(kept, skip_unset=False))
         root = Path(self.config.trainer.default_root_dir or ".")
         self.resumed = Path(run).resolve() if run else None
-        if (
-            self.config.resume and not run
-        ):  # of a configuration that an earlier version wrote when its run continued
-            self.config.ckpt_path = None
-        if self.resumed is None and not self.keeps_nothing:
+        if self.resumed is None:
             self.resumed = runs.requeued_run(root.resolve() / LOGS, self.config_text)
         if self.resumed:
             state = runs.newest_state(self.resumed)
@@ -160,18 +212,8 @@ class FitCLI(LightningCLI):
                     self.config.model[name] = saved[name]
 
     def instantiate_classes(self) -> None:
-        """As Lightning's, after which the weights recorded are those given, and a run that continues is locked."""
-        try:
-            super().instantiate_classes()
-        except (
-            UserError,
-            ValueError,
-            TypeError,
-        ) as error:  # ours, jsonargparse's around one of ours, the Trainer's
-            ours = caused_by_us(error)
-            raise (
-                self.named_as_options(ours) if ours else UserError(account(str(error)))
-            ) from None
+        """Make the classes, record the weights that were given, and lock a run that continues."""
+        super().instantiate_classes()
         self.model.hparams["weights"] = self._weights
         if self.resumed:
             runs.check_places(self.trainer, self.resumed)
@@ -181,14 +223,6 @@ class FitCLI(LightningCLI):
             )  # before anything is decoded
             keep_size(self.datamodule, self.model, self._continued)
         self.folder.lock(self.trainer)
-
-    def named_as_options(self, error: UserError) -> UserError:
-        """The same error for the command line: it names arguments, `lr=`, and here they are options, `--model.lr=`."""
-        text = str(error)
-        for key in self.config.keys():  # noqa: SIM118 # a Namespace
-            option = key.replace(".init_args.", ".")
-            text = re.sub(rf"(?<![\w.-]){option.rpartition('.')[2]}=", f"--{option}=", text)
-        return UserError(text)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add logger, checkpoints and terminal unless the options name others or want none."""
@@ -200,36 +234,27 @@ class FitCLI(LightningCLI):
             )
         root = Path(options.default_root_dir or ".").resolve()
         ours = options.logger is None or options.logger is True
-        if self.keeps_nothing or options.default_root_dir:
+        if options.default_root_dir:
             require_writable(root, ROOT)
         elif ours:
             require_writable(self.resumed or root / LOGS, ROOT)
-        if torch.cuda.is_available():
-            torch.set_float32_matmul_precision(
-                "high"
-            )  # TF32, as cuDNN's convolutions have by default
-        if options.benchmark is None and not options.deterministic:
-            kwargs["benchmark"] = True  # cuDNN's; there are few sizes of batches
         state = self.config.ckpt_path
         self.folder = runs.RunFolder(self.config_text, self.resumed, Path(state) if state else None)
         own_bar = any(isinstance(callback, ProgressBar) for callback in _listed(options.callbacks))
-        bar = (
-            options.enable_progress_bar is not False
-            and sys.stdout.isatty()
-            and not (own_bar or self.keeps_nothing)
-        )
+        bar = options.enable_progress_bar is not False and sys.stdout.isatty() and not own_bar
         if not (bar or own_bar):
             kwargs["enable_progress_bar"] = False
-        bars = self.trainer_defaults["callbacks"] = [console.ProgressBar()] if bar else []
-        if self.keeps_nothing:
-            off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
-            return super().instantiate_trainer(
-                **kwargs | off, callbacks=[], plugins=[runs.AtomicCheckpointIO()]
-            )
-        self.trainer_defaults["callbacks"] = [*self._callbacks(options), *bars]
-        if not options.fast_dev_run:
-            # First, because others ask for the run's folder when training starts.
-            kwargs["callbacks"] = [self.folder, *_listed(options.callbacks)]
+        bars = [console.ProgressBar()] if bar else []
+        # First, because others ask for the run's folder when training starts.
+        folders = [] if options.fast_dev_run else [self.folder]
+        kwargs["callbacks"] = [
+            *folders,
+            *_listed(options.callbacks),
+            self.config_init.freeze,
+            self.config_init.report,
+            *self._callbacks(options),
+            *bars,
+        ]
         if ours:
             resumed = self.resumed
             kwargs["logger"] = (
@@ -238,7 +263,7 @@ class FitCLI(LightningCLI):
         plugins = _listed(options.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, runs.AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        return Trainer(**dict(options) | speed_options(options) | kwargs)
 
     def _callbacks(self, options: Any) -> list[Callback]:
         """What every run has beside the user's own callbacks."""
@@ -259,6 +284,15 @@ class FitCLI(LightningCLI):
                 LearningRateMonitor("step")
             )  # a plateau changes it between epochs only
         return callbacks
+
+
+def speed_options(options: Any) -> dict[str, Any]:
+    """Return options of the Trainer that make it faster; on a GPU, also let matrices be multiplied in TF32."""
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # as cuDNN's convolutions do by default
+    if options.benchmark is None and not options.deterministic:
+        return {"benchmark": True}  # cuDNN's; there are few sizes of batches
+    return {}
 
 
 def _listed(value: Any) -> list[Any]:
