@@ -12,7 +12,7 @@ from cifar_transfer.base import files
 from cifar_transfer.cli.fit_cli import FitCLI
 from cifar_transfer.commands.fit import fit
 from cifar_transfer.data import cache
-from cifar_transfer.training import optimizer
+from cifar_transfer.training import schedule
 from cifar_transfer.training import run as runs
 
 
@@ -61,7 +61,7 @@ MOMENTS = {
     "half of last.ckpt": lambda n: half_written(n, "last.ckpt"),
     "moving last.ckpt": lambda n: moving(n, "last.ckpt"),
     "trimming the curves": lambda n: at(runs, "trim_events", n),
-    "unfreezing": lambda n: at(optimizer, "start_afresh", n),
+    "unfreezing": lambda n: at(schedule, "start_afresh", n),
     "validation": lambda n: at(
         TransferClassifier,
         "validation_step",

@@ -1,8 +1,14 @@
 """What Lightning, torch and jsonargparse do not promise: these tests fail when it changes."""
 
+import copy
+
 import pytest
+import torch
 from conftest import quiet_trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, lr_scheduler
 
 from cifar_transfer.training import lightning_internals
 
@@ -35,3 +41,99 @@ def test_a_module_fits_also_while_it_validates():
 def test_a_trainer_lists_its_callbacks():
     trainer = quiet_trainer()
     assert lightning_internals.callbacks_of(trainer) == trainer.callbacks
+
+
+class Counts(Model):
+    """A module that notes how many batches an epoch has, before and after they are counted."""
+
+    def configure_optimizers(self):
+        before = self.trainer.num_training_batches
+        self.counts = [before, lightning_internals.count_training_batches(self.trainer)]
+        return super().configure_optimizers()
+
+
+def test_batches_are_counted_before_the_loop_has_set_up_the_data():
+    model = Counts()
+    quiet_trainer(max_steps=1, limit_train_batches=3, limit_val_batches=0).fit(model)
+    assert model.counts == [float("inf"), 3]
+
+
+def test_schedulers_within_others_are_found():
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], 0.1)
+    first = lr_scheduler.LinearLR(optimizer)
+    second = lr_scheduler.ExponentialLR(optimizer, 0.9)
+    chained = lr_scheduler.ChainedScheduler([first, second])
+    optimizer.step()
+    sequence = lr_scheduler.SequentialLR(
+        optimizer, [chained, lr_scheduler.StepLR(optimizer, 1)], [9]
+    )
+    within = [type(part).__name__ for part in lightning_internals.schedulers_within(sequence)]
+    assert within == ["SequentialLR", "ChainedScheduler", "LinearLR", "ExponentialLR", "StepLR"]
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("epochs", [1, 2, 3, 4])
+def test_a_plateau_is_reset_as_it_resets_itself(mode, epochs):
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], 0.1)
+    plateau = lr_scheduler.ReduceLROnPlateau(optimizer, mode, patience=1, cooldown=2)
+    for _ in range(epochs):
+        plateau.step(1.0)
+    expected = copy.copy(plateau)
+    expected._reset()
+    assert vars(plateau) != vars(expected)
+    lightning_internals.reset_plateau(plateau)
+    assert vars(plateau) == vars(expected)
+
+
+def wrapped_parameters(trainer):
+    """Names of the parameters whose gradients the wrapper averages."""
+    wrapper = trainer.strategy.model
+    assert isinstance(wrapper, DistributedDataParallel)
+    parameters, _ = wrapper._build_params_for_reducer()
+    names = {parameter: name for name, parameter in trainer.lightning_module.named_parameters()}
+    return {names[parameter] for parameter in parameters}
+
+
+class Wrapped(Model):
+    """A module that freezes its bias after it was wrapped."""
+
+    def on_train_start(self):
+        self.before = wrapped_parameters(self.trainer)
+        self.layer.bias.requires_grad_(False)
+        lightning_internals.wrap_again(self.trainer, self)
+        self.after = wrapped_parameters(self.trainer)
+
+
+def test_a_wrapper_registers_what_requires_a_gradient_when_it_is_made(monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # Lightning sets them; they are removed after the test
+    model = Wrapped()
+    trainer = quiet_trainer(strategy="ddp", devices=1, max_steps=1, limit_val_batches=0)
+    try:
+        trainer.fit(model)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert model.before == {"layer.weight", "layer.bias"}
+    assert model.after == {"layer.weight"}
+
+
+def test_a_module_that_was_not_wrapped_is_not_wrapped_again():
+    model = Model()
+    trainer = quiet_trainer(max_steps=1, limit_val_batches=0)
+    trainer.fit(model)
+    lightning_internals.wrap_again(trainer, model)
+    assert trainer.strategy.model is model
+
+
+def test_fused_sgd_needs_a_momentum_for_all_parameters_or_none():
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = SGD(parameters, 0.1, momentum=0.9, fused=True)
+    parameters[0].grad = torch.ones(2)
+    optimizer.step()
+    parameters[1].grad = torch.ones(2)
+    with pytest.raises(TypeError, match="expected Tensor"):
+        optimizer.step()
+    lightning_internals.complete_momentum(optimizer)
+    optimizer.step()
+    assert optimizer.state[parameters[1]]["momentum_buffer"].tolist() == [1.0, 1.0]

@@ -14,7 +14,7 @@ LAST = "lightning_logs/version_0/checkpoints/last.ckpt"
 PLAN = [
     {"train": ["head"]},
     {"train": ["stage4", "conv5"], "epoch": 1, "lr": 2e-4},
-    {"train": ["all"], "epoch": 2, "factor": 0.5},
+    {"train": ["all"], "epoch": 2, "lr": 1e-4},
 ]
 EPOCHS = len(PLAN)
 MIXED = [

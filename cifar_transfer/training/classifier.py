@@ -1,6 +1,5 @@
 """The network with its new head, its loss, optimizer and schedule."""
 
-import math
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from cifar_transfer.results.publish import STAGES
 from cifar_transfer.training import optimizer, resume
 from cifar_transfer.training.checkpoint_file import VERSION_KEY
 from cifar_transfer.training.ema import AveragedModule
-from cifar_transfer.training.optimizer import LARGEST_RATE
+from cifar_transfer.training.optimizer import OptimizerName, OptimizerOptions, ScheduleName
 from cifar_transfer.training.teacher import Teacher
 
 
@@ -106,13 +105,13 @@ class TransferClassifier(AveragedModule):
         teacher: str | None = None,
         teacher_weight: float = 0.5,
         temperature: float = 4.0,
-        optimizer: optimizer.Kind = "adam",
+        optimizer: OptimizerName = "adam",
         lr: float = 1e-3,
         head_lr: float | None = None,
         layer_decay: float | None = None,
         weight_decay: float = 1e-4,
         momentum: float = 0.9,
-        schedule: optimizer.Schedule = "plateau",
+        schedule: ScheduleName = "plateau",
         warmup_epochs: float = 0.0,
         lr_factor: float = 0.5,
         lr_patience: int = 2,
@@ -132,6 +131,18 @@ class TransferClassifier(AveragedModule):
         self.save_hyperparameters()
         self.hparams["num_classes"] = num_classes
         self._check()
+        self.optimizer_options = OptimizerOptions(
+            optimizer=optimizer,
+            lr=lr,
+            head_lr=head_lr,
+            layer_decay=layer_decay,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            schedule=schedule,
+            warmup_epochs=warmup_epochs,
+            lr_factor=lr_factor,
+            lr_patience=lr_patience,
+        )
         self.build_network(self.hparams)
         self.stages = stages(self.network, self.heads)
 
@@ -146,23 +157,6 @@ class TransferClassifier(AveragedModule):
             ("label_smoothing", lambda x: 0 <= x < 1, "a share in [0, 1)"),
             ("teacher_weight", lambda x: 0 <= x <= 1, "a share in [0, 1]"),
             ("temperature", lambda x: 0.01 <= x <= 1000, "0.01 to 1000"),
-            ("lr", lambda x: 0 < x <= LARGEST_RATE, f"a positive rate up to {LARGEST_RATE}"),
-            (
-                "head_lr",
-                lambda x: x is None or 0 < x <= LARGEST_RATE,
-                f"a positive rate up to {LARGEST_RATE}",
-            ),
-            ("layer_decay", lambda x: x is None or 0 < x <= 1, "a share in (0, 1], or null"),
-            ("weight_decay", lambda x: 0 <= x <= LARGEST_RATE, f"0 to {LARGEST_RATE}"),
-            ("momentum", lambda x: 0 <= x < 1, "a share in [0, 1)"),
-            ("warmup_epochs", lambda x: 0 <= x < math.inf, "0 epochs or more"),
-            (
-                "warmup_epochs",
-                lambda x: not (x and self.hparams["schedule"] == "plateau"),
-                "0 for a plateau",
-            ),
-            ("lr_factor", lambda x: 0 < x < 1, "a factor between 0 and 1"),
-            ("lr_patience", lambda n: n >= 0, "0 epochs or more"),
             ("ema", lambda x: x is None or 0 <= x < 1, "a decay in [0, 1), or null"),
         ):
             check(name, self.hparams[name], fits, wanted)
@@ -246,11 +240,11 @@ class TransferClassifier(AveragedModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over all parameters, frozen or not: groups added later would break resuming."""
-        return optimizer.configure(self.trainer, self.network, self.stages, self.hparams)
+        return optimizer.configure(self.trainer, self.network, self.stages, self.optimizer_options)
 
     def rates(self) -> dict[str, float]:
         """The learning rate, and that of each stage: 0 while it is frozen."""
-        stages = optimizer.rates(self.trainer.optimizers, self.network, self.stages)
+        stages = optimizer.stage_learning_rates(self.trainer.optimizers, self.network, self.stages)
         return super().rates() | {f"{STAGES}{stage}": rate for stage, rate in stages.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -21,12 +21,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from cifar_transfer.base.console import say, styled
 from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.features import heads
-from cifar_transfer.training import optimizer, resume
+from cifar_transfer.training import lightning_internals, resume, schedule
 from cifar_transfer.training import phases as plans
 from cifar_transfer.training.phases import Phase
 
@@ -96,7 +95,7 @@ class BackboneFreeze(Callback):
         check(
             "unfrozen_lr",
             unfrozen_lr,
-            lambda x: x is None or 0 < x <= optimizer.LARGEST_RATE,
+            lambda x: x is None or 0 < x <= schedule.MAX_LEARNING_RATE,
             plans.RATE,
         )
         plans.check_patterns("frozen", frozen or ())
@@ -171,9 +170,12 @@ class BackboneFreeze(Callback):
                 f"head's, so nothing would train: name fewer."
             )
         self._held = list(first.items())
-        plans.check_order(self.plan, trainer.max_epochs)
-        for phase in self.plan[1:]:
-            optimizer.check_rates(trainer, phase.lr, phase.factor)
+        plans.check_order(self.plan)
+        if len(self.plan) > 1:
+            schedule.check_optimizers(trainer)
+        for phase in self.plan:
+            if phase.lr is not None:
+                schedule.check_learning_rate(trainer, phase.lr)
         if any(phase.from_best for phase in self.plan) and not _best_kept(trainer):
             raise UserError(
                 "from_best needs a ModelCheckpoint that monitors a figure among the Trainer's callbacks."
@@ -211,7 +213,7 @@ class BackboneFreeze(Callback):
     def phase_at(self, epoch: int, max_epochs: int) -> int | None:
         """The phase of an epoch to come, counted from 0; None if that depends on a figure."""
         for number, later in enumerate(self.plan[self.phase + 1 :], self.phase):
-            begin = later.beginning(max_epochs)
+            begin = later.epoch
             if begin is None or epoch < begin:
                 return begin and number
         return len(self.plan) - 1
@@ -219,7 +221,7 @@ class BackboneFreeze(Callback):
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
         before = self.phase
         for number, phase in enumerate(self.plan[before + 1 :], before + 1):
-            epoch = phase.beginning(trainer.max_epochs)
+            epoch = phase.epoch
             waited = number == before + 1 and self._bad >= (phase.patience or math.inf)
             if waited if epoch is None else trainer.current_epoch >= epoch:
                 self.phase = number
@@ -227,9 +229,10 @@ class BackboneFreeze(Callback):
         self._set_modes(pl_module)
         if begun := self.plan[before + 1 : self.phase + 1]:
             self._best, self._bad = math.inf, 0
-            optimizer.start_afresh(trainer)
+            schedule.start_afresh(trainer)
             for phase in begun:
-                optimizer.set_rates(trainer, phase.lr, phase.factor)
+                if phase.lr is not None:
+                    schedule.set_learning_rate(trainer, phase.lr)
             self._untold = begun
             if any(phase.from_best for phase in begun):
                 _load_best(trainer, pl_module)
@@ -240,16 +243,8 @@ class BackboneFreeze(Callback):
             trains = first <= self.phase
             changed |= parameter.requires_grad != trains
             parameter.requires_grad_(trains)
-        strategy = trainer.strategy
-        if (
-            changed
-            and isinstance(strategy, DDPStrategy)
-            and isinstance(strategy.model, DistributedDataParallel)
-        ):
-            strategy.model = (
-                pl_module  # the old wrapper, and with it its hooks on the gradients, goes
-            )
-            strategy.configure_ddp()
+        if changed:
+            lightning_internals.wrap_again(trainer, pl_module)
 
     def _set_modes(self, pl_module: LightningModule) -> None:
         if self.batch_norm == "train":

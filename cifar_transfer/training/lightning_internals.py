@@ -5,9 +5,18 @@ Each function says why it is needed and since which version it was seen to work.
 `pyproject.toml` follow from them.
 """
 
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
@@ -34,3 +43,65 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     A connector sets the attribute, which the class does not declare. Since Lightning 2.0.
     """
     return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def count_training_batches(trainer: Trainer) -> float:
+    """Return the number of batches of an epoch of training; infinite where the data do not say.
+
+    `Trainer.num_training_batches` is infinite until the fit loop has set up the data, which it does
+    after `configure_optimizers`, unless `Trainer.estimated_stepping_batches` needed them for an end
+    given by `max_epochs`. Since Lightning 2.0.
+    """
+    if trainer.num_training_batches == math.inf:
+        trainer.fit_loop.setup_data()
+    return trainer.num_training_batches
+
+
+def wrap_again(trainer: Trainer, module: LightningModule) -> None:
+    """Wrap a module anew in `DistributedDataParallel`, if a trainer has wrapped it before.
+
+    The wrapper registers the parameters that require a gradient when it is made, and averages the
+    gradients of no others (Lightning #20340). Nothing public makes another one. The old wrapper is
+    freed, and with it its hooks on the gradients. Since Lightning 2.0.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, DDPStrategy):
+        return
+    if not isinstance(strategy.model, DistributedDataParallel):
+        return
+    strategy.model = module
+    strategy.configure_ddp()
+
+
+def schedulers_within(scheduler: Any) -> Iterator[Any]:
+    """Iterate over a scheduler and over those that it is made of.
+
+    `SequentialLR` and `ChainedScheduler` keep them in `_schedulers` and have no public name for
+    them. Since torch 2.0.
+    """
+    yield scheduler
+    for part in getattr(scheduler, "_schedulers", ()):
+        yield from schedulers_within(part)
+
+
+def reset_plateau(plateau: ReduceLROnPlateau) -> None:
+    """Have a `ReduceLROnPlateau` forget the figures that it has seen.
+
+    Its own `_reset` is private; the attributes are those of its state dict. Since torch 2.0.
+    """
+    plateau.best = plateau.mode_worse
+    plateau.num_bad_epochs = 0
+    plateau.cooldown_counter = 0
+
+
+def complete_momentum(optimizer: Optimizer) -> None:
+    """Give parameters of fused SGD a momentum of zero where they have none.
+
+    Parameters that were frozen have none, and the fused kernel fails where some have one and others
+    have not. Since torch 2.4.
+    """
+    for group in optimizer.param_groups:
+        if group.get("fused") and group.get("momentum"):
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                state.setdefault("momentum_buffer", torch.zeros_like(parameter))

@@ -93,7 +93,7 @@ class Guard(Callback):
         taught = pl_module.hparams.get("teacher")  # whose loss has another scale
         if freeze is None or data is None or len(freeze.plan) == 1 or taught:
             return
-        if counted(trainer.current_epoch) != freeze.plan[1].beginning(trainer.max_epochs):
+        if counted(trainer.current_epoch) != freeze.plan[1].epoch:
             return
         loss = float(trainer.callback_metrics["train/loss_epoch"])
         counts = np.bincount(data.images["train"].labels)

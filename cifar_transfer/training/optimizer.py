@@ -1,222 +1,194 @@
-"""The optimizer, and its learning rate from step to step."""
+"""The optimizer of `TransferClassifier`: its options, its parameter groups, its learning rates."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
+from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.errors import check
+from cifar_transfer.base.primitives import as_primitive
+from cifar_transfer.network.stages import HEAD
+from cifar_transfer.training import schedule
+from cifar_transfer.training.schedule import HEAD_GROUP, MAX_LEARNING_RATE
 
-Kind = Literal["adam", "adamw", "sgd"]
-Schedule = Literal["plateau", "linear", "cosine"]
-LARGEST_RATE = 1000  # of learning and of decay; nothing learns beyond it, and soon float32 ends
-HEAD = "head"  # the parameter group of heads that have a learning rate of their own
-ABSOLUTE = (
-    "lr",
-    "initial_lr",
-    "max_lr",
-    "min_lr",
-    "swa_lr",
-)  # rates in a group, of torch's schedules
+OptimizerName = Literal["adam", "adamw", "sgd"]
+ScheduleName = Literal["plateau", "linear", "cosine"]
+MAX_WEIGHT_DECAY = 1000
+RATE = f"a positive rate up to {MAX_LEARNING_RATE}"
 
 
-def optimizer(
-    kind: Kind, groups: list[dict[str, Any]], weight_decay: float, momentum: float, fused: bool
-) -> Optimizer:
-    """An optimizer over parameter groups, each with its own `lr`.
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Options of the optimizer and of its schedule, checked and turned into primitives.
 
-    "adam" takes `weight_decay` as an L2 penalty, "adamw" decays the weights apart from the gradient
-    (https://arxiv.org/abs/1711.05101), "sgd" has Nesterov's momentum. `fused` is one kernel for all parameters of Adam:
-    on a CPU, 14 instead of 105 ms a step of ResNet18.
+    Args:
+        optimizer: "adam" takes `weight_decay` as an L2 penalty, "adamw" decays the weights apart
+            from the gradient (https://arxiv.org/abs/1711.05101), "sgd" has Nesterov's momentum.
+        lr: Learning rate until the unfreezing or the schedule changes it.
+        head_lr: Learning rate of the heads, also after the unfreezing; None: that of the backbone.
+        layer_decay: Each stage of the backbone learns at this share of the rate of the stage above
+            it, in (0, 1]; None: all stages learn at the same rate.
+        weight_decay: Weight decay of all parameters.
+        momentum: Momentum of "sgd", in [0, 1).
+        schedule: "plateau" lowers the rate when `val/loss` no longer falls; "linear" and "cosine"
+            take it from step to step up to its value and down to zero at the end of the run.
+        warmup_epochs: Epochs, also fractions of one, on the way up; 0 for "plateau".
+        lr_factor: Factor by which "plateau" lowers the rate, in (0, 1).
+        lr_patience: Epochs without a lower `val/loss` that "plateau" lets pass.
+
+    Raises:
+        UserError: A value is out of range, or not what a checkpoint can store.
     """
-    if (
-        kind == "sgd"
-    ):  # not fused: torch's kernel fails when unfrozen parameters join others that have a momentum
-        return torch.optim.SGD(
-            groups, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay
+
+    optimizer: OptimizerName = "adam"
+    lr: float = 1e-3
+    head_lr: float | None = None
+    layer_decay: float | None = None
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    schedule: ScheduleName = "plateau"
+    warmup_epochs: float = 0.0
+    lr_factor: float = 0.5
+    lr_patience: int = 2
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = as_primitive(field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        self._check_choices()
+        self._check_ranges()
+
+    def _check_choices(self) -> None:
+        optimizers = get_args(OptimizerName)
+        schedules = get_args(ScheduleName)
+        check("optimizer", self.optimizer, lambda x: x in optimizers, '"adam", "adamw" or "sgd"')
+        check(
+            "schedule", self.schedule, lambda x: x in schedules, '"plateau", "linear" or "cosine"'
         )
-    adam = torch.optim.Adam if kind == "adam" else torch.optim.AdamW
-    return adam(groups, weight_decay=weight_decay, fused=fused)
 
-
-def curve(schedule: Schedule, warmup: float, steps: float) -> Callable[[int], float]:
-    """The share of the learning rate that a step gets: up in a line, for `warmup` of all `steps`, then down to zero."""
-
-    def share(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        left = max(0.0, 1 - (step - warmup) / max(1.0, steps - warmup))
-        return left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
-
-    return share
-
-
-def _parts(scheduler: Any) -> Iterator[Any]:
-    """A scheduler, and those that it is made of; torch has no public name for them."""
-    yield scheduler
-    for part in getattr(scheduler, "_schedulers", ()):
-        yield from _parts(part)
-
-
-def _curves(trainer: Trainer) -> list[Any]:
-    return [part for config in trainer.lr_scheduler_configs for part in _parts(config.scheduler)]
-
-
-def check_rates(trainer: Trainer, lr: float | None, factor: float | None) -> None:
-    """Refuse, by a `UserError`, what would undo the rate of a phase, or fail when other parameters begin to train."""
-    for curve in _curves(trainer) if lr or factor else ():
-        name = type(curve).__name__
-        if not isinstance(curve, LRScheduler):
-            raise UserError(
-                f"{name} is not of torch, so that a phase cannot set its rate: give the phases no lr."
-            )
-        if lr and (lowest := getattr(curve, "eta_min", 0)) > lr:
-            raise UserError(
-                f"{name} goes to eta_min={lowest:g}, which is above the rate of a phase, {lr:g}: lower it."
-            )
-    for group in (group for each in trainer.optimizers for group in each.param_groups):
-        if group.get("fused") and group.get("momentum") and group.get("dampening"):
-            raise UserError(
-                "Fused SGD with dampening cannot begin to train parameters later: take fused=False."
-            )
-
-
-def start_afresh(trainer: Trainer) -> None:
-    """Have plateaus forget the losses of what was trained before, and fused SGD take parameters without a momentum."""
-    for curve in _curves(trainer):
-        if isinstance(curve, ReduceLROnPlateau):
-            curve.best, curve.num_bad_epochs, curve.cooldown_counter = curve.mode_worse, 0, 0
-    for each in trainer.optimizers:
-        for group in each.param_groups:
-            if group.get("fused") and group.get(
-                "momentum"
-            ):  # torch's kernel wants all of them or none
-                for parameter in group["params"]:
-                    each.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-
-
-def set_rates(trainer: Trainer, lr: float | None, factor: float | None) -> None:
-    """Set the rate, `lr` times a group's `lr_scale` or `factor` as much, of all groups but heads with their own.
-
-    Schedules keep their curve, for every absolute rate that they go by changes by the same factor.
-    """
-    for each in trainer.optimizers if lr or factor else ():
-        curves = [curve for curve in _curves(trainer) if curve.optimizer is each]
-        for place, group in enumerate(each.param_groups):
-            if group.get("name") == HEAD:
-                continue
-            highest = [curve.max_lrs[place] for curve in curves if hasattr(curve, "max_lrs")]
-            base = float(
-                highest[0] if highest else group.get("max_lr", group.get("initial_lr", group["lr"]))
-            )
-            new = lr * group.get("lr_scale", 1.0) if lr else base * (factor or 1.0)
-            places: list[tuple[Any, Any]] = [(group, key) for key in ABSOLUTE if key in group]
-            places += [
-                (rates, place)
-                for c in curves
-                for name in ("base_lrs", "max_lrs")
-                if (rates := getattr(c, name, None))
-            ]
-            for where, key in places:
-                rate = new if where[key] == base else new * float(where[key]) / base
-                if isinstance(where[key], Tensor):  # as capturable and compiled optimizers have it
-                    where[key].fill_(rate)
-                else:
-                    where[key] = rate
-
-
-def rates(
-    optimizers: Sequence[Optimizer], module: nn.Module, stages: Mapping[str, Sequence[str]]
-) -> dict[str, float]:
-    """The highest learning rate in each stage of a module; 0 where all is frozen."""
-    rate = {
-        p: float(group["lr"])
-        for each in optimizers
-        for group in each.param_groups
-        for p in group["params"]
-    }
-    named = {
-        name: rate.get(p, 0.0) * p.requires_grad
-        for name, p in module.named_parameters(remove_duplicate=False)
-    }
-    return {stage: max(named.get(name, 0.0) for name in names) for stage, names in stages.items()}
-
-
-def _groups(
-    network: nn.Module, stages: Mapping[str, Sequence[str]], options: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    groups: dict[str, dict[str, Any]] = {}
-    group_of: dict[str, dict[str, Any]] = {}  # by the name of a parameter
-    for depth, (stage, names) in enumerate(reversed([*stages.items()])):
-        apart = stage == HEAD and options["head_lr"] is not None
-        fields = {"lr": options["head_lr"], "name": HEAD} if apart else {"lr": options["lr"]}
-        if options["layer_decay"] is not None and not apart:
-            scale = options["layer_decay"] ** depth
-            fields = {"lr": options["lr"] * scale, "lr_scale": scale, "stage": stage}
-        group = groups.setdefault(
-            fields.get("stage") or fields.get("name", ""), fields | {"params": []}
-        )
-        group_of |= dict.fromkeys(names, group)
-    for name, parameter in network.named_parameters():  # in this order, which checkpoints rely on
-        group_of[name]["params"].append(parameter)
-    return list(reversed(groups.values()))
+    def _check_ranges(self) -> None:
+        check("lr", self.lr, lambda x: 0 < x <= MAX_LEARNING_RATE, RATE)
+        if self.head_lr is not None:
+            check("head_lr", self.head_lr, lambda x: 0 < x <= MAX_LEARNING_RATE, RATE)
+        if self.layer_decay is not None:
+            share = "a share in (0, 1], or null"
+            check("layer_decay", self.layer_decay, lambda x: 0 < x <= 1, share)
+        decays = f"0 to {MAX_WEIGHT_DECAY}"
+        check("weight_decay", self.weight_decay, lambda x: 0 <= x <= MAX_WEIGHT_DECAY, decays)
+        check("momentum", self.momentum, lambda x: 0 <= x < 1, "a share in [0, 1)")
+        check("warmup_epochs", self.warmup_epochs, lambda x: 0 <= x < math.inf, "0 epochs or more")
+        if self.schedule == "plateau":
+            check("warmup_epochs", self.warmup_epochs, lambda x: x == 0, "0 for a plateau")
+        check("lr_factor", self.lr_factor, lambda x: 0 < x < 1, "a factor between 0 and 1")
+        check("lr_patience", self.lr_patience, lambda n: n >= 0, "0 epochs or more")
 
 
 def configure(
     trainer: Trainer,
     network: nn.Module,
     stages: Mapping[str, Sequence[str]],
-    options: Mapping[str, Any],
+    options: OptimizerOptions,
 ) -> OptimizerLRScheduler:
-    """What `LightningModule.configure_optimizers` returns.
+    """Return the optimizer and its schedule, as `LightningModule.configure_optimizers` does.
 
     Args:
-        trainer: Says how many steps there will be.
-        network: All of its parameters are optimized.
-        stages: Names of its parameters, from stem to head.
-        options: Those of `TransferClassifier`.
+        trainer: Trainer of the run; it knows how many steps the run has.
+        network: Network of which all parameters are optimized, frozen or not.
+        stages: Names of parameters and buffers in `network` by stage, from stem to head.
+        options: Options of the optimizer and its schedule.
 
     Raises:
-        UserError: A schedule without an end, or a warm-up longer than the run.
+        UserError: The schedule has no end, or its warm-up is longer than the run.
     """
-    groups = _groups(network, stages, options)
-    # A fused optimizer unscales gradients itself, so mixed precision cannot clip them before (Lightning #21435).
+    # A fused optimizer unscales gradients itself; then mixed precision cannot clip them before
+    # (Lightning #21435).
     fused = not trainer.gradient_clip_val
-    made = optimizer(
-        options["optimizer"], groups, options["weight_decay"], options["momentum"], fused
-    )
-    if options["schedule"] == "plateau":
-        plateau = ReduceLROnPlateau(
-            made, "min", factor=options["lr_factor"], patience=options["lr_patience"]
+    optimizer = make_optimizer(parameter_groups(network, stages, options), options, fused)
+    config: LRSchedulerConfigType
+    if options.schedule == "plateau":
+        plateau = schedule.plateau(optimizer, options.lr_factor, options.lr_patience)
+        # The classifier steps it, before the checkpoint of the epoch is written.
+        config = {"scheduler": plateau, "reduce_on_plateau": False}
+    else:
+        curve = schedule.per_step(trainer, optimizer, options.schedule, options.warmup_epochs)
+        config = {"scheduler": curve, "interval": "step"}
+    return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def parameter_groups(
+    network: nn.Module, stages: Mapping[str, Sequence[str]], options: OptimizerOptions
+) -> list[dict[str, Any]]:
+    """Return the parameter groups of an optimizer, from stem to head, each with its `lr`.
+
+    There is one group for all parameters, unless `head_lr` gives the heads a group of their own,
+    or `layer_decay` each stage. A group with `layer_decay` has the name of its `stage` and its
+    `lr_scale`, the share of the learning rate that it gets.
+    """
+    groups: list[dict[str, Any]] = []
+    group_of: dict[str, dict[str, Any]] = {}  # by the name of a parameter
+    for number, (stage, names) in enumerate(stages.items(), start=1):
+        if stage == HEAD and options.head_lr is not None:
+            groups.append({"lr": options.head_lr, "name": HEAD_GROUP, "params": []})
+        elif options.layer_decay is not None:
+            scale = options.layer_decay ** (len(stages) - number)
+            lr = options.lr * scale
+            groups.append({"lr": lr, "lr_scale": scale, "stage": stage, "params": []})
+        elif not groups:
+            groups.append({"lr": options.lr, "params": []})
+        for name in names:
+            group_of[name] = groups[-1]
+    # Within a group, parameters are in the order of the network. Checkpoints rely on it.
+    for name, parameter in network.named_parameters():
+        group_of[name]["params"].append(parameter)
+    return groups
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]], options: OptimizerOptions, fused: bool
+) -> Optimizer:
+    """Return the optimizer that `options.optimizer` names.
+
+    Args:
+        groups: Parameter groups, each with its own `lr`.
+        options: Options of the optimizer.
+        fused: Whether Adam updates all parameters in one kernel: on a CPU, a step of ResNet18 takes
+            14 instead of 105 ms.
+    """
+    if options.optimizer == "sgd":
+        # Not fused: torch's kernel fails when parameters without a momentum, because they were
+        # frozen, join others that have one.
+        return torch.optim.SGD(
+            groups,
+            momentum=options.momentum,
+            nesterov=options.momentum > 0,
+            weight_decay=options.weight_decay,
         )
-        return {
-            "optimizer": made,
-            "lr_scheduler": {"scheduler": plateau, "reduce_on_plateau": False},
-        }
-    steps = trainer.estimated_stepping_batches
-    if steps == math.inf:
-        raise UserError(
-            f"schedule={options['schedule']} ends with the run: set max_epochs or max_steps."
-        )
-    if (
-        trainer.num_training_batches == math.inf
-    ):  # estimated from max_steps alone, without looking at the data
-        trainer.fit_loop.setup_data()
-    warmup = options["warmup_epochs"] * math.ceil(
-        trainer.num_training_batches / trainer.accumulate_grad_batches
-    )
-    if warmup > steps:
-        raise UserError(
-            f"warmup_epochs={options['warmup_epochs']} is {warmup:g} steps, but the run has {steps}: lower it."
-        )
-    share = curve(options["schedule"], warmup, steps)
-    return {
-        "optimizer": made,
-        "lr_scheduler": {"scheduler": LambdaLR(made, share), "interval": "step"},
-    }
+    if options.optimizer == "adam":
+        return torch.optim.Adam(groups, weight_decay=options.weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=fused)
+
+
+def stage_learning_rates(
+    optimizers: Sequence[Optimizer], network: nn.Module, stages: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
+    """Return the highest learning rate in each stage of a network; 0 where all of it is frozen."""
+    rate_of: dict[nn.Parameter, float] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                rate_of[parameter] = float(group["lr"])
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    rates: dict[str, float] = {}
+    for stage, names in stages.items():
+        rates[stage] = 0.0
+        for name in names:
+            parameter = parameters.get(name)  # None for a buffer
+            if parameter is not None and parameter.requires_grad:
+                rates[stage] = max(rates[stage], rate_of.get(parameter, 0.0))
+    return rates

@@ -11,11 +11,11 @@ from torch import nn
 from cifar_transfer.base.console import counted
 from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.network.stages import HEAD, stages
-from cifar_transfer.training.optimizer import LARGEST_RATE
+from cifar_transfer.training.schedule import MAX_LEARNING_RATE
 
 EVERYTHING = "all"
 GRADUAL = "gradual"
-RATE = f"a positive rate up to {LARGEST_RATE}, or null to leave the rate as it is"
+RATE = f"a positive rate up to {MAX_LEARNING_RATE}, or null to leave the rate as it is"
 DROPOUTS = (
     nn.Dropout,
     nn.Dropout1d,
@@ -30,17 +30,15 @@ DROPOUTS = (
 class Phase:
     """A part of a run: what trains from its beginning on, beside what trains already.
 
-    The first begins with the run; each other has one of `epoch`, `share` and `patience`.
+    The first begins with the run; each other has an `epoch` or a `patience`.
 
     Args:
         train: Stages of the network, such as "head", "layer4", "stem" (`python -m cifar_transfer backbones --detail
             NAME` lists them), "all", or regular expressions that match parameters' names from their start.
         epoch: It begins after so many epochs of the run.
-        share: It begins after this share of the run's `max_epochs`, rounded up to a whole epoch.
         patience: It begins after so many epochs of the phase before it without a better figure.
         lr: Learning rate from then on of all parameter groups but one named "head", times their `lr_scale`; of a
             schedule that rises, its highest.
-        factor: What these rates are multiplied with, in place of `lr`.
         from_best: Begin with the weights of the best checkpoint so far.
 
     Raises:
@@ -49,46 +47,23 @@ class Phase:
 
     train: list[str]
     epoch: int | None = None
-    share: float | None = None
     patience: int | None = None
     lr: float | None = None
-    factor: float | None = None
     from_best: bool = False
 
     def __post_init__(self) -> None:
         check("epoch", self.epoch, lambda n: n is None or n >= 0, "0 or a later one")
-        check(
-            "share",
-            self.share,
-            lambda x: x is None or 0 < x < 1,
-            "a share of the run between 0 and 1",
-        )
         check("patience", self.patience, lambda n: n is None or n >= 1, "1 epoch or more")
-        check("lr", self.lr, lambda x: x is None or 0 < x <= LARGEST_RATE, RATE)
-        check(
-            "factor", self.factor, lambda x: x is None or 0 < x <= LARGEST_RATE, "a positive factor"
-        )
-        if not self.train or (self.lr and self.factor):
-            raise UserError(f"A phase trains something, and has lr or factor, not both: {self}.")
+        check("lr", self.lr, lambda x: x is None or 0 < x <= MAX_LEARNING_RATE, RATE)
+        if not self.train:
+            raise UserError(f"A phase trains something: {self}.")
         check_patterns("train", self.train)
-
-    def beginning(self, max_epochs: int | None) -> int | None:
-        """The epoch, from 0, that it begins with; None if that depends on a figure."""
-        if self.share is None:
-            return self.epoch
-        if max_epochs is None or max_epochs < 0:
-            raise UserError(
-                f"A phase that begins after share={self.share} of the run needs max_epochs."
-            )
-        return math.ceil(round(self.share * max_epochs, 6))  # 0.55 * 20 is a little more than 11
 
 
 def span(later: Sequence[Phase], epoch: int, max_epochs: int | None) -> str:
     """The epochs of a phase that is followed by these, from `epoch` on (of 0): "Epochs 6 to 40"."""
     first, last = counted(epoch), max_epochs if max_epochs and max_epochs > 0 else math.inf
-    end = (
-        later[0].beginning(max_epochs) if later else last
-    )  # counted from 1, the last epoch before it
+    end = later[0].epoch if later else last  # counted from 1, the last epoch before it
     if end is None or min(end, last) == math.inf:
         return f"From epoch {first}"
     return f"Epoch {first}" if min(end, last) == first else f"Epochs {first} to {min(end, last)}"
@@ -102,10 +77,7 @@ def named(begun: Sequence[Phase], first: bool) -> str:
         what = "everything"
     elif first and (names == [HEAD] or names[0].startswith("(?!")):  # of `frozen`
         what = "backbone frozen" if names == [HEAD] else "partly frozen"
-    changes = [
-        (" at rate", phase.lr) if phase.lr else (", rates times", phase.factor) for phase in begun
-    ]
-    return what + "".join(f"{change} {value:g}" for change, value in changes if value)
+    return what + "".join(f" at rate {phase.lr:g}" for phase in begun if phase.lr)
 
 
 def check_patterns(name: str, patterns: Sequence[str]) -> None:
@@ -122,22 +94,20 @@ def check_patterns(name: str, patterns: Sequence[str]) -> None:
 def check_begins(phases: Sequence[Phase]) -> None:
     """Refuse, by a `UserError`, phases of which it is not clear when they begin."""
     for number, phase in enumerate(phases):
-        begins = [
-            value for value in (phase.epoch, phase.share, phase.patience) if value is not None
-        ]
+        begins = [value for value in (phase.epoch, phase.patience) if value is not None]
         if number == 0 and phase != Phase(phase.train):
             raise UserError(
                 f"The first phase begins with the run, at the optimizer's rate: give it train alone: {phase}."
             )
         if number and len(begins) != 1:
             raise UserError(
-                f"A phase after the first begins by one of epoch, share, patience: {phase}."
+                f"A phase after the first begins by an epoch or by a patience: {phase}."
             )
 
 
-def check_order(phases: Sequence[Phase], max_epochs: int | None) -> None:
-    """Refuse, by a `UserError`, a phase that would begin after a later one, or after a share of a run without end."""
-    epochs = [epoch for phase in phases if (epoch := phase.beginning(max_epochs)) is not None]
+def check_order(phases: Sequence[Phase]) -> None:
+    """Refuse, by a `UserError`, a phase that would begin after a later one."""
+    epochs = [phase.epoch for phase in phases if phase.epoch is not None]
     if epochs != sorted(epochs):
         raise UserError(
             f"phases come in the order in which they begin, not at the epochs {epochs}."
