@@ -1,30 +1,37 @@
-"""All commands under one name, `cifar-transfer fit ...` or `python -m cifar_transfer fit ...`; alone, their list."""
+"""All commands under one name: `cifar-transfer COMMAND`, or `python -m cifar_transfer COMMAND`."""
 
 import os
 import sys
 
 from cifar_transfer.base.errors import UserError, one_sentence
-from cifar_transfer.cli import start
+from cifar_transfer.cli import spelling, start
 
 
 def main() -> None:
     """Run the command that the first argument names, or print the list of commands."""
-    name, *args = sys.argv[1:] or ["--help"]
+    arguments = sys.argv[1:]
+    if not arguments:
+        arguments = ["--help"]
+    name = arguments[0]
     if name in start.COMMANDS:
-        start.run(name, args)
+        start.run(name, arguments[1:])
     with one_sentence():
-        if name == "--version":
-            print(start.version())
-        elif (
-            name == "--complete"
-        ):  # bash: complete -o default -C "cifar-transfer --complete" cifar-transfer
-            print("\n".join(start.completions(os.environ.get("COMP_LINE", ""))))
-        elif name in ("-h", "--help"):
+        if name in ("-h", "--help"):
             print(start.list_text())
+        elif name == "--version":
+            print(start.version())
+        elif name == "--complete":
+            # In bash: complete -o default -C "cifar-transfer --complete" cifar-transfer
+            print("\n".join(start.completions(os.environ.get("COMP_LINE", ""))))
         else:
-            near = start.near(name, start.COMMANDS)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(start.COMMANDS)}."
-            raise UserError(f"There is no command {name}: {hint}")
+            raise _unknown_command(name)
+
+
+def _unknown_command(name: str) -> UserError:
+    hints = spelling.similar(name, start.COMMANDS)
+    if hints:
+        return UserError(f"There is no command {name}: did you mean {hints[0]}?")
+    return UserError(f"There is no command {name}: there are {', '.join(start.COMMANDS)}.")
 
 
 if __name__ == "__main__":

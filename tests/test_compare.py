@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -14,80 +15,99 @@ from conftest import TINY, run_fit
 from PIL import Image
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.cli.parsers import check_recipe
+from cifar_transfer.cli.recipes import check_recipe
 from cifar_transfer.commands import backbones, compare
 from cifar_transfer.network import catalog
 from cifar_transfer.network.contestant import contestant, contestants
+from cifar_transfer.results import comparison
 
 OPTIONS = [*TINY[2:], "--trainer.max_epochs=2"]
-BOTH = ["lenet5=none", "shufflenet_v2_x0_5=none"]
+LENET = "lenet5=none"
+SHUFFLENET = "shufflenet_v2_x0_5=none"
+INCEPTION = "inception_v3=none"  # takes no images of 32 pixels
 
 
-def run(folder, *options, expect=0):
-    return run_fit(folder, *options, *OPTIONS, command="compare", expect=expect)
-
-
-def rows(folder):
-    with (folder / "lightning_logs" / "comparison" / "comparison.csv").open() as file:
+def csv_rows(folder):
+    with (folder / "comparison.csv").open() as file:
         return list(csv.DictReader(file))
 
 
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A comparison of three backbones, one of which failed: its folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("compared")
+    process = run_fit(folder, LENET, INCEPTION, SHUFFLENET, *OPTIONS, command="compare", expect=1)
+    return folder / "lightning_logs" / "comparison", process
+
+
 @pytest.mark.slow
-def test_each_is_fitted_once_and_a_failure_loses_nothing(tmp_path, monkeypatch):
-    done = run(tmp_path, BOTH[0], "inception_v3=none", BOTH[1], expect=1)
-    assert "75 or more" in done.stderr, "why it failed is said"
-    lenet, inception, shufflenet = rows(tmp_path)
+def test_a_failure_stops_no_other_backbone(compared):
+    out, process = compared
+    lenet, inception, shufflenet = csv_rows(out)
     assert lenet["network"] == "lenet5, from scratch"
     assert inception["network"] == "inception_v3, from scratch: failed with exit status 2"
-    assert not inception["images/s"]
-    for row, parameters in ((lenet, "0.06"), (shufflenet, "0.35")):
-        assert row["parameters (M)"] == parameters
+    assert inception["images/s"] == ""
+    assert "75 or more" in process.stderr, "the reason is printed"
+    assert lenet["parameters (M)"] == "0.06"
+    assert shufflenet["parameters (M)"] == "0.35"
+    for row in (lenet, shufflenet):
         assert 0 <= float(row["test accuracy (%)"]) <= 100
         assert float(row["images/s"]) > 1
-    home = tmp_path / "lightning_logs" / "comparison"
-    table = (home / "comparison.md").read_text()
-    assert "--- " not in done.stdout, "what the runs say is in their logs"
-    assert (home / "lenet5-from-scratch" / "fit.log").read_text().count("  2/2  ") == 1
-    heading, *shown = done.stdout.splitlines()[2:6]
+
+
+@pytest.mark.slow
+def test_the_terminal_has_a_line_for_each_backbone(compared):
+    out, process = compared
+    assert "--- " not in process.stdout, "what the runs print is in their logs"
+    log = (out / "lenet5-from-scratch" / "fit.log").read_text()
+    assert log.count("  2/2  ") == 1
+    heading, lenet, inception, shufflenet = process.stdout.splitlines()[2:6]
     assert heading.split() == ["network", "val", "%", "test", "%", "minutes"]
-    assert [line.split()[0] for line in shown] == [
-        "lenet5,",
-        "inception_v3,",
-        "shufflenet_v2_x0_5,",
-    ]
-    assert shown[1].endswith("  failed with exit status 2")
-    for line, row in ((shown[0], lenet), (shown[2], shufflenet)):
-        assert line.split()[3:] == [row[name] for name in compare.SHOWN.values()]
+    assert inception.endswith("  failed with exit status 2")
+    rows = csv_rows(out)
+    for line, row in ((lenet, rows[0]), (shufflenet, rows[2])):
+        assert line.startswith(row["network"])
+        columns = ("validation accuracy (%)", "test accuracy (%)", "training time (min)")
+        assert line.split()[3:] == [row[column] for column in columns]
         assert len(line) == len(heading) < 80
-    assert len({len(line) for line in table.splitlines()}) == 1, "its columns line up"
-    with Image.open(home / "comparison.png") as figure:
+
+
+@pytest.mark.slow
+def test_the_table_lines_up_and_the_figure_is_drawn(compared):
+    out, _ = compared
+    table = (out / "comparison.md").read_text()
+    assert len({len(line) for line in table.splitlines()}) == 1
+    with Image.open(out / "comparison.png") as figure:
         assert figure.size[0] > 800
         assert len(figure.convert("RGB").getcolors(2**24)) > 50, "something is drawn"
 
-    started = []
-    monkeypatch.setattr(
-        compare.subprocess,
-        "run",
-        lambda command, **_: started.append(command) or Mock(returncode=3),
-    )
-    three = contestants([BOTH[0], "inception_v3=none", BOTH[1]])
-    again = compare.compare(three, OPTIONS, home)
-    (command,) = started
-    assert "--model.backbone=inception_v3" in command, (
-        "what failed is tried again, and nothing else"
-    )
-    assert "--resume" not in command, "a refused start has left no run"
-    assert again[1]["failed"] == "failed with exit status 3"
-    assert [again[0]["images_per_second"], again[2]["images_per_second"]] == [
-        pytest.approx(float(row["images/s"]), abs=0.5) for row in (lenet, shufflenet)
-    ]
+
+@pytest.mark.slow
+def test_only_what_failed_is_tried_again(compared, monkeypatch):
+    out, _ = compared
+    before = csv_rows(out)
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return Mock(returncode=3)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    backbones = contestants([LENET, INCEPTION, SHUFFLENET])
+    lenet, inception, shufflenet = compare.compare(backbones, OPTIONS, out)
+    assert len(commands) == 1
+    assert "--model.backbone=inception_v3" in commands[0]
+    assert "--resume" not in commands[0], "a refused start has left no run"
+    assert inception.failure == "failed with exit status 3"
+    for network, row in ((lenet, before[0]), (shufflenet, before[2])):
+        assert network.images_per_second == pytest.approx(float(row["images/s"]), abs=0.5)
     with pytest.raises(UserError, match="another recipe"):
-        compare.compare(three, [*OPTIONS, "--model.lr=0.5"], home)
+        compare.compare(backbones, [*OPTIONS, "--model.lr=0.5"], out)
 
 
 @pytest.mark.whole
 def test_a_comparison_that_was_killed_continues(tmp_path):
-    options = [BOTH[1], *OPTIONS[:-1], "--trainer.max_epochs=20"]
+    options = [SHUFFLENET, *OPTIONS[:-1], "--trainer.max_epochs=20"]
     process = subprocess.Popen(
         [sys.executable, "-m", "cifar_transfer", "compare", *options],
         cwd=tmp_path,
@@ -96,28 +116,25 @@ def test_a_comparison_that_was_killed_continues(tmp_path):
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    home = (
-        tmp_path
-        / "lightning_logs"
-        / "comparison"
-        / "shufflenet_v2_x0_5-from-scratch"
-        / "lightning_logs"
-    )
+    out = tmp_path / "lightning_logs" / "comparison"
+    folder = out / "shufflenet_v2_x0_5-from-scratch"
+    runs = folder / "lightning_logs"
     deadline = time.monotonic() + 200
-    while not (home / "version_0" / "checkpoints" / "last.ckpt").is_file():
+    while not (runs / "version_0" / "checkpoints" / "last.ckpt").is_file():
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    done = run_fit(tmp_path, *options, command="compare")
-    assert "minutes" in done.stdout
-    log = (home.parent / "fit.log").read_text()
-    assert [log.count(f"{epoch:>2}/20  ") for epoch in (1, 20)] == [1, 1]
-    assert [path.name for path in home.iterdir()] == ["version_0"], "continued, not begun again"
-    result = json.loads((home / "version_0" / "result.json").read_text())
+    continued = run_fit(tmp_path, *options, command="compare")
+    assert "minutes" in continued.stdout
+    log = (folder / "fit.log").read_text()
+    assert log.count(" 1/20  ") == 1
+    assert log.count("20/20  ") == 1
+    assert [path.name for path in runs.iterdir()] == ["version_0"], "continued, not begun again"
+    result = json.loads((runs / "version_0" / "result.json").read_text())
     assert result["epochs"] == 20
-    assert f"{result['images_per_second']:.0f}" == rows(tmp_path)[0]["images/s"]
+    assert f"{result['images_per_second']:.0f}" == csv_rows(out)[0]["images/s"]
 
 
 @pytest.mark.parametrize(
@@ -125,9 +142,9 @@ def test_a_comparison_that_was_killed_continues(tmp_path):
     [
         (["resnet81"], "did you mean resnet18"),
         (["resnet18=gone.pth"], "neither a file nor a name of resnet18's weights"),
-        (["lenet5=none", "lenet5=none"], "name each once"),
-        (["lenet5=none", "--config", "gone.yaml"], "gone.yaml is neither a file nor a recipe"),
-        (["lenet5=none", "--out=file/runs"], "--out file/runs cannot be made a folder"),
+        ([LENET, LENET], "name each once"),
+        ([LENET, "--config", "gone.yaml"], "gone.yaml is neither a file nor a recipe"),
+        ([LENET, "--out=file/runs"], "--out file/runs cannot be made a folder"),
     ],
 )
 def test_mistakes_get_a_sentence(tmp_path, monkeypatch, options, message):
@@ -138,58 +155,76 @@ def test_mistakes_get_a_sentence(tmp_path, monkeypatch, options, message):
     assert "\n" not in str(error.value)
 
 
-def test_two_files_of_one_name_are_not_taken_for_one(tmp_path, monkeypatch):
-    home = tmp_path / "cmp"
-    for run in ("a", "b"):
-        path = tmp_path / run / "lightning_logs" / "version_0" / "checkpoints" / "best.ckpt"
+def test_two_files_of_weights_with_one_name_are_told_apart(tmp_path, monkeypatch):
+    backbones = []
+    for folder in ("a", "b"):
+        checkpoint = Path("lightning_logs/version_0/checkpoints/best.ckpt")
+        path = tmp_path / folder / checkpoint
         path.parent.mkdir(parents=True)
         path.touch()
-    one, other = (
-        contestant(f"lenet5={tmp_path / run}/lightning_logs/version_0/checkpoints/best.ckpt")
-        for run in "ab"
-    )
-    assert one.folder == other.folder == "lenet5-version_0-best"
+        backbones.append(contestant(f"lenet5={path}"))
+    first, second = backbones
+    assert first.folder == second.folder == "lenet5-version_0-best"
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: Mock(returncode=1))
-    assert "failed" in compare.compare([one], [], home)[0]
-    with pytest.raises(
-        UserError,
-        match=r"lenet5-version_0-best holds results of another recipe .*: name another folder",
-    ):
-        compare.compare([other], [], home)
+    networks = compare.compare([first], [], tmp_path / "out")
+    assert networks[0].failure
+    message = r"lenet5-version_0-best holds results of another recipe .*: name another folder"
+    with pytest.raises(UserError, match=message):
+        compare.compare([second], [], tmp_path / "out")
 
 
-def test_all_recipes_are_taken(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        compare, "compare", lambda backbones, options, out: seen.extend(options) or []
-    )
-    compare.main(
-        [
-            "lenet5=none",
-            "--config",
-            "fast",
-            "--config=scratch",
-            "--out",
-            str(tmp_path),
-            "--model.lr=1e-3",
-        ]
-    )
-    assert [option.rpartition("/")[2] for option in seen] == [
-        "fast.yaml",
-        "scratch.yaml",
-        "--model.lr=1e-3",
-    ]
+def test_all_recipes_are_handed_on(tmp_path, monkeypatch):
+    handed_on = []
+
+    def record(backbones, fit_options, out):
+        handed_on.extend(fit_options)
+        return []
+
+    monkeypatch.setattr(compare, "compare", record)
+    recipes = ["--config", "fast", "--config=scratch"]
+    compare.main([LENET, *recipes, "--out", str(tmp_path), "--model.lr=1e-3"])
+    fast, scratch, lr = handed_on
+    assert fast.startswith("--config=")
+    assert fast.endswith("fast.yaml")
+    assert scratch.endswith("scratch.yaml")
+    assert lr == "--model.lr=1e-3"
 
 
 @pytest.mark.parametrize("content", ["no json", "{}"])
-def test_a_recipe_of_somebody_else_is_another(tmp_path, content):
-    assert check_recipe(tmp_path, ["--config={trainer: {max_epochs: 2}}"]) == {
-        "options": ["--config={trainer: {max_epochs: 2}}"],
-        "config": [],
-    }
+def test_a_recipe_file_of_somebody_else_is_another_recipe(tmp_path, content):
+    options = ["--config={trainer: {max_epochs: 2}}"]
+    assert check_recipe(tmp_path, options) == {"options": options, "config": []}
     (tmp_path / "recipe.json").write_text(content)
     with pytest.raises(UserError, match="holds results of another recipe"):
         check_recipe(tmp_path, [])
+
+
+def network(label, **result):
+    backbone, _, weights = label.partition(", ")
+    scratch = weights == "from scratch"
+    return comparison.ComparedNetwork(backbone, label, scratch, result)
+
+
+def test_a_value_that_a_result_does_not_have_is_an_empty_cell():
+    lenet = network("lenet5, from scratch", parameters=61_706, seconds=90, images_per_second=9.6)
+    assert comparison.table_row(lenet) == ["lenet5, from scratch", "0.06", "", "", "1.5", "10"]
+
+
+def test_the_figure_shows_accuracy_against_parameters_time_and_speed():
+    values = {"parameters": 2e6, "seconds": 120, "images_per_second": 50, "best/val_acc": 0.5}
+    tested = network("resnet18, pretrained", **values, **{"best/test_acc": 0.4})
+    untested = network("resnet18, from scratch", **values)
+    figure = comparison.draw_comparison([tested, untested])
+    assert figure.axes[0].get_ylabel() == "validation accuracy (%)", "not all have a test accuracy"
+    for axes, x in zip(figure.axes, (2, 2, 50), strict=True):
+        for line in axes.lines:
+            assert line.get_xydata().tolist() == [[x, 50]]
+    pretrained, scratch = figure.axes[0].lines
+    assert scratch.get_markerfacecolor() == "white"
+    assert pretrained.get_markerfacecolor() == pretrained.get_color() == scratch.get_color()
+    figure = comparison.draw_comparison([tested])
+    assert figure.axes[0].get_ylabel() == "test accuracy (%)"
+    assert figure.axes[0].lines[0].get_ydata() == [40]
 
 
 def test_contestants(tmp_path):

@@ -29,7 +29,7 @@ from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.text import without_password
 from cifar_transfer.base.untrusted import MOST_BYTES, read_yaml
 from cifar_transfer.cli.fit_cli import FitCLI
-from cifar_transfer.cli.parsers import check_recipe
+from cifar_transfer.cli.recipes import check_recipe
 from cifar_transfer.commands import predict
 from cifar_transfer.commands.figures import figures
 from cifar_transfer.commands.fit import fit

@@ -122,7 +122,7 @@ def test_a_command_is_one_with_such_options(command, place, monkeypatch):
 
 
 def test_every_option_exists():
-    known = {option for command in start.COMMANDS for option in start.known_options(command)}
+    known = {option for command in start.COMMANDS for option in start.option_names(command)}
     known.add("--complete")  # of `cifar-transfer` itself
     for document in DOCUMENTS:
         text = re.sub(r"(?s)^```.*?^```$", "", document.read_text(), flags=re.MULTILINE)

@@ -21,7 +21,7 @@ from cifar_transfer.base.errors import UserError, account, caused_by_us, check
 from cifar_transfer.base.files import CONFIG, LOGS, require_writable
 from cifar_transfer.base.text import without_password
 from cifar_transfer.base.untrusted import read_yaml
-from cifar_transfer.cli import start
+from cifar_transfer.cli import recipes, spelling, start
 from cifar_transfer.cli.parsers import HELP_HINT
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.results.report import LOG_EVERY, Report
@@ -54,11 +54,11 @@ class Parser(LightningArgumentParser):
         message, unknown = account(message), None
         if message.startswith(UNKNOWN):
             name = message.removeprefix(UNKNOWN).partition("=")[0]
-            raise start.unknown(f"--{name}", start.known_options("fit"))
+            raise spelling.unknown_option(f"--{name}", start.option_names("fit"))
         if isinstance(ex, KeyError):
             unknown = message.split("'")[1]
         hint = "" if HELP_HINT in message else f" ({HELP_HINT})"  # a nested parser has said it
-        if near := start.near(unknown or "", self.get_defaults().keys()):
+        if near := spelling.similar(unknown or "", self.get_defaults().keys()):
             hint = f" (Did you mean {', '.join(near)}?)"
         elif "is not allowed" in message:
             hint = " (If you trust it, name it on the command line too.)"
@@ -123,7 +123,7 @@ class PlainCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the options; a `UserError` refuses those that continue a run."""
-        self.config = parser.parse_args(start.with_recipes(args))
+        self.config = parser.parse_args(recipes.with_recipe_files(args))
         for name in ("resume", "ckpt_path"):
             if self.config[name]:
                 raise UserError(f"--{name} is for fit: leave it out.")
@@ -167,7 +167,7 @@ class FitCLI(PlainCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Put the configuration of a run to resume before the options, so that these override it."""
-        args = start.with_recipes(args)
+        args = recipes.with_recipe_files(args)
         resume = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         resume.add_argument("--resume")
         resume.add_argument("--config", action="append", default=[])

@@ -1,72 +1,52 @@
-"""Parsers of command lines, whose errors are a sentence without a page of usage before it."""
+"""Parsers of command lines. Their errors are one sentence, without a page of usage before it."""
 
 import argparse
-import json
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
 
 from cifar_transfer.base.errors import UserError, account
-from cifar_transfer.base.text import without_password
 
 HELP_HINT = "All options: --help"
-RECIPE = "recipe.json"  # in a folder of results: the options that they were made with
 
 
-def check_recipe(folder: Path, options: Sequence[str]) -> dict[str, Any]:
-    """What goes into a folder's `RECIPE`, the options and what is in their files of options.
+class Parser(jsonargparse.ArgumentParser):
+    """A parser for a command that knows all of its options."""
 
-    Raises:
-        UserError: The folder holds results of another recipe.
-    """
-    recipe: dict[str, Any] = {"options": [without_password(option) for option in options]}
-    for file in (
-        Path(option.partition("=")[2]) for option in options if option.startswith("--config=")
-    ):
-        recipe.setdefault("config", []).extend(
-            file.read_text().splitlines() if file.is_file() else []
-        )
-    with suppress(ValueError):
-        if not (folder / RECIPE).is_file() or json.loads((folder / RECIPE).read_text()) == recipe:
-            return recipe
-    raise UserError(
-        f"{folder} holds results of another recipe ({RECIPE}): name another folder with --out."
-    )
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
 
-
-class _OneSentence:
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise a `UserError` with what is wrong and a hint."""
+        """Raise a `UserError` that says what is wrong."""
         raise UserError(f"{account(message)} ({HELP_HINT})")
 
 
-class Parser(_OneSentence, jsonargparse.ArgumentParser):
-    """Of a command whose options are all its own."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
-
-
-class PartParser(_OneSentence, argparse.ArgumentParser):
-    """Of a command that hands on the options which it does not know, as jsonargparse's cannot.
+class PartParser(argparse.ArgumentParser):
+    """A parser for a command that hands the options that it does not know on to `fit`.
 
     Args:
-        command: Its name.
+        command: Name of the command.
     """
 
     def __init__(self, command: str) -> None:
-        super().__init__(prog=f"python -m cifar_transfer.{command}", allow_abbrev=False)
+        super().__init__(prog=f"python -m cifar_transfer {command}", allow_abbrev=False)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, which would take an unknown option with a space in its value for no option."""
-        known = self._option_string_actions
-        unknown = [arg.startswith("--") and arg.partition("=")[0] not in known for arg in args]
-        hidden = [
-            arg.replace(" ", "\0") if other else arg
-            for arg, other in zip(args, unknown, strict=True)
-        ]
-        given, rest = super().parse_known_args(hidden, namespace)
-        return given, [arg.replace("\0", " ") for arg in rest]
+    def error(self, message: str) -> NoReturn:
+        """Raise a `UserError` that says what is wrong."""
+        raise UserError(f"{account(message)} ({HELP_HINT})")
+
+    def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse like argparse, but let the value of an unknown option contain spaces.
+
+        argparse takes "--data.root=my photos" for an argument that is no option.
+        """
+        hidden_spaces = []
+        for arg in args:
+            name = arg.partition("=")[0]
+            if name.startswith("--") and name not in self._option_string_actions:
+                arg = arg.replace(" ", "\0")
+            hidden_spaces.append(arg)
+        options, unknown = super().parse_known_args(hidden_spaces, namespace)
+        return options, [arg.replace("\0", " ") for arg in unknown]

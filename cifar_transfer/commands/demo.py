@@ -1,58 +1,56 @@
 """Transfer learning in a minute or two, without data and network: `python -m cifar_transfer demo`.
 
-ResNet18 is pretrained on one task of drawn shapes; then another task, with 40 images a class, is learned from there
-with the freeze schedule, and beside it from scratch. All three are runs of `fit`, which take its options and the
-recipes demo-upstream, demo-transfer and demo-scratch.
+ResNet18 is pretrained on one task of drawn shapes. Then it learns another task, with 40 images a
+class, once from these weights with the freeze schedule and once from scratch. All three are runs of
+`fit` with the recipes demo-upstream, demo-transfer and demo-scratch, and take its options.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.base.files import LOGS, RESULT
-
-
-def run(name: str, options: list[str]) -> dict[str, Any]:
-    """What `result.json` says of a `fit` with the recipe `demo-NAME`, and its folder as "run".
-
-    Raises:
-        UserError: The run keeps no result.
-        SystemExit: The run failed, and has said why.
-    """
-    if any(option.startswith("--trainer.fast_dev_run") for option in options):
-        raise UserError("The demo compares runs, but fast_dev_run keeps none: leave it out.")
-    root = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    root.add_argument("--trainer.default_root_dir", dest="folder", type=Path, default=Path())
-    logs = root.parse_known_args(options)[0].folder / LOGS
-    before = set(logs.glob(f"*/{RESULT}"))
-    print(f"\n--- {name} ---", flush=True)
-    command = [sys.executable, "-m", "cifar_transfer.fit", f"--config=demo-{name}", *options]
-    if status := subprocess.run(command, check=False).returncode:
-        sys.exit(status)
-    found = sorted(set(logs.glob(f"*/{RESULT}")) - before, key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError(
-            f"The {name} run has kept no result, so there is nothing to compare: leave {options} out."
-        )
-    return json.loads(found[-1].read_text()) | {"run": found[-1].parent}
+from cifar_transfer.cli.fit_process import finished_runs, read_result, run_fit
 
 
 def main(args: Sequence[str]) -> None:
-    """Pretrain, transfer, compare."""
-    began, options = time.monotonic(), [*args]
-    upstream = run("upstream", options)["run"] / "checkpoints" / "best.ckpt"
-    transfer = run("transfer", [f"--model.weights={upstream}", *options])
-    scratch = run("scratch", options)
-    print(
-        f"\nTest accuracy on ten new shapes from 40 images each ({time.monotonic() - began:.0f} s in all):"
-    )
-    print(
-        f"  {transfer['best/test_acc']:6.1%}  pretrained on other shapes, then 5 epochs frozen and 7 not"
-    )
-    print(f"  {scratch['best/test_acc']:6.1%}  from scratch, 12 epochs")
+    """Pretrain, transfer, train from scratch, and print both accuracies.
+
+    Raises:
+        UserError: The options keep a run from having a result.
+        SystemExit: A run failed, and has said why.
+    """
+    if any(arg.startswith("--trainer.fast_dev_run") for arg in args):
+        raise UserError("The demo compares runs, but fast_dev_run keeps none: leave it out.")
+    start = time.monotonic()
+    upstream = _fit("upstream", args)
+    weights = upstream / "checkpoints" / "best.ckpt"
+    transfer = _fit("transfer", [f"--model.weights={weights}", *args])
+    scratch = _fit("scratch", args)
+    seconds = time.monotonic() - start
+    transfer_accuracy = read_result(transfer)["best/test_acc"]
+    scratch_accuracy = read_result(scratch)["best/test_acc"]
+    print(f"\nTest accuracy on ten new shapes from 40 images each ({seconds:.0f} s in all):")
+    print(f"  {transfer_accuracy:6.1%}  pretrained on other shapes, then 5 epochs frozen and 7 not")
+    print(f"  {scratch_accuracy:6.1%}  from scratch, 12 epochs")
+
+
+def _fit(name: str, options: Sequence[str]) -> Path:
+    """Run `fit` with the recipe `demo-NAME`, and return the folder of the run."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--trainer.default_root_dir", dest="root", type=Path, default=Path())
+    root = parser.parse_known_args(options)[0].root
+    earlier_runs = finished_runs(root)
+    print(f"\n--- {name} ---", flush=True)
+    status = run_fit([f"--config=demo-{name}", *options])
+    if status != 0:
+        sys.exit(status)
+    new_runs = [run for run in finished_runs(root) if run not in earlier_runs]
+    if not new_runs:
+        raise UserError(
+            f"The {name} run has kept no result, so there is nothing to compare: "
+            f"leave {list(options)} out."
+        )
+    return new_runs[-1]

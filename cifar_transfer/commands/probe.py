@@ -24,7 +24,7 @@ from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.files import LOGS, RESULT, write_csv, write_json, write_text
 from cifar_transfer.base.text import markdown
 from cifar_transfer.cli.features_cli import features_of, parser
-from cifar_transfer.cli.parsers import RECIPE, check_recipe
+from cifar_transfer.cli.recipes import RECIPE_FILE, check_recipe
 from cifar_transfer.features import heads
 from cifar_transfer.network.contestant import Contestant, contestants
 from cifar_transfer.results import plots
@@ -96,7 +96,7 @@ def probe(one: Contestant, options: argparse.Namespace, of_fit: Sequence[str]) -
     if trainer.is_global_zero:
         data.record_splits(home)
         write_json(home / RESULT, row)
-        write_json(home / RECIPE, check_recipe(home, one.options))
+        write_json(home / RECIPE_FILE, check_recipe(home, one.options))
     return row
 
 
@@ -121,7 +121,7 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
 def write(rows: Sequence[Row], out: Path, recipe: dict[str, Any]) -> None:
     """Write `probe.md`, `probe.csv` and `probe.png` into `out`, and the recipe of all."""
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / RECIPE, recipe)
+    write_json(out / RECIPE_FILE, recipe)
     lines = table(rows, [*COLUMNS])
     write_text(out / "probe.md", markdown(lines))
     write_csv(out / "probe.csv", lines)
@@ -175,7 +175,7 @@ def main(args: Sequence[str]) -> int:
         [f"--views={given.views}", *(f"--config={file}" for file in given.config), *of_fit],
     )
     before = (
-        given.out.glob(f"*/{RESULT}") if (given.out / RECIPE).is_file() else ()
+        given.out.glob(f"*/{RESULT}") if (given.out / RECIPE_FILE).is_file() else ()
     )  # of the same recipe
     rows: dict[str, Row] = {
         path.parent.name: json.loads(path.read_text()) for path in sorted(before)

@@ -1,0 +1,141 @@
+"""Misspelt names of options: which ones certainly do not exist, and what they may mean."""
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Sequence
+from importlib import metadata
+
+from cifar_transfer.base.errors import UserError
+
+MAX_HINTS = 3  # names in a message
+MIN_LIKENESS = 0.6  # of a name in a message, from 0 to 1
+MAX_BEHIND_THE_BEST = 0.1  # by which a name in a message may be less like than the likeliest
+SYNONYMS = {
+    "amp": "precision",
+    "arch": "backbone",
+    "architecture": "backbone",
+    "bf16": "precision",
+    "bs": "batch_size",
+    "checkpoint": "resume",
+    "continue": "resume",
+    "data_dir": "root",
+    "dataset": "data",
+    "epochs": "max_epochs",
+    "fp16": "precision",
+    "freeze": "unfreeze_epoch",
+    "gpus": "devices",
+    "half": "precision",
+    "learning_rate": "lr",
+    "log_dir": "default_root_dir",
+    "logdir": "default_root_dir",
+    "model": "backbone",
+    "net": "backbone",
+    "network": "backbone",
+    "out": "default_root_dir",
+    "output": "default_root_dir",
+    "output_dir": "default_root_dir",
+    "pretrained": "weights",
+    "resume_from": "resume",
+    "resume_from_checkpoint": "resume",
+    "save_dir": "default_root_dir",
+    "scheduler": "schedule",
+    "seed": "seed_everything",
+    "size": "image_size",
+    "wd": "weight_decay",
+    "workers": "num_workers",
+}
+
+
+def check_options(args: Sequence[str], names: Collection[str], lightning: str) -> None:
+    """Refuse an option that does not exist.
+
+    Options of a class that may not be one of this package's are left to the parser.
+
+    Args:
+        args: Options of a command line.
+        names: All options that are listed for the command.
+        lightning: Version of Lightning whose Trainer has the listed options.
+
+    Raises:
+        UserError: There is no such option.
+    """
+    for arg in args:
+        name = arg.partition("=")[0].removesuffix("+")
+        if not name.startswith("--") or name in names:
+            continue
+        group = _closest_parent(name, names)
+        if group == "--data":
+            complete = _has_listed_data_module(args)
+        elif group == "--trainer":
+            complete = metadata.version("lightning") == lightning
+        else:
+            takes_a_class = f"{group}.help" in names
+            complete = not takes_a_class
+        if complete:
+            raise unknown_option(name, names)
+
+
+def _closest_parent(name: str, names: Collection[str]) -> str:
+    """Return the closest parent that is listed: "--data" for "--data.augment.flp"; or ""."""
+    parent = name.rpartition(".")[0]
+    while parent and parent not in names:
+        parent = parent.rpartition(".")[0]
+    return parent
+
+
+def _has_listed_data_module(args: Sequence[str]) -> bool:
+    """Return whether the data module is certainly one of this package.
+
+    A file of options or a dotted path may name another one.
+    """
+    value_follows = False
+    for arg in args:
+        if value_follows and not _is_own_class(arg):
+            return False
+        if arg.startswith(("--config", "-c", "--resume")):
+            return False
+        if arg.startswith("--data=") and not _is_own_class(arg.removeprefix("--data=")):
+            return False
+        value_follows = arg == "--data"
+    return True
+
+
+def _is_own_class(name: str) -> bool:
+    return re.fullmatch(r"(cifar_transfer\.)?\w+", name) is not None
+
+
+def unknown_option(name: str, names: Iterable[str]) -> UserError:
+    """Return the error for an option that does not exist, with the names that may be meant."""
+    hints = similar(name, names)
+    if not hints:
+        return UserError(f"There is no option {name}. All options: --help")
+    return UserError(
+        f"There is no option {name}: did you mean {' or '.join(hints)}? All options: --help"
+    )
+
+
+def similar(name: str, names: Iterable[str]) -> list[str]:
+    """Return up to three names that a misspelt one may mean, the likeliest first.
+
+    Names are compared as a whole and by their last part: `--epochs` is similar to
+    `--trainer.max_epochs`.
+    """
+    likeness = {candidate: _likeness(name, candidate) for candidate in names}
+    ranked = sorted(likeness, key=lambda candidate: -likeness[candidate])[:MAX_HINTS]
+    if not ranked:
+        return []
+    least = max(MIN_LIKENESS, likeness[ranked[0]] - MAX_BEHIND_THE_BEST)
+    return [candidate for candidate in ranked if likeness[candidate] >= least]
+
+
+def _likeness(name: str, candidate: str) -> float:
+    """Return how similar a misspelt name is to an existing one, from 0 to 1."""
+    name = name.lstrip("-").replace("-", "_")
+    candidate = candidate.lstrip("-")
+    last_part = name.rpartition(".")[2]
+    last_part = SYNONYMS.get(last_part, last_part)
+    last_part_of_candidate = candidate.rpartition(".")[2]
+    return max(
+        difflib.SequenceMatcher(None, name, candidate).ratio(),
+        difflib.SequenceMatcher(None, last_part, last_part_of_candidate).ratio(),
+    )
