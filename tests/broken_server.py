@@ -64,7 +64,7 @@ class Behaviours(BaseHTTPRequestHandler):
     """One method for each misbehaviour; `data` is the content of the file asked for."""
 
     site: BrokenServer
-    timeout = 5.0  # seconds; for a client that neither reads nor leaves
+    timeout = 1.0  # seconds, for a client that neither reads nor leaves
 
     def do_GET(self) -> None:
         self.site.hits[self.path] += 1

@@ -17,8 +17,9 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
 
 from cifar_transfer import BackboneFreeze, Phase
-from cifar_transfer.base.console import ProgressBar, say
+from cifar_transfer.base.console import say
 from cifar_transfer.results.terminal import Table
+from cifar_transfer.training.progress_bar import OneLineProgressBar
 
 HEADING = "epoch  train loss  train acc  val loss  val acc         lr    time      left"
 BAR = re.compile(r"[█▏▎▍▌▋▊▉]")
@@ -132,7 +133,7 @@ def test_the_bar_never_wraps_and_lines_do_not_tear_it(monkeypatch, columns, plai
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1") if plain else monkeypatch.delenv("NO_COLOR", raising=False)
-    bar, owner = ProgressBar(), trainer()
+    bar, owner = OneLineProgressBar(), trainer()
     bar.setup(owner, nn.Module(), "fit")
     for number in range(2):
         bar.on_train_batch_start(owner, nn.Module(), (None, range(1024)), number)

@@ -1,19 +1,19 @@
-"""Weights from torch's and the Hugging Face cache: verified, and fetched once more when damaged."""
+"""Weights in torch's and the Hugging Face cache: verified, and downloaded again when damaged."""
 
 import hashlib
-import multiprocessing
 import threading
 import time
 from contextlib import suppress
 from functools import partial
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
+import pooch
 import pytest
 import torch
-from broken_server import BEHAVIOURS, BrokenServer
+from broken_server import BrokenServer
+from conftest import FORKS
 from safetensors.torch import save
 from torchvision import models
 
@@ -22,69 +22,77 @@ from cifar_transfer.base import download
 from cifar_transfer.base.download import fetch
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.data import cifar
-from cifar_transfer.network import build, weights
+from cifar_transfer.network import build, catalog, weights, weights_download
+from cifar_transfer.network.weights_download import published_file
 
 TINY = "shufflenet_v2_x0_5"
 VIT = "timm/test_vit"
+CONTENT = bytes(range(256)) * 1000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+NAME = f"w-{SHA256[:8]}.pth"
 
 
-def assert_arrived(model, state):
-    """Every tensor of the model but the head's is that of `state`."""
-    own = {
-        key: value
-        for key, value in model.network.state_dict().items()
-        if not key.startswith(model.heads)
-    }
-    assert own
-    assert all(torch.equal(value, state[key]) for key, value in own.items())
+def torchvision_entry(url):
+    return SimpleNamespace(hub=None, url=url, mebibytes=0.25)
 
 
-def test_no_network_names_the_three_ways_out(tmp_path, monkeypatch):
+HUB_ENTRY = SimpleNamespace(hub=("somebody/network", "model.safetensors"))
+
+
+def test_without_a_network_three_ways_out_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     entry = models.get_model_weights(TINY).DEFAULT
-    monkeypatch.setattr(
-        type(entry), "url", f"http://127.0.0.1:9/{entry.url.rsplit('/', 1)[-1]}", raising=False
-    )
+    url = f"http://127.0.0.1:9/{entry.url.rsplit('/', 1)[-1]}"
+    monkeypatch.setattr(type(entry), "url", url, raising=False)
     with pytest.raises(UserError, match=r"copy the file to .*weights=FILE.*weights=none"):
         TransferClassifier(TINY, "DEFAULT")
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hugging Face Hub as a download asks for."""
+class Hub(ThreadingHTTPServer):
+    """As much of the Hugging Face Hub as a download asks for: one file of any repository."""
 
-    content = b""
-    broken = False  # sends zeros instead
-    stalls = ""  # the method that never gets a whole answer
-    served: ClassVar[list[str]] = []
+    def __init__(self, content):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.content = content
+        self.file_name = "model.safetensors"
+        self.sends_zeros = False
+        self.stalling_method = ""
+        self.served_paths = []
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    server: Hub
 
     def do_GET(self):
-        if (
-            self.command == self.stalls
-        ):  # a byte now and then, so that no time-out of a socket fires
-            with suppress(OSError):
-                self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Never-Ending: ")
-                while True:
-                    self.wfile.write(b"x")
-                    time.sleep(0.05)
-        if not self.path.endswith("/model.safetensors"):
-            self.send_error(404)
+        if self.command == self.server.stalling_method:
+            self._send_byte_by_byte()
+        if not self.path.endswith(f"/{self.server.file_name}"):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
             return
-        digest = hashlib.sha256(self.content).hexdigest()
+        content = self.server.content
+        digest = hashlib.sha256(content).hexdigest()
         self.send_response(200)
-        for key, value in (
-            ("X-Repo-Commit", "c" * 40),
-            ("ETag", f'"{digest}"'),
-            ("X-Linked-Etag", f'"{digest}"'),
-            ("X-Linked-Size", str(len(self.content))),
-            ("Content-Length", str(len(self.content))),
-        ):
-            self.send_header(key, value)
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.send_header("ETag", f'"{digest}"')
+        self.send_header("X-Linked-Etag", f'"{digest}"')
+        self.send_header("X-Linked-Size", str(len(content)))
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":
-            self.served.append(self.path)
-            self.wfile.write(bytes(len(self.content)) if self.broken else self.content)
+            self.server.served_paths.append(self.path)
+            self.wfile.write(bytes(len(content)) if self.server.sends_zeros else content)
 
     do_HEAD = do_GET
+
+    def _send_byte_by_byte(self):
+        """Send a header without end, so that no time-out of a socket fires."""
+        with suppress(OSError):
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Never-Ending: ")
+            while True:
+                self.wfile.write(b"x")
+                time.sleep(0.05)
 
     def log_message(self, *_):
         pass
@@ -92,203 +100,211 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants", reason="comes with timm")
+    with Hub(CONTENT) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        yield server
+        server.shutdown()
+
+
+def test_timms_weights_come_from_the_hub_once(hub):
     pytest.importorskip("timm", reason="timm is an optional extra")
-    import huggingface_hub.constants as constants
-
-    Hub.content, Hub.served = save(build.stock(VIT).state_dict()), []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(
-        constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        address + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    yield server
-    server.shutdown()
-
-
-def test_timms_weights_come_from_the_hub_and_a_damaged_file_is_fetched_once_more(
-    hub, tmp_path, caplog, monkeypatch
-):
-    name = f"{VIT}.r160_in1k"
-    model = TransferClassifier(name, "DEFAULT", num_classes=3, image_size=160)
-    assert len(Hub.served) == 1
-    assert "r160_in1k" in Hub.served[0]
+    state = build.stock(VIT).state_dict()
+    hub.content = save(state)
+    model = TransferClassifier(f"{VIT}.r160_in1k", "DEFAULT", num_classes=3, image_size=160)
+    for name, value in model.network.state_dict().items():
+        if not name.startswith(model.heads):
+            assert torch.equal(value, state[name]), name
     TransferClassifier(VIT, "r160_in1k", num_classes=3, image_size=160)
-    assert len(Hub.served) == 1, "from the cache"
-    (blob,) = (tmp_path / "hub").glob("models--*/blobs/*")
-    content = blob.read_bytes()
-    blob.write_bytes(content[:-100] + bytes(100))  # same size, other numbers
+    assert len(hub.served_paths) == 1
+    assert "r160_in1k" in hub.served_paths[0]
+
+
+def test_a_damaged_file_in_the_hubs_cache_is_kept_aside_and_downloaded_again(hub, caplog):
+    path = published_file(HUB_ENTRY)
+    blob = path.resolve()
+    damaged = CONTENT[:-100] + bytes(100)
+    blob.write_bytes(damaged)
     with caplog.at_level("INFO"):
-        again = TransferClassifier(name, "DEFAULT", num_classes=3, image_size=160)
+        path = published_file(HUB_ENTRY)
     assert "is not the published file (SHA-256 " in caplog.text
     (aside,) = blob.parent.glob("*.other-*")
-    assert aside.read_bytes() == content[:-100] + bytes(100), "it is kept"
-    assert len(Hub.served) == 2
-    assert blob.read_bytes() == content
-    assert_arrived(again, model.network.state_dict())
-    monkeypatch.setattr(Hub, "broken", True)
-    blob.write_bytes(b"")
-    with pytest.raises(UserError, match=r"of wrong bytes.*Three ways out"):
-        TransferClassifier(name, "DEFAULT", num_classes=3)
+    assert aside.read_bytes() == damaged
+    assert path.read_bytes() == CONTENT
+    assert len(hub.served_paths) == 2
+    assert published_file(HUB_ENTRY).read_bytes() == CONTENT
+    assert len(hub.served_paths) == 2
 
 
-def test_without_the_hub_there_are_three_ways_out(hub, monkeypatch):
+def test_other_bytes_than_the_hub_announced_are_not_used(hub):
+    hub.sends_zeros = True
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"other bytes arrived .*Three ways out"):
+            published_file(HUB_ENTRY)
+
+
+def test_a_blob_that_is_a_link_into_a_store_of_other_names_is_verified_by_its_own(hub):
+    """As huggingface_hub since 2.3 shares files that several repositories have."""
+    path = published_file(HUB_ENTRY)
+    blob = path.resolve()
+    shared = blob.with_name("f" * 64)
+    blob.rename(shared)
+    blob.symlink_to(shared.name)
+    assert published_file(HUB_ENTRY) == path
+    shared.write_bytes(b"damaged")
+    assert published_file(HUB_ENTRY).read_bytes() == CONTENT
+
+
+def test_a_repository_without_safetensors_has_another_file(hub):
+    hub.file_name = "pytorch_model.bin"
+    assert published_file(HUB_ENTRY).name == "pytorch_model.bin"
+    assert published_file(HUB_ENTRY).read_bytes() == CONTENT
+    assert len(hub.served_paths) == 1
+
+
+def test_a_repository_without_either_file_is_told(hub):
+    hub.file_name = "another.file"
+    message = r"could not be fetched \(.*\)\. Three ways out: .*weights=FILE"
+    with pytest.raises(UserError, match=message):
+        published_file(HUB_ENTRY)
+
+
+@pytest.mark.slow
+def test_without_the_hub_three_ways_out_are_named(hub):
+    """huggingface_hub tries for half a minute."""
     hub.shutdown()
     hub.server_close()
-    with pytest.raises(
-        UserError, match=r"could not be fetched \(.*\)\. Three ways out: .*weights=FILE"
-    ):
-        TransferClassifier(f"{VIT}.r160_in1k", "DEFAULT")
+    message = r"could not be fetched \(.*\)\. Three ways out: .*weights=FILE"
+    with pytest.raises(UserError, match=message):
+        published_file(HUB_ENTRY)
 
 
-@pytest.mark.parametrize(
-    ("method", "why"), [("HEAD", "no answer within 1 s"), ("GET", "silent for 1 s")]
-)
-def test_a_hub_that_sends_a_byte_now_and_then_is_left(hub, tmp_path, monkeypatch, method, why):
-    monkeypatch.setattr(Hub, "stalls", method)
-    monkeypatch.setattr(weights, "HUB_SECONDS", 1)
-    monkeypatch.setattr(weights, "fetch", partial(fetch, stall_seconds=1))
-    began = time.monotonic()
-    with pytest.raises(UserError, match=rf"{why}.*Three ways out"):
-        TransferClassifier(f"{VIT}.r160_in1k", "DEFAULT")
-    assert time.monotonic() - began < 20
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_a_hub_that_sends_a_byte_now_and_then_is_left(hub, tmp_path, monkeypatch, method):
+    hub.stalling_method = method
+    monkeypatch.setattr(weights_download, "DOWNLOAD_SECONDS", 1)
+    with pytest.raises(UserError, match=r"\(not finished after 1 s\)\. Three ways out"):
+        published_file(HUB_ENTRY)
     assert not list((tmp_path / "hub").glob("models--*/snapshots/*/*"))
 
 
-CONTENT = bytes(range(256)) * 1000
-GOOD = ("ok", "slow", "unsaid", "overlong")
+def data_download(home, url):
+    """Return where the archive of CIFAR-10 belongs, and the call that downloads it."""
+    cifar.ARCHIVE_MD5 = hashlib.md5(CONTENT).hexdigest()
+    return home / cifar.ARCHIVE, partial(cifar.download, home, url)
 
 
-def source(what, home, url):
-    """Where the file of a kind belongs below a folder, and the call of the product that fetches it from a server."""
-    digest = hashlib.sha256(CONTENT).hexdigest()
-    if what == "data":
-        cifar.ARCHIVE_MD5 = hashlib.md5(CONTENT).hexdigest()
-        return home / cifar.ARCHIVE, partial(cifar.download, home, url)
-    if what == "torchvision":
-        torch.hub.set_dir(home)
-        name = url.rpartition("/")[2]
-        return home / "checkpoints" / name, partial(weights._fetch, url, 0.25)
-    import huggingface_hub.constants
-
-    huggingface_hub.constants.HF_HUB_CACHE = str(home)
-    found = SimpleNamespace(etag=digest, location=url, size=len(CONTENT))
-    huggingface_hub.get_hf_file_metadata = lambda _: found
-    path = home / "models--a--b" / "blobs" / digest
-    huggingface_hub.hf_hub_download = lambda *_, **options: path if path.is_file() else _absent()
-    return path, partial(weights._from_hub, SimpleNamespace(hub=("a/b", "model.safetensors")))
-
-
-def _absent():
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    raise LocalEntryNotFoundError("not in the cache")
+def torchvision_download(home, url):
+    """Return where torchvision's file belongs, and the call that downloads it."""
+    torch.hub.set_dir(home)
+    path = home / "checkpoints" / url.rpartition("/")[2]
+    return path, partial(published_file, torchvision_entry(url))
 
 
 @pytest.fixture
 def restored(monkeypatch):
-    """What `source` changes is as before, afterwards."""
-    import huggingface_hub.constants
-
+    """Restore afterwards what the two functions above change."""
     monkeypatch.setattr(cifar, "ARCHIVE_MD5", cifar.ARCHIVE_MD5)
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HF_HUB_CACHE", huggingface_hub.constants.HF_HUB_CACHE
-    )
-    for name in ("get_hf_file_metadata", "hf_hub_download"):
-        monkeypatch.setattr(huggingface_hub, name, getattr(huggingface_hub, name))
-    before = torch.hub.get_dir()
+    folder = torch.hub.get_dir()
     yield
-    torch.hub.set_dir(before)
+    torch.hub.set_dir(folder)
 
 
-NAME = f"w-{hashlib.sha256(CONTENT).hexdigest()[:8]}.pth"
-
-
-@pytest.mark.parametrize("behaviour", [name for name in BEHAVIOURS if name not in GOOD])
-@pytest.mark.parametrize("what", ["data", "torchvision", "hub"])
+@pytest.mark.parametrize("behaviour", ["trickle", "stall", "truncated", "wrong", "missing"])
+@pytest.mark.parametrize("prepare", [data_download, torchvision_download])
 def test_a_broken_server_leaves_no_file_and_a_way_out(
-    tmp_path, monkeypatch, restored, what, behaviour
+    tmp_path, monkeypatch, restored, prepare, behaviour
 ):
-    """Or, where the second attempt is good, the file."""
-    for module in (cifar, weights):
-        monkeypatch.setattr(module, "fetch", partial(fetch, stall_seconds=0.4))
-    monkeypatch.setattr(download, "PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(cifar, "ARCHIVE_BYTES", len(CONTENT))
+    def impatient_fetch(urls, path, **options):
+        return fetch(urls, path, **options | {"total_seconds": 1})
+
+    monkeypatch.setattr(cifar, "fetch", impatient_fetch)
+    monkeypatch.setattr(weights_download, "fetch", impatient_fetch)
+    monkeypatch.setattr(download, "READ_SECONDS", 0.4)
+    monkeypatch.setattr(pooch.core, "time", SimpleNamespace(sleep=lambda seconds: None))
     with BrokenServer({f"/{NAME}": CONTENT}) as server:
-        path, get = source(what, tmp_path, server.url(f"/{behaviour}/{NAME}"))
-        began = time.monotonic()
-        if behaviour == "once_500":
-            assert get().read_bytes() == CONTENT
-            return
+        path, get = prepare(tmp_path, server.url(f"/{behaviour}/{NAME}"))
         with pytest.raises(UserError, match=rf"{server.host}.*Three ways out"):
             get()
-        assert time.monotonic() - began < 10
     assert not path.exists()
 
 
-def fetch_one(what, home, url):
-    """A process of its own."""
-    path, get = source(what, home, url)
+def download_in_process(prepare, home, url):
+    path, get = prepare(home, url)
     assert get() == path
 
 
-@pytest.mark.parametrize("what", ["data", "torchvision", "hub"])
-def test_of_four_processes_one_downloads(tmp_path, restored, what):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["cifar_transfer.weights", __name__]
-    )  # else each imports torch for itself
+@pytest.mark.parametrize("prepare", [data_download, torchvision_download])
+def test_of_four_processes_one_downloads(tmp_path, prepare, restored):
     with BrokenServer({f"/{NAME}": CONTENT}, slow_rate=200_000) as server:
-        url = server.url(f"/slow/{NAME}")
-        four = [context.Process(target=fetch_one, args=(what, tmp_path, url)) for _ in range(4)]
-        for process in four:
+        args = (prepare, tmp_path, server.url(f"/slow/{NAME}"))
+        processes = [FORKS.Process(target=download_in_process, args=args) for _ in range(4)]
+        for process in processes:
             process.start()
-        for process in four:
+        for process in processes:
             process.join(120)
-        assert [process.exitcode for process in four] == [0] * 4
+        assert [process.exitcode for process in processes] == [0] * 4
         assert server.hits.total() == 1
-    assert source(what, tmp_path, url)[0].read_bytes() == CONTENT
+    path, _ = prepare(*args[1:])
+    assert path.read_bytes() == CONTENT
 
 
 def test_the_library_says_how_large_a_file_may_be(monkeypatch):
-    """ResNet18's has 46,830,571 bytes; a body without end is left a little after, not after gigabytes."""
-    asked = {}
-    monkeypatch.setattr(
-        weights, "fetch", lambda *_, **options: asked.update(options) or Path("unread")
-    )
-    monkeypatch.setattr(weights, "read_file", lambda path: ({}, {}))
+    """ResNet18's file has 46,830,571 bytes; a body without end is left a little after that."""
+    options = {}
+
+    def record_options(urls, path, **keywords):
+        options.update(keywords)
+        return path
+
+    monkeypatch.setattr(weights_download, "fetch", record_options)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "/nowhere")
-    weights.read("resnet18", "DEFAULT")
-    assert 46_830_571 < asked["max_bytes"] < 48_000_000
+    entry = next(iter(catalog.weights("resnet18").values()))
+    assert published_file(entry) == Path("/nowhere/checkpoints/resnet18-f37072fd.pth")
+    assert 46_830_571 < options["max_bytes"] < 48_000_000
 
 
-def test_weights_in_torchs_cache_are_used_and_a_damaged_file_is_fetched_once_more(
+def test_weights_in_torchs_cache_are_used_and_a_damaged_file_is_downloaded_again(
     tmp_path, monkeypatch, caplog
 ):
-    torch.save(models.get_model(TINY).state_dict(), tmp_path / "w.pth")
-    content = (tmp_path / "w.pth").read_bytes()
-    name = f"tiny-{hashlib.sha256(content).hexdigest()[:8]}.pth"
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / name).write_bytes(content)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "site")
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/{name}"
-        cached = weights._fetch(url)
-        assert cached == tmp_path / "checkpoints" / name
-        cached.write_bytes(content[:-1])
+    with BrokenServer({f"/{NAME}": CONTENT}) as server:
+        entry = torchvision_entry(server.url(f"/{NAME}"))
+        path = published_file(entry)
+        assert path == tmp_path / "checkpoints" / NAME
+        path.write_bytes(CONTENT[:-1])
         with caplog.at_level("INFO"):
-            assert weights._fetch(url).read_bytes() == content
-        assert f"{name} is not the published file (SHA-256 " in caplog.text
-        (aside,) = cached.parent.glob("*.other-*")
-        assert aside.read_bytes() == content[:-1], "it is kept"
-        server.shutdown()
-    assert weights._fetch(url).read_bytes() == content, "without the server, from the cache"
-    cached.write_bytes(content[:-1])
+            assert published_file(entry).read_bytes() == CONTENT
+        assert f"{NAME} is not the published file (SHA-256 " in caplog.text
+        (aside,) = path.parent.glob("*.other-*")
+        assert aside.read_bytes() == CONTENT[:-1]
+    assert published_file(entry).read_bytes() == CONTENT, "without the server, from the cache"
+    path.write_bytes(CONTENT[:-1])
     with pytest.raises(UserError, match="could not download"):
-        weights._fetch(url)
+        published_file(entry)
+
+
+def test_a_file_whose_name_has_no_hash_is_not_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    entry = torchvision_entry("http://127.0.0.1:9/weights.pth")
+    with pytest.raises(UserError, match="names no hash to verify it by"):
+        published_file(entry)
+    path = tmp_path / "checkpoints" / "weights.pth"
+    path.parent.mkdir()
+    path.write_bytes(CONTENT)
+    assert published_file(entry) == path
+
+
+def test_default_weights_are_the_librarys_first(monkeypatch):
+    entries = []
+    monkeypatch.setattr(weights, "published_file", entries.append)
+    monkeypatch.setattr(weights, "read_weights", lambda path: ({}, {}))
+    pretrained = weights.read("resnet50", "DEFAULT")
+    assert pretrained.published is entries[0]
+    assert pretrained.published.name == "IMAGENET1K_V2"
+    assert weights.read("resnet50", "IMAGENET1K_V1").published.name == "IMAGENET1K_V1"

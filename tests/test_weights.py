@@ -371,7 +371,7 @@ def test_values_that_are_no_numbers_are_refused(tmp_path, upstream):
     state = upstream.state_dict()
     state["conv5.0.weight"][0, 0] = float("nan")
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"no numbers, in conv5\.0\.weight"):
+    with pytest.raises(UserError, match=r"NaN or infinite, in conv5\.0\.weight"):
         TransferClassifier(TINY, str(tmp_path / "w.pth"))
 
 

@@ -33,6 +33,7 @@ from cifar_transfer.training.freeze import BackboneFreeze
 from cifar_transfer.training.interrupt import Interrupt
 from cifar_transfer.training.logger import RunLogger
 from cifar_transfer.training.loss_guard import Guard
+from cifar_transfer.training.progress_bar import OneLineProgressBar
 from cifar_transfer.training.resume import compare_checkpoint, keep_size
 
 ROOT = "--trainer.default_root_dir"
@@ -244,7 +245,7 @@ class FitCLI(PlainCLI):
         bar = options.enable_progress_bar is not False and sys.stdout.isatty() and not own_bar
         if not (bar or own_bar):
             kwargs["enable_progress_bar"] = False
-        bars = [console.ProgressBar()] if bar else []
+        bars = [OneLineProgressBar()] if bar else []
         # First, because others ask for the run's folder when training starts.
         folders = [] if options.fast_dev_run else [self.folder]
         kwargs["callbacks"] = [

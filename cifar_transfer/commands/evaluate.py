@@ -20,6 +20,7 @@ from cifar_transfer.results.collect import PROJECTED, CollectPredictions
 from cifar_transfer.results.publish import FOLDER, publish
 from cifar_transfer.training.checkpoint_file import read_checkpoint
 from cifar_transfer.training.evaluation import evaluate_checkpoint, load_data
+from cifar_transfer.training.progress_bar import OneLineProgressBar
 
 
 def evaluate(
@@ -72,7 +73,7 @@ def evaluate(
         "enable_checkpointing": False,
         "enable_progress_bar": (terminal := sys.stdout.isatty()),
     }
-    trainer = Trainer(**given, callbacks=[console.ProgressBar()] if terminal else [])
+    trainer = Trainer(**given, callbacks=[OneLineProgressBar()] if terminal else [])
     results = evaluate_checkpoint(trainer, ckpt, data, split, collected, mirrored)
     if leave_out and collected and collected.predictions:  # of the first process
         said, rows = collected.predictions, splits.without(data.names, leave_out)[split]

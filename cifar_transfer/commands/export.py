@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from cifar_transfer.base.errors import UserError, first_line
 from cifar_transfer.base.files import write_json
 from cifar_transfer.cli.parsers import Parser
-from cifar_transfer.network import build, weights
+from cifar_transfer.network import build
 from cifar_transfer.network.image_classifier import ImageNetwork
+from cifar_transfer.network.weights_file import read_weights
 from cifar_transfer.training.checkpoint_file import load_network
 
 Format = Literal["state_dict", "safetensors", "onnx", "torch_export"]
@@ -188,7 +189,7 @@ def _read(to: Format, model: ImageNetwork, path: Path) -> Callable[[Tensor], Ten
     plain, _ = build.with_head(
         options["backbone"], options["num_classes"], options["aux_weight"] > 0, False
     )
-    plain.load_state_dict(weights.read_file(path)[0])
+    plain.load_state_dict(read_weights(path)[0])
     return plain.eval()
 
 

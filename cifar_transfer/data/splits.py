@@ -20,7 +20,6 @@ from cifar_transfer.base.untrusted import open_regular
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 RECORD = "splits.json.gz"  # in the folder of a run
-MOST_BYTES = 2**30  # of a record, unpacked: the names of some ten million images
 Names = dict[
     Split, list[str]
 ]  # of the images of each split, as "train/cat/007.png": where it lies, class, name
@@ -89,9 +88,7 @@ def read(checkpoint: str | Path) -> Names | None:
         return None
     try:
         with open_regular(path) as file, gzip.open(file) as unpacked:
-            names = json.loads(
-                unpacked.read(MOST_BYTES)
-            )  # cut there, and so damaged, if it unpacks to more
+            names = json.loads(unpacked.read())
         return {split: [str(name) for name in names[split]] for split in SPLITS}
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
         raise UserError(

@@ -12,7 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
 from anyascii import anyascii
 from matplotlib import font_manager, rc_context
 from matplotlib.ft2font import FT2Font
@@ -136,8 +135,8 @@ def class_name(name: str) -> str:
 def language_of(run: Path) -> str:
     """The language in a run's configuration; English where there is none. Errors are those of `read_yaml`."""
     try:
-        return str(yaml.safe_load(read_yaml(run / CONFIG))["report"]["language"])
-    except (OSError, yaml.YAMLError, LookupError, TypeError):
+        return str(read_yaml(run / CONFIG)["report"]["language"])
+    except (OSError, LookupError, TypeError):
         return "en"
 
 

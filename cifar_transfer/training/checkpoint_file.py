@@ -13,7 +13,6 @@ from torch import Tensor
 from cifar_transfer.base.errors import UserError, first_line
 from cifar_transfer.base.files import LOGS
 from cifar_transfer.base.text import program
-from cifar_transfer.base.untrusted import check_archive
 from cifar_transfer.data.geometry import GEOMETRY_KEY, LARGEST_SIDE, Geometry
 from cifar_transfer.network.image_classifier import MOST_CLASSES, ImageNetwork
 
@@ -47,7 +46,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"The checkpoint {path} {what}: a run keeps its own in RUN/checkpoints/best.ckpt."
         )
-    check_archive(path)
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError:
