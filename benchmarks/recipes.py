@@ -15,9 +15,10 @@ from lightning import Trainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from cifar_transfer import TransferClassifier
 from cifar_transfer.results.report import RESULT
 from cifar_transfer.training.checkpoint_file import read_checkpoint
-from cifar_transfer.training.evaluation import load_data, load_model
+from cifar_transfer.training.evaluation import load_data
 
 RECIPES = {
     "default": [],
@@ -70,7 +71,9 @@ def curve(run: Path, every: int = 1) -> list[tuple[float, float]]:
         points = []
         for path in paths:
             seconds = read_checkpoint(path)["callbacks"]["Report"]["seconds"]
-            figures = trainer.test(load_model(path), data, verbose=False)[0]
+            figures = trainer.test(
+                TransferClassifier.load_from_checkpoint(path), data, verbose=False
+            )[0]
             points.append((seconds / 60, figures["test/acc"]))
         with kept.open("w", newline="") as file:
             csv.writer(file).writerows(points)

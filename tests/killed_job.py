@@ -12,8 +12,8 @@ from cifar_transfer.base import files
 from cifar_transfer.cli.fit_cli import FitCLI
 from cifar_transfer.commands.fit import fit
 from cifar_transfer.data import cache
-from cifar_transfer.training import schedule
 from cifar_transfer.training import run as runs
+from cifar_transfer.training import schedule
 
 
 def at(owner, name, left, when=lambda *args: True, number=signal.SIGKILL):

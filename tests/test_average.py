@@ -21,7 +21,7 @@ from cifar_transfer.base.errors import UserError
 from cifar_transfer.commands.evaluate import evaluate
 from cifar_transfer.commands.export import export
 from cifar_transfer.commands.fit import fit
-from cifar_transfer.training.ema import RAW, STEPS
+from cifar_transfer.training.checkpoint_file import RAW_STATE_KEY, STEPS_KEY
 
 DECAY = 0.7  # reached by the warm-up at the seventh step
 JOB = [*TINY, f"--model.ema={DECAY}", "--freeze.unfreeze_epoch=1", "--trainer.max_epochs=3"]
@@ -132,8 +132,8 @@ def test_it_is_that_of_ten_lines_and_of_timm_from_its_first_step_on(tmp_path, mo
     trainer.save_checkpoint(tmp_path / "w.ckpt")
     saved = torch.load(tmp_path / "w.ckpt", weights_only=True)
     assert same(saved["state_dict"], average)
-    assert same(saved[RAW], witness.steps[-1]), "although the training is over"
-    assert saved[STEPS] == len(witness.steps)
+    assert same(saved[RAW_STATE_KEY], witness.steps[-1]), "although the training is over"
+    assert saved[STEPS_KEY] == len(witness.steps)
 
 
 def test_a_frozen_backbone_is_its_own_average_to_the_bit():
@@ -141,7 +141,7 @@ def test_a_frozen_backbone_is_its_own_average_to_the_bit():
     train(witness, epochs=1, default_root_dir=os.devnull)
     (shown, _), last = witness.shown[-1], witness.steps[-1]
     differ = [name for name in shown if not torch.equal(shown[name], last[name])]
-    assert differ == ["network.fc.weight", "network.fc.bias"]
+    assert differ == ["classifier.network.fc.weight", "classifier.network.fc.bias"]
 
 
 def test_what_is_saved_within_a_validation_or_with_weights_only_has_the_average_in_its_place(
@@ -162,7 +162,7 @@ def test_what_is_saved_within_a_validation_or_with_weights_only_has_the_average_
         torch.load(tmp_path / name, weights_only=True) for name in ("w.ckpt", "only.ckpt")
     )
     assert same(within["state_dict"], average)
-    assert same(within[RAW], witness.steps[-1])
+    assert same(within[RAW_STATE_KEY], witness.steps[-1])
     assert same(only["state_dict"], average), "of the step that has just been made"
 
 
@@ -182,7 +182,7 @@ def test_every_use_of_a_checkpoint_is_of_the_average(tmp_path, monkeypatch, undi
             == evaluate(BEST, split, accelerator="cpu", figures=False)[f"{split}/acc"]
         )
     checkpoint = torch.load(LAST, weights_only=True)
-    torch.save(checkpoint | {"state_dict": checkpoint[RAW]}, "raw.ckpt")
+    torch.save(checkpoint | {"state_dict": checkpoint[RAW_STATE_KEY]}, "raw.ckpt")
     shown = curves(RUN)["val/loss"][-1][1]
     losses = {
         name: evaluate(name, "val", accelerator="cpu", figures=False)["val/loss"]
@@ -196,15 +196,16 @@ def test_every_use_of_a_checkpoint_is_of_the_average(tmp_path, monkeypatch, undi
     other = TransferClassifier("shufflenet_v2_x0_5", LAST, num_classes=10)
     for used in (exported, copy(other.network)):
         assert same(
-            {f"network.{name}": value for name, value in used.items()}, checkpoint["state_dict"]
+            {f"classifier.network.{name}": value for name, value in used.items()},
+            checkpoint["state_dict"],
         )
 
 
 def assert_same_run(one, other):
     states = [torch.load(folder / LAST, weights_only=True) for folder in (one, other)]
-    for key in ("state_dict", RAW):
+    for key in ("state_dict", RAW_STATE_KEY):
         assert same(*(state[key] for state in states)), key
-    assert states[0][STEPS] == states[1][STEPS]
+    assert states[0][STEPS_KEY] == states[1][STEPS_KEY]
     scores = [
         [sorted(curves(folder / RUN)[tag]) for tag in ("val/loss", "train/loss_epoch")]
         for folder in (one, other)
@@ -233,7 +234,7 @@ def test_stopped_and_resumed_it_is_that_of_a_run_never_stopped(
     monkeypatch.setattr(TransferClassifier, where, stop)
     with pytest.raises(SystemExit, match="143"):
         fit(JOB)
-    assert torch.load(LAST, weights_only=True)[STEPS] == (
+    assert torch.load(LAST, weights_only=True)[STEPS_KEY] == (
         12 if where == "validation_step" else number
     )
     fit([f"--resume={RUN}"])

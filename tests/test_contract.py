@@ -23,7 +23,7 @@ from conftest import RUN, TINY, run_fit
 
 import cifar_transfer
 from cifar_transfer.cli import start
-from cifar_transfer.training.ema import RAW, STEPS
+from cifar_transfer.training.checkpoint_file import RAW_STATE_KEY, STEPS_KEY
 
 CONTRACT = Path(__file__).with_name("contract.json")
 JOB = [*TINY, "--trainer.max_epochs=1", "--freeze.unfreeze_epoch=0", "--report.figures=true"]
@@ -209,7 +209,7 @@ def live_contract(run):
     return {
         "public names": sorted(cifar_transfer.__all__),
         "checkpoint": sorted(checkpoint),
-        "checkpoint with ema": [RAW, STEPS],
+        "checkpoint with ema": [RAW_STATE_KEY, STEPS_KEY],
         "checkpoint hyper_parameters": sorted(checkpoint["hyper_parameters"]),
         "checkpoint datamodule_hyper_parameters": sorted(checkpoint["datamodule_hyper_parameters"]),
         "checkpoint callbacks": callbacks,

@@ -50,9 +50,9 @@ def test_ranks_are_equal_to_the_last_bit_after_the_unfreezing(plain):
     assert_equal_ranks(ranks)
     assert ranks[0]["val"] == ranks[1]["val"], "the schedule must see one loss"
     before, after = ranks[0]["steps"][0]["before"], ranks[0]["state"]
-    assert not torch.equal(before["network.conv1.0.weight"], after["network.conv1.0.weight"]), (
-        "it did unfreeze"
-    )
+    assert not torch.equal(
+        before["classifier.network.conv1.0.weight"], after["classifier.network.conv1.0.weight"]
+    ), "it did unfreeze"
 
 
 @pytest.mark.whole
@@ -72,9 +72,9 @@ def phases(tmp_path_factory):
 
 
 HEAD, MIDDLE, ALL = (
-    ("network.fc.",),
-    ("network.fc.", "network.stage4.", "network.conv5."),
-    ("network.",),
+    ("classifier.network.fc.",),
+    ("classifier.network.fc.", "classifier.network.stage4.", "classifier.network.conv5."),
+    ("classifier.network.",),
 )
 
 
@@ -134,7 +134,9 @@ def test_the_command_runs_and_resumes_on_two_processes(tmp_path):
     assert "  3/3  " in done.stdout
     assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
     after = weights(run / "checkpoints" / "last.ckpt")
-    assert not torch.equal(before["network.conv1.0.weight"], after["network.conv1.0.weight"])
+    assert not torch.equal(
+        before["classifier.network.conv1.0.weight"], after["classifier.network.conv1.0.weight"]
+    )
 
 
 @pytest.mark.slow

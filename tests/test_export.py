@@ -160,8 +160,10 @@ def test_a_file_with_other_logits_is_not_kept(trained, tmp_path, monkeypatch, ca
 def test_a_network_that_computes_no_numbers_is_not_exported(trained, tmp_path):
     path, _ = trained["lenet5"]
     broken = torch.load(path, weights_only=True)
-    broken["state_dict"]["network.classifier.0.weight"] *= 1e4  # so that tanh gives 1 and -1
-    broken["state_dict"]["network.classifier.2.weight"].sign_().mul_(
+    broken["state_dict"]["classifier.network.classifier.0.weight"] *= (
+        1e4  # so that tanh gives 1 and -1
+    )
+    broken["state_dict"]["classifier.network.classifier.2.weight"].sign_().mul_(
         3e38
     )  # too large to be added up
     torch.save(broken, tmp_path / "best.ckpt")

@@ -117,7 +117,10 @@ def test_a_frozen_backbone_that_teaches_nothing_is_told(tmp_path, monkeypatch, d
     fit([*LENET, "--trainer.max_epochs=10", "--model.lr=3e-3"])
     state = weights(f"{CHECKPOINTS}/last.ckpt")
     torch.save(
-        {name.removeprefix("network."): value * (not dead) for name, value in state.items()},
+        {
+            name.removeprefix("classifier.network."): value * (not dead)
+            for name, value in state.items()
+        },
         "w.pth",
     )
     options = [

@@ -90,18 +90,29 @@ def test_beyond_the_last_epoch_only_the_head_trains(tmp_path):
     _, module = fit(tmp_path, BackboneFreeze(unfreeze_epoch=99), 2)
     fresh, _ = make()
     same = [torch.equal(a, b) for a, b in zip(module.parameters(), fresh.parameters(), strict=True)]
-    assert same == [not name.startswith("network.fc.") for name, _ in module.named_parameters()]
+    assert same == [
+        not name.startswith("classifier.network.fc.") for name, _ in module.named_parameters()
+    ]
 
 
 def test_patterns_freeze_only_what_they_name(tmp_path):
-    freeze = BackboneFreeze(unfreeze_epoch=99, frozen=[r"network\.(conv1|stage2)\."])
+    freeze = BackboneFreeze(unfreeze_epoch=99, frozen=[r"classifier\.network\.(conv1|stage2)\."])
     rows, module = fit(tmp_path, freeze, 1)
     names = {name for name, _ in module.named_parameters()}
     assert names - rows[0]["trains"] == {
-        n for n in names if n.startswith(("network.conv1.", "network.stage2."))
+        n
+        for n in names
+        if n.startswith(("classifier.network.conv1.", "classifier.network.stage2."))
     }
-    assert {"network.conv1", "network.stage2", "network.stage2.0.branch1.1"} <= rows[0]["eval"]
-    assert not {"network", "network.stage3", "network.stage3.0.branch1.1"} & rows[0]["eval"]
+    assert {
+        "classifier.network.conv1",
+        "classifier.network.stage2",
+        "classifier.network.stage2.0.branch1.1",
+    } <= rows[0]["eval"]
+    assert (
+        not {"network", "classifier.network.stage3", "classifier.network.stage3.0.branch1.1"}
+        & rows[0]["eval"]
+    )
     assert all(parameter.requires_grad for parameter in module.parameters()), "given back as it was"
 
 
@@ -112,7 +123,7 @@ def test_a_pattern_that_matches_nothing_is_refused(tmp_path):
 
 def test_a_pattern_that_matches_everything_is_refused(tmp_path):
     with pytest.raises(UserError, match="freezes every parameter, also the head's"):
-        fit(tmp_path, BackboneFreeze(frozen=[r"network\..*"]), 1)
+        fit(tmp_path, BackboneFreeze(frozen=[r"classifier\.network\..*"]), 1)
 
 
 def test_a_module_without_a_named_head_is_not_frozen_as_a_whole(tmp_path):

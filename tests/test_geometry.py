@@ -18,7 +18,7 @@ from cifar_transfer.data.geometry import Geometry, choose_size, cover, resize
 from cifar_transfer.data.images import read_image, read_size
 from cifar_transfer.results.collect import CollectPredictions
 from cifar_transfer.training.checkpoint_file import read_checkpoint
-from cifar_transfer.training.evaluation import load_data, load_model
+from cifar_transfer.training.evaluation import load_data
 
 TINY = "shufflenet_v2_x0_5"
 
@@ -128,7 +128,7 @@ def test_the_same_images_give_the_same_everywhere(
     trained = fit(folder(tmp_path / "run", **images), model, **data)
     ckpt = tmp_path / "run" / "best.ckpt"
     assert read_checkpoint(ckpt)["input_size"] == list(size)
-    model, collected = load_model(ckpt), CollectPredictions()
+    model, collected = TransferClassifier.load_from_checkpoint(ckpt), CollectPredictions()
     quiet_trainer(callbacks=[collected]).test(
         model, load_data(read_checkpoint(ckpt)), verbose=False
     )
@@ -169,7 +169,9 @@ def test_evaluation_and_prediction_do_not_ask_the_images_again(tmp_path):
     checkpoint = read_checkpoint(tmp_path / "run" / "best.ckpt")
     other = folder(tmp_path / "other", ((50, 40), 4), ((60, 60), 3))
     data = load_data(checkpoint, root=str(other))
-    quiet_trainer().test(load_model(tmp_path / "run" / "best.ckpt"), data, verbose=False)
+    quiet_trainer().test(
+        TransferClassifier.load_from_checkpoint(tmp_path / "run" / "best.ckpt"), data, verbose=False
+    )
     assert {images[0][0].shape for images in data.images.values()} == {(3, 32, 32)}
 
 
@@ -270,7 +272,10 @@ def test_an_old_checkpoint_is_evaluated_as_it_was_trained(tmp_path):
     fit(folder(tmp_path, ((48, 32), 6), ((48, 32), 5)), {"image_size": 48})
     checkpoint = old(read_checkpoint(tmp_path / "best.ckpt"), input_size=[32, 48])
     torch.save(checkpoint, tmp_path / "old.ckpt")
-    model, data = load_model(tmp_path / "old.ckpt"), load_data(checkpoint)
+    model, data = (
+        TransferClassifier.load_from_checkpoint(tmp_path / "old.ckpt"),
+        load_data(checkpoint),
+    )
     trainer = quiet_trainer()
     trainer.test(model, data, verbose=False)
     assert data.image_size == Classifier(model, "cpu").size == (32, 48)
@@ -351,7 +356,7 @@ def test_statistics_are_the_datas_or_the_weights(tmp_path, statistics, backbone,
     trainer.fit(network, data)
     trainer.save_checkpoint(tmp_path / "best.ckpt")
     assert read_checkpoint(tmp_path / "best.ckpt")["hyper_parameters"]["normalize"] == resolved
-    again = load_model(tmp_path / "best.ckpt")
+    again = TransferClassifier.load_from_checkpoint(tmp_path / "best.ckpt")
     assert torch.equal(again.mean, network.mean)
     assert again.mean.flatten().tolist() == pytest.approx(list(again.geometry.mean))
     assert again.geometry == replace(

@@ -39,7 +39,7 @@ from cifar_transfer.network.dense_conv import DenseConv2d
 from cifar_transfer.results import plots
 from cifar_transfer.results.predictions import ImagePrediction, Predictions
 from cifar_transfer.results.words import lettering
-from cifar_transfer.training.ema import RAW
+from cifar_transfer.training.checkpoint_file import RAW_STATE_KEY
 
 BROKEN_YAML = {
     "no YAML": (b"a: [1\nb: {", r"cannot be read as YAML \(line 2"),
@@ -128,7 +128,8 @@ def test_fields_that_no_run_writes_are_refused_by_name(others, field, key, value
 
 
 @pytest.mark.parametrize(
-    ("part", "bad"), [("state_dict", torch.nan), ("state_dict", torch.inf), (RAW, torch.nan)]
+    ("part", "bad"),
+    [("state_dict", torch.nan), ("state_dict", torch.inf), (RAW_STATE_KEY, torch.nan)],
 )
 def test_weights_that_are_nan_are_refused_instead_of_answering_nan(others, part, bad):
     best = others / "checkpoints" / "best.ckpt"

@@ -13,10 +13,9 @@ from PIL import Image
 from test_killed import run_of
 from test_scores import predicted
 
-from cifar_transfer import Classifier
+from cifar_transfer import Classifier, TransferClassifier
 from cifar_transfer.commands.evaluate import evaluate
 from cifar_transfer.commands.export import export
-from cifar_transfer.training.evaluation import load_model
 
 SEEDS = [pytest.param(seed, marks=() if seed < 1 else pytest.mark.whole) for seed in range(200)]
 MOMENTS = (
@@ -144,7 +143,7 @@ def test_a_use_of_the_whole_program(tmp_path, monkeypatch, seed):
 def exported(best):
     """Other logits than the checkpoint's are refused by `export` itself."""
     export(str(best), "torch_export")
-    size = load_model(best).geometry.size
+    size = TransferClassifier.load_from_checkpoint(best).geometry.size
     images = torch.rand(3, 3, *size)
     graph = torch.export.load(best.with_suffix(".pt2")).module()
     said = Classifier.load(best, "cpu").predict(list(images), top_k=1)

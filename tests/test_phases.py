@@ -31,7 +31,7 @@ class Watch(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if batch_idx == 0:
             grad = {
-                name.removeprefix("network.")
+                name.removeprefix("classifier.network.")
                 for name, p in module.named_parameters()
                 if p.requires_grad
             }
@@ -82,14 +82,14 @@ def test_what_no_phase_names_stays_frozen_and_is_told_once(tmp_path, caplog):
         name.split(".")[1] in ("conv1", "stage2", "stage3") for name, _ in module.named_parameters()
     )
     assert told == [
-        f"{count} tensors of parameters, such as network.conv1.0.weight, stay frozen, because no phase trains them."
+        f"{count} tensors of parameters, such as classifier.network.conv1.0.weight, stay frozen, because no phase trains them."
     ]
 
 
 def test_phases_begin_at_their_epochs_and_set_the_rate_or_leave_it(tmp_path):
     plan = [
         Phase(["head"]),
-        Phase(["conv5", r"network\.stage4\.0"], epoch=1, lr=2e-4),
+        Phase(["conv5", r"classifier\.network\.stage4\.0"], epoch=1, lr=2e-4),
         Phase(["all"], epoch=3),
     ]
     watch, _ = fit(tmp_path, BackboneFreeze(phases=plan), 5, limit_val_batches=0)

@@ -35,6 +35,8 @@ class Colour(StrEnum):
         (np.bool_(True), True),
         (np.str_("dog"), "dog"),
         (np.unique(["b", "a"]), ["a", "b"]),
+        (np.array([32]), [32]),
+        (np.array(0.5), 0.5),
         (list(np.unique(["b", "a"])), ["a", "b"]),
         (np.logspace(-4, -2, 3)[1], 1e-3),
         (torch.tensor(2), 2),

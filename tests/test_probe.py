@@ -395,7 +395,7 @@ def test_fit_goes_on_from_the_probes_head(probed, tmp_path):
         "--model.image_size=64",
     ]
     run_fit(tmp_path, *TINY, f"--model.weights={ckpt}", *still)
-    names = ("network.fc.weight", "network.conv5.0.weight")
+    names = ("classifier.network.fc.weight", "classifier.network.conv5.0.weight")
     before, after = weights(ckpt), weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
     for name in names:
         torch.testing.assert_close(after[name], before[name])
@@ -480,7 +480,8 @@ def test_what_would_lose_the_features_is_refused_before(tmp_path, options, match
 def heads_of(folder, monkeypatch, state, *options):
     """A run of `freeze.probe`, from these weights but for the head, that learns nothing."""
     torch.save(
-        {k: v for k, v in state.items() if not k.startswith("network.fc.")}, folder / "backbone.pth"
+        {k: v for k, v in state.items() if not k.startswith("classifier.network.fc.")},
+        folder / "backbone.pth",
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     still = [
@@ -517,8 +518,12 @@ def test_a_fit_may_begin_with_the_probes_head(probed, tmp_path, monkeypatch, opt
     done = heads_of(tmp_path, monkeypatch, best, *options)
     assert said in done.stdout
     fitted = weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
-    torch.testing.assert_close(fitted["network.fc.weight"], best["network.fc.weight"])
-    torch.testing.assert_close(fitted["network.conv5.0.weight"], best["network.conv5.0.weight"])
+    torch.testing.assert_close(
+        fitted["classifier.network.fc.weight"], best["classifier.network.fc.weight"]
+    )
+    torch.testing.assert_close(
+        fitted["classifier.network.conv5.0.weight"], best["classifier.network.conv5.0.weight"]
+    )
 
 
 @pytest.mark.slow
@@ -529,7 +534,9 @@ def test_a_resumed_fit_keeps_its_head(tmp_path, monkeypatch):
     done = run_fit(tmp_path, f"--resume={RUN}", "--trainer.max_epochs=2")
     assert "Features of" not in done.stderr
     after = weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
-    torch.testing.assert_close(after["network.fc.weight"], before["network.fc.weight"])
+    torch.testing.assert_close(
+        after["classifier.network.fc.weight"], before["classifier.network.fc.weight"]
+    )
 
 
 @pytest.mark.parametrize(

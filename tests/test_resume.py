@@ -66,7 +66,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path, 
     run_fit(tmp_path, *JOB, "--seed_everything=1", "--trainer.max_epochs=1")
     other = weights(tmp_path / LAST.replace("version_0", "version_1"))
     assert (
-        other["network.conv1.0.weight"] != weights(undisturbed / LAST)["network.conv1.0.weight"]
+        other["classifier.network.conv1.0.weight"]
+        != weights(undisturbed / LAST)["classifier.network.conv1.0.weight"]
     ).any()
 
 

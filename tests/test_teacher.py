@@ -14,8 +14,7 @@ from lightning.pytorch.callbacks import Callback
 
 from cifar_transfer import BackboneFreeze, Classifier, ShapesDataModule, TransferClassifier
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.training.checkpoint_file import load_network
-from cifar_transfer.training.evaluation import load_model
+from cifar_transfer.training.checkpoint_file import load_classifier
 from cifar_transfer.training.resume import compare
 
 NETWORK = "shufflenet_v2_x0_5"
@@ -87,7 +86,7 @@ def formula(images, logits, labels, teacher, share, temperature, weights, smooth
         return shares / shares.sum()
 
     with torch.no_grad():
-        told = load_network(teacher)(images).double().numpy()
+        told = load_classifier(teacher)(images).double().numpy()
     losses = []
     for own, theirs, label in zip(
         logits.detach().double().numpy(), told, labels.tolist(), strict=True
@@ -123,7 +122,7 @@ def test_the_loss_is_that_of_the_paper_and_nothing_of_the_teacher_is_kept(tmp_pa
 
     file = torch.load(teacher, weights_only=True)["state_dict"]
     now = {
-        f"network.{name}": value
+        f"classifier.network.{name}": value
         for name, value in model._teacher.network.network.state_dict().items()
     }
     assert [name for name, value in now.items() if not torch.equal(value, file[name])] == [], (
@@ -136,7 +135,7 @@ def test_the_loss_is_that_of_the_paper_and_nothing_of_the_teacher_is_kept(tmp_pa
     Path(teacher).unlink()
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     assert len(Classifier.load(path).predict(pixels, 3)) == 3
-    assert load_model(path).hparams["teacher"] == teacher
+    assert TransferClassifier.load_from_checkpoint(path).hparams["teacher"] == teacher
     quiet_trainer(default_root_dir=tmp_path).test(
         TransferClassifier.load_from_checkpoint(path), trainer.datamodule
     )
@@ -171,7 +170,8 @@ def test_with_no_weight_it_is_as_if_there_were_no_teacher(tmp_path, teacher):
     states = [model.state_dict() for model in (taught, alone, other)]
     assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
     assert not torch.equal(
-        states[1]["network.conv1.0.weight"], states[2]["network.conv1.0.weight"]
+        states[1]["classifier.network.conv1.0.weight"],
+        states[2]["classifier.network.conv1.0.weight"],
     ), "it is heard"
 
 
@@ -259,7 +259,7 @@ def test_two_processes_take_the_step_of_one_with_the_joint_batch(tmp_path):
     model.load_state_dict(steps[0]["before"])
     logits = model.eval()(images)
     with torch.no_grad():
-        told = (load_network(teacher)(images) / 4).softmax(1)
+        told = (load_classifier(teacher)(images) / 4).softmax(1)
     divergence = (told * (told.log() - (logits / 4).log_softmax(1))).sum(1).mean()
     (0.5 * F.cross_entropy(logits, labels) + 8 * divergence).backward()
     assert len(steps[0]["gradients"]) == len([*model.parameters()]), "everything trains"

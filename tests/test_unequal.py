@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cifar_transfer.training.scoring import ByClass
 from conftest import RUN, assert_same_weights, curves, quiet_trainer, untouched
 from lightning import seed_everything
 from PIL import Image
@@ -27,7 +28,6 @@ from cifar_transfer.data.images import ArrayImages
 from cifar_transfer.data.loading import training_loader
 from cifar_transfer.data.shapes import draw
 from cifar_transfer.training.resume import compare
-from cifar_transfer.training.scoring import ByClass
 
 SHAPES = {"drop": 1, "tee": 3, "flower": 5}  # and their places among all
 JOB = [

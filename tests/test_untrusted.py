@@ -12,6 +12,7 @@ import torch
 from conftest import RUN, TINY, Program, run_fit, weights
 
 import cifar_transfer
+from cifar_transfer import TransferClassifier
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.commands.embed import main as embed
 from cifar_transfer.commands.evaluate import evaluate
@@ -22,7 +23,7 @@ from cifar_transfer.commands.serve import main as serve
 from cifar_transfer.inference.predictor import Classifier
 from cifar_transfer.network.weights_file import read_weights
 from cifar_transfer.training.checkpoint_file import read_checkpoint
-from cifar_transfer.training.evaluation import load_data, load_model
+from cifar_transfer.training.evaluation import load_data
 
 
 def disguises(run, program):
@@ -42,7 +43,12 @@ def test_a_program_as_a_checkpoint_or_as_weights_is_refused(tmp_path, run, progr
     inside = disguises(run, program)[disguise]
     for name in ("w.ckpt", "w.pth"):
         path = program(tmp_path / name, call, inside)
-        for read in (read_checkpoint, load_model, Classifier.load, read_weights):
+        for read in (
+            read_checkpoint,
+            TransferClassifier.load_from_checkpoint,
+            Classifier.load,
+            read_weights,
+        ):
             with pytest.raises(UserError, match="not opened"):
                 read(path)
 
@@ -70,7 +76,7 @@ def test_a_program_in_an_older_or_another_format_is_refused(tmp_path, write):
             tmp_path / name,
             {"state_dict": Program(marker), "hyper_parameters": {"backbone": "resnet18"}},
         )
-        for read in (load_model, read_weights):
+        for read in (TransferClassifier.load_from_checkpoint, read_weights):
             with pytest.raises(UserError, match=r"not opened|cannot be read"):
                 read(tmp_path / name)
     assert not marker.exists()
@@ -157,7 +163,7 @@ def test_a_checkpoint_whose_parts_have_other_sizes_is_refused_or_read(
 ):
     lying(run, tmp_path / "w.ckpt", change)
     with outcome:
-        load_model(tmp_path / "w.ckpt")
+        TransferClassifier.load_from_checkpoint(tmp_path / "w.ckpt")
 
 
 NOT_THAT = "does not hold the network that it says it does"
@@ -182,7 +188,7 @@ def test_a_checkpoint_of_absurd_sizes_is_refused(tmp_path, run, absurd, says):
         checkpoint["state_dict"][name] = torch.zeros(1).as_strided((10**6, 10**6), (0, 0))
     torch.save(checkpoint, tmp_path / "w.ckpt")
     with pytest.raises(UserError, match=rf"w\.ckpt {says}"):
-        load_model(tmp_path / "w.ckpt")
+        TransferClassifier.load_from_checkpoint(tmp_path / "w.ckpt")
 
 
 def test_the_version_is_in_each_checkpoint_and_told_where_it_matters(tmp_path, monkeypatch, run):
@@ -213,7 +219,7 @@ def test_weights_of_another_network_than_the_options_name_are_told(tmp_path, run
     checkpoint["hyper_parameters"]["backbone"] = "resnet18"
     torch.save(checkpoint, tmp_path / "w.ckpt")
     with pytest.raises(UserError, match="does not hold the network that it says it does"):
-        load_model(tmp_path / "w.ckpt")
+        TransferClassifier.load_from_checkpoint(tmp_path / "w.ckpt")
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, 5000, -1])

@@ -12,7 +12,7 @@ from cifar_transfer.base.errors import UserError
 
 
 def as_primitive(name: str, value: Any) -> Any:
-    """Return a value as a checkpoint stores it: None, bool, int, float, str, or lists and dicts of these.
+    """Return a value as a checkpoint stores it: numbers, text, None, lists and dicts of these.
 
     Checkpoints are read with `torch.load(weights_only=True)`, which refuses everything else but
     tensors. An option that is no primitive would train for hours and leave a checkpoint that
@@ -21,8 +21,8 @@ def as_primitive(name: str, value: Any) -> Any:
     Args:
         name: Name of the option, for the message.
         value: Primitives, paths, NumPy scalars, strings and arrays, tensors, dataclasses, and
-            lists, tuples and dicts with string keys of all these. An array or tensor without
-            dimensions, or with one element, becomes a number; others become lists.
+            lists, tuples and dicts with string keys of all these. Arrays become lists; a tensor
+            with one element becomes a number.
 
     Raises:
         UserError: The value holds anything else.
@@ -32,13 +32,11 @@ def as_primitive(name: str, value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().numpy()
+        return value.item() if value.numel() == 1 else value.tolist()
     if isinstance(value, np.ndarray | np.generic):
-        if value.size == 1:
-            return as_primitive(name, value.item())
-        return as_primitive(name, value.tolist())
-    if isinstance(value, bool | int | float | str):
-        return _as_base_class(value)
+        return value.tolist()
+    if isinstance(value, str):  # of a subclass, such as a member of an enum
+        return str.__str__(value)
     if is_dataclass(value) and not isinstance(value, type):
         return as_primitive(name, asdict(value))
     if isinstance(value, list | tuple):
@@ -50,14 +48,6 @@ def as_primitive(name: str, value: Any) -> Any:
         f"{name} is {type(value).__module__}.{type(value).__name__}, which a checkpoint cannot "
         f"store: give numbers, text, or lists of these."
     )
-
-
-def _as_base_class(value: bool | int | float | str) -> bool | int | float | str:
-    """Return a value of a subclass, such as an enum of strings, as plain text or number."""
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(kind.__str__(value)) if kind is str else kind(value)
-    return value
 
 
 def _check_keys(name: str, value: Mapping[Any, Any]) -> None:

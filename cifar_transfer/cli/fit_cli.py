@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ from cifar_transfer.base.untrusted import read_yaml
 from cifar_transfer.cli import recipes, spelling, start
 from cifar_transfer.cli.parsers import HELP_HINT
 from cifar_transfer.data.module import ImageDataModule
+from cifar_transfer.network.image_classifier import NetworkDescription, built_from
 from cifar_transfer.results.report import LOG_EVERY, Report
 from cifar_transfer.training import run as runs
 from cifar_transfer.training.checkpoint_file import read_checkpoint
@@ -201,28 +203,29 @@ class FitCLI(PlainCLI):
             )  # killed in its first epoch: from the beginning
 
     def before_instantiate_classes(self) -> None:
-        """A checkpoint holds all weights, so none are fetched, and what the words for size and statistics meant."""
-        self._weights = self.config.model.weights
+        """Read the checkpoint of a run that continues."""
         self._continued: dict[str, Any] | None = None
         if path := self.config.ckpt_path:
             self._continued = read_checkpoint(path)
-            saved = self._continued["hyper_parameters"]
-            self.config.model.weights = "none"
-            for name, words in (("image_size", ["native"]), ("normalize", ["weights", None])):
-                if self.config.model[name] in words:
-                    self.config.model[name] = saved[name]
 
     def instantiate_classes(self) -> None:
-        """Make the classes, record the weights that were given, and lock a run that continues."""
-        super().instantiate_classes()
-        self.model.hparams["weights"] = self._weights
+        """Make the classes, and lock a run that continues.
+
+        A checkpoint holds all weights, so none are fetched for its network.
+        """
+        network_of_checkpoint: AbstractContextManager[None] = nullcontext()
+        if self._continued is not None:
+            description = NetworkDescription.from_checkpoint(self._continued)
+            network_of_checkpoint = built_from(description)
+        with network_of_checkpoint:
+            super().instantiate_classes()
         if self.resumed:
             runs.check_places(self.trainer, self.resumed)
         if self._continued:
             compare_checkpoint(
                 self.trainer, self.model, self.datamodule, self._continued
             )  # before anything is decoded
-            keep_size(self.datamodule, self.model, self._continued)
+            keep_size(self.datamodule, self._continued)
         self.folder.lock(self.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from jsonargparse import auto_cli
 from lightning import Trainer
+from lightning.pytorch import Callback
 from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer.base import console
@@ -19,7 +20,7 @@ from cifar_transfer.data import splits
 from cifar_transfer.results.collect import PROJECTED, CollectPredictions
 from cifar_transfer.results.publish import FOLDER, publish
 from cifar_transfer.training.checkpoint_file import read_checkpoint
-from cifar_transfer.training.evaluation import evaluate_checkpoint, load_data
+from cifar_transfer.training.evaluation import MirroredAccuracy, evaluate_checkpoint, load_data
 from cifar_transfer.training.progress_bar import OneLineProgressBar
 
 
@@ -74,7 +75,10 @@ def evaluate(
         "enable_progress_bar": (terminal := sys.stdout.isatty()),
     }
     trainer = Trainer(**given, callbacks=[OneLineProgressBar()] if terminal else [])
-    results = evaluate_checkpoint(trainer, ckpt, data, split, collected, mirrored)
+    callbacks: list[Callback] = [collected] if collected else []
+    if mirrored:
+        callbacks.append(MirroredAccuracy(data.num_classes))
+    results = evaluate_checkpoint(trainer, ckpt, data, split, callbacks)
     if leave_out and collected and collected.predictions:  # of the first process
         said, rows = collected.predictions, splits.without(data.names, leave_out)[split]
         results[f"{split}/acc_without"] = float(

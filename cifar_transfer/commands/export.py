@@ -25,9 +25,9 @@ from cifar_transfer.base.errors import UserError, first_line
 from cifar_transfer.base.files import write_json
 from cifar_transfer.cli.parsers import Parser
 from cifar_transfer.network import build
-from cifar_transfer.network.image_classifier import ImageNetwork
+from cifar_transfer.network.image_classifier import ImageClassifier
 from cifar_transfer.network.weights_file import read_weights
-from cifar_transfer.training.checkpoint_file import load_network
+from cifar_transfer.training.checkpoint_file import load_classifier
 
 Format = Literal["state_dict", "safetensors", "onnx", "torch_export"]
 ENDINGS = {
@@ -66,7 +66,7 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
     missing = [package for package in ("onnx", "onnxscript") if find_spec(package) is None]
     if to == "onnx" and missing:
         raise UserError(f"ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
-    model = load_network(ckpt)
+    model = load_classifier(ckpt)
     path = Path(out) if out else Path(ckpt).with_suffix(ENDINGS[to])
     if path.suffix != ENDINGS[to] or path.resolve() == Path(ckpt).resolve():
         raise UserError(
@@ -78,7 +78,7 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
         )
     if model.changes and to not in GRAPHS:
         raise UserError(
-            f"The library's {model.options['backbone']} cannot take these weights, because this one was adapted "
+            f"The library's {model.backbone} cannot take these weights, because this one was adapted "
             f"({'; '.join(model.changes)}): export it --to onnx or torch_export."
         )
     inside = preprocess and to in GRAPHS
@@ -108,7 +108,7 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
         ) from None
     except Exception as error:  # of any kind, from tracing somebody's network
         raise UserError(
-            f"{model.options['backbone']} cannot be exported to {to} ({first_line(error)})."
+            f"{model.backbone} cannot be exported to {to} ({first_line(error)})."
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -123,14 +123,12 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
     return difference
 
 
-def _notes(model: ImageNetwork, taken: Tensor, inside: bool) -> dict[str, Any]:
+def _notes(model: ImageClassifier, taken: Tensor, inside: bool) -> dict[str, Any]:
     """What a program needs to know beside the network."""
-    options = model.options
     size = f"float32 [batch, 3, {taken.shape[2]}, {taken.shape[3]}], RGB in [0, 1]"
     return {
-        "backbone": options["backbone"],
-        "class_names": options["class_names"]
-        or [str(label) for label in range(options["num_classes"])],
+        "backbone": model.backbone,
+        "class_names": model.class_names,
         "input": size if inside else f"{size}, then (x - mean) / std of each channel",
         "input_shape": ["batch", *taken.shape[1:]],
         "preprocess": inside,
@@ -172,7 +170,7 @@ def _write(
         onnx.save(path, external_data=False)
 
 
-def _read(to: Format, model: ImageNetwork, path: Path) -> Callable[[Tensor], Tensor] | None:
+def _read(to: Format, model: ImageClassifier, path: Path) -> Callable[[Tensor], Tensor] | None:
     """The file as others will use it; None without onnxruntime."""
     if to == "torch_export":
         return torch.export.load(path).module()
@@ -185,10 +183,7 @@ def _read(to: Format, model: ImageNetwork, path: Path) -> Callable[[Tensor], Ten
         return lambda images: torch.from_numpy(
             session.run(["logits"], {"images": images.numpy()})[0]
         )
-    options = model.options
-    plain, _ = build.with_head(
-        options["backbone"], options["num_classes"], options["aux_weight"] > 0, False
-    )
+    plain, _ = build.with_head(model.backbone, model.num_classes, initialise=False)
     plain.load_state_dict(read_weights(path)[0])
     return plain.eval()
 

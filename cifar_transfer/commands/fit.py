@@ -95,7 +95,7 @@ def _job(cli: FitCLI) -> Outcome | None:
         collect = (
             CollectPredictions(PROJECTED if options.projector else 0) if options.figures else None
         )
-        found = evaluate_checkpoint(trainer, best, data, split, collect)
+        found = evaluate_checkpoint(trainer, best, data, split, [collect] if collect else None)
         scores |= {
             f"best/{name.replace('/', '_')}": found[name]
             for name in found
@@ -121,7 +121,7 @@ def _job(cli: FitCLI) -> Outcome | None:
     lines |= {
         "checkpoint": f"the best, of epoch {min(epoch, epochs)}",  # the last weights are saved after the epoch
         "training": f"{epochs} epoch{'s' * (epochs > 1)} in {duration(result['seconds'])}, {speed}",
-        "network": f"{model.hparams['backbone']}, {result['parameters']:,} parameters",
+        "network": f"{model.classifier.backbone}, {result['parameters']:,} parameters",
         "run": str(run),
         "look at it": f"tensorboard --logdir {run.parent}",
         "predict": f"{program('predict')} IMAGE{'' if newest else f' --ckpt {checkpoint}'}",

@@ -9,7 +9,7 @@ Training, evaluation, prediction and exported graphs all follow one `Geometry`, 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
@@ -21,7 +21,6 @@ from cifar_transfer.base.errors import UserError
 
 Size = tuple[int, int]  # height and width in pixels
 
-GEOMETRY_KEY = "geometry"  # in checkpoints
 LARGEST_SIDE = 4000  # pixels that an image may be asked to be brought to
 LARGEST_KEPT = 256  # pixels: up to this, images that share one size keep it
 MIXED_SIDE = 224  # pixels: the largest square that other images become, unless a size is asked for
@@ -45,19 +44,14 @@ class Geometry:
     )  # pixels, of the square that the network takes, resized on the device; None: as decoded
     mean: Sequence[float]  # of R, G, B in [0, 1]
     std: Sequence[float]
-    stretch: bool = False  # rectangles are squashed, not cut, to `input_side`, as before checkpoints had a geometry
 
     @classmethod
-    def of(cls, checkpoint: Mapping[str, Any]) -> "Geometry":
-        """That of a checkpoint; of an old one that has none, by its options, such that it behaves as it was trained."""
-        if saved := checkpoint.get(GEOMETRY_KEY):
-            height, width = saved["size"]
-            return cls(**saved | {"size": (height, width)})
-        options = checkpoint.get("hyper_parameters", {})
-        side = options.get("image_size")
-        height, width = checkpoint.get("input_size") or [side or DEFAULT_SIDE] * 2
-        mean, std = statistics(options.get("normalize", "cifar10") or "imagenet")
-        return cls((height, width), side, mean, std, stretch=True)
+    def from_primitives(cls, stored: Mapping[str, Any]) -> "Geometry":
+        """Return the geometry that a checkpoint stores as lists and numbers."""
+        height, width = stored["size"]
+        return cls(
+            (height, width), stored["input_side"], tuple(stored["mean"]), tuple(stored["std"])
+        )
 
     @property
     def input_size(self) -> Size:
@@ -82,7 +76,7 @@ class Geometry:
         )
         if not inside:
             if self.input_size != self.size:
-                cut = "" if self.stretch or height == width else "Cut out the centre square. "
+                cut = "" if height == width else "Cut out the centre square. "
                 words += (
                     f" {cut}Resize (bilinear, antialiased) to {pixels(self.input_size)} pixels."
                 )
@@ -100,10 +94,6 @@ class Geometry:
         }
         own = {} if inside else {"mean": list(self.mean), "std": list(self.std)}
         return {"preparation": words, "geometry": sizes | method, **own}
-
-    def saved(self) -> dict[str, Any]:
-        """As primitives, for a checkpoint."""
-        return asdict(self)
 
 
 def choose_size(sizes: Sequence[Size], largest: int | None) -> Size:
@@ -137,15 +127,15 @@ def cover(image: Image.Image, size: Size) -> Image.Image:
     return ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
 
 
-def resize(images: Tensor, side: int | None, stretch: bool = False) -> Tensor:
-    """Float images [B, 3, H, W] as squares [B, 3, side, side]: of rectangles the centre, or squashed if `stretch`.
+def resize(images: Tensor, side: int | None) -> Tensor:
+    """Float images [B, 3, H, W] as squares [B, 3, side, side]: of rectangles the centre.
 
     A `side` of None leaves them as they are.
     """
     height, width = images.shape[-2:]
     if side is None or height == width == side:
         return images
-    if height != width and not stretch:
+    if height != width:
         images = center_crop(images, [min(height, width)] * 2)
     return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
 

@@ -77,11 +77,12 @@ class FeatureExtractor(LightningModule):
         test: bool = True,
     ) -> None:
         super().__init__()
-        self.classifier, self.data, self.folder = (
+        self.module, self.data, self.folder = (
             classifier.eval(),
             data,
             folder or default_folder(),
         )
+        self.classifier = classifier.classifier
         self.views, self.limit_gb, self.test = views, limit_gb, test
         self.allow_zero_length_dataloader_with_multiple_devices = True  # of parts that are there
         self.parts: list[Part] = []
@@ -89,7 +90,7 @@ class FeatureExtractor(LightningModule):
         head = classifier.network.get_submodule(classifier.heads[0])
         if not isinstance(head, torch.nn.Linear) or head.bias is None:
             raise UserError(
-                f"{classifier.hparams['backbone']} cannot be probed, because its head is no linear layer with a bias: "
+                f"{classifier.classifier.backbone} cannot be probed, because its head is no linear layer with a bias: "
                 f"take another."
             )
         self.in_bfloat16 = False  # whether training images take bfloat16
@@ -103,7 +104,7 @@ class FeatureExtractor(LightningModule):
         self.trainer.datamodule = self.data  # type: ignore[attr-defined] # where the classifier looks for it
         self.data.trainer = self.trainer
         self.data.setup()
-        self.classifier.setup(stage)
+        self.module.setup(stage)
         self._plan()
 
     def _plan(self) -> None:
@@ -267,7 +268,7 @@ class FeatureExtractor(LightningModule):
         wanted = head.logits(val._replace(views=[val.views[0][: len(images)]]))
         if not torch.allclose(given, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
             raise UserError(
-                f"{self.classifier.hparams['backbone']} cannot be probed, because it does more with its head's logits: "
+                f"{self.classifier.backbone} cannot be probed, because it does more with its head's logits: "
                 f"take another."
             )
 

@@ -240,7 +240,7 @@ def begin_with_logistic(trainer: Trainer, classifier: Any) -> None:
         UserError: As `FeatureExtractor`; or network or data are not of this package.
     """
     data = getattr(trainer, "datamodule", None)
-    if not (isinstance(data, ImageDataModule) and hasattr(classifier, "geometry")):
+    if not (isinstance(data, ImageDataModule) and hasattr(classifier, "classifier")):
         raise UserError(
             "probe=true needs a TransferClassifier and a data module of this package: leave it out."
         )

@@ -18,14 +18,14 @@ from torchvision.models.vision_transformer import Encoder
 
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.geometry import Size, to_float
-from cifar_transfer.network.image_classifier import ImageNetwork
+from cifar_transfer.network.image_classifier import ImageClassifier
 from cifar_transfer.results import gallery, plots
 from cifar_transfer.results.predictions import ImagePrediction
 
 SIDES = (4, 2)  # positions along a side that are wanted, or else at least
 
 
-def heat_map(model: ImageNetwork, pixels: np.ndarray) -> np.ndarray:
+def heat_map(model: ImageClassifier, pixels: np.ndarray) -> np.ndarray:
     """How much each place of an image speaks for its likeliest class.
 
     Args:
@@ -104,7 +104,7 @@ def _places(values: Tensor, size: Size) -> Tensor | None:
 
 
 def explained(
-    predictions: Iterable[ImagePrediction], model: ImageNetwork, folder: Path
+    predictions: Iterable[ImagePrediction], model: ImageClassifier, folder: Path
 ) -> Iterator[ImagePrediction]:
     """Pass predictions on, after the heat map of each has been drawn as `folder/NUMBER-NAME.png`."""
     for number, prediction in enumerate(predictions, 1):

@@ -77,7 +77,7 @@ class Page(ThreadingTCPServer):
             # Mistakes come first, and what is predicted right takes their places.
             chosen = sorted(dict(zip(names, kept.images.numpy(), strict=True)).items())[:EXAMPLES]
             examples = [(name, _png(image.transpose(1, 2, 0))) for name, image in chosen]
-        about = {"network": classifier.model.options["backbone"], "classes": len(classifier.names)}
+        about = {"network": classifier.model.backbone, "classes": len(classifier.names)}
         about |= {"size": classifier.size, "most_bytes": MOST_BYTES, "examples": examples}
         self.files = {
             "/": (page, "text/html; charset=utf-8"),

@@ -14,9 +14,9 @@ from torch import Tensor
 from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.data.geometry import Size, to_float
 from cifar_transfer.data.images import MAX_MEGAPIXELS, cores, read_image, to_pixels
-from cifar_transfer.network.image_classifier import ImageNetwork
+from cifar_transfer.network.image_classifier import ImageClassifier
 from cifar_transfer.results.predictions import ImagePrediction
-from cifar_transfer.training.checkpoint_file import load_network
+from cifar_transfer.training.checkpoint_file import load_classifier
 
 Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor
 Prediction = tuple[str, float]
@@ -27,7 +27,7 @@ class Classifier:
     """A trained network with its classes' names.
 
     Args:
-        model: As `load_network` gives it; put into eval mode, on the device.
+        model: As `load_classifier` gives it; put into eval mode, on the device.
         accelerator: "auto" for a GPU where there is one, "gpu" (or its kind, "cuda", "mps"), or "cpu".
         max_megapixels: A file of more million pixels is refused, before it is decoded.
 
@@ -45,14 +45,15 @@ class Classifier:
     """
 
     def __init__(
-        self, model: ImageNetwork, accelerator: str = "auto", max_megapixels: float = MAX_MEGAPIXELS
+        self,
+        model: ImageClassifier,
+        accelerator: str = "auto",
+        max_megapixels: float = MAX_MEGAPIXELS,
     ) -> None:
         check("max_megapixels", max_megapixels, lambda x: x > 0, "a positive number")
         self.max_megapixels = max_megapixels
         self.model = model.eval().to(_device(accelerator))
-        self.names: list[str] = model.options["class_names"] or [
-            str(i) for i in range(model.options["num_classes"])
-        ]
+        self.names: list[str] = model.class_names
         self.size = model.geometry.size
 
     @classmethod
@@ -60,7 +61,7 @@ class Classifier:
         cls, ckpt: str | Path, accelerator: str = "auto", max_megapixels: float = MAX_MEGAPIXELS
     ) -> "Classifier":
         """That of a checkpoint of `fit`; a `UserError` says that it is missing, damaged or none."""
-        return cls(load_network(ckpt), accelerator, max_megapixels)
+        return cls(load_classifier(ckpt), accelerator, max_megapixels)
 
     @overload
     def predict(self, images: Picture, top_k: int = 5) -> list[Prediction]: ...

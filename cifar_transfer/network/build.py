@@ -140,8 +140,7 @@ def build(
     source = weights.read(name, pretrained)
     published = source.published or (known[0] if known else None)
     if isinstance(image_size, str):
-        size = source.saved.get("image_size") or min(source.saved.get("input_size") or [0])
-        size = size or (published.native if published else None)
+        size = _trained_side(source.saved) or (published.native if published else None)
         if not size:
             raise UserError(
                 f"{name} has no published weights, so no native size: give image_size in pixels."
@@ -160,9 +159,18 @@ def build(
     changes = adapt(network, size, patch, small)
     DenseConv2d.convert(network)
     statistics = [list(published.mean), list(published.std)] if published else None
-    return Backbone(
-        network, heads, size, source.saved.get("normalize", statistics), changes, source.saved
-    )
+    if source.saved:
+        geometry = source.saved["geometry"]
+        statistics = [geometry["mean"], geometry["std"]]
+    return Backbone(network, heads, size, statistics, changes, source.saved)
+
+
+def _trained_side(saved: dict[str, Any]) -> int | None:
+    """Return the side of the images that the network of a checkpoint of ours takes, if it is one."""
+    if not saved:
+        return None
+    geometry = saved["geometry"]
+    return geometry["input_side"] or min(geometry["size"])
 
 
 def size_hint(name: str) -> str:
@@ -182,15 +190,15 @@ def _shape_for(
     if saved:
         if catalog.split(saved["backbone"])[0] != catalog.split(name)[0]:
             raise UserError(f"{pretrained} holds a {saved['backbone']}, not a {name}.")
-        if saved.get("small_images") and not small:
+        if saved["small_images"] and not small:
             raise UserError(
                 f"{pretrained} was trained with small_images=true: ask for it here too."
             )
         adapt(
             network,
-            saved.get("image_size"),
-            saved.get("patch_size"),
-            bool(saved.get("small_images")),
+            saved["geometry"]["input_side"],
+            saved["patch_size"],
+            saved["small_images"],
         )
     elif isinstance(network, models.VisionTransformer) and "encoder.pos_embedding" in source.state:
         tokens = (

@@ -1,127 +1,346 @@
-"""A network with all that is done to an image on its way into it: what prediction needs, without Lightning."""
+"""A network together with what is done to an image on its way into it; needs no Lightning."""
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cifar_transfer.base.errors import UserError, check
-from cifar_transfer.data.geometry import DEFAULT_SIDE, LARGEST_SIDE, Geometry, resize, statistics
+from cifar_transfer.base.primitives import as_primitive
+from cifar_transfer.data.geometry import (
+    DEFAULT_SIDE,
+    LARGEST_SIDE,
+    Geometry,
+    pixels,
+    resize,
+    statistics,
+)
 from cifar_transfer.network import build
 
-MOST_CLASSES = 10**6  # more would be a mistake, and take the memory of the machine
-# Options that checkpoints of earlier versions may lack, as they were then.
-ABSENT = {
-    "class_names": None,
-    "image_size": None,
-    "normalize": None,
-    "small_images": False,
-    "patch_size": None,
-}
+MAX_CLASSES = 10**6  # more would be a mistake, and fill the machine's memory
+NETWORK_KEY = "network"  # of the description in a checkpoint
 
 
-class ImageNetwork(nn.Module):
-    """A classifier of images, float [B, 3, H, W] in [0, 1], RGB.
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Options of a network as they are given; `TransferClassifier` documents each.
 
-    Attributes:
-        options: Those of `TransferClassifier`, with what "native" and "weights" came to.
-        network: The library's plain network.
-        heads: Names of its layers that tell the classes apart, mostly one; all the rest is the backbone.
-        changes: What was adapted to small images, in sentences.
-        saved: Options of the run whose checkpoint gave the weights, else empty.
-        geometry: How an image becomes the network's input.
-        sized: Whether `geometry.size` is that of the images trained on; until training begins it is a guess.
+    Raises:
+        UserError: An option is out of its range or cannot be stored.
     """
 
-    network: nn.Module
+    backbone: str = "resnet18"
+    weights: str = "DEFAULT"
+    num_classes: int | None = None
+    class_names: list[str] | None = None
+    image_size: int | Literal["native"] | None = None
+    normalize: str | list[list[float]] | None = None
+    small_images: bool = False
+    patch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, as_primitive(name, value))
+        sides = f"1 to {LARGEST_SIDE} pixels"
+        if self.num_classes is not None:
+            _check_num_classes(self.num_classes)
+        if self.image_size not in (None, "native"):
+            check("image_size", self.image_size, _is_side, f"{sides}, or native")
+        if self.patch_size is not None:
+            check("patch_size", self.patch_size, _is_side, sides)
+        if self.num_classes and self.class_names and len(self.class_names) != self.num_classes:
+            raise UserError(
+                f"num_classes is {self.num_classes}, but the data have {len(self.class_names)} "
+                f"classes ({', '.join(self.class_names[:4])}, ...): leave num_classes out."
+            )
+        if self.class_names:
+            _check_num_classes(len(self.class_names))
+
+    @property
+    def class_count(self) -> int:
+        """Number of classes: `num_classes`, or as many as there are names, or 10."""
+        if self.num_classes is not None:
+            return self.num_classes
+        if self.class_names:
+            return len(self.class_names)
+        return 10
+
+
+def _is_side(value: Any) -> bool:
+    return 1 <= value <= LARGEST_SIDE
+
+
+def _check_num_classes(count: int) -> None:
+    check("num_classes", count, lambda n: 2 <= n <= MAX_CLASSES, f"2 to {MAX_CLASSES:,}")
+
+
+@dataclass(frozen=True)
+class NetworkDescription:
+    """What a checkpoint says of its network: everything to build it, but not the weights.
+
+    In contrast to `NetworkOptions`, nothing is left to be found out: "native" has become a number
+    of pixels, and statistics are numbers.
+    """
+
+    backbone: str
+    num_classes: int
+    class_names: list[str] | None
+    small_images: bool
+    patch_size: int | None
+    geometry: Geometry
+
+    def to_primitives(self) -> dict[str, Any]:
+        """Return the description as a checkpoint stores it."""
+        return as_primitive(NETWORK_KEY, asdict(self))
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> "NetworkDescription":
+        """Return the description that a checkpoint holds; it was checked when it was read."""
+        stored = checkpoint[NETWORK_KEY]
+        geometry = Geometry.from_primitives(stored["geometry"])
+        return cls(**{**stored, "geometry": geometry})
+
+
+_checkpoint_description: ContextVar[NetworkDescription | None] = ContextVar(
+    "checkpoint_description", default=None
+)
+
+
+@contextmanager
+def built_from(description: NetworkDescription) -> Iterator[None]:
+    """Build every `ImageClassifier` within as a checkpoint describes it, and untrained.
+
+    A checkpoint holds all weights. So whoever loads it afterwards need not download pretrained
+    ones, nor have the file that training began with. The options of the classifier stay as given.
+    """
+    token = _checkpoint_description.set(description)
+    try:
+        yield
+    finally:
+        _checkpoint_description.reset(token)
+
+
+class ImageClassifier(nn.Module):
+    """A network that takes images, float [B, 3, H, W] in [0, 1], RGB, and gives logits.
+
+    Args:
+        options: Options of the network. Within `built_from` they only name the weights.
+
+    Attributes:
+        network: The library's plain network.
+        heads: Names of the layers in `network` that tell the classes apart, mostly one. All the
+            rest is the backbone.
+        changes: What was adapted to small images, a sentence each.
+        pretraining: Description of the network whose checkpoint gave the weights, or None if they
+            come from elsewhere.
+
+    Raises:
+        UserError: Unknown names, unfit weights, or a size that the network cannot take.
+    """
+
     mean: Tensor
     std: Tensor
+    num_classes: int
 
-    def build_network(self, options: MutableMapping[str, Any]) -> None:
-        """Build it, and its geometry as far as the options say it.
+    def __init__(self, options: NetworkOptions) -> None:
+        super().__init__()
+        description = _checkpoint_description.get()
+        if description is None:
+            self._build_pretrained(options)
+        else:
+            self._build_untrained(description)
 
-        Raises:
-            UserError: An option out of its range, or as `network.build.build`.
-        """
-        self.options = options
-        for name, value in (ABSENT | {"aux_weight": 0.0}).items():
-            options.setdefault(name, value)
-        most = f"1 to {LARGEST_SIDE} pixels"
-        for name, fits, wanted in (
-            (
-                "image_size",
-                lambda n: n in (None, "native") or 1 <= n <= LARGEST_SIDE,
-                f"{most}, or native",
-            ),
-            ("patch_size", lambda n: n is None or 1 <= n <= LARGEST_SIDE, most),
-            ("aux_weight", lambda x: 0 <= x <= 1000, "0 to 1000"),
-        ):
-            check(name, options[name], fits, wanted)
+    @classmethod
+    def from_description(cls, description: NetworkDescription) -> "ImageClassifier":
+        """Build the untrained network that a checkpoint describes; nothing is fetched."""
+        with built_from(description):
+            return cls(NetworkOptions())
+
+    def _build_pretrained(self, options: NetworkOptions) -> None:
         built = build.build(
-            *(options[name] for name in ("backbone", "weights", "num_classes", "class_names")),
-            image_size=options["image_size"],
-            small=options["small_images"],
-            patch=options["patch_size"],
-            auxiliary=options["aux_weight"] > 0,
+            options.backbone,
+            options.weights,
+            options.class_count,
+            options.class_names,
+            image_size=options.image_size,
+            small=options.small_images,
+            patch=options.patch_size,
         )
-        self.network = built.network.to(
-            memory_format=torch.channels_last
-        )  # faster on CPUs and on GPUs' tensor cores
-        self.heads, self.changes, self.saved = built.heads, built.changes, built.saved
-        if options["normalize"] == "weights":
-            if built.normalize is None:
-                name = options["backbone"]
-                raise UserError(
-                    f"{name} has no published weights, so normalize=weights says nothing: name others."
-                )
-            options["normalize"] = built.normalize
-        options["image_size"] = side = built.image_size
-        self.weights_statistics = built.normalize or "imagenet"
-        mean, std = statistics(options["normalize"] or self.weights_statistics)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.geometry = Geometry((side or DEFAULT_SIDE,) * 2, side, mean, std)
-        self.sized = False
+        side = built.image_size
+        size = side or DEFAULT_SIDE
+        mean, std = statistics(_normalize(options, built))
+        geometry = Geometry((size, size), side, tuple(mean), tuple(std))
+        self._take_network(built, options.class_names, options.class_count, geometry)
+        self._backbone_name = options.backbone
+        self._small_images = options.small_images
+        self._patch_size = options.patch_size
+
+    def _build_untrained(self, description: NetworkDescription) -> None:
+        built = build.build(
+            description.backbone,
+            "none",
+            description.num_classes,
+            description.class_names,
+            image_size=description.geometry.input_side,
+            small=description.small_images,
+            patch=description.patch_size,
+        )
+        self._take_network(
+            built, description.class_names, description.num_classes, description.geometry
+        )
+        self._backbone_name = description.backbone
+        self._small_images = description.small_images
+        self._patch_size = description.patch_size
+
+    def _take_network(
+        self,
+        built: build.Backbone,
+        class_names: list[str] | None,
+        num_classes: int,
+        geometry: Geometry,
+    ) -> None:
+        # Faster on CPUs and on the tensor cores of GPUs.
+        self.network = built.network.to(memory_format=torch.channels_last)
+        self.heads = built.heads
+        self.changes = built.changes
+        self.pretraining: NetworkDescription | None = None
+        if built.saved:
+            self.pretraining = NetworkDescription.from_checkpoint({NETWORK_KEY: built.saved})
+        self.num_classes = num_classes
+        self._class_names = class_names
+        self._geometry = geometry
+        self.register_buffer("mean", _channels(geometry.mean), persistent=False)
+        self.register_buffer("std", _channels(geometry.std), persistent=False)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes in the order of the logits; "0", "1", ... if none were given."""
+        if self._class_names:
+            return list(self._class_names)
+        return [str(label) for label in range(self.num_classes)]
+
+    @property
+    def has_class_names(self) -> bool:
+        """Whether the classes have names of their own."""
+        return bool(self._class_names)
+
+    @property
+    def backbone(self) -> str:
+        """Name of the network, such as "resnet18"."""
+        return self._backbone_name
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Device of the network."""
         return self.mean.device
 
-    def take_size(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take up the size of a checkpoint's images; all else in a geometry follows from the options."""
-        saved = Geometry.of(checkpoint)
-        self.geometry = replace(self.geometry, size=saved.size, stretch=saved.stretch)
-        self.sized = True
+    @property
+    def description(self) -> NetworkDescription:
+        """What a checkpoint stores of the network beside its weights."""
+        return NetworkDescription(
+            backbone=self._backbone_name,
+            num_classes=self.num_classes,
+            class_names=self._class_names,
+            small_images=self._small_images,
+            patch_size=self._patch_size,
+            geometry=self._geometry,
+        )
+
+    @property
+    def geometry(self) -> Geometry:
+        """How an image becomes the network's input."""
+        return self._geometry
+
+    def set_geometry(self, geometry: Geometry) -> None:
+        """Take images in another way from now on."""
+        self._geometry = geometry
+        self.mean.copy_(_channels(geometry.mean))
+        self.std.copy_(_channels(geometry.std))
 
     def prepare(self, images: Tensor, side: int | None) -> Tensor:
-        """Float images [B, 3, H, W] in [0, 1], RGB, as `network` takes them: of this side (None: as is), normalised."""
-        return (resize(images, side, self.geometry.stretch) - self.mean) / self.std
+        """Return images as `network` takes them.
+
+        Args:
+            images: Float [B, 3, H, W] in [0, 1], RGB.
+            side: Side in pixels of the squares that they are resized to; None leaves their size.
+
+        Returns:
+            Float [B, 3, side, side], normalised.
+        """
+        return (resize(images, side) - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, float [B, num_classes], of images, float [B, 3, H, W] in [0, 1], RGB."""
-        return self.all_logits(images, self.geometry.input_side)[0]
+        """Return logits, float [B, num_classes], of images, float [B, 3, H, W] in [0, 1], RGB."""
+        return self.logits_at(images, self._geometry.input_side)
+
+    def logits_at(self, images: Tensor, side: int | None) -> Tensor:
+        """Return logits of images that are resized to `side` pixels first, see `prepare`."""
+        # The precisions bf16-true and 16-true convert the network. Images and loss stay in 32 bits.
+        weights_dtype = next(self.network.parameters(), self.mean).dtype
+        prepared = self.prepare(images, side).to(weights_dtype)
+        logits = self.network(prepared.contiguous(memory_format=torch.channels_last))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def check_sides(self, sides: list[int | None]) -> None:
+        """Try images of each side, None for the size that images are decoded to.
+
+        Raises:
+            UserError: The network cannot take them.
+        """
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        for side in dict.fromkeys(sides):
+            try:
+                with torch.no_grad():
+                    self.logits_at(
+                        torch.zeros(1, 3, *self._geometry.size, device=self.device), side
+                    )
+            except (RuntimeError, AssertionError) as error:
+                size = side or pixels(self._geometry.size)
+                reason = str(error).splitlines()[0]
+                raise UserError(
+                    f"{self.backbone} cannot take images of {size} pixels ({reason}): "
+                    f"{build.size_hint(self.backbone)}"
+                ) from None
+        for module, training in modes.items():
+            module.training = training
 
     @contextmanager
     def features(self) -> Iterator[list[Tensor]]:
-        """A list to which each pass within adds what comes into the (first) head: float32 [B, D], on the CPU."""
-        seen: list[Tensor] = []
+        """Collect what comes into the first head: each forward pass within adds a tensor.
+
+        Yields:
+            A list of features, float32 [B, D] on the CPU.
+        """
+        collected: list[Tensor] = []
+
+        def collect(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            collected.append(inputs[0].flatten(1).float().cpu())
+
         head = self.network.get_submodule(self.heads[0])
-        hook = head.register_forward_pre_hook(
-            lambda _, inputs: seen.append(inputs[0].flatten(1).float().cpu())
-        )
+        hook = head.register_forward_pre_hook(collect)
         try:
-            yield seen
+            yield collected
         finally:
             hook.remove()
 
-    def all_logits(self, images: Tensor, side: int | None) -> tuple[Tensor, ...]:
-        """The main logits, and while auxiliary heads train, theirs, of images that are given at this side."""
-        # bf16-true and 16-true convert the network, and lose too much in the images and the loss.
-        images = self.prepare(images, side).to(next(self.network.parameters(), self.mean).dtype)
-        logits = self.network(images.contiguous(memory_format=torch.channels_last))
-        logits = logits if isinstance(logits, tuple) else (logits,)
-        return tuple(each.to(torch.promote_types(each.dtype, torch.float32)) for each in logits)
+
+def _normalize(options: NetworkOptions, built: build.Backbone) -> str | list[list[float]]:
+    """Return the statistics that the options ask for, by name or as numbers."""
+    if options.normalize == "weights" and built.normalize is None:
+        raise UserError(
+            f"{options.backbone} has no published weights, so normalize=weights says nothing: "
+            f"name others."
+        )
+    if options.normalize in (None, "weights"):
+        return built.normalize or "imagenet"
+    return options.normalize
+
+
+def _channels(values: Any) -> Tensor:
+    """Return three numbers as a tensor [3, 1, 1], to be broadcast over images."""
+    return torch.tensor(values).view(3, 1, 1)

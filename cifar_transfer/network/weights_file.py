@@ -15,7 +15,7 @@ from cifar_transfer.base.errors import UserError, first_line
 
 State = dict[str, Tensor]
 
-OWN_PREFIX = "network."  # of the network's keys in checkpoints of this project
+OWN_PREFIX = "classifier.network."  # of the network's keys in checkpoints of this project
 # Entries that hold the weights: of most publishers; of DeiT, BEiT and Swin; of DINO.
 WRAPPERS = ("state_dict", "model", "teacher")
 PREFIXES = (
@@ -52,20 +52,20 @@ def read_weights(path: Path) -> tuple[State, dict[str, Any]]:
             state dict.
     """
     content = _load(path)
+    description = {}
     if _is_own_checkpoint(content):
-        options = {**content["hyper_parameters"], "input_size": content.get("input_size")}
+        description = content["network"]
         state = _without_prefix(content["state_dict"], OWN_PREFIX)
     else:
-        options = {}
         state = _unwrap(content)
     is_state = isinstance(state, Mapping) and len(state) > 0
     if not is_state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(
             f"{path} is no state dict: save one with torch.save(network.state_dict(), FILE)."
         )
-    if not options:
+    if not description:
         state = _with_the_networks_names(state)
-    return dict(state), options
+    return dict(state), description
 
 
 def _load(path: Path) -> Any:
@@ -88,9 +88,8 @@ def _load(path: Path) -> Any:
 def _is_own_checkpoint(content: Any) -> bool:
     if not isinstance(content, dict):
         return False
-    options = content.get("hyper_parameters")
-    has_backbone = isinstance(options, dict) and "backbone" in options
-    return has_backbone and isinstance(content.get("state_dict"), Mapping)
+    is_described = isinstance(content.get("network"), dict)
+    return is_described and isinstance(content.get("state_dict"), Mapping)
 
 
 def _unwrap(content: Any) -> Any:

@@ -91,14 +91,14 @@ class Report(Callback):
             return  # a run that continues has it already
         board, data = _board(trainer), getattr(trainer, "datamodule", None)
         if self.figures and data is not None:
-            sizes = pl_module.hparams.get("train_sizes") or [pl_module.hparams.get("image_size")]
+            side = pl_module.side_at(1, 1) if hasattr(pl_module, "side_at") else None
             with language(self.language, data.class_names):
-                drawn = {"augmented": publish.augmented(data, sizes[-1])}
+                drawn = {"augmented": publish.augmented(data, side)}
                 (path,) = publish.save(drawn, Path(folder, publish.FOLDER), board)
             say(trainer, f"The augmented images: {os.path.relpath(path)}")
         if board is not None:
             board.add_custom_scalars(LAYOUT)
-            if hasattr(pl_module, "geometry"):
+            if hasattr(pl_module, "classifier"):
                 _add_graph(trainer, pl_module, board)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,12 +167,16 @@ def _board(trainer: Trainer) -> SummaryWriter | None:
 
 
 def _add_graph(trainer: Trainer, pl_module: Any, board: SummaryWriter) -> None:
-    network = pl_module.get_submodule("network")
+    network = pl_module.classifier.network
     modes = {module: module.training for module in network.modules()}
     if len(modes) > SLOW_GRAPH:
         say(trainer, f"Drawing the graph of {len(modes)} modules for TensorBoard ...")
     example = torch.zeros(
-        1, 3, *pl_module.geometry.input_size, device=pl_module.device, dtype=pl_module.dtype
+        1,
+        3,
+        *pl_module.classifier.geometry.input_size,
+        device=pl_module.device,
+        dtype=pl_module.dtype,
     )
     with warnings.catch_warnings():
         warnings.simplefilter(

@@ -1,11 +1,11 @@
-"""Trained checkpoints: read once, checked, and turned into a network, without Lightning."""
+"""One checkpoint file: found, read safely, checked, and turned into a network without Lightning."""
 
 import math
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,146 +13,175 @@ from torch import Tensor
 from cifar_transfer.base.errors import UserError, first_line
 from cifar_transfer.base.files import LOGS
 from cifar_transfer.base.text import program
-from cifar_transfer.data.geometry import GEOMETRY_KEY, LARGEST_SIDE, Geometry
-from cifar_transfer.network.image_classifier import MOST_CLASSES, ImageNetwork
+from cifar_transfer.data.geometry import LARGEST_SIDE, Geometry
+from cifar_transfer.network.image_classifier import (
+    MAX_CLASSES,
+    NETWORK_KEY,
+    ImageClassifier,
+    NetworkDescription,
+)
 
-SHOWN = 80  # letters of a value in a message
-VERSION_KEY = "cifar_transfer_version"  # in checkpoints
-RAW, STEPS = (
-    "current_model_state",
-    "averaged_steps",
-)  # of a moving average; the first is Lightning's name for it
-Network = TypeVar("Network", bound=ImageNetwork)
+MAX_VALUE_CHARS = 80  # of a value in a message
+VERSION_KEY = "cifar_transfer_version"
+# Of a moving average of the weights; the first is Lightning's name for the weights that train.
+RAW_STATE_KEY = "current_model_state"
+STEPS_KEY = "averaged_steps"
+CLASSIFIER_PREFIX = "classifier."  # of the weights of `TransferClassifier.classifier`
 
 
 def newest_checkpoint(logs: str | Path = LOGS) -> Path:
-    """The best checkpoint of the newest run in a folder of runs; a `UserError` if none has one."""
-    found = list(Path(logs).glob("*/checkpoints/best.ckpt"))
-    if not found:
+    """Return the best checkpoint of the newest run in a folder of runs.
+
+    Raises:
+        UserError: No run has one.
+    """
+    checkpoints = list(Path(logs).glob("*/checkpoints/best.ckpt"))
+    if not checkpoints:
         raise UserError(
-            f"No run in {Path(logs).resolve()} has a checkpoint: name one with --ckpt, or train with {program('fit')}."
+            f"No run in {Path(logs).resolve()} has a checkpoint: name one with --ckpt, or train "
+            f"with {program('fit')}."
         )
-    return max(found, key=lambda path: path.stat().st_mtime)
+    return max(checkpoints, key=lambda path: path.stat().st_mtime)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of ours as a dictionary; nothing but tensors and primitives is unpickled.
+    """Read a checkpoint of `TransferClassifier`; only tensors and primitives are unpickled.
 
     Raises:
-        UserError: The file is missing, damaged, not a checkpoint of `TransferClassifier`, or one of another version.
+        UserError: The file is missing, damaged, altered, or not a checkpoint of this project.
     """
-    if not Path(path).is_file():
-        what = "is a folder" if Path(path).is_dir() else "does not exist"
+    path = Path(path)
+    if not path.is_file():
+        reason = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(
-            f"The checkpoint {path} {what}: a run keeps its own in RUN/checkpoints/best.ckpt."
+            f"The checkpoint {path} {reason}: a run keeps its own in RUN/checkpoints/best.ckpt."
         )
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} cannot be read as a checkpoint: it is damaged, or holds more than tensors and numbers, which "
-            f"could be a program and is not opened."
+            f"{path} cannot be read as a checkpoint: it is damaged, or holds more than tensors and "
+            f"numbers, which could be a program and is not opened."
         ) from None
-    except Exception as error:  # of any kind: the file may come from anywhere
+    except Exception as error:  # of any kind, because the file may come from anywhere
         raise UserError(f"{path} cannot be read as a checkpoint ({first_line(error)}).") from None
-    options = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
-    if not isinstance(options, dict) or "backbone" not in options or "state_dict" not in checkpoint:
+    is_ours = isinstance(checkpoint, dict) and isinstance(checkpoint.get(NETWORK_KEY), dict)
+    if not is_ours or "state_dict" not in checkpoint:
         raise UserError(
-            f"{path} is not a checkpoint of this project. If it holds weights, use it as weights=FILE."
+            f"{path} is not a checkpoint of this project. If it holds weights, use it as "
+            f"weights=FILE."
         )
-    for name, (value, fits) in _fields(checkpoint).items():
-        if not fits:
-            shown = repr(value) if len(repr(value)) <= SHOWN else f"{repr(value)[:SHOWN]}..."
-            raise UserError(f"{path} is damaged or was altered: its {name} cannot be {shown}.")
-    for key in ("state_dict", RAW):
-        weights = checkpoint.get(key, {})
-        if not isinstance(weights, Mapping) or not all(
-            isinstance(value, Tensor) for value in weights.values()
-        ):
-            raise UserError(f"{path} is damaged or was altered: its {key} holds more than tensors.")
-        for name, value in weights.items():
-            stored = (
-                value.nbytes <= value.untyped_storage().nbytes()
-            )  # else one value stands for many, without end
-            if stored and not value.isfinite().all():
-                raise UserError(
-                    f"{path} cannot be used: its weights are NaN or infinite, first in {name}."
-                )
+    _check_values(path, checkpoint)
+    for key in ("state_dict", RAW_STATE_KEY):
+        _check_weights(path, key, checkpoint.get(key, {}))
     return checkpoint
 
 
-def _fields(checkpoint: dict[str, Any]) -> dict[str, tuple[Any, bool]]:
-    """What is used of a checkpoint as it is: each value, and whether a run can have written it."""
+def load_classifier(path: str | Path) -> ImageClassifier:
+    """Return the trained network of a checkpoint, in eval mode, on the CPU.
 
-    def side(value: Any) -> bool:
-        return type(value) is int and 1 <= value <= LARGEST_SIDE
-
-    def each(value: Any, fits: Callable[[Any], bool], count: int | None) -> bool:
-        return (
-            isinstance(value, list | tuple)
-            and count in (None, len(value))
-            and all(map(fits, value))
-        )
-
-    def number(value: Any) -> bool:
-        return type(value) in (int, float) and math.isfinite(value)
-
-    options, geometry = checkpoint["hyper_parameters"], checkpoint.get(GEOMETRY_KEY)
-    count, names, image_size = (
-        options.get(name) for name in ("num_classes", "class_names", "image_size")
-    )
-    size, step, averaged = (checkpoint.get(name) for name in ("input_size", "global_step", STEPS))
-    shape = {"size": (side, 2), "mean": (number, 3), "std": (lambda x: number(x) and x > 0, 3)}
-    known = isinstance(geometry, dict) and geometry.keys() == {
-        field.name for field in fields(Geometry)
-    }
-    whole = known and all(each(geometry[name], *kind) for name, kind in shape.items())  # type: ignore[index]
-    return {
-        "num_classes": (
-            count,
-            count is None or (type(count) is int and 2 <= count <= MOST_CLASSES),
-        ),
-        "class_names": (names, names is None or each(names, lambda name: type(name) is str, count)),
-        "image_size": (image_size, image_size is None or side(image_size)),
-        "input_size": (size, size is None or each(size, side, 2)),
-        GEOMETRY_KEY: (
-            geometry,
-            geometry is None or (whole and geometry["input_side"] in (None, image_size)),
-        ),
-        "global_step": (step, type(step) is int and step >= 0),
-        STEPS: (averaged, averaged is None or (type(averaged) is int and averaged >= 0)),
-    }
-
-
-def load(path: str | Path, make: Callable[[dict[str, Any]], Network]) -> Network:
-    """The trained network of a checkpoint, in eval mode, on the CPU; no pretrained weights are fetched for it.
-
-    Args:
-        make: Makes it, untrained, from the options of `TransferClassifier` that the checkpoint has.
+    No pretrained weights are fetched for it.
 
     Raises:
-        UserError: As `read_checkpoint`; or the weights are not those of the network that it names.
+        UserError: See `read_checkpoint`; or the weights are not those of the described network.
     """
     checkpoint = read_checkpoint(path)
     try:
-        network = make(checkpoint["hyper_parameters"] | {"weights": "none"})
-        network.take_size(checkpoint)
-        network.load_state_dict(checkpoint["state_dict"])
-        return network.eval()
+        classifier = ImageClassifier.from_description(
+            NetworkDescription.from_checkpoint(checkpoint)
+        )
+        state = {}
+        for name, value in checkpoint["state_dict"].items():
+            state[name.removeprefix(CLASSIFIER_PREFIX)] = value
+        classifier.load_state_dict(state)
     except UserError:
         raise
-    except Exception as error:  # of any kind: the file may come from anywhere
+    except Exception as error:  # of any kind, because the file may come from anywhere
         raise UserError(
             f"{path} does not hold the network that it says it does ({first_line(error)})."
         ) from None
+    return classifier.eval()
 
 
-def load_network(path: str | Path) -> ImageNetwork:
-    """As `load`, what prediction needs of it."""
+def _check_weights(path: Path, key: str, weights: Any) -> None:
+    """Refuse a state dict with anything but finite tensors."""
+    if not isinstance(weights, Mapping) or not _all_are(weights.values(), Tensor):
+        raise UserError(f"{path} is damaged or was altered: its {key} holds more than tensors.")
+    for name, value in weights.items():
+        # An altered file may have one stored value stand for more than memory holds.
+        is_stored = value.nbytes <= value.untyped_storage().nbytes()
+        if is_stored and not value.isfinite().all():
+            raise UserError(
+                f"{path} cannot be used: its weights are NaN or infinite, first in {name}."
+            )
 
-    def make(options: dict[str, Any]) -> ImageNetwork:
-        network = ImageNetwork()
-        network.build_network(options)
-        return network
 
-    return load(path, make)
+def _all_are(values: Any, kind: type) -> bool:
+    return all(isinstance(value, kind) for value in values)
+
+
+def _check_values(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse values that a run cannot have written."""
+    network = checkpoint[NETWORK_KEY]
+    names = {field.name for field in fields(NetworkDescription)}
+    if network.keys() != names:
+        raise _altered(path, NETWORK_KEY, sorted(map(str, network)))
+    num_classes = network["num_classes"]
+    if not _is_whole(num_classes, 2, MAX_CLASSES):
+        raise _altered(path, "num_classes", num_classes)
+    class_names = network["class_names"]
+    if class_names is not None and not _is_list(class_names, num_classes, str):
+        raise _altered(path, "class_names", class_names)
+    if type(network["backbone"]) is not str:
+        raise _altered(path, "backbone", network["backbone"])
+    if type(network["small_images"]) is not bool:
+        raise _altered(path, "small_images", network["small_images"])
+    patch_size = network["patch_size"]
+    if patch_size is not None and not _is_side(patch_size):
+        raise _altered(path, "patch_size", patch_size)
+    if not _is_geometry(network["geometry"]):
+        raise _altered(path, "geometry", network["geometry"])
+    for key in ("global_step", STEPS_KEY):
+        steps = checkpoint.get(key, 0)
+        if not _is_whole(steps, 0, math.inf):
+            raise _altered(path, key, steps)
+
+
+def _altered(path: Path, name: str, value: Any) -> UserError:
+    text = repr(value)
+    if len(text) > MAX_VALUE_CHARS:
+        text = f"{text[:MAX_VALUE_CHARS]}..."
+    return UserError(f"{path} is damaged or was altered: its {name} cannot be {text}.")
+
+
+def _is_whole(value: Any, lowest: float, highest: float) -> bool:
+    return type(value) is int and lowest <= value <= highest
+
+
+def _is_side(value: Any) -> bool:
+    return _is_whole(value, 1, LARGEST_SIDE)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_list(value: Any, length: int, kind: type) -> bool:
+    return isinstance(value, list) and len(value) == length and _all_are(value, kind)
+
+
+def _is_geometry(value: Any) -> bool:
+    """Return whether a value describes a `Geometry` with possible sizes and statistics."""
+    if not isinstance(value, dict) or value.keys() != {field.name for field in fields(Geometry)}:
+        return False
+    if not _is_list(value["size"], 2, int) or not all(map(_is_side, value["size"])):
+        return False
+    if value["input_side"] is not None and not _is_side(value["input_side"]):
+        return False
+    for name in ("mean", "std"):
+        channels = value[name]
+        if not isinstance(channels, list) or len(channels) != 3:
+            return False
+        if not all(map(_is_number, channels)):
+            return False
+    return min(value["std"]) > 0

@@ -1,93 +1,138 @@
-"""The network with its new head, its loss, optimizer and schedule."""
+"""`TransferClassifier`: what happens in a step, at the end of a validation, and of an epoch."""
 
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch.nn.functional as F
-from lightning import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from cifar_transfer import __version__
+from cifar_transfer.base.console import counted
 from cifar_transfer.base.errors import UserError, check
+from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.data.classes import check_classes
-from cifar_transfer.data.geometry import LARGEST_SIDE, pixels
+from cifar_transfer.data.geometry import LARGEST_SIDE, Size, pixels, statistics
 from cifar_transfer.data.images import Batch
-from cifar_transfer.data.module import ImageDataModule
-from cifar_transfer.network.image_classifier import MOST_CLASSES
+from cifar_transfer.data.module import ImageDataModule, Split
+from cifar_transfer.network import build
+from cifar_transfer.network.image_classifier import (
+    NETWORK_KEY,
+    ImageClassifier,
+    NetworkDescription,
+    NetworkOptions,
+    built_from,
+)
 from cifar_transfer.network.stages import stages
-from cifar_transfer.results.publish import STAGES
 from cifar_transfer.training import optimizer, resume
-from cifar_transfer.training.checkpoint_file import VERSION_KEY
-from cifar_transfer.training.ema import AveragedModule
-from cifar_transfer.training.optimizer import OptimizerName, OptimizerOptions, ScheduleName
-from cifar_transfer.training.teacher import Teacher
+from cifar_transfer.training.checkpoint_file import VERSION_KEY, read_checkpoint
+from cifar_transfer.training.ema import ExponentialMovingAverage
+from cifar_transfer.training.image_sizes import ImageSizes
+from cifar_transfer.training.lightning_internals import is_fitting, trainer_of
+from cifar_transfer.training.loss import LossOptions, Teacher, TrainingLoss
+from cifar_transfer.training.optimizer import OptimizerOptions
+
+# Names of the figures that are logged by epoch, beside "train/acc", "train/loss_epoch", "val/acc"
+# and "val/loss".
+STEPS_FIGURE = "steps"  # optimizer steps that the run has made
+LEARNING_RATE_FIGURE = "lr"
+TRAINABLE_FIGURE = "trainable_parameters"
+STAGE_RATE_PREFIX = "stages/"  # before the name of a stage: its learning rate
+
+EPOCH_KEY = "epoch_so_far"  # in checkpoints that are written before their epoch is over
 
 
-class TransferClassifier(AveragedModule):
-    """A pretrained network with a new head, fine-tuned with cross-entropy, Adam and `ReduceLROnPlateau` or others.
+class TransferClassifier(LightningModule):
+    """A pretrained network with a new head, fine-tuned with cross-entropy.
 
-    `network` is the library's plain network; `heads` names its layers that tell the classes apart, mostly one; all the
-    rest is the backbone; `changes` says what was adapted to small images, in sentences. Which part trains when is up to
-    `BackboneFreeze`.
+    Which part of the network trains when is up to `BackboneFreeze`.
+
+    What happens in a fit, in this order::
+
+        setup                    check that data and network fit each other
+        configure_optimizers     one optimizer over all parameters
+        on_fit_start             loss with class weights and teacher
+        for each epoch:
+            training_step        loss of a batch; count it and its accuracy
+            validation_step      add a batch to val/loss and val/acc
+            on_validation_epoch_end   keep val/loss and val/acc, log them against the step
+            on_train_epoch_end   log the epoch's scores; step ReduceLROnPlateau with val/loss
+            on_save_checkpoint   add the network's description; swap in the average of the weights
 
     Args:
-        backbone: Name of a torchvision classification network, "timm/NAME" for one of timm's, or "lenet5". The list:
-            `python -m cifar_transfer backbones`.
-        weights: The library's name for the weights, "DEFAULT", "none", or a file: a state dict (.pth, .safetensors), a
-            published checkpoint, or a checkpoint of this class.
+        backbone: Name of a torchvision classification network, "timm/NAME" for one of timm's, or
+            "lenet5". The list: `python -m cifar_transfer backbones`.
+        weights: The library's name for the weights, "DEFAULT", "none", or a file: a state dict
+            (.pth, .safetensors), a published checkpoint, or a checkpoint of this class.
         num_classes: Outputs of the head; None takes as many as there are `class_names`, or 10.
         class_names: What the outputs stand for; kept in checkpoints for prediction.
-        image_size: Side in pixels of the square that the network takes. Larger images are decoded to it, smaller ones
-            are enlarged on the device (bilinear), and of rectangles the centre square is taken. "native" is what the
-            weights were trained with (a state dict does not say: then the library's default weights); None takes
-            images as they are, and makes networks for one size (ViT) for 32.
-        train_sizes: Sides that the images of training have in equal parts of the run, say [32, 48] for half of
-            the steps each; None trains at `image_size` throughout.
-        normalize: Channel statistics in [0, 1]: "cifar10", "imagenet", "weights" for those that the weights were
-            trained with (found as for `image_size`), or [[mean, mean, mean], [deviation, ...]]. None takes "cifar10"
-            for CIFAR-10 and drawn shapes, and for other images "weights", or "imagenet" where these say nothing.
-        small_images: Adapt the network to small images, keeping its weights: a stem of stride 1, smaller patches and
-            windows, no pooling that only repeats. `python -m cifar_transfer backbones --detail NAME` says what.
-        patch_size: Side of a transformer's patches in pixels; None leaves it to the network and `small_images`.
-        aux_weight: Weight of the auxiliary heads' losses in GoogLeNet (0.3 in its paper) and Inception v3 (0.4 in
-            torchvision's tutorial); 0 drops these heads.
-        label_smoothing: Share of each label that is spread over all classes while training, in [0, 1).
-        teacher: A checkpoint of `fit` or `probe` whose network teaches this one (Hinton et al. 2015,
-            https://arxiv.org/abs/1503.02531): the training loss becomes (1 - teacher_weight) times what it is
-            without, plus teacher_weight * temperature² * KL(teacher || student). Only training needs the file.
-        teacher_weight: In [0, 1]: 1 learns from the teacher alone.
-        temperature: What the logits of both are divided by in that divergence (4 as in Tian et al. 2020,
+        image_size: Side in pixels of the square that the network takes. Larger images are decoded
+            to it, smaller ones are enlarged on the device (bilinear), and of rectangles the centre
+            square is taken. "native" is what the weights were trained with (a state dict does not
+            say: then the library's default weights); None takes images as they are, and makes
+            networks for one size (ViT) for 32.
+        train_sizes: Sides that the images of training have in equal parts of the run, say [32, 48]
+            for half of the steps each; None trains at `image_size` throughout.
+        normalize: Channel statistics in [0, 1]: "cifar10", "imagenet", "weights" for those that the
+            weights were trained with (found as for `image_size`), or [[mean, mean, mean],
+            [deviation, ...]]. None takes "cifar10" for CIFAR-10 and drawn shapes, and for other
+            images "weights", or "imagenet" where these say nothing.
+        small_images: Adapt the network to small images, keeping its weights: a stem of stride 1,
+            smaller patches and windows, no pooling that only repeats.
+            `python -m cifar_transfer backbones --detail NAME` says what.
+        patch_size: Side of a transformer's patches in pixels; None leaves it to the network and
+            `small_images`.
+        label_smoothing: Share of each label that is spread over all classes while training, in
+            [0, 1).
+        teacher: A checkpoint of `fit` or `probe` whose network teaches this one (Hinton et al.
+            2015, https://arxiv.org/abs/1503.02531): the training loss becomes (1 - teacher_weight)
+            times what it is without, plus teacher_weight * temperature² * KL(teacher || student).
+            Only training needs the file.
+        teacher_weight: Weight of the teacher in the loss, in [0, 1]; 1 learns from it alone.
+        temperature: Divides the logits of both in that divergence (4 as in Tian et al. 2020,
             https://arxiv.org/abs/1910.10699).
         optimizer: "adam", "adamw" or "sgd" (with Nesterov's momentum).
         lr: Learning rate, until the unfreezing or the schedule changes it.
-        head_lr: Learning rate of the heads, also after the unfreezing; None: they have the backbone's.
-        layer_decay: Each stage of the backbone learns at this share of the rate of the stage above it (ELECTRA,
-            https://arxiv.org/abs/2003.10555; the head at the whole rate); None: all at the same.
-        weight_decay: Adam's L2 penalty, as SGD's; with "adamw" decoupled.
-        momentum: Of "sgd".
-        schedule: "plateau" lowers the rate when `val/loss` no longer falls; "linear" and "cosine" take it from step to
-            step up to its value and down to zero at the end of the run.
+        head_lr: Learning rate of the heads, also after the unfreezing; None: that of the backbone.
+        layer_decay: Each stage of the backbone learns at this share of the rate of the stage above
+            it (ELECTRA, https://arxiv.org/abs/2003.10555; the head at the whole rate); None: all
+            learn at the same rate.
+        weight_decay: L2 penalty of "adam" and "sgd"; with "adamw" decoupled.
+        momentum: Momentum of "sgd".
+        schedule: "plateau" lowers the rate when `val/loss` no longer falls; "linear" and "cosine"
+            take it from step to step up to its value and down to zero at the end of the run.
         warmup_epochs: Epochs, also parts of one, on the way up; not for "plateau".
-        lr_factor: What "plateau" multiplies the learning rate with.
+        lr_factor: Factor by which "plateau" multiplies the learning rate.
         lr_patience: Epochs without a lower `val/loss` that "plateau" lets pass.
-        ema: Decay of an exponential moving average of the weights, in [0, 1), say 0.999, warmed up as in timm. It is
-            validated, tested and in checkpoints; training goes on from the raw weights. None: no average.
-        compile: Run the network through `torch.compile` (inductor); the first steps take a minute longer. Checkpoints
-            stay the same.
+        ema: Decay of an exponential moving average of the weights, in [0, 1), say 0.999, warmed up
+            as in timm. The average is validated, tested and saved in checkpoints; training goes on
+            from the raw weights. None: no average.
+        compile: Run the network through `torch.compile` (inductor); the first steps take a minute
+            longer. Checkpoints stay the same.
+
+    Attributes:
+        classifier: The network with its preprocessing.
+        heads: Names of the layers of `network` that tell the classes apart.
+        stages: Names of the network's parameters and buffers by stage, from stem to head.
+        image_sizes: The callback that chooses the side of training images, or None.
+        ema: The callback that averages the weights, or None.
 
     Raises:
-        UserError: Unknown names, unfit weights or contradicting class counts.
+        UserError: Unknown names, unfit weights, contradicting class counts, or an option that is
+            out of its range or that a checkpoint cannot store.
 
     Example::
 
         model = TransferClassifier("resnet18", num_classes=10)
         logits = model(torch.rand(8, 3, 32, 32))  # float32 [8, 10]
     """
-
-    _class_weights: Tensor | None = None  # in the loss, float32 [num_classes]
-    _teacher: Teacher | None = None
 
     def __init__(
         self,
@@ -100,37 +145,40 @@ class TransferClassifier(AveragedModule):
         normalize: str | list[list[float]] | None = None,
         small_images: bool = False,
         patch_size: int | None = None,
-        aux_weight: float = 0.0,
         label_smoothing: float = 0.0,
         teacher: str | None = None,
         teacher_weight: float = 0.5,
         temperature: float = 4.0,
-        optimizer: OptimizerName = "adam",
+        optimizer: optimizer.OptimizerName = "adam",
         lr: float = 1e-3,
         head_lr: float | None = None,
         layer_decay: float | None = None,
         weight_decay: float = 1e-4,
         momentum: float = 0.9,
-        schedule: ScheduleName = "plateau",
+        schedule: optimizer.ScheduleName = "plateau",
         warmup_epochs: float = 0.0,
         lr_factor: float = 0.5,
         lr_patience: int = 2,
         ema: float | None = None,
         compile: bool = False,
     ) -> None:
-        num_classes = len(class_names or range(10)) if num_classes is None else num_classes
-        check(
-            "num_classes", num_classes, lambda n: 2 <= n <= MOST_CLASSES, f"2 to {MOST_CLASSES:,}"
+        super().__init__()
+        network_options = NetworkOptions(
+            backbone=backbone,
+            weights=weights,
+            num_classes=num_classes,
+            class_names=class_names,
+            image_size=image_size,
+            normalize=normalize,
+            small_images=small_images,
+            patch_size=patch_size,
         )
-        super().__init__(num_classes)
-        if class_names and len(class_names) != num_classes:
-            raise UserError(
-                f"num_classes is {num_classes}, but the data have {len(class_names)} classes "
-                f"({', '.join(class_names[:4])}, ...): leave num_classes out."
-            )
-        self.save_hyperparameters()
-        self.hparams["num_classes"] = num_classes
-        self._check()
+        self.loss_options = LossOptions(
+            label_smoothing=label_smoothing,
+            teacher=teacher,
+            teacher_weight=teacher_weight,
+            temperature=temperature,
+        )
         self.optimizer_options = OptimizerOptions(
             optimizer=optimizer,
             lr=lr,
@@ -143,148 +191,446 @@ class TransferClassifier(AveragedModule):
             lr_factor=lr_factor,
             lr_patience=lr_patience,
         )
-        self.build_network(self.hparams)
-        self.stages = stages(self.network, self.heads)
+        train_sizes = as_primitive("train_sizes", train_sizes)
+        ema = as_primitive("ema", ema)
+        self.compile_network = as_primitive("compile", compile)
+        if train_sizes is not None:
+            check("train_sizes", train_sizes, _are_sides, f"1 to {LARGEST_SIDE} pixels")
+        if ema is not None:
+            check("ema", ema, lambda x: 0 <= x < 1, "a decay in [0, 1), or null")
+        self.save_hyperparameters(
+            {
+                **asdict(network_options),
+                **asdict(self.loss_options),
+                **asdict(self.optimizer_options),
+                "train_sizes": train_sizes,
+                "ema": ema,
+                "compile": self.compile_network,
+            }
+        )
 
-    def _check(self) -> None:
-        most = f"1 to {LARGEST_SIDE} pixels"
-        for name, fits, wanted in (
-            (
-                "train_sizes",
-                lambda ns: ns is None or (ns and 1 <= min(ns) <= max(ns) <= LARGEST_SIDE),
-                most,
-            ),
-            ("label_smoothing", lambda x: 0 <= x < 1, "a share in [0, 1)"),
-            ("teacher_weight", lambda x: 0 <= x <= 1, "a share in [0, 1]"),
-            ("temperature", lambda x: 0.01 <= x <= 1000, "0.01 to 1000"),
-            ("ema", lambda x: x is None or 0 <= x < 1, "a decay in [0, 1), or null"),
-        ):
-            check(name, self.hparams[name], fits, wanted)
+        self.classifier = ImageClassifier(network_options)
+        self.heads = self.classifier.heads
+        self.stages = stages(self.network, self.heads)
+        self.loss = TrainingLoss(self.loss_options)
+        self.image_sizes = None if train_sizes is None else ImageSizes(train_sizes)
+        self.ema = None if ema is None else ExponentialMovingAverage(ema)
+        self._statistics_are_chosen = normalize is not None
+        self._size_is_known = False
+        self._classes_are_unequal = False
+        self._validation_scores: dict[str, float] = {}  # of this epoch's last validation
+
+        # The checks of torchmetrics would make every step wait for the device. Without them a mean
+        # ignores weights, so the loss of each image is counted (torchmetrics 1.9,
+        # `_cast_and_nan_check_input`).
+        self.train_loss = MeanMetric(nan_strategy="disable")
+        self.val_loss = MeanMetric(nan_strategy="disable")
+        self.test_loss = MeanMetric(nan_strategy="disable")
+        classes = self.classifier.num_classes
+        self.train_acc = MulticlassAccuracy(classes, average="micro", validate_args=False)
+        self.val_acc = MulticlassAccuracy(classes, average="micro", validate_args=False)
+        self.test_acc = MulticlassAccuracy(classes, average="micro", validate_args=False)
+        self.class_counts = MulticlassStatScores(classes, average=None, validate_args=False)
+
+    @property
+    def network(self) -> nn.Module:
+        """The library's plain network, with the new head."""
+        return self.classifier.network
+
+    @property
+    def largest_side(self) -> int | None:
+        """Side in pixels of the largest square that the network is given.
+
+        None if it takes images as they are. Data modules decode images to no more than this.
+        """
+        side = self.classifier.geometry.input_side
+        if side is None or self.image_sizes is None:
+            return side
+        return max(side, *self.image_sizes.sides)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits, float [B, C], of images, float [B, 3, H, W] in [0, 1], RGB."""
+        return self.classifier(images)
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Return the callbacks that the options `train_sizes` and `ema` ask for."""
+        callbacks = (self.image_sizes, self.ema)
+        return [callback for callback in callbacks if callback is not None]
 
     def setup(self, stage: str) -> None:
-        """Check that data and network fit, before anything is trained, and say how the network was adapted."""
-        if stage == "fit" and self.changes:
-            rank_zero_info(f"{self.hparams['backbone']} adapted: {'; '.join(self.changes)}.")
-        data = getattr(self.trainer, "datamodule", None)
-        self.settle_statistics(data)
+        """Check that data and network fit each other, before anything is trained.
+
+        Data modules of others need no more than loaders. What they say of classes is checked.
+        """
+        if stage == "fit" and self.classifier.changes:
+            changes = "; ".join(self.classifier.changes)
+            rank_zero_info(f"{self.classifier.backbone} adapted: {changes}.")
+        data = self._data_module()
+        self._choose_statistics(data)
         if isinstance(data, ImageDataModule):
-            self.unequal = stage != "fit" and data.unequal("val" if stage == "validate" else "test")
-        if stage == "fit" and (path := self.hparams["teacher"]):
-            names = self.hparams["class_names"] or getattr(data, "class_names", None)
-            size = data.image_size if isinstance(data, ImageDataModule) else None
-            self._teacher = Teacher(path, self.hparams["num_classes"], names, size)
-        if data is None or not hasattr(data, "num_classes"):  # or it is of somebody else
+            split: Split = "val" if stage == "validate" else "test"
+            self._classes_are_unequal = stage != "fit" and data.unequal(split)
+        self.loss = TrainingLoss(self.loss_options)
+        if stage == "fit" and self.loss_options.teacher is not None:
+            self.loss.teacher = self._load_teacher(self.loss_options.teacher, data)
+        if data is None or not hasattr(data, "num_classes"):
             return
-        if (names := self.hparams["class_names"]) and hasattr(data, "class_names"):
-            check_classes(names, data.class_names)
-        if data.num_classes != self.hparams["num_classes"]:
+        self._check_classes(data)
+        self._settle_size(data.image_size)
+        if stage == "fit":
+            self._tell_of_sizes()
+        sides = [self.classifier.geometry.input_side]
+        if self.image_sizes is not None:
+            sides += self.image_sizes.sides
+        self.classifier.check_sides(sides)
+
+    def _data_module(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
+
+    def _choose_statistics(self, data: Any) -> None:
+        """Take the channel statistics of the data, unless the options name others."""
+        name = getattr(data, "statistics", None)
+        if self._statistics_are_chosen or name is None:
+            return
+        mean, std = statistics(name)
+        geometry = self.classifier.geometry
+        self.classifier.set_geometry(replace(geometry, mean=tuple(mean), std=tuple(std)))
+        self._statistics_are_chosen = True
+
+    def _load_teacher(self, path: str, data: Any) -> Teacher:
+        class_names = self.hparams["class_names"] or getattr(data, "class_names", None)
+        size = data.image_size if isinstance(data, ImageDataModule) else None
+        return Teacher(path, self.classifier.num_classes, class_names, size)
+
+    def _check_classes(self, data: Any) -> None:
+        if self.classifier.has_class_names and hasattr(data, "class_names"):
+            check_classes(self.classifier.class_names, data.class_names)
+        if data.num_classes != self.classifier.num_classes:
             raise UserError(
-                f"The network has {self.hparams['num_classes']} outputs, but the data have {data.num_classes} classes: "
-                f"make it with num_classes={data.num_classes}."
+                f"The network has {self.classifier.num_classes} outputs, but the data have "
+                f"{data.num_classes} classes: make it with num_classes={data.num_classes}."
             )
-        self.settle_size(data.image_size)
-        if stage == "fit" and not self.trainer.ckpt_path:
-            self.tell_unlike()
-        if stage == "fit" and min(self.geometry.size) < (self.largest_side or 0):
-            side = self.largest_side
+
+    def _settle_size(self, size: Size) -> None:
+        """Record height and width in pixels to which images are decoded."""
+        height, width = size
+        self.classifier.set_geometry(replace(self.classifier.geometry, size=(height, width)))
+        self._size_is_known = True
+
+    def _tell_of_sizes(self) -> None:
+        """Say what is done to the size of images, and where it differs from the weights'."""
+        geometry = self.classifier.geometry
+        if not self.trainer.ckpt_path:
+            self._tell_of_other_images()
+        side = self.largest_side or 0
+        if min(geometry.size) < side:
             rank_zero_info(
-                f"Images of {pixels(self.geometry.size)} are enlarged to {side} x {side} on the device."
+                f"Images of {pixels(geometry.size)} are enlarged to {side} x {side} on the device."
             )
-        self.try_sizes()
+
+    def _tell_of_other_images(self) -> None:
+        """Say how the images differ from those that the weights and the adaptation are for."""
+        geometry = self.classifier.geometry
+        if self.classifier.pretraining is not None:
+            before = self.classifier.pretraining.geometry
+            if before.input_size != geometry.input_size:
+                rank_zero_info(
+                    f"The weights come from images of {pixels(before.input_size)} pixels, and the "
+                    f"network now sees {pixels(geometry.input_size)}: set --model.image_size if it "
+                    f"should not."
+                )
+            if before.mean != geometry.mean or before.std != geometry.std:
+                rank_zero_info(
+                    "The weights come from images of other statistics: see --model.normalize."
+                )
+        is_assumed = geometry.input_side is None and max(geometry.size) != build.ASSUMED
+        assumption = f"{build.ASSUMED} pixels"
+        if is_assumed and any(assumption in change for change in self.classifier.changes):
+            rank_zero_warn(
+                f"The network was adapted to images of {assumption}, and these have "
+                f"{pixels(geometry.size)}: set --model.image_size."
+            )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over what a checkpoint says of the images, and refuse changed options in a resume.
+
+        Raises:
+            UserError: A run that continues has other options or images than before; or the data to
+                be evaluated are decoded to another size than those trained on.
+        """
+        description = NetworkDescription.from_checkpoint(checkpoint)
+        if trainer_of(self) is None:
+            self._take_description(description)
+            return
+        data = self._data_module()
+        class_names = self.hparams["class_names"] or getattr(data, "class_names", None)
+        if description.class_names and class_names:
+            check_classes(description.class_names, class_names)
+        if isinstance(data, ImageDataModule) and self.trainer.ckpt_path:
+            options = checkpoint[LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY]
+            data.continue_run(self.trainer.ckpt_path, options)
+        if is_fitting(self):
+            for change in resume.compare_checkpoint(self.trainer, self, data, checkpoint):
+                rank_zero_info(change)
+            if isinstance(data, ImageDataModule):
+                loops = checkpoint["loops"]["fit_loop"]
+                data.resumed = loops["state_dict"].get("combined_loader", [])
+            self._resume_epoch(checkpoint)
+        self._check_size(description)
+        self._take_description(description)
+
+    def _take_description(self, description: NetworkDescription) -> None:
+        self.classifier.set_geometry(description.geometry)
+        self._statistics_are_chosen = True
+        self._size_is_known = True
+
+    def _check_size(self, description: NetworkDescription) -> None:
+        size = self.classifier.geometry.size
+        if self._size_is_known and description.geometry.size != size:
+            raise UserError(
+                f"The checkpoint was trained on images decoded to "
+                f"{pixels(description.geometry.size)} pixels, and the data give {pixels(size)}: "
+                f"give the data the same decode_size."
+            )
+
+    def _resume_epoch(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the scores of an epoch that had not ended when the checkpoint was written."""
+        epoch = checkpoint.get(EPOCH_KEY)
+        if epoch is None:
+            return
+        self._validation_scores = epoch["val"]
+        if not self.trainer.is_global_zero:
+            return  # the first process counts for all
+        for name, state in epoch["train"].items():
+            metric = getattr(self, name)
+            for key, value in state.items():
+                setattr(metric, key, value.to(metric.device))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make one optimizer over all parameters, frozen or not.
+
+        Groups that are added later would break resuming.
+        """
+        return optimizer.configure(self.trainer, self.network, self.stages, self.optimizer_options)
+
+    def on_fit_start(self) -> None:
+        """Bring the parts of the loss to the device."""
+        data = self._data_module()
+        if isinstance(data, ImageDataModule):
+            self.loss.class_weights = data.loss_weights()
+        self.loss.to(self.device, self.dtype)
 
     def on_train_start(self) -> None:
         """Compile the network, now that its graph is drawn."""
-        if self.hparams["compile"]:
-            self.network.compile()  # in place, so that the names in its state dict stay
-            if self._teacher:
-                self._teacher.network.compile()
-
-    def on_fit_start(self) -> None:
-        """Take the weights of the classes in the loss, and have the teacher where the network is."""
-        super().on_fit_start()
-        if self._teacher:
-            self._teacher.network.to(self.device, self.dtype)  # type: ignore[arg-type] # a dtype
-        data = getattr(self.trainer, "datamodule", None)
-        weights = data.loss_weights() if isinstance(data, ImageDataModule) else None
-        self._class_weights = None if weights is None else weights.to(self.device)
+        if not self.compile_network:
+            return
+        self.network.compile()  # in place, so that the names in its state dict stay
+        if self.loss.teacher is not None:
+            self.loss.teacher.classifier.network.compile()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean cross-entropy of a batch, with that of the auxiliary heads if they train.
+        """Return the mean loss of a batch, and count it and its accuracy.
 
-        Each image's, smoothed or not, counts with the weight of its class if the data module weighs classes. A teacher
-        speaks of all images alike, and to the main head.
+        Args:
+            batch: Images, float [B, 3, H, W] in [0, 1], RGB, and labels, int64 [B].
+            batch_idx: Number of the batch in its epoch.
         """
         images, labels = batch
-        if not self.sized:  # no data module has said it
-            self.settle_size((images.shape[2], images.shape[3]))
-        logits, *auxiliary = self.all_logits(images, self.train_side())
-        loss = self._loss(logits, labels, self.hparams["label_smoothing"])
-        for other in auxiliary:
-            loss = loss + self.hparams["aux_weight"] * self._loss(other, labels)
-        if self._teacher:
-            told = self._teacher.loss(images, logits, self.hparams["temperature"])
-            loss = loss.lerp(told, self.hparams["teacher_weight"])
-        self.count(loss, logits, labels)
+        if not self._size_is_known:
+            self._settle_size((images.shape[2], images.shape[3]))
+        side = self.classifier.geometry.input_side
+        if self.image_sizes is not None:
+            side = self.image_sizes.side
+        logits = self.classifier.logits_at(images, side)
+        loss = self.loss(images, logits, labels)
+
+        self.train_loss.update(loss.detach().expand(len(labels)))
+        self.train_acc.update(logits.detach(), labels)
+        if self._is_logging_step():
+            self.log("train/loss", loss, prog_bar=True)
+            self.log("train/acc_step", (logits.argmax(1) == labels).float().mean())
+            self.log(
+                "train/loss_epoch", self.train_loss, on_step=False, on_epoch=True, logger=False
+            )
+            self.log(
+                "train/acc",
+                self.train_acc,
+                on_step=False,
+                on_epoch=True,
+                prog_bar=True,
+                logger=False,
+            )
         return loss
 
-    def _loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-        if self._class_weights is None:
-            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        # torch's own weights divide by their sum in the batch: means of processes would not be that of the joint batch.
-        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-        return (losses * self._class_weights[labels]).mean()
+    def _is_logging_step(self) -> bool:
+        """Return whether this step is logged.
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Probabilities of a batch, float [B, num_classes]."""
-        return self(batch[0]).softmax(dim=1)
+        Each call of `log` takes up to a millisecond. The metrics count the steps in between.
+        """
+        trainer = trainer_of(self)
+        if trainer is None:
+            return False
+        interval = trainer.log_every_n_steps  # type: ignore[attr-defined] # set by a connector
+        if trainer.is_last_batch:
+            return True
+        return bool(interval) and (trainer.global_step + 1) % interval == 0
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimizer over all parameters, frozen or not: groups added later would break resuming."""
-        return optimizer.configure(self.trainer, self.network, self.stages, self.optimizer_options)
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Add a batch to `val/loss` and `val/acc`; return its logits, float [B, C]."""
+        images, labels = batch
+        logits = self(images)
+        # The loss of each image, because Lightning's `sync_dist` weighs all processes alike.
+        self.val_loss.update(F.cross_entropy(logits, labels).expand(len(labels)))
+        self.val_acc.update(logits, labels)
+        self.log("val/loss", self.val_loss, prog_bar=True, logger=False)
+        self.log("val/acc", self.val_acc, prog_bar=True, logger=False)
+        if self._classes_are_unequal:
+            self.class_counts.update(logits, labels)
+        return logits
 
-    def rates(self) -> dict[str, float]:
-        """The learning rate, and that of each stage: 0 while it is frozen."""
-        stages = optimizer.stage_learning_rates(self.trainer.optimizers, self.network, self.stages)
-        return super().rates() | {f"{STAGES}{stage}": rate for stage, rate in stages.items()}
+    def on_validation_epoch_end(self) -> None:
+        """Keep the scores of a validation within the training, and log them against the step."""
+        self._log_class_scores("val")
+        if not is_fitting(self) or self.trainer.sanity_checking:
+            return
+        metrics = self.trainer.callback_metrics
+        self._validation_scores = {
+            "val/acc": float(metrics["val/acc"]),
+            "val/loss": float(metrics["val/loss"]),
+        }
+        by_step = {
+            "val/acc_step": self._validation_scores["val/acc"],
+            "val/loss_step": self._validation_scores["val/loss"],
+            "epoch": self.current_epoch,
+        }
+        for logger in self.loggers:
+            logger.log_metrics(by_step, step=self.global_step - 1)
+
+    def _log_class_scores(self, split: str) -> None:
+        """Log mean recall and mean F1 of the classes that have images.
+
+        The macro averages of torchmetrics count a class without images as 0 once it is predicted.
+        """
+        if not self._classes_are_unequal:
+            return
+        true_positives, false_positives, _, _, support = self.class_counts.compute().T
+        self.class_counts.reset()
+        recall = true_positives / support
+        f1 = 2 * true_positives / (support + true_positives + false_positives)
+        has_images = support > 0
+        self.log(f"{split}/balanced_accuracy", recall[has_images].mean(), logger=split == "test")
+        self.log(f"{split}/macro_f1", f1[has_images].mean(), logger=split == "test")
+
+    def epoch_scores(self) -> dict[str, float]:
+        """Return the scores of the epoch that ends; all processes must call it together.
+
+        Returns:
+            `train/acc` (share of 1) and `train/loss_epoch` over all steps of the epoch, also those
+            before the run was resumed; `val/acc` and `val/loss` of its last validation, if any.
+        """
+        scores = {}
+        if self.train_acc.update_called:
+            scores["train/acc"] = float(self.train_acc.compute())
+        if self.train_loss.update_called:
+            scores["train/loss_epoch"] = float(self.train_loss.compute())
+        return scores | self._validation_scores
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the first parameter group, before `lr_scale` is applied."""
+        group = self.trainer.optimizers[0].param_groups[0]
+        return float(group["lr"]) / group.get("lr_scale", 1.0)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's scores against the epoch, and show the plateau schedule `val/loss`."""
+        figures = self.epoch_scores()
+        figures[LEARNING_RATE_FIGURE] = self.learning_rate
+        rates = optimizer.stage_learning_rates(self.trainer.optimizers, self.network, self.stages)
+        for stage, rate in rates.items():
+            figures[f"{STAGE_RATE_PREFIX}{stage}"] = rate
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        figures[TRAINABLE_FIGURE] = float(trainable)
+        figures[STEPS_FIGURE] = float(self.global_step)
+        for logger in self.loggers:
+            logger.log_metrics(figures, step=counted(self.current_epoch))
+            logger.save()
+        if not self.trainer.is_last_batch:
+            return  # `max_steps` or `max_time` ended the run within the epoch; a resume ends it
+        scheduler = self.lr_schedulers()
+        if self._validation_scores and isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(self._validation_scores["val/loss"])
+        self._validation_scores = {}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step a schedule of steps; `ReduceLROnPlateau` steps in `on_train_epoch_end`.
+
+        Lightning calls this for a plateau after the checkpoint is written, which would lack it.
+        """
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what prediction needs to know of the images, and whose options these are."""
-        super().on_save_checkpoint(checkpoint)
+        """Add what prediction needs to know of the network, and what a resume needs."""
         checkpoint[VERSION_KEY] = __version__
+        checkpoint[NETWORK_KEY] = self.classifier.description.to_primitives()
+        if self.ema is not None:
+            self.ema.add_to_checkpoint(checkpoint)
+        if not is_fitting(self):
+            return
+        train_states = {}
+        if not self.trainer.is_last_batch:
+            train_states["train_acc"] = _state_over_processes(self.train_acc)
+            train_states["train_loss"] = _state_over_processes(self.train_loss)
+        if train_states or self._validation_scores:
+            checkpoint[EPOCH_KEY] = {"train": train_states, "val": self._validation_scores}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse settings that the checkpoint's optimizer and schedule would silently undo."""
-        super().on_load_checkpoint(checkpoint)
-        if self._trainer is None:
-            return
-        saved = checkpoint.get("hyper_parameters", {})
-        data = getattr(self.trainer, "datamodule", None)
-        own = self.hparams["class_names"] or getattr(data, "class_names", None)
-        if saved.get("class_names") and own:
-            check_classes(saved["class_names"], own)
-        options = checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY)
-        if isinstance(data, ImageDataModule) and options and self.trainer.ckpt_path:
-            data.continue_run(self.trainer.ckpt_path, options)
-        if self._trainer.state.fn != TrainerFn.FITTING:
-            return
-        for change in resume.compare_checkpoint(self.trainer, self, data, checkpoint):
-            rank_zero_info(change)
-        if isinstance(
-            data, ImageDataModule
-        ):  # Lightning has no effect on a loader that its count of steps has made
-            data.resumed = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
-        mine, given = self.state_dict(), checkpoint["state_dict"]
-        if other := [key for key in mine if key in given and mine[key].shape != given[key].shape]:
-            raise UserError(
-                f"With image_size={self.hparams['image_size']} {self.hparams['backbone']} has another form than in the "
-                f"checkpoint ({other[0]}): leave it out to continue that run, or begin a new one from its weights with "
-                f"--model.weights=CHECKPOINT."
-            )
-        self.take_up_average(checkpoint)
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Add a batch to `test/loss` and `test/acc`; return its logits, float [B, C]."""
+        images, labels = batch
+        logits = self(images)
+        self.test_loss.update(F.cross_entropy(logits, labels).expand(len(labels)))
+        self.test_acc.update(logits, labels)
+        self.log("test/loss", self.test_loss, prog_bar=True)
+        self.log("test/acc", self.test_acc, prog_bar=True)
+        if self._classes_are_unequal:
+            self.class_counts.update(logits, labels)
+        return logits
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores that weigh all classes alike, if the classes are unequal."""
+        self._log_class_scores("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return probabilities of a batch, float [B, C]."""
+        return self(batch[0]).softmax(dim=1)
+
+    def side_at(self, done: int, total: int) -> int | None:
+        """Return the side in pixels of training images after `done` of `total` parts of the run."""
+        if self.image_sizes is None:
+            return self.classifier.geometry.input_side
+        return self.image_sizes.side_at(done, total)
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> "TransferClassifier":  # type: ignore[override]
-        """As Lightning's, but never fetches pretrained weights: the checkpoint holds them all."""
-        options.setdefault("weights", "none")
-        options.setdefault("weights_only", True)
-        return super().load_from_checkpoint(checkpoint_path, **options)
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: Any, **options: Any
+    ) -> "TransferClassifier":
+        """Load a checkpoint like Lightning does, but fetch no pretrained weights.
+
+        The checkpoint holds all weights.
+
+        Raises:
+            UserError: The checkpoint is missing, damaged, or not one of this class.
+        """
+        description = NetworkDescription.from_checkpoint(read_checkpoint(checkpoint_path))
+        with built_from(description):
+            return super().load_from_checkpoint(checkpoint_path, weights_only=True, **options)
+
+
+def _are_sides(sides: Any) -> bool:
+    return len(sides) > 0 and min(sides) >= 1 and max(sides) <= LARGEST_SIDE
+
+
+def _state_over_processes(metric: Any) -> dict[str, Tensor]:
+    """Return what a metric has counted so far, summed over all processes."""
+    with metric.sync_context():
+        return {key: value.clone() for key, value in metric.metric_state.items()}

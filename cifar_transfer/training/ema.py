@@ -1,141 +1,179 @@
-"""An exponential moving average of the weights: what a run validates, keeps in its checkpoints and tests.
+"""An exponential moving average of the weights: what a run validates, saves and tests.
 
-Why not Lightning's `EMAWeightAveraging`: it has no warm-up, keeps a GPU's average in host memory, averages integers,
-lacks a step if another callback saves it first, is not asked for checkpoints of weights only, and mistakes the average
-for the weights in what is saved during a validation or after the training.
+Lightning's `EMAWeightAveraging` is not used (seen in 2.6.6), because it has no warm-up, keeps the
+average of a GPU's weights in host memory, averages integers, lacks a step if another callback saves
+it first, is not asked for checkpoints of weights only, and takes the average for the weights in
+what is saved during a validation or after the training.
 """
 
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.training.checkpoint_file import RAW, STEPS
-from cifar_transfer.training.image_sizes import SizedModule
+from cifar_transfer.training.checkpoint_file import RAW_STATE_KEY, STEPS_KEY
+from cifar_transfer.training.lightning_internals import callbacks_of, is_fitting
 
 
-class AveragedModule(SizedModule):
-    """A classifier that averages its weights after each step of the optimizer, if its option `ema` is a decay.
+class ExponentialMovingAverage(Callback):
+    """Averages a module's weights and batch-norm statistics after each optimizer step.
 
-    Batch-norm's statistics are averaged as the weights are: they belong to them, and nothing has to be run again. While
-    fitting validates, and when it has ended, the module has the average; checkpoints have it as their `state_dict`.
+    The module holds the raw weights while it trains. It holds the average while a fit validates,
+    and when the fit has ended. Checkpoints have the average as their `state_dict`.
+
+    The order of events::
+
+        on_fit_start               copy the weights, or take over the average of a resumed run
+        each optimizer step        average = decay * average + (1 - decay) * weights
+        on_validation_epoch_start  exchange weights and average
+        on_validation_epoch_end    exchange them back
+        add_to_checkpoint          put the average in the place of the weights. The module calls it,
+                                   because Lightning asks no callback for weights-only checkpoints
+        on_load_checkpoint         restore the raw weights, and remember the average
+        on_fit_end                 exchange, and leave the average in the module
+
+    Args:
+        decay: Share of the average that a step keeps, in [0, 1). In the first steps it is smaller,
+            as in timm's ModelEmaV3 (https://github.com/huggingface/pytorch-image-models).
+
+    Raises:
+        UserError: Another callback averages the weights, the strategy shards them, or they have 16
+            bits, in which small changes would be lost.
     """
 
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes)
-        self._other: dict[
-            str, Tensor
-        ] = {}  # the average, or while that is in use, the weights that train
-        self._saved: dict[str, Tensor] = {}  # the average of a run that continues
-        self._steps, self._in_use = 0, False
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        # The average; while the module holds that, the weights that train.
+        self._other: dict[str, Tensor] = {}
+        self._module_holds_average = False
+        self._resumed_average: dict[str, Tensor] = {}
+        self._steps = 0
 
-    def on_fit_start(self) -> None:
-        """Begin with the weights as they are on their device, or take up the average of the run that continues."""
-        super().on_fit_start()
-        self._other, self._in_use = {}, False
-        if self.hparams["ema"] is None:
-            return
-        for other in (type(one) for one in self.trainer.callbacks):  # type: ignore[attr-defined] # set by a connector
-            if issubclass(other, WeightAveraging | StochasticWeightAveraging):
-                raise UserError(
-                    f"ema={self.hparams['ema']} and {other.__name__} both average the weights: take one."
-                )
-        whole = isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy)
-        if not whole or self.dtype in (torch.float16, torch.bfloat16):
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin with the weights as they are on their device, or with a resumed run's average."""
+        self._check(trainer, pl_module)
+        self._module_holds_average = False
+        self._other = _copy(pl_module)
+        for name, value in self._resumed_average.items():
+            if name in self._other:
+                self._other[name].copy_(value)
+        if not self._resumed_average:
+            self._steps = 0
+        self._resumed_average = {}
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_post_hook(lambda *_: self._update(pl_module))
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                name = type(callback).__name__
+                raise UserError(f"ema={self.decay} and {name} both average the weights: take one.")
+        is_whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        has_16_bits = pl_module.dtype in (torch.float16, torch.bfloat16)
+        if not is_whole or has_16_bits:
             raise UserError(
-                f"ema={self.hparams['ema']} averages whole weights of 32 bits or more, not those of "
-                f"{type(self.trainer.strategy).__name__} and precision={self.trainer.precision}: use one device or "
-                f"strategy=ddp, with 32-true, bf16-mixed or 16-mixed."
+                f"ema={self.decay} averages whole weights of 32 bits or more, not those of "
+                f"{type(trainer.strategy).__name__} and precision={trainer.precision}: use one "
+                f"device or strategy=ddp, with 32-true, bf16-mixed or 16-mixed."
             )
-        every = chain(
-            self.named_parameters(remove_duplicate=False),
-            self.named_buffers(remove_duplicate=False),
-        )
-        copies: dict[int, Tensor] = {}  # of shared weights one
-        self._other = {
-            name: copies.setdefault(id(now), now.detach().clone()) for name, now in every
-        }
-        for name in self._other.keys() & self._saved.keys():
-            self._other[name].copy_(self._saved[name])
-        self._steps, self._saved = self._steps if self._saved else 0, {}
-        for optimizer in self.trainer.optimizers:
-            optimizer.register_step_post_hook(self._follow)
-
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        named = chain(self.named_parameters(), self.named_buffers())
-        return ((self._other[name], now) for name, now in named)
 
     @torch.no_grad()
-    def _follow(self, *_: Any) -> None:
-        pairs = list(self._pairs())
-        numbers = [pair for pair in pairs if pair[0].is_floating_point()]
-        # The warm-up of timm's ModelEmaV3 (https://github.com/huggingface/pytorch-image-models): the first is a copy.
-        decay = min(self.hparams["ema"], 1 - (1 + self._steps) ** (-2 / 3))
-        get_ema_multi_avg_fn(decay)(
-            [average for average, _ in numbers], [now for _, now in numbers], 0
-        )
-        for average, now in pairs:
-            if not average.is_floating_point():
-                average.copy_(now)
+    def _update(self, pl_module: LightningModule) -> None:
+        """Average the weights after a step; integers, such as batch counts, are copied."""
+        averages = []
+        weights = []
+        for name, value in _parameters_and_buffers(pl_module):
+            average = self._other[name]
+            if average.is_floating_point():
+                averages.append(average)
+                weights.append(value)
+            else:
+                average.copy_(value)
+        decay = min(self.decay, 1 - (1 + self._steps) ** (-2 / 3))
+        update_all = get_ema_multi_avg_fn(decay)
+        update_all(averages, weights, 0)
         self._steps += 1
 
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        if (
-            not self._in_use and self.trainer.world_size > 1
-        ):  # as DDP does: batch-norm's are those of the first
-            for name, _ in self.named_buffers():
-                torch.distributed.broadcast(self._other[name], 0)
-        for other, now in self._pairs():
-            kept = now.clone()
-            now.copy_(other)
-            other.copy_(kept)
-        self._in_use = not self._in_use
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate the average."""
+        if self._other and is_fitting(pl_module):
+            self._exchange(trainer, pl_module)
 
-    def on_validation_epoch_start(self) -> None:
-        """Have the average validated."""
-        if self._other and self.trainer.state.fn == TrainerFn.FITTING:
-            self._exchange()
-
-    def on_validation_epoch_end(self) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Train on with the raw weights."""
-        super().on_validation_epoch_end()
-        if self._other and self.trainer.state.fn == TrainerFn.FITTING:
-            self._exchange()
+        if self._other and is_fitting(pl_module):
+            self._exchange(trainer, pl_module)
 
-    def on_fit_end(self) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the average in the module."""
         if self._other:
-            self._exchange()
+            self._exchange(trainer, pl_module)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the average, and what is needed to go on with it."""
-        super().on_save_checkpoint(checkpoint)
-        if self._other:
-            now = checkpoint["state_dict"]
-            other = {name: self._other.get(name, value) for name, value in now.items()}
-            raw, average = (other, now) if self._in_use else (now, other)
-            checkpoint.update({"state_dict": average, RAW: raw, STEPS: self._steps})
+    @torch.no_grad()
+    def _exchange(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._module_holds_average and trainer.world_size > 1:
+            # DDP trains each process with its own batch-norm statistics, and saves the first's.
+            for name, _ in pl_module.named_buffers():
+                torch.distributed.broadcast(self._other[name], 0)
+        for name, value in _parameters_and_buffers(pl_module):
+            previous = value.clone()
+            value.copy_(self._other[name])
+            self._other[name].copy_(previous)
+        self._module_holds_average = not self._module_holds_average
 
-    def take_up_average(self, checkpoint: dict[str, Any]) -> None:
-        """Have the run that continues from a checkpoint load its raw weights, and later its average."""
-        if self.hparams["ema"] is None:
+    def add_to_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the average in the place of the weights, and the weights beside it."""
+        if not self._other:
             return
-        forms = [
-            {name: value.shape for name, value in checkpoint.get(key, {}).items()}
-            for key in ("state_dict", RAW)
-        ]
-        if forms[0] != forms[1] or STEPS not in checkpoint:
+        module_state = checkpoint["state_dict"]
+        other_state = {}
+        for name, value in module_state.items():
+            other_state[name] = self._other.get(name, value)
+        if self._module_holds_average:
+            checkpoint["state_dict"] = module_state
+            checkpoint[RAW_STATE_KEY] = other_state
+        else:
+            checkpoint["state_dict"] = other_state
+            checkpoint[RAW_STATE_KEY] = module_state
+        checkpoint[STEPS_KEY] = self._steps
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Restore the raw weights of a run that continues; the module has loaded the average."""
+        average = checkpoint["state_dict"]
+        raw_state = checkpoint.get(RAW_STATE_KEY, {})
+        if STEPS_KEY not in checkpoint or average.keys() != raw_state.keys():
             raise UserError(
-                f"ema={self.hparams['ema']} finds no average in the checkpoint that it could continue: leave it out, "
-                f"or begin a new run from its weights with --model.weights=CHECKPOINT."
+                f"ema={self.decay} finds no average in the checkpoint that it could continue: "
+                f"leave it out, or begin a new run from its weights with "
+                f"--model.weights=CHECKPOINT."
             )
-        self._saved, self._steps = checkpoint["state_dict"], checkpoint[STEPS]
-        checkpoint["state_dict"] = checkpoint[RAW]
+        pl_module.load_state_dict(raw_state)
+        self._resumed_average = average
+        self._steps = checkpoint[STEPS_KEY]
+
+
+def _parameters_and_buffers(module: LightningModule) -> Iterable[tuple[str, Tensor]]:
+    """Yield names and tensors; shared weights come once."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _copy(module: LightningModule) -> dict[str, Tensor]:
+    """Return a copy of all weights and buffers by each of their names; names of one share one."""
+    copies: dict[int, Tensor] = {}
+    named: dict[str, Tensor] = {}
+    parameters = module.named_parameters(remove_duplicate=False)
+    buffers = module.named_buffers(remove_duplicate=False)
+    for name, value in [*parameters, *buffers]:
+        if id(value) not in copies:
+            copies[id(value)] = value.detach().clone()
+        named[name] = copies[id(value)]
+    return named

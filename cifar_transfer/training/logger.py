@@ -19,8 +19,8 @@ from cifar_transfer.base.console import counted
 from cifar_transfer.base.files import atomic_write
 from cifar_transfer.results.publish import FINAL, NAMES, STAGES, STEPS, TAGS
 from cifar_transfer.training.metrics_file import OF_EPOCH, MetricsFile, trim_metrics
-from cifar_transfer.training.scoring import EPOCH_SCORES
 
+EPOCH_SCORES = ("train/acc", "train/loss_epoch", "val/acc", "val/loss")
 BY_EPOCH = {*EPOCH_SCORES, "lr", OF_EPOCH, STEPS}
 
 

@@ -99,10 +99,6 @@ class Guard(Callback):
         counts = np.bincount(data.images["train"].labels)
         shares = counts[counts > 0] / counts.sum()
         blind = float(-(shares * np.log(shares)).sum())
-        if weight := pl_module.hparams.get(
-            "aux_weight", 0
-        ):  # of each auxiliary head's loss; GoogLeNet has two
-            blind *= 1 + weight * (len(pl_module.heads) - 1)  # type: ignore[arg-type]
         if loss > BLIND * blind and trainer.global_step >= ENOUGH:
             rank_zero_warn(
                 f"The frozen backbone has taught the head nothing: the training loss is {loss:.3f}, and {blind:.3f} "

@@ -127,7 +127,8 @@ def own_stages(module: LightningModule) -> dict[str, list[str]]:
         else []
     )
     known = {name for name, _ in module.named_modules()}
-    network, prefix = getattr(module, "network", None), "network."
+    network = getattr(module, "network", None)
+    prefix = next((f"{name}." for name, child in module.named_modules() if child is network), "")
     if not isinstance(network, nn.Module) or not known.issuperset(prefix + head for head in heads):
         network, prefix = module, ""
     if unknown := [head for head in heads if prefix + head not in known]:

@@ -6,10 +6,9 @@ from typing import Any
 from lightning import LightningDataModule, Trainer
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.data.geometry import Geometry
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import digest
-from cifar_transfer.network.image_classifier import ImageNetwork
+from cifar_transfer.network.image_classifier import NetworkDescription
 
 _UNDONE = "would be undone by the checkpoint"
 _SPLIT = "would make validation images of images that were trained on"
@@ -20,7 +19,7 @@ _UNFROZEN = "would have no effect, because parameters are unfrozen already"
 REFUSED = {
     **{
         f"model.{name}": _UNDONE
-        for name in ("backbone", "num_classes", "small_images", "patch_size", "aux_weight")
+        for name in ("backbone", "num_classes", "small_images", "patch_size")
     },
     **{
         f"model.{name}": _UNDONE
@@ -154,14 +153,6 @@ def compare_checkpoint(
     return compare(saved, asked, within_epoch=within, unfrozen=False)
 
 
-def keep_size(data: ImageDataModule, model: ImageNetwork, checkpoint: dict) -> None:
-    """Have a run that continues decode its images as before, unless its options ask for another size."""
-    before = checkpoint["hyper_parameters"] | checkpoint.get(
-        LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {}
-    )
-    now = {**model.options, **data.hparams}
-    same = all(
-        before.get(name) == now.get(name) for name in ("image_size", "train_sizes", "decode_size")
-    )
-    if same and checkpoint.get("input_size"):
-        data.fixed_size = Geometry.of(checkpoint).size
+def keep_size(data: ImageDataModule, checkpoint: Mapping[str, Any]) -> None:
+    """Have a run that continues decode its images as before."""
+    data.fixed_size = NetworkDescription.from_checkpoint(checkpoint).geometry.size
