@@ -68,7 +68,7 @@ def heat_map(model: ImageClassifier, pixels: np.ndarray) -> np.ndarray:
             heat = (weights.mean((1, 2), keepdim=True) * values).sum(0).relu()
             heat = F.interpolate(heat[None, None], size=pixels.shape[1:], mode="bilinear")[0, 0]
             return (heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)).cpu().numpy()
-    name = model.options["backbone"]
+    name = model.backbone
     raise UserError(
         f"There is no heat map of {name} at this size: no layer of it has 2 x 2 places or more."
     )

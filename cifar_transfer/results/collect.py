@@ -47,7 +47,8 @@ class CollectPredictions(Callback):
         if self._wanted:
             self._chosen = self._rows % math.ceil(len(self._loader.dataset) / self._wanted) == 0
             self._seen: list[Tensor] = []  # in this batch
-            head = pl_module.network.get_submodule(pl_module.heads[0])  # type: ignore[index]
+            network: Any = pl_module.network
+            head = network.get_submodule(pl_module.heads[0])  # type: ignore[index]
             self._hook = head.register_forward_pre_hook(
                 lambda _, inputs: self._seen.append(inputs[0])
             )

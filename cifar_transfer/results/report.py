@@ -91,7 +91,8 @@ class Report(Callback):
             return  # a run that continues has it already
         board, data = _board(trainer), getattr(trainer, "datamodule", None)
         if self.figures and data is not None:
-            side = pl_module.side_at(1, 1) if hasattr(pl_module, "side_at") else None
+            model: Any = pl_module
+            side = model.side_at(1, 1) if hasattr(model, "side_at") else None
             with language(self.language, data.class_names):
                 drawn = {"augmented": publish.augmented(data, side)}
                 (path,) = publish.save(drawn, Path(folder, publish.FOLDER), board)

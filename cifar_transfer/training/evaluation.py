@@ -32,11 +32,17 @@ class MirroredAccuracy(Callback):
     """Logs `test/mirrored_acc`: accuracy of an image and its mirror image together, in [0, 1].
 
     The probabilities of both are added. Works in tests and in validations outside of a fit.
+
+    Args:
+        num_classes: Number of classes.
     """
+
+    def __init__(self, num_classes: int) -> None:
+        self._num_classes = num_classes
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count."""
-        classes = pl_module.classifier.num_classes  # type: ignore[union-attr]
+        classes = self._num_classes
         accuracy = MulticlassAccuracy(classes, average="micro", validate_args=False)
         self._accuracy = accuracy.to(pl_module.device)
 
