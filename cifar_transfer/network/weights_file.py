@@ -44,8 +44,8 @@ def read_weights(path: Path) -> tuple[State, dict[str, Any]]:
             Lightning checkpoint, of this project or of another one.
 
     Returns:
-        The tensors by the network's own names, and the options of the run if it is a checkpoint of
-        this project, else an empty dictionary.
+        The tensors by the network's own names. If the file is a checkpoint of this project, also
+        the description of its network (see `NetworkDescription`), else an empty dictionary.
 
     Raises:
         UserError: The file is damaged, holds other objects than tensors and primitives, or no

@@ -92,6 +92,7 @@ def load_data(checkpoint: dict[str, Any], **overrides: str | int | None) -> Imag
     try:
         options["augment"] = Augment(**options["augment"])
         images_left_out = options.pop("left_out")
+        options.pop("held_out_by", None)
         data = DATA_MODULES[name](**options | overrides)
     except (KeyError, TypeError) as error:
         raise UserError(
