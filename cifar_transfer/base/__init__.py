@@ -1,1 +1,1 @@
-"""Ground: errors in a sentence, text, files and downloads, for every other room."""
+"""Errors in one sentence, text, files and downloads, for every other room."""

@@ -1,12 +1,7 @@
-"""Errors that a user can mend: shown as one sentence, without a traceback.
-
-`check` in place of annotated types, because they speak on the command line only: this gives Python the same sentence.
-`account` goes by the words of jsonargparse's messages, because it gives no structured account of what is wrong.
-"""
+"""Errors that a user can mend, shown in one sentence without a traceback."""
 
 import errno
 import os
-import re
 import signal
 import sys
 import traceback
@@ -16,97 +11,94 @@ from typing import Any, NoReturn
 
 from cifar_transfer.base.text import printable
 
-# Lines of jsonargparse's that describe its search and not the mistake.
-BY_THE_WAY = (
-    *("Does not validate against any", "Subtypes:", "Errors:", "Given value type:"),
-    *("Given value: Namespace(", "Given value: NestedArg("),
-)
-# What jsonargparse says, and how people would.
-PLAINER = {
-    r'Parser key "([^"]+)": (?=Expected a (?:<|typing))': r"--\1 takes ",
-    r"Expected an? <class '(\w+)'>": r"\1",
-    r"Expected a typing\.Literal\[([^\]]*)\]": r"\1",
-    r"[;.] (Got|Given) value: ": ", not ",
-    r"\bNoneType\b": "null",
-}
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Of a disk that fails, is read-only or somebody else's, or that a network has lost or does not serve in full.
-FAILING = (
-    *(errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EXDEV),
-    *(errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP),
+USER_ERROR_STATUS = 2
+SIGNAL_STATUS = 128  # shells add the number of the signal that ended a program
+
+FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FAILING_DISK_ERRORS = (
+    errno.EIO,
+    # read-only, or somebody else's
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    # a network's disk that is lost, or does not do all that a disk does
+    errno.ESTALE,
+    errno.EXDEV,
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.ENOTSUP,
 )
 
 
 class UserError(Exception):
-    """What was wrong, where, and what to do about it, in a sentence or two."""
+    """A mistake of the user: what is wrong, where, and what to do about it."""
 
     def __str__(self) -> str:
-        # A DataLoader raises a worker's error anew with the worker's traceback as its message; only our words matter.
-        return printable(super().__str__().rsplit("UserError: ", 1)[-1].strip())
+        # A DataLoader raises a worker's error again, with the worker's traceback as its message.
+        message = super().__str__().rsplit("UserError: ", 1)[-1]
+        return printable(message.strip())
 
 
-def check(name: str, value: Any, fits: Callable[[Any], object], wanted: str) -> None:
-    """Refuse an option's value that `fits` does not take, and any that is no number, such as a flag.
+def check(name: str, value: Any, fits: Callable[[Any], object], requirement: str) -> None:
+    """Refuse the value of an option.
+
+    Annotated types would do this on the command line alone; Python gets the same sentence so.
+
+    Args:
+        name: Name of the option.
+        value: Its value. True and False are refused, because they would count as 1 and 0.
+        fits: Returns whether a value is allowed. A TypeError in it means that it is not.
+        requirement: What is allowed, as it follows "take" in the message.
 
     Raises:
-        UserError: It ends with "take" and what is `wanted`.
+        UserError: The value is not allowed.
     """
     try:
         if not isinstance(value, bool) and fits(value):
             return
-    except (TypeError, OverflowError):  # from comparing with numbers what is none, or beyond them
+    except (TypeError, OverflowError):  # a comparison with a number failed
         pass
-    raise UserError(f"{name} is {'null' if value is None else value}: take {wanted}.")
+    shown = "null" if value is None else value
+    raise UserError(f"{name} is {shown}: take {requirement}.")
 
 
-def account(message: str) -> str:
-    """jsonargparse's message in one line.
-
-    For a value that may have several types it lists one error for each type. An error that says more than "Expected a
-    <type>" is the cause; then the others are left out.
-    """
-    lines = list(dict.fromkeys(line.strip(" -") for line in message.splitlines()))
-    lines = [line for line in lines if line and not line.startswith(BY_THE_WAY)]
-    causes = [line for line in lines if not line.startswith(("Expected a", "Given value"))]
-    told = lines if all(line.startswith("Parser key") for line in causes) else causes
-    said = "; ".join(told).replace(":; ", ": ")
-    for words, plainer in PLAINER.items():
-        said = re.sub(words, plainer, said)
-    return said
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if it has none."""
+    message = str(error).strip() or type(error).__name__
+    return message.splitlines()[0]
 
 
-def caused_by_us(error: BaseException | None) -> "UserError | None":
-    """The `UserError` that another library has wrapped in errors of its own, or None."""
+def caused_by_us(error: BaseException | None) -> UserError | None:
+    """Return the `UserError` that a library has wrapped in errors of its own, or None."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def disk_fault(error: BaseException | None) -> str | None:
-    """What an error says of a disk that is full or fails, also if a library has wrapped it in its own; else None."""
+    """Return a sentence about a disk that is full or fails, or None if that is not the cause.
+
+    Libraries may have wrapped the error in their own.
+    """
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__
-    if error is None or error.errno not in FULL + FAILING:
+    if error is None:
         return None
-    what = error.filename or "A file"
-    if error.errno in FULL:
-        return f"{what} cannot be written ({error.strerror}): make room."
-    return (
-        f"{what} cannot be read or written ({error.strerror}): see to its disk and its permissions."
-    )
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of somebody else's says, in a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    name = error.filename or "A file"
+    if error.errno in FULL_DISK_ERRORS:
+        return f"{name} cannot be written ({error.strerror}): make room."
+    if error.errno in FAILING_DISK_ERRORS:
+        reason = error.strerror
+        return f"{name} cannot be read or written ({reason}): see to its disk and its permissions."
+    return None
 
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Turn a `UserError`, Lightning's own word on a wrong setting or a disk's fault into a line on stderr and status 2.
+    """End the program with a line on stderr where the user can mend the error.
 
-    Lightning's comes in several classes, and is known by where it is raised. A signal ends with the shell's status for
-    it, 130 or 143.
+    These errors end with status 2: a `UserError`, Lightning's errors about settings, and faults of
+    the disk. A signal ends the program with the shell's status for it. All other errors pass.
     """
     try:
         try:
@@ -114,30 +106,41 @@ def one_sentence() -> Iterator[None]:
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads what is printed has had enough, as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # lest the end of the program complains
-        sys.exit(128 + 13)  # as the shell has it for SIGPIPE
+    except BrokenPipeError:
+        # Whoever reads the output has left, as `head` does. Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(SIGNAL_STATUS + signal.SIGPIPE)
     except KeyboardInterrupt:
-        _end("Interrupted.", 128 + signal.SIGINT)
+        _end("Interrupted.", SIGNAL_STATUS + signal.SIGINT)
     except SystemExit as error:
-        if type(error).__name__ == "SIGTERMException":
-            _end("Terminated.", 128 + signal.SIGTERM)
-        if (
-            isinstance(error.__context__, KeyboardInterrupt) and error.code == 1
-        ):  # Lightning's, who ends with 1
-            _end("Interrupted.", 128 + signal.SIGINT)
+        if type(error).__name__ == "SIGTERMException":  # Lightning's
+            _end("Terminated.", SIGNAL_STATUS + signal.SIGTERM)
+        # After Ctrl-C Lightning ends with status 1.
+        if isinstance(error.__context__, KeyboardInterrupt) and error.code == 1:
+            _end("Interrupted.", SIGNAL_STATUS + signal.SIGINT)
         raise
     except Exception as error:
-        *_, (last, _) = traceback.walk_tb(error.__traceback__)
-        lightnings = last.f_globals.get("__name__", "").startswith("lightning.")
-        # By its name, because to import Lightning takes seconds.
-        ours = isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException"
-        fault = None if ours else disk_fault(error)
-        if not (
-            ours or fault or (lightnings and isinstance(error, ValueError | TypeError | OSError))
-        ):
+        line = _sentence(error)
+        if line is None:
             raise
-        _end(f"error: {' '.join((fault or str(error)).split())}", 2)
+        _end(f"error: {' '.join(line.split())}", USER_ERROR_STATUS)
+
+
+def _sentence(error: Exception) -> str | None:
+    """Return what to say about an error that the user can mend, or None for any other error."""
+    # Known by its name, because importing Lightning takes seconds.
+    if isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException":
+        return str(error)
+    fault = disk_fault(error)
+    if fault is not None:
+        return fault
+    # Lightning's errors about settings have several classes, so the place where they were raised
+    # tells them apart.
+    *_, (last_frame, _) = traceback.walk_tb(error.__traceback__)
+    is_lightnings = last_frame.f_globals.get("__name__", "").startswith("lightning.")
+    if is_lightnings and isinstance(error, ValueError | TypeError | OSError):
+        return str(error)
+    return None
 
 
 def _end(line: str, status: int) -> NoReturn:

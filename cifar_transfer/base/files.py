@@ -1,4 +1,4 @@
-"""Files that are complete or not there, whatever happens while they are written; and what those of a run are called."""
+"""Files that are complete or absent, whatever happens while they are written."""
 
 import csv
 import errno
@@ -15,13 +15,19 @@ from typing import BinaryIO
 
 from cifar_transfer.base.errors import UserError
 
-LOGS = "lightning_logs"  # where runs are, in the current folder
-CONFIG, RESULT = "config.yaml", "result.json"  # in a run's folder, the second when it is finished
-ABANDONED = 3600  # seconds without a byte, after which a temporary file has lost its writer
+LOGS = "lightning_logs"  # folder of the runs, in the current folder
+CONFIG = "config.yaml"  # in the folder of a run
+RESULT = "result.json"  # in the folder of a finished run
+ABANDONED_SECONDS = 3600  # without a byte, after which a temporary file has lost its writer
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Make a folder that is not there yet; a `UserError` names the option if it cannot be, say because it is a file."""
+    """Make a folder unless it exists.
+
+    Raises:
+        UserError: The folder cannot be made, for example because it is a file. The text names the
+            option that gave the folder.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -29,70 +35,102 @@ def make_folder(folder: Path, option: str) -> None:
 
 
 def require_writable(folder: Path, option: str) -> None:
-    """Refuse a folder that cannot be made or written into, without making it; a `UserError` names the option for it."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "is no folder" if not there.is_dir() else "cannot be written by this user"
-        raise UserError(
-            f"{folder} cannot be written, because {there} {why}: name another place with {option}=FOLDER."
-        )
+    """Refuse a folder that cannot be made or written into, without making it.
+
+    Raises:
+        UserError: The text names the option that gives another folder.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        reason = "is no folder"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        reason = "cannot be written by this user"
+    else:
+        return
+    raise UserError(
+        f"{folder} cannot be written, because {place} {reason}: name another place with "
+        f"{option}=FOLDER."
+    )
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which replaces `path`, in an existing folder, in one move when it is complete and on the disk.
+    """Write a file that replaces `path` in one move, when it is complete and on the disk.
 
-    Until then, and after any error, what was at `path` stays as it was. Each writer has a hidden temporary file of its
-    own; what a killed writer has left of it is removed by a later one.
+    Until then, and after any error, what was at `path` stays as it was. Each writer has its own
+    hidden temporary file; a later writer removes what a killed one has left.
+
+    Args:
+        path: The file, in an existing folder.
+
+    Yields:
+        The temporary file.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
-    name = path.name.replace(
-        "tfevents", "events"
-    )  # TensorBoard reads every file with "tfevents" in its name
+    # TensorBoard reads every file with "tfevents" in its name.
+    name = path.name.replace("tfevents", "events")
     partial = path.with_name(f".{name}.{secrets.token_hex(8)}.partial")
-    remove_partial(path.parent, name, ABANDONED)
+    remove_partial(path.parent, name, ABANDONED_SECONDS)
     try:
         with partial.open("xb") as file:
             yield file
-            sync(file)
+            _sync(file)
         os.replace(partial, path)
     except OSError as error:
         if error.filename in (None, str(partial)):
-            error.filename = str(path)  # the name that its reader knows
+            error.filename = str(path)  # the name that the user knows
         raise
     finally:
         with suppress(OSError):  # after the move there is none
             partial.unlink()
-    with suppress(OSError):  # not every system can open a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # so that the move outlives a power failure
-        finally:
-            os.close(folder)
+    _sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """As `atomic_write`, in UTF-8, with escapes for what is no text in a name."""
+    """Write a text like `atomic_write`, in UTF-8, with escapes for undecodable bytes of names."""
     with atomic_write(path) as file:
         file.write(text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: object) -> None:
-    """As `write_text`, in ASCII, a line for each entry."""
+    """Write JSON like `atomic_write`, in ASCII, with a line for each entry."""
     write_text(path, f"{json.dumps(value, indent=1)}\n")
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
-    """As `write_text`, with the line ends of RFC 4180."""
+    """Write CSV like `atomic_write`, with the line ends of RFC 4180."""
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     write_text(path, text.getvalue())
 
 
-def sync(file: BinaryIO) -> None:
-    """Have what was written on the disk, where the file system knows how: some of a network refuse to be asked."""
+def remove_partial(folder: Path, name: str | None = None, min_seconds: float = 0) -> None:
+    """Remove temporary files that killed writers have left in a folder, but not in its folders.
+
+    Args:
+        folder: The folder.
+        name: Name of the file that they were writing; None for any file.
+        min_seconds: Time since a file was last written to. 0 is safe where no other process can
+            be writing.
+    """
+    file_name = ".+"
+    if name is not None:
+        file_name = re.escape(name)
+    pattern = re.compile(rf"\.{file_name}\.[0-9a-f]{{16}}\.partial")
+    for path in folder.glob(".*.partial"):
+        if not pattern.fullmatch(path.name):
+            continue
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime >= min_seconds:
+                path.unlink()
+
+
+def _sync(file: BinaryIO) -> None:
+    """Have a file's bytes written to the disk, except where a network's file system refuses."""
     file.flush()
     try:
         os.fsync(file.fileno())
@@ -101,14 +139,11 @@ def sync(file: BinaryIO) -> None:
             raise
 
 
-def remove_partial(folder: Path, name: str | None = None, age: float = 0) -> None:
-    """Remove temporary files that killed writers of `name`, or of any file, have left in a folder, but not below.
-
-    Args:
-        age: Seconds since they were last written to. Where no other process can be writing, 0 is safe.
-    """
-    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{16}}\.partial")
-    for path in folder.glob(".*.partial"):
-        with suppress(OSError):
-            if pattern.fullmatch(path.name) and time.time() - path.stat().st_mtime >= age:
-                path.unlink()
+def _sync_folder(folder: Path) -> None:
+    """Have a folder written to the disk, so that a move in it outlives a power failure."""
+    with suppress(OSError):  # not every system can open a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

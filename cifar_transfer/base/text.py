@@ -1,4 +1,4 @@
-"""Text for people and files, made of plain strings."""
+"""Text for people and files."""
 
 import re
 import sys
@@ -6,35 +6,59 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+MIN_COLUMN_WIDTH = 3  # Markdown wants three dashes
+
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
-    """A table whose columns line up: numbers to the right, words to the left; its first row is the heading."""
-    columns = []
-    for heading, *cells in zip(*table, strict=True):
-        width = max(3, *map(len, (heading, *cells)))
-        right = all(re.fullmatch(r"[\d.]*", cell) for cell in cells)
-        heading, *cells = [
-            f" {cell:>{width}} " if right else f" {cell:<{width}} " for cell in (heading, *cells)
-        ]
-        columns.append([heading, "-" * (width + 1) + (":" if right else "-"), *cells])
-    return "".join(f"|{'|'.join(row)}|\n" for row in zip(*columns, strict=True))
+    """Return a Markdown table whose columns line up.
+
+    Columns of numbers are aligned to the right, all others to the left.
+
+    Args:
+        table: Rows of cells, of equal length. The first row is the heading.
+    """
+    columns = [_markdown_column(cells) for cells in zip(*table, strict=True)]
+    lines = [f"|{'|'.join(row)}|\n" for row in zip(*columns, strict=True)]
+    return "".join(lines)
+
+
+def _markdown_column(cells: Sequence[str]) -> list[str]:
+    """Return the cells of a column at one width, with the line below the heading."""
+    heading, *values = cells
+    width = max(MIN_COLUMN_WIDTH, *map(len, cells))
+    is_numeric = all(re.fullmatch(r"[\d.]*", value) for value in values)
+    if is_numeric:
+        rule = "-" * (width + 1) + ":"
+        padded = [f" {cell:>{width}} " for cell in cells]
+    else:
+        rule = "-" * (width + 2)
+        padded = [f" {cell:<{width}} " for cell in cells]
+    return [padded[0], rule, *padded[1:]]
 
 
 def without_password(text: str) -> str:
-    """A text whose addresses (`https://name:password@host/`) have no user and password, to be kept or shown."""
+    """Return a text without the user and password of its addresses.
+
+    `https://name:password@host/` becomes `https://host/`.
+    """
     return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 def printable(text: str) -> str:
-    """A text, such as a file's name, in one line that any file, terminal or figure takes.
+    r"""Return a text, such as the name of a file, in one line that files and terminals take.
 
-    Each control character and each byte that is no UTF-8 becomes its escape (`\\n`, `\\udce9`).
+    Each control character and each byte that is not UTF-8 becomes its escape (`\n`, `\udce9`).
     """
-    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+    characters = []
+    for character in text:
+        if unicodedata.category(character) in ("Cc", "Cs"):
+            character = ascii(character)[1:-1]
+        characters.append(character)
+    return "".join(characters)
 
 
 def program(command: str) -> str:
-    """Return a command as it is to be typed, in the form in which the running one was typed."""
+    """Return a command as the user types it, in the form of the one that is running."""
     if Path(sys.argv[0]).stem == "cifar-transfer":
         return f"cifar-transfer {command}"
     return f"python -m cifar_transfer {command}"

@@ -18,11 +18,12 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from cifar_transfer.base import console
-from cifar_transfer.base.errors import UserError, account, caused_by_us, check
+from cifar_transfer.base.errors import UserError, caused_by_us, check
 from cifar_transfer.base.files import CONFIG, LOGS, require_writable
 from cifar_transfer.base.text import without_password
 from cifar_transfer.base.untrusted import read_yaml
 from cifar_transfer.cli import recipes, spelling, start
+from cifar_transfer.cli.parser_messages import plain_message
 from cifar_transfer.cli.parsers import HELP_HINT
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.network.image_classifier import NetworkDescription, built_from
@@ -54,7 +55,7 @@ class Parser(LightningArgumentParser):
         """Raise a `UserError` with jsonargparse's message and a hint."""
         if ex is not None and isinstance(ex.__cause__, UserError):  # from the link of the seed
             raise ex.__cause__
-        message, unknown = account(message), None
+        message, unknown = plain_message(message), None
         if message.startswith(UNKNOWN):
             name = message.removeprefix(UNKNOWN).partition("=")[0]
             raise spelling.unknown_option(f"--{name}", start.option_names("fit"))
@@ -139,7 +140,7 @@ class PlainCLI(LightningCLI):
             # Ours, jsonargparse's around one of ours, or the Trainer's.
             ours = caused_by_us(error)
             if ours is None:
-                raise UserError(account(str(error))) from None
+                raise UserError(plain_message(str(error))) from None
             raise self.named_as_options(ours) from None
 
     def named_as_options(self, error: UserError) -> UserError:

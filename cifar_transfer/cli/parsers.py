@@ -6,7 +6,8 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
-from cifar_transfer.base.errors import UserError, account
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.cli.parser_messages import plain_message
 
 HELP_HINT = "All options: --help"
 
@@ -20,7 +21,7 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a `UserError` that says what is wrong."""
-        raise UserError(f"{account(message)} ({HELP_HINT})")
+        raise UserError(f"{plain_message(message)} ({HELP_HINT})")
 
 
 class PartParser(argparse.ArgumentParser):
@@ -35,7 +36,7 @@ class PartParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise a `UserError` that says what is wrong."""
-        raise UserError(f"{account(message)} ({HELP_HINT})")
+        raise UserError(f"{plain_message(message)} ({HELP_HINT})")
 
     def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse like argparse, but let the value of an unknown option contain spaces.

@@ -1,0 +1,44 @@
+"""Messages of jsonargparse in one line of plain words.
+
+jsonargparse gives no structured account of what is wrong, so this goes by the words of its
+messages. `tests/test_cli.py` fails where they change.
+"""
+
+import re
+
+# Lines that describe jsonargparse's search, and not the mistake.
+SEARCH_LINES = (
+    "Does not validate against any",
+    "Subtypes:",
+    "Errors:",
+    "Given value type:",
+    "Given value: Namespace(",
+    "Given value: NestedArg(",
+)
+PLAIN_WORDS = {
+    r'Parser key "([^"]+)": (?=Expected a (?:<|typing))': r"--\1 takes ",
+    r"Expected an? <class '(\w+)'>": r"\1",
+    r"Expected a typing\.Literal\[([^\]]*)\]": r"\1",
+    r"[;.] (Got|Given) value: ": ", not ",
+    r"\bNoneType\b": "null",
+}
+
+
+def plain_message(message: str) -> str:
+    """Return a message of jsonargparse in one line.
+
+    For a value that may have several types, jsonargparse lists an error for each type. An error
+    that says more than "Expected a <type>" is the cause, and the others are left out.
+    """
+    lines = []
+    for line in message.splitlines():
+        text = line.strip(" -")
+        if text and text not in lines and not text.startswith(SEARCH_LINES):
+            lines.append(text)
+    causes = [line for line in lines if not line.startswith(("Expected a", "Given value"))]
+    if not all(line.startswith("Parser key") for line in causes):
+        lines = causes
+    text = "; ".join(lines).replace(":; ", ": ")
+    for pattern, words in PLAIN_WORDS.items():
+        text = re.sub(pattern, words, text)
+    return text
