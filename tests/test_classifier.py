@@ -5,10 +5,12 @@ import torch
 from conftest import quiet_trainer
 from lightning import seed_everything
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from cifar_transfer import ShapesDataModule, TransferClassifier
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.geometry import STATISTICS
+from cifar_transfer.training.evaluation import MirroredAccuracy
 
 TINY = "shufflenet_v2_x0_5"
 
@@ -45,7 +47,7 @@ def test_input_is_resized_and_normalised():
     images = torch.rand(2, 3, 32, 32)
     for normalize in ("cifar10", "imagenet", [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]):
         model = TransferClassifier(TINY, "none", image_size=48, normalize=normalize)
-        model.network = Recorder()
+        model.classifier.network = Recorder()
         model(images)
         mean, std = (
             STATISTICS.get(normalize, normalize) if isinstance(normalize, str) else normalize
@@ -113,16 +115,16 @@ def test_mirrored_accuracy_is_of_an_image_and_its_mirror_image_together():
             left = images[..., :16].mean((1, 2, 3)) > images[..., 16:].mean((1, 2, 3))
             return torch.where(left[:, None], torch.tensor([0.0, 5.0]), torch.tensor([1.0, 0.0]))
 
-    model = TransferClassifier(TINY, "none", num_classes=2).eval()
-    model.network, logs = LeftOrRight(), {}
-    model.log = lambda name, value, **_: logs.update({name: value})
+    model = TransferClassifier("lenet5", "none", num_classes=2).eval()
+    model.classifier.network = LeftOrRight()
     images = torch.zeros(4, 3, 32, 32)
     images[:2, ..., :16] = 1
     images[2:, ..., 16:] = 1
     labels = torch.ones(4, dtype=torch.int64)
-    model.validation_step((images, labels), 0)
-    assert "val/mirrored_acc" not in logs
-    model.mirrored = True
-    model.validation_step((images, labels), 0)
-    assert float(logs["val/acc"].compute()) == 0.5
-    assert float(logs["val/mirrored_acc"].compute()) == 1.0
+    loader = DataLoader(TensorDataset(images, labels), batch_size=3)
+    trainer = quiet_trainer(callbacks=[MirroredAccuracy(2)])
+    trainer.validate(model, loader, verbose=False)
+    assert float(trainer.callback_metrics["val/acc"]) == 0.5
+    assert float(trainer.callback_metrics["val/mirrored_acc"]) == 1.0
+    trainer.test(model, loader, verbose=False)
+    assert float(trainer.callback_metrics["test/mirrored_acc"]) == 1.0

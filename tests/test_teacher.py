@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,8 @@ def write_teacher(path, size=(32, 32), **options):
             value.normal_(0, 0.1)
     with torch.no_grad():
         model.network.get_submodule(model.heads[0]).weight.mul_(20)
-    model.settle_size(size)
+    geometry = model.classifier.geometry
+    model.classifier.set_geometry(replace(geometry, size=size))
     checkpoint = {
         "state_dict": model.state_dict(),
         "hyper_parameters": dict(model.hparams),
@@ -123,7 +125,7 @@ def test_the_loss_is_that_of_the_paper_and_nothing_of_the_teacher_is_kept(tmp_pa
     file = torch.load(teacher, weights_only=True)["state_dict"]
     now = {
         f"classifier.network.{name}": value
-        for name, value in model._teacher.network.network.state_dict().items()
+        for name, value in model.loss.teacher.classifier.network.state_dict().items()
     }
     assert [name for name, value in now.items() if not torch.equal(value, file[name])] == [], (
         "nor its batch-norm learns"

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cifar_transfer.training.scoring import ByClass
 from conftest import RUN, assert_same_weights, curves, quiet_trainer, untouched
 from lightning import seed_everything
 from PIL import Image
+from torchmetrics.classification import MulticlassStatScores
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
 from cifar_transfer import Augment, ImageFolderDataModule, ShapesDataModule, TransferClassifier
@@ -27,6 +27,8 @@ from cifar_transfer.commands.fit import fit
 from cifar_transfer.data.images import ArrayImages
 from cifar_transfer.data.loading import training_loader
 from cifar_transfer.data.shapes import draw
+from cifar_transfer.training.classifier import class_scores
+from cifar_transfer.training.loss import LossOptions, TrainingLoss
 from cifar_transfer.training.resume import compare
 
 SHAPES = {"drop": 1, "tee": 3, "flower": 5}  # and their places among all
@@ -110,20 +112,15 @@ def test_a_step_is_the_mean_over_images_of_each_with_its_weight(photos):
     data = ImageFolderDataModule(str(photos), class_weights="balanced", batch_size=16)
     model = TransferClassifier("lenet5", "none", num_classes=3)
     quiet_trainer(max_steps=0).fit(model, data)
-    labels, weights, smoothing, aux = (
-        torch.tensor([0, 0, 1, 2, 2, 2, 0, 1]),
-        data.loss_weights(),
-        0.2,
-        0.3,
-    )
-    main, other = (torch.randn(8, 3) for _ in range(2))
-    model.hparams.update(label_smoothing=smoothing, aux_weight=aux)
-    model.all_logits, model._trainer = lambda images, side: (main, other), None
-    target = F.one_hot(labels, 3)
-    smooth = target * (1 - smoothing) + smoothing / 3
-    losses = -(smooth * main.log_softmax(1)).sum(1) - aux * (target * other.log_softmax(1)).sum(1)
-    step = model.training_step((torch.rand(8, 3, 32, 32), labels), 0)
-    torch.testing.assert_close(step, (weights[labels] * losses).sum() / 8)
+    labels = torch.tensor([0, 0, 1, 2, 2, 2, 0, 1])
+    weights = data.loss_weights()
+    logits = torch.randn(8, 3)
+    loss = TrainingLoss(LossOptions(label_smoothing=0.2), class_weights=weights)
+    smooth = F.one_hot(labels, 3) * 0.8 + 0.2 / 3
+    losses = -(smooth * logits.log_softmax(1)).sum(1)
+    expected = (weights[labels] * losses).sum() / 8
+    torch.testing.assert_close(loss(torch.rand(8, 3, 32, 32), logits, labels), expected)
+    assert torch.equal(model.loss.class_weights, weights)
 
 
 def epochs(count, world, labels, batch_size=4):
@@ -302,13 +299,18 @@ def test_a_step_of_two_processes_has_the_gradients_of_their_joint_batch(tmp_path
 def test_scores_by_class_are_those_of_torchmetrics_and_leave_out_classes_without_images():
     torch.manual_seed(0)
     logits, labels = torch.randn(300, 5), torch.randint(0, 5, (300,)) % 4
-    for kept in (labels < 9, labels > 1):
-        for f1, reference in ((False, multiclass_accuracy), (True, multiclass_f1_score)):
-            score = ByClass(5, f1)
-            for part in torch.arange(len(labels))[kept].split(64):
-                score.update(logits[part], labels[part])
-            each = reference(logits[kept], labels[kept], 5, average="none")
-            torch.testing.assert_close(score.compute(), each[labels[kept].unique()].mean())
+    for rows in (labels < 9, labels > 1):
+        counts = MulticlassStatScores(5, average=None)
+        for part in torch.arange(len(labels))[rows].split(64):
+            counts.update(logits[part], labels[part])
+        scores = class_scores(counts.compute())
+        classes = labels[rows].unique()
+        for name, reference in (
+            ("balanced_accuracy", multiclass_accuracy),
+            ("macro_f1", multiclass_f1_score),
+        ):
+            by_class = reference(logits[rows], labels[rows], 5, average="none")
+            torch.testing.assert_close(scores[name], by_class[classes].mean())
 
 
 def test_reports_count_classes_alike_where_they_are_unequal(here, photos, capsys):

@@ -507,19 +507,13 @@ class TransferClassifier(LightningModule):
             logger.log_metrics(by_step, step=self.global_step - 1)
 
     def _log_class_scores(self, split: str) -> None:
-        """Log mean recall and mean F1 of the classes that have images.
-
-        The macro averages of torchmetrics count a class without images as 0 once it is predicted.
-        """
+        """Log the scores that weigh all classes alike, if the classes are unequal."""
         if not self._classes_are_unequal:
             return
-        true_positives, false_positives, _, _, support = self.class_counts.compute().T
+        scores = class_scores(self.class_counts.compute())
         self.class_counts.reset()
-        recall = true_positives / support
-        f1 = 2 * true_positives / (support + true_positives + false_positives)
-        has_images = support > 0
-        self.log(f"{split}/balanced_accuracy", recall[has_images].mean(), logger=split == "test")
-        self.log(f"{split}/macro_f1", f1[has_images].mean(), logger=split == "test")
+        for name, score in scores.items():
+            self.log(f"{split}/{name}", score, logger=split == "test")
 
     def epoch_scores(self) -> dict[str, float]:
         """Return the scores of the epoch that ends; all processes must call it together.
@@ -624,6 +618,28 @@ class TransferClassifier(LightningModule):
         description = NetworkDescription.from_checkpoint(read_checkpoint(checkpoint_path))
         with built_from(description):
             return super().load_from_checkpoint(checkpoint_path, weights_only=True, **options)
+
+
+def class_scores(counts: Tensor) -> dict[str, Tensor]:
+    """Return mean recall and mean F1 of the classes that have images.
+
+    The macro averages of torchmetrics count a class without images as 0 once it is predicted.
+
+    Args:
+        counts: True positives, false positives, true negatives, false negatives and images of each
+            class, int64 [C, 5].
+
+    Returns:
+        `balanced_accuracy` and `macro_f1`, scalars in [0, 1].
+    """
+    true_positives, false_positives, _, _, images = counts.T
+    recall = true_positives / images
+    f1 = 2 * true_positives / (images + true_positives + false_positives)
+    has_images = images > 0
+    return {
+        "balanced_accuracy": recall[has_images].mean(),
+        "macro_f1": f1[has_images].mean(),
+    }
 
 
 def _are_sides(sides: Any) -> bool:
