@@ -237,7 +237,7 @@ def test_each_image_is_looked_at_once_whatever_it_is_called(tmp_path):
         "train/b/\\udcff\n,.png",
     ]
     (tmp_path / "list.csv").write_text('image\n"train/b/\\udcff\n,.png"\n', newline="")
-    left = splits.without(
+    left = splits.rows_left(
         {"train": ["train/a/1.png", f"train/b/{strange}"]}, str(tmp_path / "list.csv")
     )
     assert left["train"].tolist() == [0]
@@ -275,7 +275,7 @@ def test_a_run_does_without_what_is_listed(photos, tmp_path):
     checkpoint = torch.load(tmp_path / RUN / "checkpoints" / "last.ckpt", weights_only=True)
     saved = resume.flat(data=checkpoint["datamodule_hyper_parameters"])
     same, other = (
-        saved | {"data.left_out": splits.mark(str(tmp_path / f"{name}.csv"))}
+        saved | {"data.left_out": splits.list_digest(str(tmp_path / f"{name}.csv"))}
         for name in ("same", "out")
     )
     assert resume.compare(saved, same, within_epoch=True, unfrozen=False) == []

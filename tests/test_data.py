@@ -17,6 +17,7 @@ from broken_server import BrokenServer
 from conftest import quiet_trainer, write_images
 from lightning.pytorch import Callback
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
 from cifar_transfer import (
     Augment,
@@ -36,26 +37,36 @@ PER_BATCH = 30
 
 @pytest.fixture
 def batches(monkeypatch):
-    """Small files in the official layout, and their MD5s in place of the official ones."""
+    """Small files in the official layout, and their MD5 sums in place of the official ones.
+
+    Returns the content of each file by its name, and the archive.
+    """
     rng = np.random.default_rng(0)
-    files = {}
-    for split in ("train", "test"):
-        for name in cifar.MD5S[split]:
-            data = rng.integers(0, 256, (PER_BATCH, 3072), dtype=np.uint8)
-            labels = [i % 10 for i in range(PER_BATCH)]
-            files[name] = pickle.dumps({"data": data, "labels": labels}, protocol=2)
-    md5s = {
-        s: {n: hashlib.md5(files[n]).hexdigest() for n in names} for s, names in cifar.MD5S.items()
-    }
-    monkeypatch.setattr(cifar, "MD5S", md5s)
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        for name, content in files.items():
+    files = {"batches.meta": pickle.dumps({"label_names": list(cifar.CLASSES)}, protocol=2)}
+    for attribute in ("train_list", "test_list"):
+        entries = []
+        for name, _ in getattr(CIFAR10, attribute):
+            pixels = rng.integers(0, 256, (PER_BATCH, 3072), dtype=np.uint8)
+            labels = [row % 10 for row in range(PER_BATCH)]
+            files[name] = pickle.dumps({"data": pixels, "labels": labels}, protocol=2)
+            entries.append([name, hashlib.md5(files[name]).hexdigest()])
+        monkeypatch.setattr(CIFAR10, attribute, entries)
+    meta_md5 = hashlib.md5(files["batches.meta"]).hexdigest()
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": meta_md5})
+    archive = packed(files)
+    monkeypatch.setattr(cifar, "ARCHIVE_MD5", hashlib.md5(archive).hexdigest())
+    return files, archive
+
+
+def packed(files):
+    """Return an archive of files as CIFAR-10's."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        for name, file_content in files.items():
             info = tarfile.TarInfo(f"{cifar.BATCHES}/{name}")
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    monkeypatch.setattr(cifar, "ARCHIVE_MD5", hashlib.md5(packed.getvalue()).hexdigest())
-    return files, packed.getvalue()
+            info.size = len(file_content)
+            archive.addfile(info, io.BytesIO(file_content))
+    return content.getvalue()
 
 
 def put_batches(root, files):
@@ -80,7 +91,7 @@ def test_batches_are_read_whole_and_in_order(tmp_path, batches):
     data.prepare_data()
     train = data.load("train")
     assert len(train) == 5 * PER_BATCH
-    for part, name in enumerate(cifar.MD5S["train"]):
+    for part, (name, _) in enumerate(CIFAR10.train_list):
         images, labels = train.__getitems__(list(range(part * PER_BATCH, (part + 1) * PER_BATCH)))
         assert np.array_equal(images.numpy(), first_pixels(batches[0], name))
         assert labels.tolist() == [i % 10 for i in range(PER_BATCH)]

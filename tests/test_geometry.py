@@ -16,6 +16,7 @@ from cifar_transfer.commands.evaluate import evaluate
 from cifar_transfer.commands.export import export
 from cifar_transfer.data.geometry import Geometry, choose_size, cover, resize
 from cifar_transfer.data.images import read_image, read_size
+from cifar_transfer.data.module import EarlierRun
 from cifar_transfer.results.collect import CollectPredictions
 from cifar_transfer.training.checkpoint_file import read_checkpoint
 from cifar_transfer.training.evaluation import load_data
@@ -310,8 +311,8 @@ def test_an_old_run_goes_on_as_it_began(tmp_path, monkeypatch):
         "--data.val_fraction=0.4",
         "--model.lr=0.05",
     ]
-    assert FitCLI(options).datamodule.fixed_size == (40, 40)
-    assert FitCLI([*options, "--data.decode_size=32"]).datamodule.fixed_size is None
+    assert FitCLI(options).datamodule._earlier.size == (40, 40)
+    assert FitCLI([*options, "--data.decode_size=32"]).datamodule._earlier.size is None
 
 
 def test_other_images_than_a_checkpoint_was_trained_on_are_refused(tmp_path):
@@ -320,10 +321,11 @@ def test_other_images_than_a_checkpoint_was_trained_on_are_refused(tmp_path):
     network = TransferClassifier(TINY, "none", num_classes=2)
     ckpt = tmp_path / "run" / "best.ckpt"
     with pytest.raises(
-        UserError, match=r"decoded to 32 x 32 .* give 48 x 40: set data.fixed_size = \(32, 32\)"
+        UserError,
+        match=r"decoded to 32 x 32 .* give 48 x 40: call data.continue_from\(EarlierRun\(size=\(32",
     ):
         quiet_trainer().test(network, data, ckpt_path=ckpt, weights_only=True, verbose=False)
-    data.fixed_size = (32, 32)
+    data.continue_from(EarlierRun(size=(32, 32)))
     quiet_trainer().test(network, data, ckpt_path=ckpt, weights_only=True, verbose=False)
     assert data.image_size == (32, 32)
 

@@ -10,7 +10,12 @@ from conftest import TINY, run_fit
 from cifar_transfer import ShapesDataModule
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.images import ArrayImages
-from cifar_transfer.data.loading import check_processes, evaluation_loader, training_loader
+from cifar_transfer.data.loading import (
+    Shard,
+    check_processes,
+    evaluation_loader,
+    training_loader,
+)
 
 DDP = [
     *TINY,
@@ -32,25 +37,28 @@ def labels(loader):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_each_image_is_evaluated_by_one_process(world):
-    shards = [labels(evaluation_loader(numbered(7), 2, 0, rank, world)) for rank in range(world)]
+    shards = [
+        labels(evaluation_loader(Shard(numbered(7), 0, rank, world), 2)) for rank in range(world)
+    ]
     assert sorted(chain(*shards)) == list(range(7))
     assert shards == [list(range(rank, 7, world)) for rank in range(world)]
 
 
-@pytest.mark.parametrize("given", [0, 1, 3])
-def test_an_epoch_continues_after_the_batches_that_were_given(given):
-    whole, resumed = (training_loader(numbered(19), 4, 0, 0, 2, seed=5) for _ in range(2))
-    for loader in (whole, resumed):
-        loader.epoch = lambda: 3
-        loader.sampler.set_epoch(2)
+@pytest.mark.parametrize("read", [0, 1, 2])
+def test_an_epoch_continues_after_the_batches_that_were_read(read):
+    shard = Shard(numbered(19), rank=0, world_size=2)
+    whole = training_loader(shard, 4, seed=5)
+    whole.sampler.set_epoch(2)
     expected = labels(whole)
-    begun = iter(whole)
-    for _ in range(given):
-        next(begun)
-    resumed.load_state_dict(whole.state_dict())
-    assert labels(resumed) == (expected if given == 3 else expected[4 * given :]), (
-        "after the last the next begins"
-    )
+    batches = iter(whole)
+    for _ in range(read):
+        next(batches)
+    assert whole.batches_read == (read or 3), "those of the epoch before until the next begins"
+    resumed = training_loader(shard, 4, seed=5, first_batch=read)
+    resumed.sampler.set_epoch(2)
+    assert labels(resumed) == expected[4 * read :]
+    assert resumed.batches_read == 3
+    assert labels(resumed) == expected, "the next epoch is whole"
 
 
 @pytest.mark.slow

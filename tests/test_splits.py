@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import quiet_trainer, untouched, write_images
 
 from cifar_transfer import (
@@ -20,8 +19,6 @@ from cifar_transfer.commands.evaluate import evaluate
 from cifar_transfer.commands.fit import fit
 from cifar_transfer.data import splits
 from cifar_transfer.data.cifar import CLASSES
-from cifar_transfer.training.checkpoint_file import read_checkpoint
-from cifar_transfer.training.evaluation import load_data
 
 JOB = [
     "--model.backbone=lenet5",
@@ -83,16 +80,6 @@ def test_a_class_of_two_or_more_has_images_on_both_sides_and_one_alone_is_traine
     assert {name: chosen.count(name) for name in chosen} == expected
 
 
-def test_older_runs_keep_their_choice():
-    labels = np.repeat(np.arange(10), 50)
-    before = splits.hold_out_as_before(labels, 0.1, seed=3)
-    assert np.bincount(labels[before]).tolist() == [5] * 10
-    assert np.flatnonzero(before)[:5].tolist() == OLD
-
-
-OLD = [2, 11, 17, 28, 32]  # as of version 0.1.0
-
-
 def names_of(data):
     data.prepare_data()
     data.setup()
@@ -145,9 +132,6 @@ def test_a_run_records_its_splits(here):
     assert {*names["train"]} | {*names["val"]} == files
     assert len(names["train"]) + len(names["val"]) == 24
     assert names == names_of(ImageFolderDataModule("photos", val_fraction=0.4)) | {"test": []}
-    assert (
-        torch.load(LAST, weights_only=True)["datamodule_hyper_parameters"]["held_out_by"] == "hash"
-    )
 
 
 def change(here):
@@ -232,36 +216,6 @@ def test_python_continues_with_the_recorded_images_too(here):
     model = TransferClassifier("lenet5", "none", class_names=data.class_names, image_size=32)
     quiet_trainer(max_epochs=2).fit(model, data, ckpt_path=LAST)
     assert data.names["val"] == before["val"][1:]
-
-
-def as_of_an_older_version(here):
-    """The checkpoints and the folder of a run that began before there were hash and record."""
-    (here / RUN / splits.RECORD).unlink()
-    for path in here.glob(f"{RUN}/checkpoints/*.ckpt"):
-        checkpoint = torch.load(path, weights_only=True)
-        del checkpoint["datamodule_hyper_parameters"]["held_out_by"]
-        torch.save(checkpoint, path)
-    data = ImageFolderDataModule("photos", val_fraction=0.4)
-    labels = np.repeat([0, 1], 12)
-    names = [f"train/{name}/{number:03d}.png" for name in data.class_names for number in range(12)]
-    return [
-        name
-        for name, held in zip(names, splits.hold_out_as_before(labels, 0.4, 0), strict=True)
-        if held
-    ]
-
-
-def test_an_older_run_continues_with_the_images_that_it_held_out(here):
-    held = as_of_an_older_version(here)
-    assert held != splits.read(LAST)
-    old = load_data(read_checkpoint(LAST))
-    assert names_of(old)["val"] == held, "as for evaluate"
-    fit([*JOB, f"--resume={RUN}", "--trainer.max_epochs=2"])
-    assert splits.read(LAST)["val"] == held
-    assert (
-        torch.load(LAST, weights_only=True)["datamodule_hyper_parameters"]["held_out_by"]
-        == "permutation"
-    )
 
 
 DAMAGED = {

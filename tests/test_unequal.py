@@ -25,7 +25,7 @@ from cifar_transfer.base.errors import UserError
 from cifar_transfer.commands.evaluate import evaluate
 from cifar_transfer.commands.fit import fit
 from cifar_transfer.data.images import ArrayImages
-from cifar_transfer.data.loading import training_loader
+from cifar_transfer.data.loading import Shard, training_loader
 from cifar_transfer.data.shapes import draw
 from cifar_transfer.training.classifier import class_scores
 from cifar_transfer.training.loss import LossOptions, TrainingLoss
@@ -127,7 +127,7 @@ def epochs(count, world, labels, batch_size=4):
     """Rows that each process reads in each epoch."""
     images = ArrayImages(np.zeros((len(labels), 3, 1, 1), np.uint8), np.array(labels))
     loaders = [
-        training_loader(images, batch_size, 0, rank, world, seed=3, balanced=True)
+        training_loader(Shard(images, 0, rank, world), batch_size, seed=3, balanced=True)
         for rank in range(world)
     ]
     read = []

@@ -59,11 +59,11 @@ class Audited:
 
     def __init__(self, data: ImageDataModule) -> None:
         self.data = data
-        out = splits.listed(data.leave_out) if data.leave_out else frozenset[str]()
+        out = splits.read_image_list(data.leave_out) if data.leave_out else frozenset[str]()
         self.names = [
             data.names[split][row]
             for split in data.images
-            for row in splits.others(data.names[split], out)
+            for row in splits.unlisted_rows(data.names[split], out)
         ]
         self.labels = torch.from_numpy(
             np.concatenate([images.labels for images in data.images.values()])
@@ -73,12 +73,12 @@ class Audited:
         """All images, uint8 [B, 3, H, W]."""
         for split in self.data.images:
             shard = self.data.shard(split)
-            images = shard["images"]
+            images = shard.images
             batches = [
                 range(first, min(first + BATCH, len(images)))
                 for first in range(0, len(images), BATCH)
             ]
-            yield from (batch for batch, _ in rows_loader(images, batches, shard["workers"]))
+            yield from (batch for batch, _ in rows_loader(images, batches, shard.workers))
 
     def thumbnail(self, row: int) -> str:
         """An image as a PNG, base64."""

@@ -17,6 +17,7 @@ from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.files import CONFIG
 from cifar_transfer.cli.parsers import Parser
 from cifar_transfer.data import splits
+from cifar_transfer.data.module import EarlierRun
 from cifar_transfer.results.collect import PROJECTED, CollectPredictions
 from cifar_transfer.results.publish import FOLDER, publish
 from cifar_transfer.training.checkpoint_file import read_checkpoint
@@ -62,7 +63,7 @@ def evaluate(
     checkpoint = read_checkpoint(ckpt)
     overrides = {"root": root} if root else {}
     data = load_data(checkpoint, **overrides | ({"leave_out": None} if leave_out else {}))
-    data.recorded = splits.read(ckpt)
+    data.continue_from(EarlierRun(record=splits.read(ckpt)))
     collected = CollectPredictions(PROJECTED if projector else 0) if figures or leave_out else None
     given: Any = {
         "accelerator": accelerator,
@@ -80,7 +81,7 @@ def evaluate(
         callbacks.append(MirroredAccuracy(data.num_classes))
     results = evaluate_checkpoint(trainer, ckpt, data, split, callbacks)
     if leave_out and collected and collected.predictions:  # of the first process
-        said, rows = collected.predictions, splits.without(data.names, leave_out)[split]
+        said, rows = collected.predictions, splits.rows_left(data.names, leave_out)[split]
         results[f"{split}/acc_without"] = float(
             (said.predicted == said.labels)[rows].float().mean()
         )

@@ -1,18 +1,21 @@
-"""Training augmentation of a whole batch at once, on the batch's own device, with parameters drawn for each image.
+"""Training augmentation of a whole batch at once, on its own device, drawn for each image.
 
 The result is distributed as that of torchvision's pipeline, which works on one image at a time::
 
     RandomCrop((H, W), padding, padding_mode) -> RandomHorizontalFlip(flip)
     -> ColorJitter(brightness, contrast, saturation, hue) -> RandomRotation(degrees)
 
-(https://docs.pytorch.org/vision/stable/transforms.html; nearest interpolation, black fill). It takes two steps:
+(https://docs.pytorch.org/vision/stable/transforms.html; nearest interpolation, black fill). It
+takes two steps:
 
-1. The colours change in the uncropped image, because crop and flip only move pixels. But the mean that contrast needs
-   is that of the crop, a weighted sum; and an extra pixel stands for the padding, which contrast turns from black.
-2. Crop, flip and rotation are one look-up by index: every output pixel is a copy of one source pixel. A second extra
-   pixel, black, stands for what the rotation brings in from outside.
+1. The colours change in the uncropped image, because crop and flip only move pixels. But the mean
+   that contrast needs is that of the crop, a weighted sum; and an extra pixel stands for the
+   padding, which contrast turns from black.
+2. Crop, flip and rotation are one look-up by index: every output pixel is a copy of one source
+   pixel. A second extra pixel, black, stands for what the rotation brings in from outside.
 
-The parameters live on the host, so that no step waits for the device, and a seed draws the same ones on any device.
+The parameters live on the host, so that no step waits for the device, and a seed draws the same
+ones on any device.
 """
 
 from dataclasses import dataclass, fields
@@ -23,62 +26,79 @@ import torch
 from torch import Tensor
 
 from cifar_transfer.base.errors import UserError, check
+from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.data.geometry import LARGEST_SIDE
 
 PaddingMode = Literal["constant", "reflect"]
-# Weights of red, green and blue in a grey value, as in torchvision's `rgb_to_grayscale` (ITU-R BT.601, rounded).
+# Weights of red, green and blue in a grey value, as in torchvision's `rgb_to_grayscale` (ITU-R
+# BT.601, rounded).
 GREY = (0.2989, 0.587, 0.114)
-LARGEST = dict(
-    padding=LARGEST_SIDE,
-    flip=1,
-    brightness=1000,
-    contrast=1000,
-    saturation=1000,
-    hue=0.5,
-    degrees=360,
-)
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(
-    4
-)  # in `Parameters.order`, as in torchvision's `ColorJitter`
+MAX_STRENGTHS = {
+    "padding": LARGEST_SIDE,
+    "flip": 1,
+    "brightness": 1000,
+    "contrast": 1000,
+    "saturation": 1000,
+    "hue": 0.5,
+    "degrees": 360,
+}
+MAX_PIXELS = 2**24  # of an image, beyond which float32, in which places are computed, has gaps
+
+# Operations in `Parameters.order`, numbered as in torchvision's `ColorJitter`.
+BRIGHTNESS = 0
+CONTRAST = 1
+SATURATION = 2
+HUE = 3
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """What happens to each of B images; every tensor is on the CPU."""
+    """What happens to each of B images; every tensor is on the CPU.
 
-    shift: Tensor  # int64 [B, 2], rows and columns by which the crop lies below and right of the source image
-    flip: Tensor  # bool [B], whether the cropped image is mirrored left to right
-    angle: (
-        Tensor  # float32 [B], degrees by which the image turns counter-clockwise about its centre
-    )
-    factors: Tensor  # float32 [B, 3], factors >= 0 of brightness, contrast and saturation; 1 changes nothing
-    hue: Tensor  # float32 [B], by how many turns the hue moves, in [-0.5, 0.5]; 0 changes nothing
-    order: Tensor  # int64 [B, 4], rows of BRIGHTNESS, CONTRAST, SATURATION, HUE in the order they are applied
+    Attributes:
+        shift: Rows and columns by which the crop lies below and right of the image, int64 [B, 2].
+        flip: Whether the cropped image is mirrored left to right, bool [B].
+        angle: Degrees by which the image turns counter-clockwise about its centre, float32 [B].
+        factors: Factors >= 0 of brightness, contrast and saturation, float32 [B, 3]; 1 changes
+            nothing.
+        hue: Turns of the colour circle by which the hue moves, in [-0.5, 0.5], float32 [B]; 0
+            changes nothing.
+        order: `BRIGHTNESS`, `CONTRAST`, `SATURATION` and `HUE` in the order in which they are
+            applied, int64 [B, 4].
+    """
 
-    def __getitem__(self, images: Tensor) -> "Parameters":
-        return Parameters(
-            **{field.name: getattr(self, field.name)[images] for field in fields(self)}
-        )
+    shift: Tensor
+    flip: Tensor
+    angle: Tensor
+    factors: Tensor
+    hue: Tensor
+    order: Tensor
+
+    def __getitem__(self, rows: Tensor) -> "Parameters":
+        selected = {field.name: getattr(self, field.name)[rows] for field in fields(self)}
+        return Parameters(**selected)
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Random crop, flip, colour jitter and rotation of a batch, drawn for each image from torch's global CPU generator.
+    """Random crop, flip, colour jitter and rotation of a batch, drawn for each image.
 
-    A value of 0 switches an operation off exactly; with all at 0 the result is `images / 255`.
+    The parameters are drawn from torch's global CPU generator. A value of 0 switches an operation
+    off exactly; with all at 0 the result is `images / 255`.
 
     Args:
-        padding: pixels added on every side before a crop to the original size; the crop's place is uniform.
-        flip: probability of a left-right flip, in [0, 1].
-        brightness: the brightness factor is uniform in [max(0, 1 - brightness), 1 + brightness].
-        contrast: the contrast factor is uniform in [max(0, 1 - contrast), 1 + contrast].
-        saturation: the saturation factor is uniform in [max(0, 1 - saturation), 1 + saturation].
-        hue: the hue moves by a fraction of the colour circle, uniform in [-hue, hue]; at most 0.5.
-        degrees: the angle of rotation is uniform in [-degrees, degrees].
-        padding_mode: what the padding is, "constant" for black or "reflect" for the image mirrored at its edge.
+        padding: Pixels added on every side before a crop to the original size; the crop's place is
+            uniform.
+        flip: Probability of a left-right flip, in [0, 1].
+        brightness: The brightness factor is uniform in [max(0, 1 - brightness), 1 + brightness].
+        contrast: The contrast factor is uniform in [max(0, 1 - contrast), 1 + contrast].
+        saturation: The saturation factor is uniform in [max(0, 1 - saturation), 1 + saturation].
+        hue: The hue moves by a fraction of the colour circle, uniform in [-hue, hue]; at most 0.5.
+        degrees: The angle of rotation is uniform in [-degrees, degrees].
+        padding_mode: "constant" pads with black, "reflect" with the image mirrored at its edge.
 
     Raises:
-        UserError: a value is out of its range.
+        UserError: A value is out of its range.
     """
 
     padding: int = 4
@@ -91,34 +111,43 @@ class Augment:
     padding_mode: PaddingMode = "constant"
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = as_primitive(f"The augmentation's {field.name}", getattr(self, field.name))
+            object.__setattr__(self, field.name, value)  # the way of a frozen dataclass
         if self.padding_mode not in ("constant", "reflect"):
             raise UserError(
                 f"The augmentation's padding_mode is {self.padding_mode}; take constant or reflect."
             )
-        for name, most in LARGEST.items():
-            value, wanted = getattr(self, name), f"0 (off) to {most:g}"
-            check(f"The augmentation's {name}", value, lambda x: 0 <= x <= most, wanted)  # noqa: B023 # called at once
+        for name, strongest in MAX_STRENGTHS.items():
+            check(
+                f"The augmentation's {name}",
+                getattr(self, name),
+                lambda value: 0 <= value <= strongest,  # noqa: B023 # called at once
+                f"0 (off) to {strongest:g}",
+            )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Augment each image with parameters of its own; images, result and errors are those of `augment`.
+        """Augment each image with parameters of its own; see `augment`.
 
         Raises:
-            UserError: an image is too small to be mirrored at its edge so far out.
+            UserError: An image is too small to be mirrored at its edge so far out.
         """
-        if self.padding_mode == "reflect" and self.padding >= min(images.shape[-2:]):
+        height, width = images.shape[-2:]
+        max_padding = min(height, width) - 1
+        if self.padding_mode == "reflect" and self.padding > max_padding:
             raise UserError(
-                f"The augmentation's padding is {self.padding}, but images of {images.shape[-1]} x {images.shape[-2]} "
-                f"pixels reflect at most {min(images.shape[-2:]) - 1}."
+                f"The augmentation's padding is {self.padding}, but images of {width} x {height} "
+                f"pixels reflect at most {max_padding}."
             )
         return augment(images, self.draw(len(images)), self.padding_mode)
 
     def draw(self, count: int) -> Parameters:
         """Draw the parameters of `count` images from torch's global CPU generator."""
-        strengths = (self.brightness, self.contrast, self.saturation)
-        factors = [
-            torch.empty(count).uniform_(max(0.0, 1 - strength), 1 + strength)
-            for strength in strengths
-        ]
+        # The order of the draws decides what a seed gives.
+        factors = []
+        for strength in (self.brightness, self.contrast, self.saturation):
+            factor = torch.empty(count).uniform_(max(0.0, 1 - strength), 1 + strength)
+            factors.append(factor)
         return Parameters(
             shift=torch.randint(-self.padding, self.padding + 1, (count, 2)),
             flip=torch.rand(count) < self.flip,
@@ -135,59 +164,68 @@ def augment(
 ) -> Tensor:
     """Crop, flip, jitter and rotate each image by given parameters.
 
-    Equal to torchvision's functional `crop`, `hflip`, `adjust_*` and `rotate` one after the other on float tensors, up
-    to rounding: colours to about 1e-6, and either of two source pixels as near to a rotated pixel's centre.
+    Equal to torchvision's functional `crop`, `hflip`, `adjust_*` and `rotate` one after the other
+    on float tensors, up to rounding: colours to about 1e-6, and either of two source pixels as near
+    to a rotated pixel's centre.
 
     Args:
-        images: uint8 in 0..255 or floating point in [0, 1], [B, 3, H, W], on any device; left as it is.
-        parameters: of the B images.
-        padding_mode: what a crop finds beyond the image, as torchvision's `pad` before `crop`.
+        images: uint8 in 0..255 or floating point in [0, 1], [B, 3, H, W], on any device; they are
+            not changed.
+        parameters: Parameters of the B images.
+        padding_mode: What a crop finds beyond the image, as torchvision's `pad` before `crop`.
 
     Returns:
         float32 [B, 3, H, W] in [0, 1], on the images' device.
 
     Raises:
-        ValueError: the shape is not [B, 3, H, W] with H * W < 2**24, beyond which float32 has gaps.
+        ValueError: The shape is not [B, 3, H, W] with H * W < 2**24.
     """
-    if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] * images.shape[3] >= 2**24:
+    if images.dim() != 4 or images.shape[1] != 3 or images.shape[2:].numel() >= MAX_PIXELS:
         raise ValueError(
             f"expected images of shape [B, 3, H, W] with H * W < 2**24, got {list(images.shape)}"
         )
     batch, _, height, width = images.shape
     size = height * width
-    # Sorted by the place of hue in their order, images that share a step lie side by side: see `_jitter`.
+    # Sorted by the place of hue in their order, images that share a step lie side by side, which
+    # `_jitter` needs.
     by_hue = parameters.order.argsort(1)[:, HUE].argsort(descending=True)
     parameters = parameters[by_hue]
-    there, back = _upload(torch.stack((by_hue, by_hue.argsort())), images).unbind()
+    sorting, unsorting = _upload(torch.stack((by_hue, by_hue.argsort())), images).unbind()
+
     # Colour by colour, so that what is done to one of them runs through memory in one piece.
     pixels = torch.zeros(3, batch, size + 2, device=images.device)
-    scale = 1 if images.is_floating_point() else 255
-    torch.div(
-        images.index_select(0, there).flatten(2).transpose(0, 1), scale, out=pixels[:, :, :size]
-    )
-    _jitter(pixels, _crop_weights(images, parameters, padding_mode), parameters)
+    sorted_images = images.index_select(0, sorting).flatten(2).transpose(0, 1)
+    largest_value = 1 if images.is_floating_point() else 255
+    torch.div(sorted_images, largest_value, out=pixels[:, :, :size])
+    weights = _crop_weights(images, parameters, padding_mode)
+    _jitter(pixels, weights, parameters)
     pixels[:, :, -1] = 0
+
     moved = torch.empty(batch, 3, size, device=images.device)
     sources = _sources(images, parameters, padding_mode).view(batch, 1, size)
     torch.gather(pixels.transpose(0, 1), 2, sources.expand(-1, 3, -1), out=moved)
-    return moved.index_select(0, back).view(batch, 3, height, width)
+    return moved.index_select(0, unsorting).view(batch, 3, height, width)
 
 
 def _upload(tensor: Tensor, images: Tensor) -> Tensor:
-    """To the images' device, without waiting for the work queued there."""
+    """Copy a tensor to the images' device, without waiting for the work queued there."""
     return tensor.to(images.device, non_blocking=True)
 
 
 def _sources(images: Tensor, parameters: Parameters, padding_mode: PaddingMode) -> Tensor:
-    """Each output pixel's index in the flattened source image, int64 [B, H, W]; H * W is padding, H * W + 1 black."""
+    """Return each output pixel's index in the flattened source image, int64 [B, H, W].
+
+    Index H * W is the padding, and H * W + 1 is black.
+    """
     height, width = images.shape[-2:]
-    angle, mirror = parameters.angle.deg2rad(), 1 - 2 * parameters.flip.float()
+    angle = parameters.angle.deg2rad()
+    mirror = 1 - 2 * parameters.flip.float()
     shift = parameters.shift.t().float()
-    edge = torch.tensor([(height - 1) / 2, (width - 1) / 2])[:, None].expand_as(
-        shift
-    )  # also the image's middle
-    # The inverse map, as in torchvision's `rotate`: where to read, given where to write, both from the image's middle.
-    # Flip and shift are whole pixels about the same middle, so that to round after them is to round after the rotation.
+    # Distance of the outermost pixels from the image's middle, and so also the middle's place.
+    edge = torch.tensor([(height - 1) / 2, (width - 1) / 2])[:, None].expand_as(shift)
+    # The inverse map, as in torchvision's `rotate`: where to read, given where to write, both from
+    # the image's middle. Flip and shift are whole pixels about the same middle, so that to round
+    # after them is to round after the rotation.
     by_x = torch.stack((angle.sin(), mirror * angle.cos()))
     by_y = torch.stack((angle.cos(), -mirror * angle.sin()))
     maps = _upload(torch.stack((by_x, by_y, shift + edge, shift, edge)), images)[..., None, None]
@@ -196,41 +234,41 @@ def _sources(images: Tensor, parameters: Parameters, padding_mode: PaddingMode) 
     y = (torch.arange(height, device=images.device) - (height - 1) / 2)[:, None]
     position = (by_x * x + (by_y * y + start)).round_()
 
+    padding = height * width
+    black = padding + 1
     if padding_mode == "reflect":  # folded at the edges, less than a row outside
         middle = position - edge
         inside = torch.copysign(edge - (middle.abs() - edge).abs(), middle).add_(edge)
-        borders = [(edge + shift, height * width + 1)]
+        borders = [(edge + shift, black)]
     else:
         inside = position
-        borders = [(edge, height * width), (shift, height * width + 1)]
+        borders = [(edge, padding), (shift, black)]
     source = (inside[0] * width).add_(inside[1])
-    for shift_back, outside in borders:
-        distance = position.sub_(shift_back).abs().sub_(edge).clamp_(0, 1).amax(0)
+    for centre, outside in borders:
+        distance = position.sub_(centre).abs().sub_(edge).clamp_(0, 1).amax(0)
         source.lerp_(torch.full((), float(outside), device=images.device), distance)
     return source.int().long()  # the direct conversion is several times slower on a CPU
 
 
 def _crop_weights(images: Tensor, parameters: Parameters, padding_mode: PaddingMode) -> Tensor:
-    """Weights of the source's pixels, float32 [B, H * W], whose weighted sum is the mean over the crop."""
+    """Return the weights of the source's pixels in the mean over the crop, float32 [B, H * W].
+
+    The padding counts but adds 0: it is black until contrast, which comes once.
+    """
     height, width = images.shape[-2:]
     shifts = _upload(parameters.shift.t().contiguous(), images)[..., None]
     weights = []
     for shift, size in zip(shifts, (height, width), strict=True):
         edge = (size - 1) / 2
         place = torch.arange(size, device=images.device) - edge
-        weight = 1 - (place - shift).abs_().sub_(edge).clamp_(
-            0, 1
-        )  # faster than a comparison on a CPU
-        if (
-            padding_mode == "reflect"
-        ):  # a pixel may lie in the crop a second time, mirrored at either edge but its own
+        # Faster than a comparison on a CPU.
+        weight = 1 - (place - shift).abs_().sub_(edge).clamp_(0, 1)
+        if padding_mode == "reflect":
+            # A pixel may lie in the crop a second time, mirrored at either edge but its own.
             for end in (-edge, edge):
-                weight += (1 - (2 * end - place - shift).abs_().sub_(edge).clamp_(0, 1)) * (
-                    place != end
-                )
-        weights.append(
-            weight / size
-        )  # padding counts but adds 0: it is black until contrast, which comes once
+                mirrored = 1 - (2 * end - place - shift).abs_().sub_(edge).clamp_(0, 1)
+                weight += mirrored * (place != end)
+        weights.append(weight / size)
     rows, columns = weights
     return (rows[:, :, None] * columns[:, None]).flatten(1)
 
@@ -238,34 +276,42 @@ def _crop_weights(images: Tensor, parameters: Parameters, padding_mode: PaddingM
 def _jitter(pixels: Tensor, weights: Tensor, parameters: Parameters) -> None:
     """Change brightness, contrast, saturation and hue in place, in each image's own order.
 
-    Brightness, contrast and saturation are all of the form clamp(a * x + b * grey(x) + c * mean(grey(x))), so that
-    their order is only a matter of coefficients in three steps. Hue comes before, between or after these. The images
-    are sorted by its place, the last first: a step before hue changes the first few images only, one after it the rest.
+    Brightness, contrast and saturation are all of the form
+    clamp(a * x + b * grey(x) + c * mean(grey(x))), so that their order is only a matter of
+    coefficients in three steps. Hue comes before, between or after these. The images are sorted by
+    its place, the last first: a step before hue changes the first few images only, one after it the
+    rest.
 
     Args:
         pixels: float32 [3, B, N + 2] in [0, 1], the last two of each image black.
-        weights: float32 [B, N], as of `_crop_weights`.
+        weights: Weights of the pixels, float32 [B, N], as `_crop_weights` returns them.
+        parameters: Parameters of the B images.
     """
     order = parameters.order
     places = order.argsort(1)[:, HUE]
-    steps = order[order != HUE].view(-1, 3)
-    a = parameters.factors.gather(1, steps)
-    b = (1 - a) * (steps == SATURATION)
-    c = (1 - a) * (steps == CONTRAST)
+    operations = order[order != HUE].view(-1, 3)
+    a = parameters.factors.gather(1, operations)
+    b = (1 - a) * (operations == SATURATION)
+    c = (1 - a) * (operations == CONTRAST)
     coefficients = _upload(torch.stack((a, b, c)), pixels).unbind(2)
-    before = [int((places > step).sum()) for step in range(3)]
-    for count, values in zip(before, coefficients, strict=True):
+    counts_before_hue = [int((places > step).sum()) for step in range(3)]
+    for count, values in zip(counts_before_hue, coefficients, strict=True):
         _mix(pixels[:, :count], weights[:count], values[:, :count, None])
-    if (
-        parameters.hue.any()
-    ):  # the way to hues and back costs a last digit, even where they do not move
+    # The way to hues and back costs a last digit, even where they do not move.
+    if parameters.hue.any():
         _turn_hue(pixels, parameters.hue)
-    for count, values in zip(before, coefficients, strict=True):
+    for count, values in zip(counts_before_hue, coefficients, strict=True):
         _mix(pixels[:, count:], weights[count:], values[:, count:, None])
 
 
 def _mix(pixels: Tensor, weights: Tensor, coefficients: Tensor) -> None:
-    """Turn pixels into clamp(a * pixels + b * grey + c * mean grey) in place, with coefficients a, b, c [3, B, 1]."""
+    """Turn pixels into clamp(a * pixels + b * grey + c * mean grey) in place.
+
+    Args:
+        pixels: float32 [3, B, N + 2].
+        weights: float32 [B, N].
+        coefficients: a, b and c, float32 [3, B, 1].
+    """
     a, b, c = coefficients
     red, green, blue = pixels
     grey = (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
@@ -274,29 +320,36 @@ def _mix(pixels: Tensor, weights: Tensor, coefficients: Tensor) -> None:
 
 
 def _turn_hue(pixels: Tensor, turns: Tensor) -> None:
-    """Move the hue in place, at constant value and chroma, as torchvision's `adjust_hue` does by way of HSV.
+    """Move the hue in place, at constant value and chroma, as torchvision's `adjust_hue` does.
 
-    On the hexagon of hues (https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative), in sixths of a turn, a
-    channel falls from the largest of the three values to the smallest between 1 and 2 from its own corner. So only the
-    hue's sixths are needed: from red they are 1 + (green + blue - red - smallest) / chroma, towards green or blue.
+    On the hexagon of hues (https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative), in
+    sixths of a turn, a channel falls from the largest of the three values to the smallest between 1
+    and 2 from its own corner. So only the hue's sixths are needed: from red they are
+    1 + (green + blue - red - smallest) / chroma, towards green or blue.
+
+    Args:
+        pixels: float32 [3, B, N].
+        turns: Turns of the colour circle, float32 [B].
     """
     corners = torch.tensor([0.0, 2.0, 4.0])
-    # In [-3, 3], as is the hue, so that their sum is at most once around and `abs` is enough to find the distance.
+    # In [-3, 3], as is the hue, so that their sum is at most once around and `abs` is enough to
+    # find the distance.
     offsets = _upload((6 * turns - corners[:, None] + 3).remainder(6) - 3, pixels)
     red, green, blue = pixels
-    largest, smallest = pixels.amax(0), pixels.amin(0)
+    largest = pixels.amax(0)
+    smallest = pixels.amin(0)
     chroma = largest - smallest
-    # The hue of a grey pixel is arbitrary, because it is multiplied by a chroma of 0, but it must not be NaN.
+    # The hue of a grey pixel is arbitrary, because it is multiplied by a chroma of 0, but it must
+    # not be NaN.
     divisor = chroma.clamp_min(torch.finfo(chroma.dtype).tiny)
     sixths = (green + blue).sub_(red).sub_(smallest).div_(divisor).add_(1).copysign_(green - blue)
-    # 0 to 1 from the channel's corner (or 5 to 6, the other way round): 0; at 2 to 4: 1; in between: a ramp.
+    # 0 to 1 from the channel's corner (or 5 to 6, the other way round): 0; at 2 to 4: 1; in
+    # between: a ramp.
     fall = (sixths + offsets[..., None]).abs_().sub_(3).abs_().neg_().add_(2).clamp_(0, 1)
     torch.addcmul(largest, chroma, fall, value=-1, out=pixels)
 
 
 def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
-    """A seed of 63 bits that differs for every seed, epoch, step of the epoch and rank."""
-    return int(
-        np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)[0]
-        >> np.uint64(1)
-    )
+    """Return a seed of 63 bits that differs for every seed, epoch, step of the epoch and rank."""
+    (state,) = np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)
+    return int(state >> np.uint64(1))

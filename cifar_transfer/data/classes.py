@@ -1,4 +1,4 @@
-"""Classes: whether data and network mean the same ones, in the same order, and what each weighs in the loss."""
+"""Classes: whether data and network have the same ones, and what each weighs in the loss."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -10,39 +10,60 @@ from torch import Tensor
 
 from cifar_transfer.base.errors import UserError
 
-SHOWN_CLASSES = 10  # names in a message
-UNEQUAL = (
-    3  # times the images of the rarest class: if the commonest has so many, it is said what helps
+MAX_NAMES_SHOWN = 10  # class names in a message
+UNEQUAL_RATIO = (
+    3  # images of the commonest class to those of the rarest, from which a hint is given
 )
 Balance = Literal["balanced"]
 
 
-def check_classes(trained: Sequence[str], found: Sequence[str]) -> None:
-    """Refuse data whose classes, in the order of the labels, are not those that a network was trained for.
+def check_classes(network_names: Sequence[str], data_names: Sequence[str]) -> None:
+    """Check that data have the classes that a network was trained for, in the same order.
+
+    Args:
+        network_names: Names of the network's classes, in the order of its outputs.
+        data_names: Names of the data's classes, in the order of their labels.
 
     Raises:
-        UserError: The names or their order differ; the message has both lists, of long ones what differs.
+        UserError: The names or their order differ; the message has both lists, or what differs if
+            they are long.
     """
-    lists, reordered = [list(trained), list(found)], sorted(trained) == sorted(found)
-    if lists[0] == lists[1]:
+    network_list = list(network_names)
+    data_list = list(data_names)
+    if network_list == data_list:
         return
-    if max(map(len, lists)) > SHOWN_CLASSES:  # only what differs
-        if reordered:
-            lists = [
-                [name for name, other in zip(a, b, strict=True) if name != other]
-                for a, b in (lists, lists[::-1])
-            ]
-        else:
-            lists = [[name for name in a if name not in b] for a, b in (lists, lists[::-1])]
-    ours, theirs = (
-        ", ".join(names[:SHOWN_CLASSES]) + (", ..." if len(names) > SHOWN_CLASSES else "")
-        or "none besides"
-        for names in lists
-    )
+    reordered = sorted(network_list) == sorted(data_list)
+    difference = "their classes in another order" if reordered else "other classes"
+    if max(len(network_list), len(data_list)) > MAX_NAMES_SHOWN:
+        network_list, data_list = _differing_names(network_list, data_list, reordered)
     raise UserError(
-        f"The data have {'their classes in another order' if reordered else 'other classes'} than the network was "
-        f"trained for: the network {ours}; the data {theirs}. Name the classes as they were, or begin a new run."
+        f"The data have {difference} than the network was trained for: "
+        f"the network {_enumerate(network_list)}; the data {_enumerate(data_list)}. "
+        f"Name the classes as they were, or begin a new run."
     )
+
+
+def _differing_names(
+    network_names: list[str], data_names: list[str], reordered: bool
+) -> tuple[list[str], list[str]]:
+    """Return the names at other places, or those that only one of the lists has."""
+    if not reordered:
+        return (
+            [name for name in network_names if name not in data_names],
+            [name for name in data_names if name not in network_names],
+        )
+    pairs = zip(network_names, data_names, strict=True)
+    moved = [
+        (network_name, data_name) for network_name, data_name in pairs if network_name != data_name
+    ]
+    return [network_name for network_name, _ in moved], [data_name for _, data_name in moved]
+
+
+def _enumerate(names: list[str]) -> str:
+    if not names:
+        return "none besides"
+    text = ", ".join(names[:MAX_NAMES_SHOWN])
+    return f"{text}, ..." if len(names) > MAX_NAMES_SHOWN else text
 
 
 def loss_weights(
@@ -51,39 +72,68 @@ def loss_weights(
     weights: Balance | list[float] | None,
     sampler: Balance | None,
 ) -> Tensor | None:
-    """Weights of the classes in the training loss, float32 [C], of mean 1 over the images drawn; says what is done.
+    """Return the weights of the classes in the training loss, and say what is done about them.
 
-    `labels`, int64 [N], are those of the training images of all processes, places in `names`; the others are options of
-    `ImageDataModule`.
+    Args:
+        labels: Labels of the training images of all processes, int64 [N], places in `names`.
+        names: Names of the C classes.
+        weights: The option `class_weights` of `ImageDataModule`.
+        sampler: The option `sampler` of `ImageDataModule`.
+
+    Returns:
+        float32 [C], of mean 1 over the images drawn; None if classes are not weighted.
 
     Raises:
-        UserError: A class has no training images, or there is not one number for each.
+        UserError: A class has no training images, or there is not one number for each class.
     """
     counts = np.bincount(labels, minlength=len(names))
-    rare, common = int(counts.argmin()), int(counts.argmax())
-    ends = (
-        f"{counts[rare]:,} ({names[rare]}) to {counts[common]:,} ({names[common]}) training images"
-    )
     if not weights and not sampler:
-        if 0 < UNEQUAL * counts[rare] <= counts[common]:
-            hint = "--data.class_weights=balanced or --data.sampler=balanced makes up for it"
-            rank_zero_info(f"Classes are unequal, of {ends}: {hint}.")
+        _hint_at_unequal_classes(counts, names)
         return None
-    if empty := ", ".join(name for name, count in zip(names, counts, strict=True) if not count):
+    empty = [name for name, count in zip(names, counts, strict=True) if not count]
+    if empty:
         option = "class_weights" if weights else "sampler"
         raise UserError(
-            f"{option} needs training images of every class: add some of {empty}, or leave it out."
-        )
-    given = 1 / counts if weights == "balanced" else np.array(weights or [1.0] * len(names))
-    if len(given) != len(names):
-        raise UserError(
-            f"class_weights has {len(given)} numbers for {len(names)} classes: give one for each."
+            f"{option} needs training images of every class: add some of {', '.join(empty)}, "
+            f"or leave it out."
         )
     drawn = np.ones_like(counts) if sampler else counts
-    scaled = given * drawn.sum() / (given @ drawn)
-    done = ["drawn equally often"] * bool(sampler)
-    done += [f"with weights from {scaled.min():.3g} to {scaled.max():.3g} in the loss"] * bool(
-        weights
+    measures = []
+    if sampler:
+        measures.append("drawn equally often")
+    scaled = None
+    if weights:
+        scaled = _scaled_weights(weights, counts, drawn)
+        measures.append(f"with weights from {scaled.min():.3g} to {scaled.max():.3g} in the loss")
+    rank_zero_info(f"Classes of {_range_of_counts(counts, names)}, {', '.join(measures)}.")
+    return None if scaled is None else torch.tensor(scaled, dtype=torch.float32)
+
+
+def _scaled_weights(
+    weights: Balance | list[float], counts: np.ndarray, drawn: np.ndarray
+) -> np.ndarray:
+    """Return one weight for each class, float64 [C], of mean 1 over the images drawn."""
+    unscaled = 1 / counts if weights == "balanced" else np.array(weights)
+    if len(unscaled) != len(counts):
+        raise UserError(
+            f"class_weights has {len(unscaled)} numbers for {len(counts)} classes: "
+            f"give one for each."
+        )
+    return unscaled * drawn.sum() / (unscaled @ drawn)
+
+
+def _hint_at_unequal_classes(counts: np.ndarray, names: Sequence[str]) -> None:
+    if 0 < UNEQUAL_RATIO * counts.min() <= counts.max():
+        rank_zero_info(
+            f"Classes are unequal, of {_range_of_counts(counts, names)}: "
+            f"--data.class_weights=balanced or --data.sampler=balanced makes up for it."
+        )
+
+
+def _range_of_counts(counts: np.ndarray, names: Sequence[str]) -> str:
+    rarest = int(counts.argmin())
+    commonest = int(counts.argmax())
+    return (
+        f"{counts[rarest]:,} ({names[rarest]}) to {counts[commonest]:,} ({names[commonest]}) "
+        f"training images"
     )
-    rank_zero_info(f"Classes of {ends}, {', '.join(done)}.")
-    return torch.tensor(scaled, dtype=torch.float32) if weights else None

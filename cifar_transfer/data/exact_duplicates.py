@@ -1,8 +1,8 @@
-"""Images that are in the training and in another split alike, by their content, whatever they are called."""
+"""Images that are in the training and in another split alike, by content, whatever their names."""
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
@@ -10,55 +10,79 @@ from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.untrusted import open_regular
 from cifar_transfer.data.images import ArrayImages, Images
 
-BEGINNING = 4096  # bytes, which tell almost all files of one size apart
+BEGINNING_BYTES = 4096  # which tell almost all files of one size apart
+
+Pair = tuple[str, str]  # paths of a training image and of the same image in another split
 
 
-def find(
+def find_duplicates(
     train: Images, train_paths: Sequence[str], other: Images, other_paths: Sequence[str]
-) -> list[tuple[str, str]]:
-    """Pairs of a training file and a file of another split that are the same image.
+) -> list[Pair]:
+    """Return pairs of a training file and a file of another split that are the same image.
 
-    Cached images are compared by their pixels, at no cost, because their checksums are known. Others are compared as
-    files: those of one size by their beginning, and only those that still agree by the whole.
+    Cached images are compared by their pixels, at no cost, because their checksums are known.
+    Others are compared as files: those of one size by their beginning, and only those that still
+    agree by the whole.
 
     Raises:
         UserError: A file cannot be read.
     """
-    if not (isinstance(train, ArrayImages) and isinstance(other, ArrayImages)):
-        try:
-            return _same_files(train_paths, other_paths)
-        except OSError as error:  # it has gone since the folder was listed
-            raise UserError(
-                f"{error.filename} cannot be read ({error.strerror}): mend or remove it."
-            ) from None
-    if train.sums is None or other.sums is None:
+    if isinstance(train, ArrayImages) and isinstance(other, ArrayImages):
+        return _same_pixels(train, train_paths, other, other_paths)
+    try:
+        return _same_files(train_paths, other_paths)
+    except OSError as error:  # the file has gone since the folder was listed
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}): mend or remove it."
+        ) from None
+
+
+def _same_pixels(
+    train: ArrayImages, train_paths: Sequence[str], other: ArrayImages, other_paths: Sequence[str]
+) -> list[Pair]:
+    if train.checksums is None or other.checksums is None:
         return []
-    rows = {value: row for row, value in enumerate(train.sums.tolist())}
-    pairs = [(rows[value], row) for row, value in enumerate(other.sums.tolist()) if value in rows]
-    return [
-        (train_paths[a], other_paths[b])
-        for a, b in pairs
-        if np.array_equal(train.array[a], other.array[b])
-    ]
+    train_rows = {checksum: row for row, checksum in enumerate(train.checksums.tolist())}
+    pairs = []
+    for row, checksum in enumerate(other.checksums.tolist()):
+        train_row = train_rows.get(checksum)
+        if train_row is None:
+            continue
+        if np.array_equal(train.array[train_row], other.array[row]):
+            pairs.append((train_paths[train_row], other_paths[row]))
+    return pairs
 
 
-def _same_files(train: Sequence[str], other: Sequence[str]) -> list[tuple[str, str]]:
-    for key in (os.path.getsize, _beginning, _digest):
-        trained, others = ({path: key(path) for path in paths} for paths in (train, other))
-        common = {*trained.values()} & {*others.values()}
-        train, other = (
-            [path for path, value in found.items() if value in common]
-            for found in (trained, others)
-        )
-    by_content = {value: path for path, value in trained.items()}
-    return [(by_content[others[path]], path) for path in other]
+def _same_files(train_paths: Sequence[str], other_paths: Sequence[str]) -> list[Pair]:
+    for key in (os.path.getsize, _beginning):
+        train_paths, other_paths = _with_common_keys(train_paths, other_paths, key)
+    train_by_content = {_sha256(path): path for path in train_paths}
+    pairs = []
+    for path in other_paths:
+        train_path = train_by_content.get(_sha256(path))
+        if train_path is not None:
+            pairs.append((train_path, path))
+    return pairs
+
+
+def _with_common_keys(
+    train_paths: Sequence[str], other_paths: Sequence[str], key: Callable[[str], Hashable]
+) -> tuple[list[str], list[str]]:
+    """Return the files whose key is that of a file on the other side."""
+    train_keys = {path: key(path) for path in train_paths}
+    other_keys = {path: key(path) for path in other_paths}
+    common = set(train_keys.values()) & set(other_keys.values())
+    return (
+        [path for path in train_paths if train_keys[path] in common],
+        [path for path in other_paths if other_keys[path] in common],
+    )
 
 
 def _beginning(path: str) -> bytes:
     with open_regular(path) as file:
-        return file.read(BEGINNING)
+        return file.read(BEGINNING_BYTES)
 
 
-def _digest(path: str) -> bytes:
+def _sha256(path: str) -> bytes:
     with open_regular(path) as file:
         return hashlib.sha256(file.read()).digest()

@@ -9,10 +9,11 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cifar_transfer.base.errors import UserError, check
+from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.base.text import printable
-from cifar_transfer.data import exact_duplicates as duplicates
 from cifar_transfer.data import splits
 from cifar_transfer.data.cache import cached
+from cifar_transfer.data.exact_duplicates import Pair, find_duplicates
 from cifar_transfer.data.geometry import LARGEST_SIDE, Size, choose_size, pixels
 from cifar_transfer.data.images import (
     EXTENSIONS,
@@ -22,24 +23,30 @@ from cifar_transfer.data.images import (
     images_below,
     read_size,
 )
-from cifar_transfer.data.module import ImageDataModule, Split
+from cifar_transfer.data.module import ImageDataModule
+from cifar_transfer.data.splits import Split
 
-LOOKED_AT = 1000  # training images, evenly spread, whose sizes decide to which all are brought
+MAX_SAMPLED_IMAGES = 1000  # training images, evenly spread, whose sizes decide the common size
+MAX_EXAMPLES = 2  # duplicates that a warning names
+
+Files = tuple[list[str], np.ndarray]  # paths of N images, and their labels, int64 [N]
 
 
 class ImageFolderDataModule(ImageDataModule):
-    """Your own images: `root/train/<class>/*`, and `root/val/` and `root/test/` of the same layout where you have them.
+    """Your own images: `root/train/<class>/*`, and `root/val/` and `root/test/` alike.
 
-    Without `val/`, `val_fraction` of the training images are held out; without `test/`, a run ends with its validation
-    figure. Images are decoded once into a cache beside the data, unless that would exceed `cache_limit_gb`.
+    Without `val/`, `val_fraction` of the training images are held out. Without `test/`, a run ends
+    with its validation figure. Images are decoded once into a cache beside the data, unless that
+    would exceed `cache_limit_gb`.
 
     Args:
         root: Folder with `train/`.
-        decode_size: Side in pixels of the squares that images become when decoded (shorter side resized, centre cut
-            out). None takes `image_size` of the network, or the images' own size if most of the training share a
-            smaller one; without an `image_size` they keep one common size up to 256 x 256, and else become squares of
-            224 pixels or less.
-        cache_limit_gb: A split whose decoded images exceed this many gigabytes (1e9 bytes) is decoded on the fly.
+        decode_size: Side in pixels of the squares that images become when decoded (shorter side
+            resized, centre cut out). None takes `image_size` of the network, or the images' own
+            size if most of the training share a smaller one; without an `image_size` they keep one
+            common size up to 256 x 256, and else become squares of 224 pixels or less.
+        cache_limit_gb: A split whose decoded images exceed this many gigabytes (1e9 bytes) is
+            decoded on the fly.
         max_megapixels: An image of more million pixels is refused, before it is decoded.
         **options: Those of `ImageDataModule`.
 
@@ -56,160 +63,231 @@ class ImageFolderDataModule(ImageDataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        check("root", root, Path, "a folder")
-        self.root = Path(root)
-        if decode_size is not None:
+        root = as_primitive("root", root)
+        self.decode_size: int | None = as_primitive("decode_size", decode_size)
+        self.cache_limit_gb: float = as_primitive("cache_limit_gb", cache_limit_gb)
+        self.max_megapixels: float = as_primitive("max_megapixels", max_megapixels)
+        check("root", root, lambda path: isinstance(path, str), "a folder")
+        if self.decode_size is not None:
             check(
                 "decode_size",
-                decode_size,
-                lambda n: 1 <= n <= LARGEST_SIDE,
+                self.decode_size,
+                lambda side: 1 <= side <= LARGEST_SIDE,
                 f"1 to {LARGEST_SIDE} pixels",
             )
-        check("cache_limit_gb", cache_limit_gb, lambda x: x >= 0, "0 or more")
-        check("max_megapixels", max_megapixels, lambda x: x > 0, "a positive number")
-        train = self.root / "train"
-        if not train.is_dir():
-            raise UserError(
-                f"{train} is missing: put the images of each class into {root}/train/<class>/."
-            )
-        self._classes = class_folders(train)
-        if not self._classes:
-            raise UserError(f"{train} has no folders: it needs one for each class.")
-        if len(self._classes) < 2:
-            raise UserError(
-                f"{train} has one class only ({self._classes[0]}): it needs two or more."
-            )
-        self.decode_size, self.cache_limit_gb, self.max_megapixels = (
-            decode_size,
-            cache_limit_gb,
-            max_megapixels,
-        )
-        self._files: dict[Split, tuple[list[str], np.ndarray]] = {}
-        self._sizes: list[Size] = []  # of the training images that were looked at
-        self.record(
+        check("cache_limit_gb", self.cache_limit_gb, lambda size: size >= 0, "0 or more")
+        check("max_megapixels", self.max_megapixels, lambda size: size > 0, "a positive number")
+        self.root = Path(root)
+        self._class_folders = train_class_folders(self.root)
+        self._files: dict[Split, Files] = {}
+        self._sampled_sizes: list[Size] = []
+        self.store_options(
             root=root,
-            decode_size=decode_size,
-            cache_limit_gb=cache_limit_gb,
-            max_megapixels=max_megapixels,
+            decode_size=self.decode_size,
+            cache_limit_gb=self.cache_limit_gb,
+            max_megapixels=self.max_megapixels,
         )
 
     @property
     def class_names(self) -> list[str]:
-        """The names of the folders in `train/`, sorted; what is no text in them is written as escapes."""
-        return [printable(name) for name in self._classes]
+        """Names of the folders in `train/`, sorted; bytes that are not UTF-8 are escaped."""
+        return [printable(name) for name in self._class_folders]
+
+    def choose_size(self, largest_side: int | None) -> Size:
+        """Return `decode_size`, or the size that suits the training images and the network.
+
+        Raises:
+            UserError: A file is not an image; the message names it.
+        """
+        if self.decode_size is not None:
+            return self.decode_size, self.decode_size
+        if not self._sampled_sizes:
+            paths, _ = self._list_files("train")
+            count = min(MAX_SAMPLED_IMAGES, len(paths))
+            rows = np.linspace(0, len(paths) - 1, count).astype(int)
+            self._sampled_sizes = [read_size(paths[row], self.max_megapixels) for row in rows]
+        return choose_size(self._sampled_sizes, largest_side)
 
     def prepare_data(self) -> None:
         """Decode, and warn of images that are in the training and in another split alike."""
-        first = not self._loaded
+        first_time = not self._loaded
         super().prepare_data()
-        train = self._loaded["train"]
-        out = splits.listed(self.leave_out) if self.leave_out else frozenset[str]()
-        for split, images in self._loaded.items():
-            if not (first and train and images) or images is train:
-                continue
-            paths, _ = self._listed(split)
-            found = duplicates.find(train, self._listed("train")[0], images, paths)
-            if pairs := [pair for pair in found if not out.intersection(map(self._name, pair))]:
-                examples = "; ".join(
-                    printable(f"{other} is {trained}") for trained, other in pairs[:2]
-                )
-                rank_zero_warn(
-                    f"{len(pairs):,} of {len(paths):,} {split} images are also among those of training ({examples}), "
-                    f"so the {split} figure will be too good: remove them from either, or list them for leave_out."
-                )
-
-    def _name(self, path: str) -> str:
-        """As a list of images to leave out has it."""
-        return splits.as_listed(Path(path).relative_to(self.root).as_posix())
+        if first_time:
+            self._warn_of_duplicates()
 
     def load(self, split: Split) -> Images | None:
-        """The images of a split, or None where it has no folder."""
+        """Return the images of a split, or None if it has no folder."""
         if not (self.root / split).is_dir():
             if split == "val" and (self.root / "valid").is_dir():
                 rank_zero_warn(f"{self.root / 'valid'} is not looked at: call it val.")
             return None
         size = self.size or self.choose_size(None)
-        if split == "train" and (other := sum(found != size for found in self._sizes)):
-            rank_zero_info(
-                f"Images become {pixels(size)} pixels when decoded, resized and cut to the centre: {other:,} of "
-                f"{len(self._sizes):,} looked at have another size (decode_size=N makes them N x N)"
-            )
-        images = FileImages(*self._listed(split), size, self.max_megapixels)
+        if split == "train":
+            self._tell_resizing(size)
+        paths, labels = self._list_files(split)
+        images = FileImages(paths, labels, size, self.max_megapixels)
         return folder_images(images, self.root, split, self.cache_limit_gb)
 
-    def choose_size(self, largest: int | None) -> Size:
-        """`decode_size`, or what suits the training images and the network; a `UserError` names a file that is none."""
-        if self.decode_size:
-            return self.decode_size, self.decode_size
-        if not self._sizes:
-            paths, _ = self._listed("train")
-            rows = np.linspace(0, len(paths) - 1, min(LOOKED_AT, len(paths))).astype(int)
-            self._sizes = [read_size(paths[row], self.max_megapixels) for row in rows]
-        return choose_size(self._sizes, largest)
+    def _tell_resizing(self, size: Size) -> None:
+        other_sizes = [sampled for sampled in self._sampled_sizes if sampled != size]
+        if other_sizes:
+            rank_zero_info(
+                f"Images become {pixels(size)} pixels when decoded, resized and cut to the centre: "
+                f"{len(other_sizes):,} of {len(self._sampled_sizes):,} looked at have another size "
+                f"(decode_size=N makes them N x N)"
+            )
 
-    def _listed(self, split: Split) -> tuple[list[str], np.ndarray]:
-        """Files and labels of a split, kept, because to look through a large folder takes seconds."""
+    def _list_files(self, split: Split) -> Files:
+        """Return the files of a split, which are kept: listing a large folder takes seconds."""
         if split not in self._files:
-            self._files[split] = class_files(self.root / split, self._classes)
+            self._files[split] = class_files(self.root / split, self._class_folders)
         return self._files[split]
+
+    def _warn_of_duplicates(self) -> None:
+        train = self._loaded["train"]
+        if not train:
+            return
+        train_paths, _ = self._list_files("train")
+        for split in ("val", "test"):
+            images = self._loaded[split]
+            if not images:
+                continue
+            paths, _ = self._list_files(split)
+            pairs = self._not_left_out(find_duplicates(train, train_paths, images, paths))
+            if not pairs:
+                continue
+            examples = [f"{path} is {train_path}" for train_path, path in pairs[:MAX_EXAMPLES]]
+            rank_zero_warn(
+                f"{len(pairs):,} of {len(paths):,} {split} images are also among those of training "
+                f"({printable('; '.join(examples))}), so the {split} figure will be too good: "
+                f"remove them from either, or list them for leave_out."
+            )
+
+    def _not_left_out(self, pairs: list[Pair]) -> list[Pair]:
+        """Return the pairs of which neither image is listed by `leave_out`."""
+        if self.leave_out is None:
+            return pairs
+        image_list = splits.read_image_list(self.leave_out)
+        remaining = []
+        for pair in pairs:
+            names = [Path(path).relative_to(self.root).as_posix() for path in pair]
+            if len(splits.unlisted_rows(names, image_list)) == len(pair):
+                remaining.append(pair)
+        return remaining
+
+
+def train_class_folders(root: Path) -> list[str]:
+    """Return the names of the folders in `root/train`, sorted.
+
+    Raises:
+        UserError: There is no such folder, or fewer than two folders in it.
+    """
+    train = root / "train"
+    if not train.is_dir():
+        raise UserError(
+            f"{train} is missing: put the images of each class into {root}/train/<class>/."
+        )
+    folders = class_folders(train)
+    if not folders:
+        raise UserError(f"{train} has no folders: it needs one for each class.")
+    if len(folders) == 1:
+        raise UserError(f"{train} has one class only ({folders[0]}): it needs two or more.")
+    return folders
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted; those that are hidden left out, as `.ipynb_checkpoints`."""
-    return sorted(
-        e.name for e in os.scandir(folder) if not e.name.startswith(".") and os.path.isdir(e.path)
-    )
+    """Return the names of the folders in a folder, sorted, without hidden ones.
+
+    Jupyter leaves `.ipynb_checkpoints` anywhere.
+    """
+    names = []
+    for entry in os.scandir(folder):
+        if not entry.name.startswith(".") and os.path.isdir(entry.path):
+            names.append(entry.name)
+    return sorted(names)
 
 
-def class_files(folder: Path, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """The image files anywhere below `folder/<class>/`, and their labels, int64 [N], places in `classes`.
+def class_files(folder: Path, class_names: Sequence[str]) -> Files:
+    """Return the image files anywhere below `folder/<class>/`.
+
+    Args:
+        folder: Folder of a split.
+        class_names: Names of the class folders; the label of an image is the place in this list.
+
+    Returns:
+        Paths and labels, int64 [N].
 
     Raises:
-        UserError: A folder is no class's, cannot be read, or has no images; outside "train" some class must have any.
+        UserError: A folder is no class's, cannot be read, or has no images. Outside of "train" a
+            class may have none, but not all.
     """
-
-    def refuse(error: UserError) -> NoReturn:
-        raise error
-
-    if unknown := set(class_folders(folder)) - set(classes):
-        names = ", ".join(sorted(unknown))
+    unknown = set(class_folders(folder)) - set(class_names)
+    if unknown:
         raise UserError(
-            f"{folder} has classes that training has not ({names}): remove or rename them."
+            f"{folder} has classes that training has not ({', '.join(sorted(unknown))}): "
+            f"remove or rename them."
         )
-    files = [
-        list(images_below(str(folder / name), refuse)) if (folder / name).is_dir() else []
-        for name in classes
-    ]
-    empty = [name for name, found in zip(classes, files, strict=True) if not found]
-    if empty and (folder.name == "train" or len(empty) == len(classes)):
+    paths: list[str] = []
+    counts: list[int] = []
+    for name in class_names:
+        class_paths: list[str] = []
+        if (folder / name).is_dir():
+            class_paths = list(images_below(str(folder / name), _refuse))
+        paths += class_paths
+        counts.append(len(class_paths))
+    empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
+    if empty and (folder.name == "train" or len(empty) == len(class_names)):
         raise UserError(
-            f"{folder} has no images of {', '.join(empty)} ({' '.join(EXTENSIONS)}): add some, or remove the class."
+            f"{folder} has no images of {', '.join(empty)} ({' '.join(EXTENSIONS)}): add some, "
+            f"or remove the class."
         )
-    return [path for found in files for path in found], np.repeat(
-        np.arange(len(classes)), [*map(len, files)]
-    )
+    return paths, np.repeat(np.arange(len(class_names)), counts)
 
 
-def folder_images(images: FileImages, folder: Path, split: str, limit_gb: float) -> Images:
-    """Images of files below `folder/split/`, named; decoded on the fly if above `limit_gb` (1e9 bytes), else cached."""
-    try:
-        stats = [os.stat(path) for path in images.paths]
-    except OSError as error:
-        raise UserError(
-            f"{error.filename} cannot be read ({error.strerror}): mend or remove it."
-        ) from None
-    found: Images = images
-    if 3 * images.size[0] * images.size[1] * len(images) > limit_gb * 1e9:
+def _refuse(error: UserError) -> NoReturn:
+    raise error
+
+
+def folder_images(images: FileImages, root: Path, split: Split, cache_limit_gb: float) -> Images:
+    """Return images of files below `root/split/` with their names, from the cache if it is used.
+
+    Args:
+        images: The files.
+        root: Folder of the data.
+        split: Name of the folder in it.
+        cache_limit_gb: Images that take more gigabytes (1e9 bytes) are decoded on the fly.
+
+    Raises:
+        UserError: A file cannot be read.
+    """
+    fingerprint = _fingerprint(images, root)
+    height, width = images.size
+    result: Images = images
+    if 3 * height * width * len(images) > cache_limit_gb * 1e9:
         rank_zero_info(
-            "%s: decoded on the fly, because all of it would take more than %g GB", split, limit_gb
+            f"{split}: decoded on the fly, because all of it would take more than "
+            f"{cache_limit_gb:g} GB"
         )
     else:
-        paths = [path.removeprefix(f"{folder}{os.sep}") for path in images.paths]
-        content = [
-            [path, file.st_size, file.st_mtime_ns] for path, file in zip(paths, stats, strict=True)
-        ]
-        found = cached(folder, split, [content, images.size], lambda: images)
-    found.names = [
-        path.removeprefix(f"{folder / split}{os.sep}").replace(os.sep, "/") for path in images.paths
-    ]
-    return found
+        result = cached(root, split, fingerprint, lambda: images)
+    result.names = [_relative_to(root / split, path).replace(os.sep, "/") for path in images.paths]
+    return result
+
+
+def _fingerprint(images: FileImages, root: Path) -> list[object]:
+    """Return what changes when a file or the size of the images does."""
+    files = []
+    for path in images.paths:
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename} cannot be read ({error.strerror}): mend or remove it."
+            ) from None
+        files.append([_relative_to(root, path), status.st_size, status.st_mtime_ns])
+    return [files, images.size]
+
+
+def _relative_to(folder: Path, path: str) -> str:
+    """Return a path in a folder, a hundred times faster than pathlib."""
+    return path.removeprefix(f"{folder}{os.sep}")

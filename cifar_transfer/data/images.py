@@ -1,4 +1,4 @@
-"""Images from files to uint8 batches: one image decoded, and many of them read a batch at a time."""
+"""Images from files to uint8 batches: how one is decoded, and how many are read at once."""
 
 import os
 import sys
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -20,31 +21,32 @@ from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.untrusted import open_regular
 from cifar_transfer.data.geometry import Size, cover
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Tensor]  # images and labels
 
 EXTENSIONS = (*folder.IMG_EXTENSIONS, ".jfif", ".gif", ".avif")  # of images in folders
+MAX_MEGAPIXELS = 100.0  # of an image, unless another limit is asked for: 300 MB in memory
+TURNED_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
-MAX_MEGAPIXELS = (
-    100.0  # of an image that is decoded, unless somebody asks for more: 300 MB in memory
-)
-
-warnings.simplefilter(
-    "ignore", Image.DecompressionBombWarning
-)  # `read_image` has a limit, and refuses
+# `read_image` has a limit of its own, and refuses larger images.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def read_image(
     path: str | Path | bytes, size: Size | None = None, max_megapixels: float = MAX_MEGAPIXELS
 ) -> np.ndarray:
-    """Decode an image file of any mode that Pillow reads, upright as its EXIF says; of an animation the first frame.
+    """Decode an image file of any mode that Pillow reads, upright as its EXIF says.
+
+    Of an animation the first frame is decoded. Transparency is dropped, as torchvision's loader
+    does. The contents tell the format, not the name.
 
     Args:
-        path: The file, or what is in it; its contents tell the format, not its name.
-        size: What it is brought to, see `geometry.cover`; None keeps its own.
-        max_megapixels: A larger one is refused undecoded: a file of kilobytes may claim to fill all memory.
+        path: The file, or its contents.
+        size: Height and width to bring it to, see `geometry.cover`; None keeps its own.
+        max_megapixels: A larger image is refused undecoded: a file of kilobytes may claim to fill
+            all memory.
 
     Returns:
-        uint8 [3, H, W], RGB. Transparency is dropped, as torchvision's loader does.
+        RGB pixels, uint8 [3, H, W].
 
     Raises:
         UserError: The file is too large or cannot be decoded; the message names it.
@@ -54,87 +56,122 @@ def read_image(
 
 
 def read_size(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> Size:
-    """Size of an image file, upright, by its header alone: nothing is decoded. Errors are as of `read_image`."""
+    """Return the size of an image file, upright, by its header alone: nothing is decoded.
+
+    Raises:
+        UserError: As `read_image` does.
+    """
     with _opened(path, max_megapixels) as image:
-        exif = Image.Image.getexif(
-            image
-        )  # that of a PNG would decode the image, to find an EXIF after it
-        return (
-            image.size
-            if exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            else image.size[::-1]
-        )
+        # `PngImageFile.getexif` would decode the image, to find an EXIF after it.
+        exif = Image.Image.getexif(image)
+        if exif.get(ExifTags.Base.Orientation, 1) in TURNED_SIDEWAYS:
+            height, width = image.size
+        else:
+            width, height = image.size
+        return height, width
 
 
 @contextmanager
 def _opened(path: str | Path | bytes, max_megapixels: float) -> Iterator[Image.Image]:
-    name, advice = (
-        ("The file", "take another one") if isinstance(path, bytes) else (path, "mend or remove it")
-    )
-    most = max_megapixels * 1e6
-    if Image.MAX_IMAGE_PIXELS is not None and most > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = int(
-            min(most, sys.maxsize)
-        )  # never lowered, as other threads read too
+    """Open an image; errors within the context become a sentence that names the file."""
+    max_pixels = max_megapixels * 1e6
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        # Never lowered, because other threads read too.
+        Image.MAX_IMAGE_PIXELS = int(min(max_pixels, sys.maxsize))
     try:
-        with (
-            BytesIO(path) if isinstance(path, bytes) else open_regular(path) as file,
-            Image.open(file) as image,
-        ):
-            if image.width * image.height > most:
+        with _open_file(path) as file, Image.open(file) as image:
+            if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError
-            if image.format == "EPS":
-                raise ValueError("a program, which is not run")  # Pillow would start Ghostscript
+            if image.format == "EPS":  # Pillow would start Ghostscript
+                raise ValueError("a program, which is not run")
             yield image
     except Image.DecompressionBombError:
+        name = "The file" if isinstance(path, bytes) else path
         raise UserError(
-            f"{name} has more than {max_megapixels:g} million pixels: make it smaller, or raise max_megapixels."
+            f"{name} has more than {max_megapixels:g} million pixels: make it smaller, or raise "
+            f"max_megapixels."
         ) from None
-    except (
-        Exception
-    ) as error:  # of any kind: what the decoders of damaged files raise is not listed anywhere
-        if not isinstance(path, bytes) and not os.path.lexists(path):
+    except Exception as error:  # the decoders of damaged files raise errors of any kind
+        _refuse(path, error)
+
+
+def _open_file(path: str | Path | bytes) -> BinaryIO:
+    if isinstance(path, bytes):
+        return BytesIO(path)
+    return open_regular(path)
+
+
+def _refuse(path: str | Path | bytes, error: Exception) -> NoReturn:
+    """Raise a `UserError` that names a file that could not be opened or decoded."""
+    name: str | Path = "The file"
+    advice = "take another one"
+    if not isinstance(path, bytes):
+        name = path
+        advice = "mend or remove it"
+        if not os.path.lexists(path):
             raise UserError(f"{name} does not exist.") from None
-        if isinstance(error, OSError) and error.errno:  # the system's, not a decoder's
-            raise UserError(f"{name} cannot be read ({error.strerror}): {advice}.") from None
-        unknown = isinstance(error, UnidentifiedImageError)
-        why = "Pillow knows no such image" if unknown else error or type(error).__name__
-        raise UserError(f"{name} cannot be decoded as an image ({why}): {advice}.") from None
+    if isinstance(error, OSError) and error.errno:  # by the system, not by a decoder
+        raise UserError(f"{name} cannot be read ({error.strerror}): {advice}.") from None
+    reason = str(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        reason = "Pillow knows no such image"
+    raise UserError(f"{name} cannot be decoded as an image ({reason}): {advice}.") from None
 
 
 def to_pixels(image: Image.Image, size: Size | None = None) -> np.ndarray:
-    """An opened image as an array: uint8 [3, H, W], RGB, upright; `size` as in `read_image`."""
+    """Return an opened image as RGB pixels, uint8 [3, H, W], upright.
+
+    Args:
+        image: Of any mode, but for floats.
+        size: Height and width to bring it to, see `geometry.cover`; None keeps its own.
+
+    Raises:
+        ValueError: The pixels are floats.
+    """
     image.load()
-    with suppress(Exception):  # of any kind, because an EXIF that cannot be read says nothing
-        if (
-            image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        ):  # `exif_transpose` would copy the others too
+    with suppress(Exception):  # of any kind: an EXIF that cannot be read says nothing
+        # `exif_transpose` would copy upright images too.
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("its pixels are floats, whose range is not known")
-    if image.mode.startswith("I"):  # 16 bit a pixel, which `convert` would clip instead of scale
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode.startswith("I"):
+        # 16 bits a pixel, which `convert` would clip instead of scale.
+        values = np.asarray(image).clip(0, 65535) // 257
+        image = Image.fromarray(values.astype(np.uint8))
     rgb = image.convert("RGB")
-    return np.array(cover(rgb, size) if size else rgb).transpose(
-        2, 0, 1
-    )  # a copy, which torch can write to
+    if size is not None:
+        rgb = cover(rgb, size)
+    return np.array(rgb).transpose(2, 0, 1)  # a copy, which torch can write to
 
 
 class Images(Dataset[Batch]):
-    """Images and labels, read a batch of indices at a time. A subclass has `pixels`."""
+    """Images and labels, read a batch of indices at a time; a subclass has `pixels`.
 
-    on_the_fly = False  # whether reading means decoding, so that worker processes pay
-    names: Sequence[str] | None = (
-        None  # class and name of each, say "cat/007.png", all different; None: only a number
-    )
+    Args:
+        labels: Whole numbers, int64 [N].
+
+    Attributes:
+        labels: Labels of the images, int64 [N].
+        on_the_fly: Whether reading means decoding, so that worker processes pay.
+        names: Class and name of each image, such as "cat/007.png", all different; None if images
+            have only a number.
+
+    Raises:
+        UserError: The labels have another form.
+    """
+
+    on_the_fly = False
+    names: Sequence[str] | None = None
 
     def __init__(self, labels: np.ndarray) -> None:
-        given = np.asarray(labels)
-        if given.ndim != 1 or (given.dtype.kind not in "iub" and len(given)):
+        array = np.asarray(labels)
+        whole_numbers = array.dtype.kind in "iub" or not len(array)
+        if array.ndim != 1 or not whole_numbers:
             raise UserError(
-                f"Labels are whole numbers, one for each image, int64 [N], not {_form(given)}."
+                f"Labels are whole numbers, one for each image, int64 [N], not {_form(array)}."
             )
-        self.labels = given.astype(np.int64)  # [N]
+        self.labels = array.astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -144,37 +181,48 @@ class Images(Dataset[Batch]):
         return images[0], labels[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Images uint8 [B, 3, H, W] and labels int64 [B], as the DataLoader asks for them."""
+        """Return images uint8 [B, 3, H, W] and labels int64 [B], as the DataLoader asks for them.
+
+        Raises:
+            UserError: The pixels have another form.
+        """
         rows = np.asarray(indices)
         pixels = self.pixels(rows)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
             raise UserError(
-                f"Images are uint8 [N, 3, H, W], RGB, from 0 to 255, not {_form(pixels)}: convert them."
+                f"Images are uint8 [N, 3, H, W], RGB, from 0 to 255, not {_form(pixels)}: "
+                f"convert them."
             )
         return torch.from_numpy(pixels), torch.from_numpy(self.labels[rows])
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
-        """uint8 [B, 3, H, W] of the rows int64 [B]."""
+        """Return the images, uint8 [B, 3, H, W], of some rows, int64 [B]."""
         raise NotImplementedError
 
     def marks(self) -> np.ndarray:
-        """A number for each image, uint32 [N], which changes when the image does."""
-        rows = (self.pixels(np.array([row])).tobytes() for row in range(len(self)))
-        return np.fromiter(map(zlib.crc32, rows), np.uint32, len(self))
+        """Return a number for each image that changes when the image does, uint32 [N]."""
+        marks = np.empty(len(self), np.uint32)
+        for row in range(len(self)):
+            marks[row] = zlib.crc32(self.pixels(np.array([row])).tobytes())
+        return marks
 
     def subset(self, rows: np.ndarray) -> "Images":
-        """The same images, only these rows, without a copy."""
-        return _Rows(self, rows)
+        """Return the images of some rows, without a copy."""
+        return _Subset(self, rows)
 
 
 def _form(array: np.ndarray) -> str:
     return f"{array.dtype} {list(array.shape)}"
 
 
-class _Rows(Images):
+class _Subset(Images):
+    """Some rows, int64 [N], of other images."""
+
     def __init__(self, images: Images, rows: np.ndarray) -> None:
         super().__init__(images.labels[rows])
-        self.images, self.rows, self.on_the_fly = images, rows, images.on_the_fly
+        self.images = images
+        self.rows = rows
+        self.on_the_fly = images.on_the_fly
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
         return self.images.pixels(self.rows[rows])
@@ -184,29 +232,49 @@ class _Rows(Images):
 
 
 class ArrayImages(Images):
-    """Images of an array uint8 [N, 3, H, W], in memory or mapped; `sums`: CRC-32 of each, uint32 [N], if known."""
+    """Images of an array, in memory or memory-mapped.
+
+    Args:
+        array: RGB pixels, uint8 [N, 3, H, W].
+        labels: Whole numbers, int64 [N].
+        checksums: CRC-32 of each image, uint32 [N], if they are known.
+
+    Raises:
+        UserError: There are not as many labels as images.
+    """
 
     def __init__(
-        self, array: np.ndarray, labels: np.ndarray, sums: np.ndarray | None = None
+        self, array: np.ndarray, labels: np.ndarray, checksums: np.ndarray | None = None
     ) -> None:
         super().__init__(labels)
-        self.array, self.sums = np.asarray(array), sums
+        self.array = np.asarray(array)
+        self.checksums = checksums
         if len(self.array) != len(self.labels):
             raise UserError(
-                f"There are {len(self.array)} images and {len(self.labels)} labels: give one for each."
+                f"There are {len(self.array)} images and {len(self.labels)} labels: "
+                f"give one for each."
             )
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
-        """As of `Images`."""
+        """Return the images, uint8 [B, 3, H, W], of some rows, int64 [B]."""
         return self.array[rows]
 
     def marks(self) -> np.ndarray:
-        """As of `Images`."""
-        return super().marks() if self.sums is None else self.sums
+        """Return the checksums, uint32 [N]."""
+        if self.checksums is None:
+            return super().marks()
+        return self.checksums
 
 
 class FileImages(Images):
-    """Images of N files, decoded when they are asked for; `size` and `max_megapixels` as in `read_image`."""
+    """Images of files, decoded when they are asked for.
+
+    Args:
+        paths: Paths of N files.
+        labels: Whole numbers, int64 [N].
+        size: Height and width to bring the images to, as in `read_image`.
+        max_megapixels: A larger image is refused, as in `read_image`.
+    """
 
     on_the_fly = True
 
@@ -218,41 +286,50 @@ class FileImages(Images):
         max_megapixels: float = MAX_MEGAPIXELS,
     ) -> None:
         super().__init__(labels)
-        self.paths, self.size, self.max_megapixels = paths, size, max_megapixels
+        self.paths = paths
+        self.size = size
+        self.max_megapixels = max_megapixels
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
-        """As of `Images`; a UserError names a broken file."""
-        return np.stack(
-            [read_image(self.paths[row], self.size, self.max_megapixels) for row in rows]
-        )
+        """Return the images, uint8 [B, 3, H, W], of some rows, int64 [B].
+
+        Raises:
+            UserError: A file is broken; the message names it.
+        """
+        images = [read_image(self.paths[row], self.size, self.max_megapixels) for row in rows]
+        return np.stack(images)
 
     def marks(self) -> np.ndarray:
-        """As of `Images`, by the size and the time of each file."""
-        files = zip(self.paths, map(os.stat, self.paths), strict=True)
-        texts = (f"{path} {file.st_size} {file.st_mtime_ns} {self.size}" for path, file in files)
-        return np.fromiter(
-            (zlib.crc32(text.encode(errors="surrogateescape")) for text in texts),
-            np.uint32,
-            len(self),
-        )
+        """Return a number, uint32 [N], that follows from path, size and time of each file."""
+        marks = np.empty(len(self), np.uint32)
+        for row, path in enumerate(self.paths):
+            status = os.stat(path)
+            text = f"{path} {status.st_size} {status.st_mtime_ns} {self.size}"
+            marks[row] = zlib.crc32(text.encode(errors="surrogateescape"))
+        return marks
 
 
 def cores() -> int:
-    """How many cores this process may use, often fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use, often fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def images_below(
     folder: str, refuse: Callable[[UserError], None], above: frozenset[str] = frozenset()
 ) -> Iterator[str]:
-    """Files named as images, anywhere below a folder and sorted; none that are hidden, as `._cat.jpg`, and no pipes.
+    """Yield the files named as images anywhere below a folder, sorted.
+
+    Hidden files (such as macOS's `._cat.jpg`), pipes and devices are left out.
 
     Args:
         folder: Where to look.
-        refuse: Called with the reason where a folder cannot be read.
-        above: The real folders on the way here; links back to them are not followed.
+        refuse: Called with the reason if a folder cannot be read.
+        above: The real folders on the way to this one; links back to them are not followed.
     """
-    if (real := os.path.realpath(folder)) in above:
+    real_folder = os.path.realpath(folder)
+    if real_folder in above:
         return
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -262,12 +339,10 @@ def images_below(
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        link = entry.is_symlink()
-        if (
-            os.path.isdir(entry.path) if link else entry.is_dir()
-        ):  # which fails for a link to itself
-            yield from images_below(entry.path, refuse, above | {real})
-        elif entry.name.lower().endswith(EXTENSIONS) and (
-            link or entry.is_file()
-        ):  # to read a broken link fails
-            yield entry.path
+        # `entry.is_dir` fails for a link to itself.
+        is_link = entry.is_symlink()
+        is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
+        if is_folder:
+            yield from images_below(entry.path, refuse, above | {real_folder})
+        elif entry.name.lower().endswith(EXTENSIONS) and (is_link or entry.is_file()):
+            yield entry.path  # also a broken link, which whoever reads it refuses

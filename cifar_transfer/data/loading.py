@@ -1,10 +1,11 @@
-"""Loaders: which images each process reads, in which order, and from where a resumed epoch goes on."""
+"""Loaders: which images each process reads, in which order, and where a resumed epoch goes on."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,141 +15,233 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.images import Batch, Images, cores
+from cifar_transfer.data.splits import Split
 
-RESERVED_FILES = 40  # that a process may have open beside
-FILES_A_WORKER = 6  # of its queues and pipes, and of the images in shared memory
+RESERVED_FILES = 40  # files that a process may have open beside those of its workers
+FILES_PER_WORKER = 6  # its queues and pipes, and the images in shared memory
 SHARED_MEMORY = Path("/dev/shm")  # through which torch's workers pass their batches
-BATCHES_AHEAD = 3  # of a worker: two that wait, and one that is being made
-LOADERS = 2  # of training and validation, whose workers live side by side
+BATCHES_PER_WORKER = 3  # in shared memory: two that wait, and one that is being made
+SIMULTANEOUS_LOADERS = 2  # the workers of training and validation live side by side
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a process reads of a split.
+
+    Attributes:
+        images: The images of the split, of all processes.
+        workers: Number of worker processes that decode images; 0: this process reads them itself.
+        rank: Number of this process, from 0.
+        world_size: Number of processes that share the images.
+    """
+
+    images: Images
+    workers: int = 0
+    rank: int = 0
+    world_size: int = 1
 
 
 class Shuffled(DistributedSampler):
-    """`DistributedSampler` that can begin later."""
+    """A `DistributedSampler` whose next epoch may begin later.
 
-    first = 0
+    Attributes:
+        skipped_images: Images of this process that the next epoch leaves out at its beginning.
+    """
+
+    skipped_images = 0
 
     def __iter__(self) -> Iterator[int]:
-        return islice(super().__iter__(), self.first, None)
+        return islice(super().__iter__(), self.skipped_images, None)
 
 
 class Balanced(Shuffled):
-    """Draws each class as often as any other, to one image in an epoch of `each` images a process.
+    """Draw all classes equally often (counts differ by at most one an epoch).
 
-    Classes take turns, and each goes round its images in a fixed order: an epoch takes up where the one before has
-    ended, and is shuffled. So each image of a class comes k or k + 1 times, within an epoch and over all of them.
-    `labels`, int64 [N], are those of the images of all processes.
+    Classes take turns, and each goes round its images in a fixed order. An epoch takes up where the
+    one before has ended, and is shuffled. So each image of a class is drawn k or k + 1 times,
+    within an epoch and over all epochs.
+
+    Args:
+        labels: Labels of the images of all processes, int64 [N].
+        num_samples: Images that each process draws in an epoch.
+        num_replicas: Number of processes.
+        rank: Number of this process.
+        seed: Another seed gives another order.
     """
 
     def __init__(
-        self, labels: np.ndarray, each: int, num_replicas: int, rank: int, seed: int
+        self, labels: np.ndarray, num_samples: int, num_replicas: int, rank: int, seed: int
     ) -> None:
-        super().__init__(range(each * num_replicas), num_replicas, rank, seed=seed)  # type: ignore[arg-type] # its length counts
-        mixed = np.random.default_rng(seed).permutation(len(labels))
-        mixed = mixed[np.argsort(labels[mixed], kind="stable")]
-        self.rounds = np.split(
-            mixed, np.flatnonzero(np.diff(labels[mixed])) + 1
-        )  # rows of each class
+        places = range(num_samples * num_replicas)
+        super().__init__(places, num_replicas, rank, seed=seed)  # type: ignore[arg-type] # only its length counts
+        shuffled = np.random.default_rng(seed).permutation(len(labels))
+        by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+        boundaries = np.flatnonzero(np.diff(labels[by_class])) + 1
+        self.rows_of_classes = np.split(by_class, boundaries)
 
     def __iter__(self) -> Iterator[int]:
         for place in super().__iter__():
-            turn, label = divmod(self.epoch * self.total_size + place, len(self.rounds))
-            yield int(self.rounds[label][turn % len(self.rounds[label])])
+            place_over_epochs = self.epoch * self.total_size + place
+            turn, label = divmod(place_over_epochs, len(self.rows_of_classes))
+            rows = self.rows_of_classes[label]
+            yield int(rows[turn % len(rows)])
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """Training batches; a checkpoint of the middle of an epoch, where Lightning keeps the state, goes on from there."""
+    """Training batches, whose next epoch may begin in its middle.
 
-    given = 0  # batches of the epoch so far
-    epoch: Callable[[], float]  # how many there are in an epoch, which the Trainer may limit
-    _skipped = 0
+    Attributes:
+        first_batch: Batches that the next epoch skips, because they were trained on before.
+        batches_read: Batches of the current epoch that were read, including those skipped.
+    """
 
-    def state_dict(self) -> dict[str, int]:
-        """How many batches to skip: none when the epoch is over."""
-        return {"given": 0 if self.given >= self.epoch() else self.given}
+    first_batch = 0
+    batches_read = 0
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next epoch after these batches."""
-        self._skipped = state["given"]
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # as loop and profilers use it
-        self.given, self._skipped = self._skipped, 0
-        self.sampler.first = self.given * (self.batch_size or 1)  # type: ignore[attr-defined]
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # DataLoader's iterator class
+        self.batches_read = self.first_batch
+        self.first_batch = 0
+        self.sampler.skipped_images = self.batches_read * (self.batch_size or 1)  # type: ignore[attr-defined]
         for batch in super().__iter__():
-            self.given += 1
+            self.batches_read += 1
             yield batch
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing, because the data module stores `batches_read`.
 
-def check_processes(images: Mapping[str, Images], world: int) -> None:
-    """Refuse, by a `UserError`, splits too small to give each of `world` processes a batch."""
-    for split, found in images.items():
-        least = 2 if split == "train" else 1  # batch-norm cannot train on one
-        if len(found) < least * world:
-            processes = f"{world} processes, of which each" if world > 1 else "1 process, which"
-            few = f"{len(found)} {split} images are too few for {processes} needs {least}"
-            raise UserError(f"{few}: take fewer devices, or add images.")
+        Lightning restores a loader only if it is made after the loops are restored; a schedule that
+        counts the steps of the run has it made before. Without this method and `load_state_dict`
+        Lightning warns that the loader cannot resume.
+        """
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing, as `state_dict` explains."""
+
+
+def check_processes(images: Mapping[Split, Images], world_size: int) -> None:
+    """Check that splits have enough images to give each process a batch.
+
+    Raises:
+        UserError: A split has fewer than one image for each process, or two for training, because
+            batch-norm cannot train on one.
+    """
+    for split, split_images in images.items():
+        min_images = 2 if split == "train" else 1
+        if len(split_images) >= min_images * world_size:
+            continue
+        processes = "1 process, which"
+        if world_size > 1:
+            processes = f"{world_size} processes, of which each"
+        raise UserError(
+            f"{len(split_images)} {split} images are too few for {processes} needs {min_images}: "
+            f"take fewer devices, or add images."
+        )
 
 
 def training_loader(
-    images: Images,
-    batch_size: int,
-    workers: int,
-    rank: int,
-    world: int,
-    seed: int,
-    balanced: bool = False,
+    shard: Shard, batch_size: int, seed: int, balanced: bool = False, first_batch: int = 0
 ) -> ResumableLoader:
-    """Shuffled batches for process `rank` of `world`, read by `workers` processes; seed and epoch give the order."""
-    sampler = Shuffled(images, num_replicas=world, rank=rank, shuffle=True, seed=seed)
-    # Batch-norm cannot train on one value a channel, and a network may end in 1 x 1 pixels.
-    last = len(sampler) % batch_size == 1
+    """Return shuffled batches, whose order follows from seed and epoch.
+
+    A last batch of one image is left out: batch-norm cannot train on one value a channel, and a
+    network may end in 1 x 1 pixels.
+
+    Args:
+        shard: The images, and which of them this process reads.
+        batch_size: Images in a batch of this process.
+        seed: Another seed gives another order.
+        balanced: Whether to draw all classes equally often; see `Balanced`.
+        first_batch: Batches of the first epoch to skip.
+    """
+    sampler = Shuffled(shard.images, shard.world_size, shard.rank, shuffle=True, seed=seed)
+    num_samples = len(sampler)
+    single_image_left = num_samples % batch_size == 1
     if balanced:
-        sampler = Balanced(images.labels, len(sampler) - last, world, rank, seed)
-    return ResumableLoader(images, batch_size, sampler=sampler, drop_last=last, **_reading(workers))
+        if single_image_left:
+            num_samples -= 1
+        labels = shard.images.labels
+        sampler = Balanced(labels, num_samples, shard.world_size, shard.rank, seed)
+    loader = ResumableLoader(
+        shard.images,
+        batch_size,
+        sampler=sampler,
+        drop_last=single_image_left,
+        **_worker_options(shard.workers),
+    )
+    loader.first_batch = first_batch
+    return loader
 
 
-def evaluation_loader(
-    images: Images, batch_size: int, workers: int, rank: int, world: int
-) -> DataLoader[Batch]:
-    """Batches in order, each image once over all processes: repeats to make these even would count in the metrics."""
-    sampler = UnrepeatedDistributedSampler(images, num_replicas=world, rank=rank, shuffle=False)
-    return DataLoader(images, batch_size, sampler=sampler, **_reading(workers))
+def evaluation_loader(shard: Shard, batch_size: int) -> DataLoader[Batch]:
+    """Return batches in order, each image once over all processes.
+
+    Repeated images, which would give all processes equally many, would count in the metrics.
+    """
+    sampler = UnrepeatedDistributedSampler(
+        shard.images, shard.world_size, shard.rank, shuffle=False
+    )
+    return DataLoader(shard.images, batch_size, sampler=sampler, **_worker_options(shard.workers))
 
 
 def rows_loader(
     images: Images, batches: Sequence[Sequence[int]], workers: int
 ) -> DataLoader[Batch]:
-    """Batches of these rows, in this order."""
-    return DataLoader(images, batch_sampler=batches, **_reading(workers))  # type: ignore[arg-type] # any iterable does
+    """Return batches of given rows of the images, in this order."""
+    return DataLoader(images, batch_sampler=batches, **_worker_options(workers))  # type: ignore[arg-type] # any iterable will do
 
 
-def workers_within(asked: int | None, batch_bytes: int) -> int:
-    """How many processes decode: so many, or one for each core, within what the system admits.
+def workers_within(num_workers: int | None, batch_bytes: int) -> int:
+    """Return how many processes may decode images, within what the system allows.
 
-    Without files to open a loader fails in mid-epoch, and without shared memory, of which Docker gives 64 MB, it waits
-    for ever. `batch_bytes` are those of the largest batch.
+    Without files to open a loader fails in the middle of an epoch. Without shared memory, of which
+    Docker gives 64 MB, it waits for ever.
+
+    Args:
+        num_workers: Processes that are asked for; None asks for one for each core.
+        batch_bytes: Size of the largest batch, of all training processes together.
     """
-    wanted, limits = cores() if asked is None else asked, {}
-    with suppress(ImportError):  # on Windows, which has no such limit
-        import resource
-
-        if (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) != resource.RLIM_INFINITY:
-            limits["`ulimit -n` admits few open files"] = (files - RESERVED_FILES) // FILES_A_WORKER
+    if num_workers is None:
+        num_workers = cores()
+    max_files = _max_open_files()
+    if max_files is not None:
+        limit = (max_files - RESERVED_FILES) // FILES_PER_WORKER
+        num_workers = _limited(num_workers, limit, "`ulimit -n` admits few open files")
     if SHARED_MEMORY.is_dir():
-        free = shutil.disk_usage(SHARED_MEMORY).free
-        room = f"{SHARED_MEMORY} has {free / 1e6:.0f} MB (docker run --shm-size)"
-        limits[room] = free // (BATCHES_AHEAD * batch_bytes)
-    for why, most in limits.items():
-        if wanted > (most := max(0, most // LOADERS)):
-            rank_zero_warn(f"{most} instead of {wanted} processes decode images, because {why}.")
-            wanted = most
-    return wanted
+        free_bytes = shutil.disk_usage(SHARED_MEMORY).free
+        limit = free_bytes // (BATCHES_PER_WORKER * batch_bytes)
+        reason = f"{SHARED_MEMORY} has {free_bytes / 1e6:.0f} MB (docker run --shm-size)"
+        num_workers = _limited(num_workers, limit, reason)
+    return num_workers
 
 
-def _reading(workers: int) -> dict:
-    pin = torch.cuda.is_available()
-    return dict(
-        num_workers=workers, persistent_workers=workers > 0, pin_memory=pin, collate_fn=as_is
+def _max_open_files() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return None
+    max_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if max_files == resource.RLIM_INFINITY else max_files
+
+
+def _limited(num_workers: int, limit: int, reason: str) -> int:
+    """Return no more workers than a limit for all loaders together allows, and say why."""
+    limit_per_loader = max(0, limit // SIMULTANEOUS_LOADERS)
+    if num_workers <= limit_per_loader:
+        return num_workers
+    rank_zero_warn(
+        f"{limit_per_loader} instead of {num_workers} processes decode images, because {reason}."
     )
+    return limit_per_loader
+
+
+def _worker_options(workers: int) -> dict[str, Any]:
+    return {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+        "collate_fn": as_is,
+    }
 
 
 def as_is(batch: Batch) -> Batch:

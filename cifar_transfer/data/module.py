@@ -1,80 +1,116 @@
 """Data modules: where images come from, how they are split, batched and augmented.
 
-    images (uint8, on disk) -> batches (uint8) -> device -> float32 in [0, 1] -> augmentation while training -> network
+    images (uint8, on disk) -> batches (uint8) -> device -> float32 in [0, 1] -> augmentation while
+    training -> network
 
-Statistics and resolution of the network's input belong to the network, so that a checkpoint can be used without the
-data module that trained it. The size that images are decoded to is decided here, once (see `geometry`).
+Statistics and resolution of the network's input belong to the network, so that a checkpoint can be
+used without the data module that trained it. The size that images are decoded to is decided here,
+once (see `geometry`).
+
+Lightning calls, in this order: `prepare_data` (once a machine), `setup` (each process),
+`load_state_dict` (if a run continues), the loaders, `on_after_batch_transfer` (each batch), and
+`state_dict` (each checkpoint).
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cifar_transfer.base.errors import UserError, check
-from cifar_transfer.data import splits
+from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.data.augment import Augment, step_seed
 from cifar_transfer.data.classes import Balance, loss_weights
 from cifar_transfer.data.geometry import Size, pixels, to_float
 from cifar_transfer.data.images import Batch, Images
 from cifar_transfer.data.loading import (
+    ResumableLoader,
+    Shard,
     check_processes,
     evaluation_loader,
     training_loader,
     workers_within,
 )
-from cifar_transfer.data.splits import SPLITS, Names, Split
+from cifar_transfer.data.splits import (
+    SPLITS,
+    Names,
+    Split,
+    Splits,
+    choose_splits,
+    list_digest,
+)
 
-LARGEST_BATCH = 65536  # images; more is a slip of the finger
-MOST_WORKERS = 512
-HASH, PERMUTATION = (
-    "hash",
-    "permutation",
-)  # how images are held out; checkpoints that do not say how are older
+MAX_BATCH_IMAGES = 65536  # more is a slip of the finger
+MAX_WORKERS = 512
+CLASS_WEIGHTS = (1e-6, 1e6)  # least and greatest weight of a class
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """What a data module takes over from the run that it continues or evaluates.
+
+    Attributes:
+        size: Height and width in pixels that images were decoded to, or None to choose them anew.
+        record: Names of the images of each split, as `splits.read` returns them, or None to choose
+            the splits anew.
+        first_batch: Batches of the current epoch that were trained on before, and are skipped.
+    """
+
+    size: Size | None = None
+    record: Names | None = None
+    first_batch: int = 0
 
 
 class ImageDataModule(LightningDataModule):
-    """What all data modules share; a subclass has `load` and `class_names`, and `record`s options of its own.
+    """Base class of all data modules; a subclass has `load` and `class_names`.
 
-    Batches arrive on the device as float32 images [B, 3, H, W] in [0, 1] and int64 labels [B]. Shuffling and
-    augmentation depend on seed, epoch, step and rank alone, so that a resumed run sees what it would have seen.
+    A subclass with options of its own passes them to `store_options` at the end of its constructor.
+
+    Batches arrive on the device as float32 images [B, 3, H, W] in [0, 1] and int64 labels [B].
+    Shuffling and augmentation depend on seed, epoch, step and rank alone, so that a resumed run
+    sees what it would have seen.
 
     Args:
         batch_size: Images a step and process, at least 2 (batch-norm cannot normalise one).
         eval_batch_size: Images a batch in validation and test.
-        val_fraction: About this share of every class of the training images is held out for validation, in [0, 1).
-            Which ones follows from `seed` and their classes and names, so that images that come or go move no other.
-            With 0, validation uses the test images, and the test figure is then not clean. Not used when the data have
-            their own validation images.
+        val_fraction: About this share of every class of the training images is held out for
+            validation, in [0, 1). Which ones follows from `seed` and their classes and names, so
+            that images that come or go move no other. With 0, validation uses the test images, and
+            the test figure is then not clean. Not used when the data have their own validation
+            images.
         augment: Training augmentation; its options switch each operation off at 0.
-        class_weights: Of images in the training loss: "balanced", which is N / (classes * images of the class) as in
-            scikit-learn, or a positive number for each class, of which only the ratios matter, as they are scaled to a
-            mean of 1 over the images drawn. The weighted losses of a batch are divided by the number of its images, so
-            that several processes take the step of one with their joint batch. `val/loss` has no weights.
-        sampler: "balanced" draws each class equally often, in epochs of the same length, see `loading.Balanced`.
-        leave_out: A file of images to do without, wherever they are: one of those that `python -m cifar_transfer audit`
-            writes, or any CSV with a column `image` that names them alike, say "train/cat/007.png".
-        num_workers: Processes that decode images that are not cached; None takes one for each core. Cached images are
-            read by the process itself, which is faster.
-        seed: Of the held-out images, the shuffling, the augmentation and dropout.
+        class_weights: Weights of the classes in the training loss: "balanced", which is
+            N / (classes * images of the class) as in scikit-learn, or a positive number for each
+            class. Only their ratios matter, because they are scaled to a mean of 1 over the images
+            drawn. The weighted losses of a batch are divided by the number of its images, so that
+            several processes take the step of one with their joint batch. `val/loss` has no
+            weights.
+        sampler: "balanced" draws each class equally often, in epochs of the same length, see
+            `loading.Balanced`.
+        leave_out: A file that lists images to leave out of all splits: one of those that
+            `python -m cifar_transfer audit` writes, or any CSV with a column `image` that names
+            them in the same way, for example "train/cat/007.png".
+        num_workers: Processes that decode images that are not cached; None takes one for each core.
+            Cached images are read by the process itself, which is faster.
+        seed: Decides which images are held out, the shuffling, the augmentation and dropout.
+
+    Attributes:
+        statistics: Name of the channel statistics that the network takes if it is asked for no
+            others; None: those of its weights.
+        size: Height and width in pixels that `load` is to bring images to; None: any one size.
+        images: Images of each split, without those that are left out; known after `setup`.
 
     Raises:
-        UserError: An option out of its range.
+        UserError: An option is out of its range, or cannot be stored in a checkpoint.
     """
 
-    statistics: str | None = (
-        None  # name of the channel statistics, unless others are asked for; None: of the weights
-    )
-    fixed_size: Size | None = (
-        None  # that images are decoded to, set before `setup` to that of a checkpoint
-    )
+    statistics: str | None = None
 
     def __init__(
         self,
@@ -89,293 +125,364 @@ class ImageDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.batch_size: int = as_primitive("batch_size", batch_size)
+        self.eval_batch_size: int = as_primitive("eval_batch_size", eval_batch_size)
+        self.val_fraction: float = as_primitive("val_fraction", val_fraction)
+        self.augment = augment
+        self.class_weights: Balance | list[float] | None = as_primitive(
+            "class_weights", class_weights
+        )
+        self.sampler: Balance | None = as_primitive("sampler", sampler)
+        self.leave_out: str | None = as_primitive("leave_out", leave_out)
+        self.num_workers: int | None = as_primitive("num_workers", num_workers)
+        self.seed: int = as_primitive("seed", seed)
+        self._check_options()
+
+        self.size: Size | None = None
+        self.images: dict[Split, Images] = {}
+        self._loaded: dict[Split, Images | None] = {}  # what `load` has returned
+        self._splits: Splits | None = None
+        self._stage: str | None = None
+        self._earlier = EarlierRun()
+        self.store_options()
+
+    def _check_options(self) -> None:
         check(
             "batch_size",
-            batch_size,
-            lambda n: 2 <= n <= LARGEST_BATCH,
-            f"2 to {LARGEST_BATCH} images",
+            self.batch_size,
+            lambda images: 2 <= images <= MAX_BATCH_IMAGES,
+            f"2 to {MAX_BATCH_IMAGES} images",
         )
         check(
             "eval_batch_size",
-            eval_batch_size,
-            lambda n: 1 <= n <= LARGEST_BATCH,
-            f"1 to {LARGEST_BATCH} images",
+            self.eval_batch_size,
+            lambda images: 1 <= images <= MAX_BATCH_IMAGES,
+            f"1 to {MAX_BATCH_IMAGES} images",
         )
         check(
             "val_fraction",
-            val_fraction,
-            lambda x: 0 <= x < 1,
+            self.val_fraction,
+            lambda share: 0 <= share < 1,
             "a share of the training images in [0, 1)",
         )
-        if class_weights not in (None, "balanced"):
-            wanted = "balanced, or a number from 1e-6 to 1e6 for each class"
+        if self.class_weights not in (None, "balanced"):
             check(
                 "class_weights",
-                class_weights,
-                lambda ws: ws and all(1e-6 <= w <= 1e6 for w in ws),
-                wanted,
+                self.class_weights,
+                _are_class_weights,
+                "balanced, or a number from 1e-6 to 1e6 for each class",
             )
-        check("sampler", sampler, lambda name: name in (None, "balanced"), "balanced, or null")
-        if sampler and class_weights == "balanced":
+        check("sampler", self.sampler, lambda name: name in (None, "balanced"), "balanced, or null")
+        if self.sampler and self.class_weights == "balanced":
             raise UserError(
-                "class_weights=balanced and sampler=balanced make up for the same twice: take one of them."
+                "class_weights=balanced and sampler=balanced make up for the same twice: "
+                "take one of them."
             )
-        if num_workers is not None:
+        if self.num_workers is not None:
             check(
                 "num_workers",
-                num_workers,
-                lambda n: 0 <= n <= MOST_WORKERS,
-                f"0 to {MOST_WORKERS} processes",
+                self.num_workers,
+                lambda processes: 0 <= processes <= MAX_WORKERS,
+                f"0 to {MAX_WORKERS} processes",
             )
-        check("seed", seed, lambda n: 0 <= n < 2**32, "a number from 0 to 4294967295")
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.val_fraction, self.augment, self.num_workers, self.seed = (
-            val_fraction,
-            augment,
-            num_workers,
-            seed,
-        )
-        self.class_weights, self.sampler, self.leave_out = class_weights, sampler, leave_out
-        self.resumed: list[
-            dict[str, int]
-        ] = []  # the state of the next training loader, if a run continues
-        self.size: Size | None = None  # that `load` brings images to
-        self.images: dict[Split, Images] = {}
-        self.names: Names = {}  # of `images`, and of those left out
-        self.recorded: Names | None = None  # the splits of a run that is continued or evaluated
-        self._loaded: dict[Split, Images | None] = {}  # what `load` has said
-        self.record()
+        check("seed", self.seed, lambda seed: 0 <= seed < 2**32, "a number from 0 to 4294967295")
 
-    def record(self, **options: str | int | float | None) -> None:
-        """Keep these options and those of this class with every checkpoint, as primitives; without these, unlogged."""
-        own = ["batch_size", "eval_batch_size", "val_fraction", "num_workers", "seed"]
-        own += ["class_weights", "sampler", "leave_out"]
-        shared = {name: getattr(self, name) for name in own} | {"augment": asdict(self.augment)}
-        shared["left_out"] = splits.mark(self.leave_out) if self.leave_out else None
-        shared |= {"data": type(self).__name__, "held_out_by": HASH}
-        self.save_hyperparameters(shared | options, logger=bool(options))
+    def store_options(self, **options: Any) -> None:
+        """Store the options of all data modules, and these of a subclass, in each checkpoint.
+
+        The options are logged only if a subclass gives some: a module of the user's own may log
+        others of the same names.
+
+        Raises:
+            UserError: An option cannot be stored, or the file of `leave_out` cannot be read.
+        """
+        stored = {
+            "data": type(self).__name__,
+            "batch_size": self.batch_size,
+            "eval_batch_size": self.eval_batch_size,
+            "val_fraction": self.val_fraction,
+            "augment": as_primitive("augment", self.augment),
+            "class_weights": self.class_weights,
+            "sampler": self.sampler,
+            "leave_out": self.leave_out,
+            "left_out": list_digest(self.leave_out) if self.leave_out else None,
+            "num_workers": self.num_workers,
+            "seed": self.seed,
+        }
+        for name, value in options.items():
+            stored[name] = as_primitive(name, value)
+        self.save_hyperparameters(stored, logger=bool(options))
 
     @property
     def class_names(self) -> list[str]:
-        """The classes' names in the order of the labels; known before any image is read or downloaded."""
+        """Names of the classes in the order of the labels, known before any image is read."""
         raise NotImplementedError
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """Number of classes."""
         return len(self.class_names)
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the images in pixels; known after `setup`. A `UserError` refuses several sizes."""
-        filled = {split: images for split, images in self.images.items() if len(images)}
-        sizes: dict[Split, Any] = {
-            split: images[0][0].shape[1:] for split, images in filled.items()
-        }
-        if len({*sizes.values()}) > 1:
-            found = ", ".join(f"{split} {pixels(size)}" for split, size in sizes.items())
-            raise UserError(
-                f"The images of all splits need one size, and have {found}: resize them in `load`."
-            )
-        height, width = min(sizes.values())
-        return height, width
-
     def load(self, split: Split) -> Images | None:
-        """The images of a split, or None where the data have none of their own."""
+        """Return the images of a split at `size`, or None if the data have none of their own."""
         raise NotImplementedError
 
-    def choose_size(self, largest: int | None) -> Size | None:
-        """The size that `load` brings images to; None: their own. Arguments as of `geometry.choose_size`."""
-        return None
-
-    def prepare_data(self) -> None:
-        """Download and decode: called once a machine, before `setup`."""
-        self._load_all()
-
-    def _load_all(
-        self,
-    ) -> (
-        None
-    ):  # once, as to look through a folder takes seconds; again if another size is asked for
-        network = getattr(self.trainer, "lightning_module", None)
-        size = self.fixed_size or self.choose_size(getattr(network, "largest_side", None))
-        if size != self.size or not self._loaded:
-            self.size, self.images, self._loaded = size, {}, {}
-            self._loaded = {split: self.load(split) for split in SPLITS}
-
-    def setup(self, stage: str | None = None) -> None:
-        """Open the images of every split and hold out those of validation.
-
-        Raises:
-            UserError: There is nothing to validate on, a label that is no class's, or too few images for the processes.
-        """
-        self._load_all()
-        if not self.images:
-            self._split(stage)
-        if self.trainer:
-            used = {"validate": ["val"], "test": ["test"]}.get(
-                stage or "", SPLITS
-            )  # a fit ends with the test
-            check_processes(
-                {s: found for s, found in self.images.items() if s in used}, self.trainer.world_size
-            )
-
-    def loss_weights(self) -> Tensor | None:
-        """What `classes.loss_weights` makes of `class_weights`; its errors are that one's. Called after `setup`."""
-        return loss_weights(
-            self.images["train"].labels, self.class_names, self.class_weights, self.sampler
-        )
-
-    def unequal(self, split: Split) -> bool:
-        """Whether the classes of a split differ in size; of images held out, the classes that they are a sample of."""
-        images = self._loaded.get(self._source if split == "val" else split)
-        return (
-            images is not None
-            and len(set(np.bincount(images.labels, minlength=self.num_classes))) > 1
-        )
-
-    def _split(self, stage: str | None = None) -> None:
-        loaded = {split: images for split, images in self._loaded.items() if images is not None}
-        if not loaded.get("train"):
-            raise UserError("There are no training images.")
-        self.names = {}
-        for split, images in loaded.items():
-            labels = images.labels
-            if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
-                found, most = f"labels from {labels.min()} to {labels.max()}", self.num_classes - 1
-                raise UserError(
-                    f"The {split} images have {found}, but the classes are numbered from 0 to {most}."
-                )
-            # A number tells those apart that have no name: they are always the same ones in the same order.
-            names = images.names or [
-                f"{self.class_names[label]}/{row}" for row, label in enumerate(labels)
-            ]
-            self.names[split] = [f"{split}/{name}" for name in names]
-        source: Split = "val" if "val" in loaded else "train"
-        if source == "train" and self.val_fraction == 0:
-            source = "test"
-            if source not in loaded:
-                raise UserError(
-                    "There is nothing to validate on: set val_fraction or add a folder val/."
-                )
-            rank_zero_warn(
-                "val_fraction=0: validation uses the test images, so the schedule and the choice of the checkpoint "
-                "have seen them and the test figure is not clean."
-            )
-        self._source = source
-        chosen = self._chosen(source, loaded[source])
-        if not chosen.any() and stage != "test":  # which needs none of them
-            few = f"val_fraction={self.val_fraction} of {len(chosen)} images holds out none: raise it."
-            gone = "None of the images that the run validated on is left: put them back, or begin a new run."
-            raise UserError(gone if self.recorded else few)
-        shares: dict[Split, np.ndarray] = {"val": chosen}
-        if source == "train":
-            shares["train"] = ~chosen
-        images, all_names = loaded[source], np.array(self.names[source], dtype=object)
-        for split, rows in shares.items():
-            loaded[split] = images if rows.all() else images.subset(np.flatnonzero(rows))
-            self.names[split] = all_names[rows].tolist()
-        self.images = {split: loaded[split] for split in SPLITS if split in loaded}
-        if self.leave_out:
-            for split, rows in splits.without(self.names, self.leave_out).items():
-                self.images[split] = self.images[split].subset(rows)
-        rank_zero_info(
-            "Images: %s",
-            ", ".join(f"{len(images):,} {split}" for split, images in self.images.items()),
-        )
-
-    def _chosen(self, source: Split, images: Images) -> np.ndarray:
-        """Which images of a split are validated on, bool [N]: the recorded ones, else those held out, or all."""
-        names = self.names[source]
-        if self.recorded:
-            known = set(self.recorded["val"])
-            chosen = np.array([name in known for name in names])
-            if said := splits.changes(self.names, self.recorded):
-                rank_zero_info(said)
-        elif source != "train":
-            chosen = np.ones(len(images), dtype=bool)
-        elif self.hparams.get("held_out_by") == PERMUTATION:
-            chosen = splits.hold_out_as_before(images.labels, self.val_fraction, self.seed)
-        else:
-            relative = [name.partition("/")[2] for name in names]
-            chosen = splits.hold_out(relative, images.labels, self.val_fraction, self.seed)
-        return chosen
-
-    def continue_run(self, checkpoint: str | Path, saved: Mapping[str, Any]) -> None:
-        """Validate on the images that the run of a checkpoint has validated on, called after `setup`.
+    def choose_size(self, largest_side: int | None) -> Size | None:
+        """Return the size that `load` brings images to, or None if they keep theirs.
 
         Args:
-            checkpoint: The file, in the folder of the run.
-            saved: The options of the data module in it; older versions chose otherwise, and have no record.
+            largest_side: Side in pixels of the largest square that the network takes, or None if it
+                takes images as they are; see `geometry.choose_size`.
+        """
+        return None
+
+    def continue_from(self, earlier: EarlierRun) -> None:
+        """Decode, split and begin as an earlier run did, also after `setup`.
+
+        Values that `earlier` leaves out (None, or 0 batches) stay as they are.
+        """
+        before = self._earlier
+        self._earlier = EarlierRun(
+            size=earlier.size or before.size,
+            record=earlier.record or before.record,
+            first_batch=earlier.first_batch or before.first_batch,
+        )
+        if self._splits is None:  # `setup` is still to come
+            return
+        if replace(self._earlier, first_batch=0) != replace(before, first_batch=0):
+            self._load_images()
+            self._split_images()
+
+    def prepare_data(self) -> None:
+        """Download and decode what is not on the disk yet; called once a machine."""
+        self._load_images()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the images of every split, and hold out those of validation.
+
+        Args:
+            stage: "fit", "validate", "test", or None for all of them.
 
         Raises:
-            UserError: The record is damaged, or none of its validation images is left.
+            UserError: There is nothing to validate on, a label is no class's, or there are too few
+                images for the processes.
         """
-        choice = saved.get("held_out_by", PERMUTATION)
-        recorded = None if self.recorded else splits.read(checkpoint)
-        other = recorded and (
-            {*recorded["val"]} != {*self.names["val"]} or splits.changes(self.names, recorded)
+        self._stage = stage
+        self._load_images()
+        if self._splits is None:
+            self._split_images()
+        if self.trainer:
+            used_images = dict(self.images)  # a fit ends with the test
+            if stage in ("validate", "test"):
+                split: Split = "test" if stage == "test" else "val"
+                used_images = {split: self.images[split]} if split in self.images else {}
+            check_processes(used_images, self.trainer.world_size)
+
+    def _load_images(self) -> None:
+        """Load all splits, unless they are loaded at the size that is asked for now."""
+        network = getattr(self.trainer, "lightning_module", None)
+        largest_side = getattr(network, "largest_side", None)
+        size = self._earlier.size or self.choose_size(largest_side)
+        if self._loaded and size == self.size:
+            return
+        self.size = size
+        self.images = {}
+        self._splits = None
+        self._loaded = {split: self.load(split) for split in SPLITS}
+
+    def _split_images(self) -> None:
+        """Fill `images`, and say so if the splits are others than before."""
+        names: Names = {}
+        labels: dict[Split, np.ndarray] = {}
+        for split, images in self._loaded.items():
+            if images is not None:
+                self._check_labels(split, images.labels)
+                names[split] = self._names(split, images)
+                labels[split] = images.labels
+        if not names.get("train"):
+            raise UserError("There are no training images.")
+        before = self._splits
+        chosen = choose_splits(
+            names, labels, self.val_fraction, self.seed, self._earlier.record, self.leave_out
         )
-        if other or choice != self.hparams.get("held_out_by"):
-            self.recorded = self.recorded or recorded
-            self.hparams["held_out_by"] = choice
-            self._split()
+        if not chosen.names["val"] and self._stage != "test":  # a test needs none
+            self._refuse_empty_validation(len(names[chosen.val_source]))
+        self._splits = chosen
+        self.images = {}
+        for split, rows in chosen.rows.items():
+            images = self._loaded[chosen.source(split)]
+            assert images is not None
+            self.images[split] = images if len(rows) == len(images) else images.subset(rows)
+        if before is None or before.names != chosen.names or before.changes() != chosen.changes():
+            self._report_splits(chosen)
+
+    def _check_labels(self, split: Split, labels: np.ndarray) -> None:
+        if not len(labels):
+            return
+        if not 0 <= labels.min() <= labels.max() < self.num_classes:
+            raise UserError(
+                f"The {split} images have labels from {labels.min()} to {labels.max()}, but the "
+                f"classes are numbered from 0 to {self.num_classes - 1}."
+            )
+
+    def _names(self, split: Split, images: Images) -> list[str]:
+        """Return a name for each image; those without a name are told apart by their number."""
+        names = images.names
+        if names is None:
+            class_names = self.class_names
+            names = [f"{class_names[label]}/{row}" for row, label in enumerate(images.labels)]
+        return [f"{split}/{name}" for name in names]
+
+    def _refuse_empty_validation(self, source_images: int) -> None:
+        if self._earlier.record is not None:
+            raise UserError(
+                "None of the images that the run validated on is left: put them back, or begin a "
+                "new run."
+            )
+        raise UserError(
+            f"val_fraction={self.val_fraction} of {source_images} images holds out none: raise it."
+        )
+
+    def _report_splits(self, chosen: Splits) -> None:
+        if chosen.val_source == "test":
+            rank_zero_warn(
+                "val_fraction=0: validation uses the test images, so the schedule and the choice "
+                "of the checkpoint have seen them and the test figure is not clean."
+            )
+        changes = chosen.changes()
+        if changes is not None:
+            rank_zero_info(changes)
+        if self.leave_out is not None:
+            rank_zero_info(f"Left out: {chosen.left_out()} images, those in {self.leave_out}.")
+        counts = [f"{len(images):,} {split}" for split, images in self.images.items()]
+        rank_zero_info(f"Images: {', '.join(counts)}")
+
+    @property
+    def names(self) -> Names:
+        """Names of the images of each split, including those left out; empty before `setup`."""
+        return self._splits.names if self._splits else {}
+
+    @property
+    def image_size(self) -> Size:
+        """Height and width of the images in pixels, known after `setup`.
+
+        Raises:
+            UserError: The images of the splits have several sizes.
+        """
+        sizes: dict[Split, Size] = {}
+        for split, images in self.images.items():
+            if len(images):
+                image, _ = images[0]
+                height, width = image.shape[1:]
+                sizes[split] = (height, width)
+        if len(set(sizes.values())) > 1:
+            size_texts = [f"{split} {pixels(size)}" for split, size in sizes.items()]
+            raise UserError(
+                f"The images of all splits need one size, and have {', '.join(size_texts)}: "
+                f"resize them in `load`."
+            )
+        return min(sizes.values())
+
+    def unequal(self, split: Split) -> bool:
+        """Return whether the classes of a split differ in size.
+
+        Of images that are held out, the classes that they are a sample of count.
+        """
+        source = self._splits.source(split) if self._splits else split
+        images = self._loaded.get(source)
+        if images is None:
+            return False
+        counts = np.bincount(images.labels, minlength=self.num_classes)
+        return len(set(counts)) > 1
+
+    def loss_weights(self) -> Tensor | None:
+        """Return the weights of the classes in the loss; see `classes.loss_weights`."""
+        labels = self.images["train"].labels
+        return loss_weights(labels, self.class_names, self.class_weights, self.sampler)
 
     def record_splits(self, folder: Path) -> None:
-        """Record in a run's folder which image is in which split; those that are gone are remembered."""
-        before = self.recorded or {split: [] for split in SPLITS}
-        here = {name for names in self.names.values() for name in names}
-        gone = {split: [name for name in before[split] if name not in here] for split in SPLITS}
-        splits.write(folder, {split: self.names.get(split, []) + gone[split] for split in SPLITS})
+        """Record in a run's folder which image is in which split; missing ones stay recorded."""
+        assert self._splits is not None, "setup has not run"
+        self._splits.write(folder)
 
-    def shard(self, split: Split) -> dict[str, Any]:
-        """What a loader of this process needs to know of a split."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Begin the epoch after the batches that were trained on before the checkpoint."""
+        if self.trainer and self.trainer.training:  # Lightning also restores for a test
+            self.continue_from(EarlierRun(first_batch=state_dict["first_batch"]))
+
+    def shard(self, split: Split) -> Shard:
+        """Return what this process reads of a split.
+
+        Raises:
+            UserError: The data have no such images.
+        """
         if split not in self.images:
             raise UserError(
                 f"There are no {split} images: add a folder {split}/ with the same classes."
             )
-        rank, world = (
-            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        )
         images = self.images[split]
+        rank = self.trainer.global_rank if self.trainer else 0
+        world_size = self.trainer.world_size if self.trainer else 1
         workers = 0
         if images.on_the_fly:
             height, width = self.size or self.image_size
-            largest = (
-                3 * height * width * max(self.batch_size, self.eval_batch_size)
-            )  # bytes of a batch
-            workers = workers_within(self.num_workers, largest * world)  # as all share the memory
-        return {"images": images, "workers": workers, "rank": rank, "world": world}
+            batch_bytes = 3 * height * width * max(self.batch_size, self.eval_batch_size)
+            workers = workers_within(self.num_workers, batch_bytes * world_size)
+        return Shard(images, workers, rank, world_size)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled training batches, a shard a rank."""
-        options = {"seed": self.seed, "balanced": self.sampler is not None} | self.shard("train")
-        loader = training_loader(batch_size=self.batch_size, **options)
-        loader.epoch = lambda: self.trainer.num_training_batches if self.trainer else len(loader)
-        for state in self.resumed:
-            loader.load_state_dict(state)
-        self.resumed = []
-        return loader
+        """Return shuffled training batches, a shard for each process."""
+        first_batch = self._earlier.first_batch
+        self._earlier = replace(self._earlier, first_batch=0)
+        return training_loader(
+            self.shard("train"),
+            self.batch_size,
+            self.seed,
+            balanced=self.sampler is not None,
+            first_batch=first_batch,
+        )
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Validation batches in order, each image once over all ranks."""
-        return evaluation_loader(batch_size=self.eval_batch_size, **self.shard("val"))
+        """Return validation batches in order, each image once over all processes."""
+        return evaluation_loader(self.shard("val"), self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Test batches in order, each image once over all ranks."""
-        return evaluation_loader(batch_size=self.eval_batch_size, **self.shard("test"))
+        """Return test batches in order, each image once over all processes."""
+        return evaluation_loader(self.shard("test"), self.eval_batch_size)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Bytes to float32 in [0, 1], and the augmentation while training, on the device the batch has come to."""
+        """Turn images into float32 in [0, 1], and augment those of training, on the device."""
         images, labels = batch
         if self.trainer is None or not self.trainer.training:
             return to_float(images), labels
-        # From here on all chance of this step, dropout included, follows from these.
-        step = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        seed = step_seed(self.seed, self.trainer.current_epoch, step, self.trainer.global_rank)
-        torch.default_generator.manual_seed(
-            seed
-        )  # `torch.manual_seed` costs 0.4 ms, for devices that are not used
-        if images.is_cuda:
-            torch.cuda.manual_seed(seed)
+        self._seed_step(self.trainer, images.is_cuda)
         return self.augment(images), labels
+
+    def _seed_step(self, trainer: Trainer, on_cuda: bool) -> None:
+        """Seed all chance of a training step, dropout included, by seed, epoch, step and rank."""
+        loader = trainer.train_dataloader
+        if not isinstance(loader, ResumableLoader):  # a subclass has another
+            return
+        step = loader.batches_read - 1
+        seed = step_seed(self.seed, trainer.current_epoch, step, trainer.global_rank)
+        # `torch.manual_seed` takes 0.4 ms, because it also seeds devices that are not used.
+        torch.default_generator.manual_seed(seed)
+        if on_cuda:
+            torch.cuda.manual_seed(seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many batches of the epoch were trained on: none when the epoch is over."""
+        if self.trainer is None:
+            return {}
+        loader = self.trainer.train_dataloader
+        if not isinstance(loader, ResumableLoader):  # nothing is trained
+            return {}
+        batches = max(loader.batches_read, loader.first_batch)
+        if batches >= self.trainer.num_training_batches:
+            batches = 0
+        return {"first_batch": batches}
+
+
+def _are_class_weights(weights: list[float]) -> bool:
+    least, greatest = CLASS_WEIGHTS
+    return len(weights) > 0 and all(least <= weight <= greatest for weight in weights)

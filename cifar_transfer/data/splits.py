@@ -1,17 +1,17 @@
-"""Which image is in which split: chosen by a hash, recorded with the run, kept when the run continues."""
+"""The images of each split: chosen by a hash, recorded with the run, kept when it continues."""
 
 import csv
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
 
 from cifar_transfer.base.errors import UserError, first_line
 from cifar_transfer.base.files import atomic_write
@@ -19,71 +19,167 @@ from cifar_transfer.base.untrusted import open_regular
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+Names = dict[Split, list[str]]  # names of the images of each split, such as "train/cat/007.png"
+
 RECORD = "splits.json.gz"  # in the folder of a run
-Names = dict[
-    Split, list[str]
-]  # of the images of each split, as "train/cat/007.png": where it lies, class, name
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The images of each split.
+
+    Attributes:
+        names: Names of the images of each split, including those that are left out.
+        rows: Rows of the images of each split in the images of its source, int64 [N], without
+            those that are left out.
+        val_source: The split that validation images are taken from: "train" if they are held out,
+            "val" if the data have their own, "test" if `val_fraction` is 0.
+        record: Names that the earlier run recorded, or None in a new run.
+    """
+
+    names: Names
+    rows: dict[Split, np.ndarray]
+    val_source: Split
+    record: Names | None = None
+
+    def source(self, split: Split) -> Split:
+        """Return the split whose images `rows[split]` counts."""
+        return self.val_source if split == "val" else split
+
+    def changes(self) -> str | None:
+        """Say what has changed since the earlier run recorded its images; None if nothing has."""
+        if self.record is None:
+            return None
+        present = _all_names(self.names)
+        recorded = _all_names(self.record)
+        new = len(present - recorded)
+        gone = len(recorded - present)
+        if not new and not gone:
+            return None
+        return (
+            f"The images have changed since the run began: {new:,} are new and {gone:,} are gone. "
+            f"Validation stays with those of its images that are left."
+        )
+
+    def left_out(self) -> str:
+        """Say how many images of each split are left out."""
+        counts = []
+        for split, names in self.names.items():
+            left_out = len(names) - len(self.rows[split])
+            counts.append(f"{left_out:,} of {len(names):,} {split}")
+        return ", ".join(counts)
+
+    def write(self, folder: Path) -> None:
+        """Record in a run's folder which image is in which split; missing ones stay recorded."""
+        present = _all_names(self.names)
+        record: Names = {}
+        for split in SPLITS:
+            record[split] = list(self.names.get(split, []))
+            if self.record is not None:
+                record[split] += [name for name in self.record[split] if name not in present]
+        content = json.dumps(record).encode()  # ASCII: JSON escapes everything else
+        with atomic_write(folder / RECORD) as file:
+            file.write(gzip.compress(content, mtime=0))
+
+
+def choose_splits(
+    names: Names,
+    labels: Mapping[Split, np.ndarray],
+    val_fraction: float,
+    seed: int,
+    record: Names | None = None,
+    leave_out: str | None = None,
+) -> Splits:
+    """Choose the validation images, and leave out the images that a list names.
+
+    Args:
+        names: Names of the images that the data have, "train" at least.
+        labels: Their labels, int64 [N] for each split.
+        val_fraction: Share of the training images to hold out, in [0, 1); see `hold_out`.
+        seed: Seed of `hold_out`.
+        record: Splits of an earlier run. Its validation images, and no others, are validated on.
+        leave_out: Path of a CSV; see `read_image_list`.
+
+    Raises:
+        UserError: There is nothing to validate on, or `leave_out` does not fit these images.
+    """
+    val_source = _val_source(names, val_fraction)
+    if record is not None:
+        recorded = set(record["val"])
+        in_val = np.array([name in recorded for name in names[val_source]], dtype=bool)
+    elif val_source == "train":
+        relative_names = [name.removeprefix("train/") for name in names["train"]]
+        in_val = hold_out(relative_names, labels["train"], val_fraction, seed)
+    else:
+        in_val = np.ones(len(names[val_source]), dtype=bool)
+
+    rows: dict[Split, np.ndarray] = {}
+    split_names: Names = {}
+    for split in SPLITS:
+        source = val_source if split == "val" else split
+        if source not in names:
+            continue
+        in_split = np.ones(len(names[source]), dtype=bool)
+        if split == "val":
+            in_split = in_val
+        elif split == "train" and val_source == "train":
+            in_split = ~in_val
+        rows[split] = np.flatnonzero(in_split)
+        split_names[split] = [names[source][row] for row in rows[split]]
+    if leave_out is not None:
+        for split, remaining in rows_left(split_names, leave_out).items():
+            rows[split] = rows[split][remaining]
+    return Splits(split_names, rows, val_source, record)
+
+
+def _val_source(names: Names, val_fraction: float) -> Split:
+    if "val" in names:
+        return "val"
+    if val_fraction > 0:
+        return "train"
+    if "test" in names:
+        return "test"
+    raise UserError("There is nothing to validate on: set val_fraction or add a folder val/.")
 
 
 def hold_out(names: Sequence[str], labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Choose images by a hash of their names, so that adding or removing some moves no other.
 
-    Except that of each class the lowest hash is always held out, and the highest (also of a class of one) never.
+    There is one exception: the lowest hash of each class is always held out, and the highest (also
+    that of a class of one image) never.
 
     Args:
         names: Class and name of each of N images, all different.
-        labels: int64 [N].
-        fraction: Share to hold out, in (0, 1). Of n images it is met up to about `sqrt(n * fraction)`.
+        labels: Labels of the images, int64 [N].
+        fraction: Share to hold out, in (0, 1). The number held out of n images is off by about
+            `sqrt(n * fraction)`.
         seed: Another seed chooses other images.
 
     Returns:
-        bool [N], whether an image is held out.
+        Whether each image is held out, bool [N].
     """
     key = str(seed).encode()
-    digests = (
-        blake2b(name.encode(errors="surrogatepass"), digest_size=8, key=key).digest()
-        for name in names
-    )
-    hashes = np.frombuffer(b"".join(digests), ">u8")
+    digests = bytearray()
+    for name in names:
+        encoded = name.encode(errors="surrogatepass")
+        digests += blake2b(encoded, digest_size=8, key=key).digest()
+    hashes = np.frombuffer(digests, ">u8")
     held_out = hashes < fraction * 2.0**64
-    order = np.lexsort((hashes, labels))  # by class, then by hash
-    last = np.flatnonzero(np.diff(labels[order], append=-1))
-    held_out[order[np.concatenate(([0], last[:-1] + 1))]] = True
-    held_out[order[last]] = False
+    by_class_then_hash = np.lexsort((hashes, labels))
+    last = np.flatnonzero(np.diff(labels[by_class_then_hash], append=-1))
+    first = np.concatenate(([0], last[:-1] + 1))
+    held_out[by_class_then_hash[first]] = True
+    held_out[by_class_then_hash[last]] = False
     return held_out
-
-
-def hold_out_as_before(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """The choice of older runs, with which they continue: by a permutation of each class; else as `hold_out`."""
-    rng = np.random.default_rng(seed)
-    held_out = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
-        count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
-        held_out[rows[:count]] = True
-    return held_out
-
-
-def write(folder: Path, names: Names) -> None:
-    """Record the splits of a run in its folder."""
-    with atomic_write(folder / RECORD) as file:
-        file.write(
-            gzip.compress(json.dumps(names).encode(), mtime=0)
-        )  # ASCII, with escapes for all else
 
 
 def read(checkpoint: str | Path) -> Names | None:
-    """The splits recorded by the run that a checkpoint lies in, or None where there is no record.
+    """Return the splits that the run of a checkpoint recorded, or None if there is no record.
 
     Raises:
         UserError: The record is damaged.
     """
-    parents = (
-        Path(checkpoint).resolve().parents
-    )  # RUN/checkpoints/last.ckpt, or SLURM's RUN/hpc_ckpt_1.ckpt
-    path = next(
-        (folder / RECORD for folder in parents[:2][::-1] if (folder / RECORD).is_file()), None
-    )
+    path = _find_record(Path(checkpoint))
     if path is None:
         return None
     try:
@@ -92,16 +188,30 @@ def read(checkpoint: str | Path) -> Names | None:
         return {split: [str(name) for name in names[split]] for split in SPLITS}
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
         raise UserError(
-            f"{path}, the record of which images were trained on, is damaged: restore it, or remove it if the images "
-            f"are those that the run began with."
+            f"{path}, the record of which images were trained on, is damaged: restore it, or "
+            f"remove it if the images are those that the run began with."
         ) from None
 
 
-def listed(path: str | Path) -> frozenset[str]:
-    """The names in the column `image` of a CSV.
+def _find_record(checkpoint: Path) -> Path | None:
+    """Look in the run of RUN/checkpoints/last.ckpt, or of SLURM's RUN/hpc_ckpt_1.ckpt."""
+    nearest = checkpoint.resolve().parents[:2]
+    for folder in reversed(nearest):
+        if (folder / RECORD).is_file():
+            return folder / RECORD
+    return None
+
+
+def digest(names: Sequence[str]) -> str:
+    """Return the number of names, and a checksum that tells them from others."""
+    return f"{len(names):,} images ({zlib.crc32(json.dumps(names).encode()):08x})"
+
+
+def read_image_list(path: str | Path) -> frozenset[str]:
+    """Return the names in the column `image` of a CSV.
 
     Raises:
-        UserError: It cannot be read, or has no such column.
+        UserError: The file cannot be read, or has no such column.
     """
     try:
         with open_regular(path) as file:
@@ -109,69 +219,52 @@ def listed(path: str | Path) -> frozenset[str]:
             if "image" in (rows.fieldnames or ()):
                 return frozenset(row["image"] for row in rows if row["image"])
     except (OSError, UnicodeError, csv.Error) as error:
-        why = first_line(error)
         raise UserError(
-            f"leave_out={path} cannot be read as a list of images ({why}): name another one."
+            f"leave_out={path} cannot be read as a list of images ({first_line(error)}): "
+            f"name another one."
         ) from None
     raise UserError(
-        f"leave_out={path} has no column `image`: it takes a CSV as `python -m cifar_transfer audit` writes."
+        f"leave_out={path} has no column `image`: it takes a CSV as "
+        f"`python -m cifar_transfer audit` writes."
     )
 
 
-def mark(path: str) -> str:
-    """What tells the list of a CSV from another one, however it is written; errors are those of `listed`."""
-    return digest(sorted(listed(path)))
-
-
-def digest(names: Sequence[str]) -> str:
-    """How many names there are, and what tells them from others."""
-    return f"{len(names):,} images ({zlib.crc32(json.dumps(names).encode()):08x})"
+def list_digest(path: str) -> str:
+    """Return the `digest` of the names that a CSV lists; errors are those of `read_image_list`."""
+    return digest(sorted(read_image_list(path)))
 
 
 def as_listed(name: str) -> str:
-    """A name in a list, where what is no text in it is written as escapes."""
+    """Return a name as lists have it: bytes that are not UTF-8 are written as escapes."""
     return name.encode(errors="backslashreplace").decode()
 
 
-def others(names: Sequence[str], out: Collection[str]) -> np.ndarray:
-    """Rows int64 of the names that are not listed."""
-    return np.flatnonzero([as_listed(name) not in out for name in names])
+def unlisted_rows(names: Sequence[str], image_list: Collection[str]) -> np.ndarray:
+    """Return the rows, int64, of the names that are not in a list."""
+    return np.flatnonzero([as_listed(name) not in image_list for name in names])
 
 
-def without(names: Names, path: str) -> dict[Split, np.ndarray]:
-    """Rows int64 of each split but for the images that a CSV lists.
+def rows_left(names: Names, path: str) -> dict[Split, np.ndarray]:
+    """Return the rows, int64, of each split's images that a CSV does not list.
 
     Raises:
-        UserError: As `listed`; or it lists none of these images, or all of a split.
+        UserError: The CSV cannot be read, or lists none of these images, or all of a split.
     """
-    out = listed(path)
-    rows = {split: others(found, out) for split, found in names.items()}
-    out_of = {
-        split: (len(names[split]) - len(rows[split]), len(names[split]))
-        for split in SPLITS
-        if split in names
-    }
-    if out and not any(count for count, _ in out_of.values()):
-        raise UserError(
-            f"leave_out={path} lists none of these images, but, say, {min(out)}: it is of others."
-        )
-    for split, left in rows.items():
-        if names[split] and not len(left):
+    image_list = read_image_list(path)
+    rows: dict[Split, np.ndarray] = {}
+    listed = 0
+    for split, split_names in names.items():
+        rows[split] = unlisted_rows(split_names, image_list)
+        if split_names and not len(rows[split]):
             raise UserError(f"leave_out={path} lists all {split} images: list fewer.")
-    said = ", ".join(f"{count:,} of {all_:,} {split}" for split, (count, all_) in out_of.items())
-    rank_zero_info(f"Left out: {said} images, those in {path}.")
+        listed += len(split_names) - len(rows[split])
+    if image_list and not listed:
+        raise UserError(
+            f"leave_out={path} lists none of these images, but, for example, {min(image_list)}: "
+            f"it belongs to other data."
+        )
     return rows
 
 
-def changes(now: Names, before: Names) -> str | None:
-    """What has changed since the splits were recorded, in a sentence, or None."""
-    present, recorded = (
-        {name for names in splits.values() for name in names} for splits in (now, before)
-    )
-    new, gone = len(present - recorded), len(recorded - present)
-    if not new and not gone:
-        return None
-    return (
-        f"The images have changed since the run began: {new:,} are new and {gone:,} are gone. Validation stays with "
-        f"those of its images that are left."
-    )
+def _all_names(names: Names) -> set[str]:
+    return set().union(*names.values())

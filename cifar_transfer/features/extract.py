@@ -171,7 +171,7 @@ class FeatureExtractor(LightningModule):
         for split, _, file, missing in self.parts:
             shard = self.data.shard(split)
             loaders.append(
-                rows_loader(shard["images"], [file.batches[n] for n in missing], shard["workers"])
+                rows_loader(shard.images, [file.batches[n] for n in missing], shard.workers)
             )
         return loaders
 

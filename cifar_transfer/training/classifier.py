@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch.nn.functional as F
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningModule
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -18,10 +18,12 @@ from cifar_transfer import __version__
 from cifar_transfer.base.console import counted
 from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.primitives import as_primitive
+from cifar_transfer.data import splits
 from cifar_transfer.data.classes import check_classes
 from cifar_transfer.data.geometry import LARGEST_SIDE, Size, pixels, statistics
 from cifar_transfer.data.images import Batch
-from cifar_transfer.data.module import ImageDataModule, Split
+from cifar_transfer.data.module import EarlierRun, ImageDataModule
+from cifar_transfer.data.splits import Split
 from cifar_transfer.network import build
 from cifar_transfer.network.image_classifier import (
     NETWORK_KEY,
@@ -367,14 +369,10 @@ class TransferClassifier(LightningModule):
         if description.class_names and class_names:
             check_classes(description.class_names, class_names)
         if isinstance(data, ImageDataModule) and self.trainer.ckpt_path:
-            options = checkpoint[LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY]
-            data.continue_run(self.trainer.ckpt_path, options)
+            data.continue_from(EarlierRun(record=splits.read(self.trainer.ckpt_path)))
         if is_fitting(self):
             for change in resume.compare_checkpoint(self.trainer, self, data, checkpoint):
                 rank_zero_info(change)
-            if isinstance(data, ImageDataModule):
-                loops = checkpoint["loops"]["fit_loop"]
-                data.resumed = loops["state_dict"].get("combined_loader", [])
             self._resume_epoch(checkpoint)
         self._check_size(description)
         self._take_description(description)

@@ -15,8 +15,9 @@ from cifar_transfer.data.augment import Augment
 from cifar_transfer.data.cifar import CIFAR10DataModule
 from cifar_transfer.data.folder import ImageFolderDataModule
 from cifar_transfer.data.images import Batch
-from cifar_transfer.data.module import ImageDataModule, Split
+from cifar_transfer.data.module import EarlierRun, ImageDataModule
 from cifar_transfer.data.shapes import ShapesDataModule
+from cifar_transfer.data.splits import Split
 from cifar_transfer.network.image_classifier import NetworkDescription
 from cifar_transfer.training.classifier import TransferClassifier
 from cifar_transfer.training.lightning_internals import callbacks_of
@@ -92,13 +93,13 @@ def load_data(checkpoint: dict[str, Any], **overrides: str | int | None) -> Imag
     try:
         options["augment"] = Augment(**options["augment"])
         images_left_out = options.pop("left_out")
-        options.pop("held_out_by", None)
         data = DATA_MODULES[name](**options | overrides)
     except (KeyError, TypeError) as error:
         raise UserError(
             f"The checkpoint's options for its data are not those of this version ({error})."
         ) from None
-    data.fixed_size = NetworkDescription.from_checkpoint(checkpoint).geometry.size
+    size = NetworkDescription.from_checkpoint(checkpoint).geometry.size
+    data.continue_from(EarlierRun(size=size))
     if images_left_out and "leave_out" not in overrides:
         _tell_of_other_list(data, images_left_out)
     return data

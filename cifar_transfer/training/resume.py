@@ -6,7 +6,7 @@ from typing import Any
 from lightning import LightningDataModule, Trainer
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.data.module import ImageDataModule
+from cifar_transfer.data.module import EarlierRun, ImageDataModule
 from cifar_transfer.data.splits import digest
 from cifar_transfer.network.image_classifier import NetworkDescription
 
@@ -155,4 +155,5 @@ def compare_checkpoint(
 
 def keep_size(data: ImageDataModule, checkpoint: Mapping[str, Any]) -> None:
     """Have a run that continues decode its images as before."""
-    data.fixed_size = NetworkDescription.from_checkpoint(checkpoint).geometry.size
+    size = NetworkDescription.from_checkpoint(checkpoint).geometry.size
+    data.continue_from(EarlierRun(size=size))
