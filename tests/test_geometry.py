@@ -322,7 +322,7 @@ def test_other_images_than_a_checkpoint_was_trained_on_are_refused(tmp_path):
     ckpt = tmp_path / "run" / "best.ckpt"
     with pytest.raises(
         UserError,
-        match=r"decoded to 32 x 32 .* give 48 x 40: call data.continue_from\(EarlierRun\(size=\(32",
+        match=r"decoded to 32 x 32 .* give 48 x 40: give the data the same decode_size",
     ):
         quiet_trainer().test(network, data, ckpt_path=ckpt, weights_only=True, verbose=False)
     data.continue_from(EarlierRun(size=(32, 32)))
