@@ -1,4 +1,4 @@
-"""Weights in every publisher's format: each backbone tensor arrives, and what is broken is said and mended."""
+"""Weights in every publisher's format: each tensor arrives, and misfits are named."""
 
 import json
 import pickle
