@@ -24,9 +24,8 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 
 def _markdown_column(cells: Sequence[str]) -> list[str]:
     """Return the cells of a column at one width, with the line below the heading."""
-    heading, *values = cells
     width = max(MIN_COLUMN_WIDTH, *map(len, cells))
-    is_numeric = all(re.fullmatch(r"[\d.]*", value) for value in values)
+    is_numeric = all(re.fullmatch(r"[\d.]*", value) for value in cells[1:])
     if is_numeric:
         rule = "-" * (width + 1) + ":"
         padded = [f" {cell:>{width}} " for cell in cells]
