@@ -138,10 +138,10 @@ class Turns(Callback):
         own = time.perf_counter() - self.began if turn else 0.0
         if turn == 0:
             freeze = next(c for c in trainer.callbacks if isinstance(c, BackboneFreeze))  # type: ignore[attr-defined]
-            self.phase = "unfrozen" if freeze.unfrozen else "frozen"
+            self.phase = "unfrozen" if freeze.everything_trains else "frozen"
             if not hasattr(self, "tutorial"):
                 self.tutorial = Tutorial(pl_module.device, len(batch[1]))
-            self.tutorial.freeze(not freeze.unfrozen)
+            self.tutorial.freeze(not freeze.everything_trains)
             self.floor = floor(pl_module, trainer, batch)
             self.times[self.phase] = {"tutorial's loop": [], "fit": [], "floor": []}
         tutorial, bare = seconds(self.tutorial), seconds(self.floor)

@@ -1,6 +1,6 @@
-"""A job that the tests of DDP start: `python ddp_job.py FOLDER STRATEGY DEVICES [phases|balanced|TEACHER.ckpt]`.
+"""A job that the tests of DDP start; every rank writes what it saw.
 
-Every rank writes what it saw.
+`python ddp_job.py FOLDER STRATEGY DEVICES [phases|balanced|TEACHER.ckpt]`
 """
 
 import gc
@@ -19,14 +19,15 @@ PHASES = [Phase(["head"]), Phase(["stage4", "conv5"], epoch=1, lr=2e-4), Phase([
 
 
 class Witness(Callback):
-    """Keeps, of the first step of each epoch, the batch, the weights before it and the gradients in it."""
+    """Keep the batch, the weights before it and the gradients of the first step of each epoch."""
 
     def __init__(self):
         self.steps = []
         self.wrappers = []
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        # Statistics of half a batch are not those of the whole, so gradients compare only with batch-norm at rest.
+        # Statistics of half a batch are not those of the whole, so that gradients compare only
+        # with batch-norm in eval mode.
         for layer in module.modules():
             if isinstance(layer, _BatchNorm):
                 layer.eval()

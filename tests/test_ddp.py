@@ -1,4 +1,4 @@
-"""Two real processes (gloo): the ranks stay equal through the unfreezing, and a step equals one on the joint batch."""
+"""Two real processes (gloo): ranks stay equal, and a step equals one on the joint batch."""
 
 import signal
 import subprocess
@@ -37,6 +37,12 @@ def plain(tmp_path_factory):
     return results(once(tmp_path_factory, "ddp", lambda folder: run(folder, "auto", 2)), 2)
 
 
+def first_convolution(state):
+    """Return the weights of ShuffleNet's first layer in a state dict."""
+    (name,) = [name for name in state if name.endswith("network.conv1.0.weight")]
+    return state[name]
+
+
 def assert_equal_ranks(ranks):
     first, second = (rank["state"] for rank in ranks)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
@@ -50,9 +56,7 @@ def test_ranks_are_equal_to_the_last_bit_after_the_unfreezing(plain):
     assert_equal_ranks(ranks)
     assert ranks[0]["val"] == ranks[1]["val"], "the schedule must see one loss"
     before, after = ranks[0]["steps"][0]["before"], ranks[0]["state"]
-    assert not torch.equal(
-        before["classifier.network.conv1.0.weight"], after["classifier.network.conv1.0.weight"]
-    ), "it did unfreeze"
+    assert not torch.equal(first_convolution(before), first_convolution(after)), "it did unfreeze"
 
 
 @pytest.mark.whole
@@ -71,11 +75,9 @@ def phases(tmp_path_factory):
     )
 
 
-HEAD, MIDDLE, ALL = (
-    ("classifier.network.fc.",),
-    ("classifier.network.fc.", "classifier.network.stage4.", "classifier.network.conv5."),
-    ("classifier.network.",),
-)
+HEAD = ("fc.",)
+MIDDLE = ("fc.", "stage4.", "conv5.")
+ALL = ("",)
 
 
 @pytest.mark.slow
@@ -98,7 +100,7 @@ def test_a_step_has_the_gradients_of_one_process_on_the_joint_batch(request, job
     images, labels = (torch.cat([step[key] for step in steps]) for key in ("images", "labels"))
     F.cross_entropy(model(images), labels).backward()
     for name, parameter in model.named_parameters():
-        if not name.startswith(trains):
+        if not name.partition("network.")[2].startswith(trains):
             assert name not in steps[0]["gradients"], (
                 "nothing is computed or sent for what is frozen"
             )
@@ -134,9 +136,7 @@ def test_the_command_runs_and_resumes_on_two_processes(tmp_path):
     assert "  3/3  " in done.stdout
     assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
     after = weights(run / "checkpoints" / "last.ckpt")
-    assert not torch.equal(
-        before["classifier.network.conv1.0.weight"], after["classifier.network.conv1.0.weight"]
-    )
+    assert not torch.equal(first_convolution(before), first_convolution(after))
 
 
 @pytest.mark.slow
@@ -145,7 +145,7 @@ def test_the_command_runs_and_resumes_on_two_processes(tmp_path):
 )
 @pytest.mark.parametrize(("end", "status"), [("", 0), ("error", 2), ("stop", 128 + signal.SIGTERM)])
 def test_no_thread_of_the_process_group_outlives_the_job(tmp_path, end, status):
-    """One that frees a tensor while the interpreter ends aborted one run of ten, after everything was done."""
+    """A thread that freed a tensor while the interpreter ended aborted one run of ten."""
     job = [
         *TINY,
         "--trainer.devices=2",

@@ -1,9 +1,13 @@
-"""The freeze schedule in one process: what trains when, in which mode, at which rate, and after resuming."""
+"""`BackboneFreeze` in one process: what trains when, in which mode, at which rate, and resumed."""
 
+import copy
+import re
 from itertools import pairwise
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
+import others
 import pytest
 import torch
 from conftest import assert_same_weights, quiet_trainer
@@ -11,7 +15,7 @@ from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 
-from cifar_transfer import Augment, BackboneFreeze, ShapesDataModule, TransferClassifier
+from cifar_transfer import Augment, BackboneFreeze, Phase, ShapesDataModule, TransferClassifier
 from cifar_transfer.base.errors import UserError
 
 
@@ -20,6 +24,10 @@ def make(**model):
     data = ShapesDataModule(train_images=160, test_images=40, batch_size=32, augment=Augment())
     options = {"backbone": "shufflenet_v2_x0_5", "weights": "none"} | model
     return TransferClassifier(**options, class_names=data.class_names), data
+
+
+def trainable(network):
+    return {name for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 class Watch(Callback):
@@ -40,8 +48,10 @@ class Watch(Callback):
                     "lr": trainer.optimizers[0].param_groups[0]["lr"],
                     "bad": trainer.lr_scheduler_configs[0].scheduler.num_bad_epochs,
                     "training": batch_norm.training,
-                    "trains": {name for name, p in module.named_parameters() if p.requires_grad},
-                    "eval": {name for name, child in module.named_modules() if not child.training},
+                    "trains": trainable(module.network),
+                    "eval": {
+                        name for name, child in module.network.named_modules() if not child.training
+                    },
                 }
             )
 
@@ -89,31 +99,21 @@ def test_zero_never_freezes_and_keeps_the_rate(tmp_path):
 def test_beyond_the_last_epoch_only_the_head_trains(tmp_path):
     _, module = fit(tmp_path, BackboneFreeze(unfreeze_epoch=99), 2)
     fresh, _ = make()
-    same = [torch.equal(a, b) for a, b in zip(module.parameters(), fresh.parameters(), strict=True)]
-    assert same == [
-        not name.startswith("classifier.network.fc.") for name, _ in module.named_parameters()
-    ]
+    before = dict(fresh.network.named_parameters())
+    after = dict(module.network.named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"fc.weight", "fc.bias"}
 
 
 def test_patterns_freeze_only_what_they_name(tmp_path):
-    freeze = BackboneFreeze(unfreeze_epoch=99, frozen=[r"classifier\.network\.(conv1|stage2)\."])
+    freeze = BackboneFreeze(unfreeze_epoch=99, frozen=[r"network\.(conv1|stage2)\."])
     rows, module = fit(tmp_path, freeze, 1)
-    names = {name for name, _ in module.named_parameters()}
-    assert names - rows[0]["trains"] == {
-        n
-        for n in names
-        if n.startswith(("classifier.network.conv1.", "classifier.network.stage2."))
-    }
-    assert {
-        "classifier.network.conv1",
-        "classifier.network.stage2",
-        "classifier.network.stage2.0.branch1.1",
-    } <= rows[0]["eval"]
-    assert (
-        not {"network", "classifier.network.stage3", "classifier.network.stage3.0.branch1.1"}
-        & rows[0]["eval"]
-    )
-    assert all(parameter.requires_grad for parameter in module.parameters()), "given back as it was"
+    names = {name for name, _ in module.network.named_parameters()}
+    frozen = {name for name in names if name.startswith(("conv1.", "stage2."))}
+    assert rows[0]["trains"] == names - frozen
+    assert {"conv1", "stage2", "stage2.0.branch1.1"} <= rows[0]["eval"]
+    assert not {"", "stage3", "stage3.0.branch1.1"} & rows[0]["eval"]
+    assert trainable(module.network) == names, "given back as it was"
 
 
 def test_a_pattern_that_matches_nothing_is_refused(tmp_path):
@@ -123,20 +123,61 @@ def test_a_pattern_that_matches_nothing_is_refused(tmp_path):
 
 def test_a_pattern_that_matches_everything_is_refused(tmp_path):
     with pytest.raises(UserError, match="freezes every parameter, also the head's"):
-        fit(tmp_path, BackboneFreeze(frozen=[r"classifier\.network\..*"]), 1)
+        fit(tmp_path, BackboneFreeze(frozen=[r"network\..*"]), 1)
 
 
-def test_a_module_without_a_named_head_is_not_frozen_as_a_whole(tmp_path):
-    module, _ = make()
-    del module.heads
-    with pytest.raises(UserError, match="names no head"):
-        BackboneFreeze().on_fit_start(quiet_trainer(default_root_dir=tmp_path), module)
+def test_a_module_without_a_named_head_is_not_frozen_as_a_whole():
+    with pytest.raises(UserError, match="Net names no head"):
+        others.fit(others.Net(), BackboneFreeze())
 
 
-@pytest.mark.parametrize("bad", [{"unfreeze_epoch": -1}, {"unfrozen_lr": 0.0}])
-def test_options_out_of_range_are_refused(bad):
-    with pytest.raises(UserError, match=next(iter(bad))):
-        BackboneFreeze(**bad)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unfreeze_epoch": -1}, "unfreeze_epoch is -1: take 0"),
+        ({"unfrozen_lr": 0.0}, "unfrozen_lr is 0.0: take a positive rate"),
+        ({"batch_norm": "train_bn"}, "batch_norm is train_bn: take"),
+        ({"mode": "lowest"}, "mode is lowest: take"),
+        ({"phases": "sudden"}, 'phases is sudden: take "gradual"'),
+        ({"phases": []}, "give one or more"),
+        ({"frozen": []}, r"frozen is \[\]"),
+        ({"frozen": ["fc("]}, "not a regular expression"),
+        ({"phases": "gradual", "frozen": ["conv1"]}, "and no frozen"),
+        ({"probe": True, "phases": "gradual"}, "leave out phases and frozen"),
+        ({"unfrozen_lr": torch.nn.Linear(1, 1)}, "a checkpoint cannot store"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        BackboneFreeze(**options)
+
+
+def test_options_of_numpy_and_torch_are_stored_as_primitives():
+    freeze = BackboneFreeze(
+        unfreeze_epoch=np.int64(5),
+        unfrozen_lr=torch.tensor(0.5),
+        frozen=(np.str_("fc"),),
+        probe=np.bool_(False),
+        monitor=np.str_("val/acc"),
+    )
+    assert_primitives(freeze.state_dict())
+    assert freeze.state_dict()["options"]["unfreeze_epoch"] == 5
+    assert freeze.state_dict()["options"]["unfrozen_lr"] == 0.5
+    phase = Phase((np.str_("all"),), epoch=np.int64(2), lr=np.float64(0.5), from_best=np.True_)
+    assert phase == Phase(["all"], epoch=2, lr=0.5, from_best=True)
+    assert_primitives(BackboneFreeze(phases=(Phase(["head"]), phase)).state_dict())
+
+
+def assert_primitives(value):
+    if type(value) is dict:
+        for key, item in value.items():
+            assert type(key) is str
+            assert_primitives(item)
+    elif type(value) is list:
+        for item in value:
+            assert_primitives(item)
+    else:
+        assert value is None or type(value) in (bool, int, float, str)
 
 
 def test_strategies_that_shard_are_refused(tmp_path):
@@ -155,7 +196,7 @@ def test_the_plateau_starts_afresh_at_the_unfreezing(tmp_path):
             if trainer.current_epoch == 1:
                 scheduler.best, scheduler.num_bad_epochs = -1.0, 2
 
-    # Listed before the freeze, it damages the history just before the transition, which must forget it.
+    # Listed before the freeze, it damages the history just before the unfreezing forgets it.
     module, data = make()
     watch = Watch()
     quiet_trainer(
@@ -193,13 +234,12 @@ def test_resumed_in_the_middle_of_the_epoch_of_unfreezing_stays_unfrozen(tmp_pat
     # Five steps an epoch: step 8 is in the middle of epoch 1, in which it unfreezes.
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=8, save_top_k=-1)
     fit(tmp_path, BackboneFreeze(unfreeze_epoch=1), 2, keep)
-    assert torch.load(tmp_path / "step=8.ckpt", weights_only=True)["callbacks"]["BackboneFreeze"][
-        "unfrozen"
-    ]
+    checkpoint = torch.load(tmp_path / "step=8.ckpt", weights_only=True)
+    assert checkpoint["callbacks"]["BackboneFreeze"]["phase"] == 1
     rows, module = fit(
         tmp_path, BackboneFreeze(unfreeze_epoch=1), 3, ckpt_path=tmp_path / "step=8.ckpt"
     )
-    assert rows[-1]["trains"] == {name for name, _ in module.named_parameters()}
+    assert rows[-1]["trains"] == {name for name, _ in module.network.named_parameters()}
     assert rows[-1]["training"]
     assert rows[-1]["lr"] == 1e-4
 
@@ -226,18 +266,59 @@ def test_a_rate_lowered_after_the_unfreezing_survives_resuming(tmp_path):
     assert [(row["lr"], row["bad"]) for row in rows] == [(3e-5, 1)]
 
 
-def test_settings_that_a_resumed_checkpoint_would_undo_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("unfreeze_epoch", 3),
+        ("unfrozen_lr", 1e-5),
+        ("unfrozen_lr", None),
+        ("frozen", ["head"]),
+        ("batch_norm", "train"),
+        ("phases", "gradual"),
+        ("probe", True),
+        ("monitor", "val/acc"),
+        ("mode", "max"),
+    ],
+)
+def test_a_run_continues_with_its_own_options(option, value):
+    state = BackboneFreeze(unfreeze_epoch=1).state_dict()
+    BackboneFreeze(unfreeze_epoch=1).load_state_dict(state)
+    changed = BackboneFreeze(**{"unfreeze_epoch": 1, option: value})
+    before = state["options"][option]
+    words = f"freeze.{option}={value} differs from {before}, with which the run began"
+    with pytest.raises(UserError, match=f"^{re.escape(words)}.*--model.weights=CHECKPOINT"):
+        changed.load_state_dict(state)
+
+
+def test_phases_that_differ_are_refused():
+    plan = [Phase(["head"]), Phase(["all"], epoch=2)]
+    state = BackboneFreeze(phases=plan).state_dict()
+    BackboneFreeze(phases=copy.deepcopy(plan)).load_state_dict(state)
+    later = BackboneFreeze(phases=[plan[0], Phase(["all"], epoch=3)])
+    with pytest.raises(UserError, match=r"freeze\.phases=.*'epoch': 3.* differs from .*'epoch': 2"):
+        later.load_state_dict(state)
+
+
+def test_a_resumed_fit_refuses_a_changed_option(tmp_path):
     keep = ModelCheckpoint(tmp_path, "{epoch}", **EACH_EPOCH)
-    fit(tmp_path, BackboneFreeze(unfreeze_epoch=1), 2, keep)
-    unfrozen, frozen = tmp_path / "epoch=1.ckpt", tmp_path / "epoch=0.ckpt"
-    with pytest.raises(UserError, match=r"unfrozen_lr.*no effect"):
-        fit(tmp_path, BackboneFreeze(unfreeze_epoch=1, unfrozen_lr=1e-5), 3, ckpt_path=unfrozen)
-    with pytest.raises(UserError, match=r"model\.lr=0\.5 would be undone"):
-        fit(tmp_path, BackboneFreeze(unfreeze_epoch=1), 3, ckpt_path=unfrozen, model={"lr": 0.5})
-    rows, _ = fit(tmp_path, BackboneFreeze(unfreeze_epoch=2, unfrozen_lr=1e-5), 3, ckpt_path=frozen)
-    assert [row["lr"] for row in rows] == [1e-3, 1e-5], (
-        "a checkpoint that is still frozen takes another plan"
-    )
+    fit(tmp_path, BackboneFreeze(unfreeze_epoch=1), 1, keep)
+    changed = BackboneFreeze(unfreeze_epoch=2)
+    with pytest.raises(UserError, match=r"freeze\.unfreeze_epoch=2 differs from 1"):
+        fit(tmp_path, changed, 3, ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
+def test_everything_trains_when_the_last_phase_has_begun(tmp_path):
+    freeze = BackboneFreeze(unfreeze_epoch=1)
+    assert not freeze.everything_trains, "before the fit"
+    states = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 0:
+                states.append(freeze.everything_trains)
+
+    fit(tmp_path, freeze, 3, Look())
+    assert states == [False, True, True]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
-"""Learning rates from step to step, of backbone and head apart, through the unfreezing and through a resumed run."""
+"""Learning rates from step to step, of backbone and head, through unfreezing and resuming."""
 
+from dataclasses import asdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_same_weights, quiet_trainer
@@ -10,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from cifar_transfer import BackboneFreeze, ShapesDataModule, TransferClassifier
 from cifar_transfer.base.errors import UserError
+from cifar_transfer.training.optimizer import OptimizerOptions
 
 STEPS = 4  # an epoch: 120 images in batches of 30
 
@@ -112,8 +115,7 @@ def test_a_resumed_run_goes_on_along_the_curve(tmp_path, optimizer):
     [
         ({"warmup_epochs": 4.0}, "warmup_epochs=4.0 is 16 steps, but the run has 12"),
         ({"warmup_epochs": 1.0, "max_steps": 3}, "warmup_epochs=1.0 is 4 steps, but the run has 3"),
-        ({"warmup_epochs": 1.0, "schedule": "plateau"}, "warmup_epochs is 1.0"),
-        ({"head_lr": 0.0}, "head_lr is 0"),
+        ({"lr": 0.0}, "lr is 0.0"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
         ({"epochs": -1}, "set max_epochs or max_steps"),
     ],
@@ -142,6 +144,37 @@ def test_label_smoothing_is_of_training_alone(tmp_path):
     torch.testing.assert_close(
         logs["val/loss"].compute(), torch.nn.functional.cross_entropy(logits, batch[1])
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "adamax"}, 'optimizer is adamax: take "adam", "adamw" or "sgd"'),
+        ({"schedule": "step"}, 'schedule is step: take "plateau", "linear" or "cosine"'),
+        ({"lr": 1001}, "lr is 1001: take a positive rate up to 1000"),
+        ({"lr": True}, "lr is True: take a positive rate"),
+        ({"lr": None}, "lr is null: take a positive rate"),
+        ({"head_lr": 0.0}, "head_lr is 0.0: take a positive rate"),
+        ({"layer_decay": 1.5}, r"layer_decay is 1.5: take a share in \(0, 1\], or null"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1: take 0 to 1000"),
+        ({"momentum": 1.0}, r"momentum is 1.0: take a share in \[0, 1\)"),
+        ({"warmup_epochs": float("inf")}, "warmup_epochs is inf: take 0 epochs or more"),
+        ({"warmup_epochs": 1.0}, "warmup_epochs is 1.0: take 0 for a plateau"),
+        ({"lr_factor": 1.0}, "lr_factor is 1.0: take a factor between 0 and 1"),
+        ({"lr_patience": -1}, "lr_patience is -1: take 0 epochs or more"),
+        ({"lr": np.logspace(-3, -1, 3)}, "lr is .*: take a positive rate"),
+        ({"lr": torch.nn.Linear(1, 1)}, "a checkpoint cannot store"),
+    ],
+)
+def test_options_of_the_optimizer_check_themselves(options, message):
+    with pytest.raises(UserError, match=message):
+        OptimizerOptions(**options)
+
+
+def test_options_of_numpy_become_primitives():
+    options = OptimizerOptions(np.str_("sgd"), np.logspace(-3, -1, 3)[1], lr_patience=np.int64(3))
+    assert options == OptimizerOptions("sgd", 1e-2, lr_patience=3)
+    assert {type(value) for value in asdict(options).values()} <= {str, float, int, type(None)}
 
 
 @pytest.mark.parametrize("head_lr", [None, 0.1])

@@ -1,25 +1,27 @@
-"""Phases: which stage begins to train when, by what, at which rate, from which weights, and after any stop."""
+"""Phases: which stage begins to train when, at which rate, from which weights, and resumed."""
 
 import json
 import logging
 import re
 from pathlib import Path
 
+import others
 import pytest
 import torch
 from conftest import TINY, assert_same_weights, curves, quiet_trainer, run_fit, untouched
-from lightning import seed_everything
+from lightning import LightningModule, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torchvision import models
 
 from cifar_transfer import Augment, BackboneFreeze, Phase, ShapesDataModule, TransferClassifier
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.training.phases import begins, check_begins, own_stages
+from cifar_transfer.training.phases import check_phases, names_to_train, stages_of
 
 STAGES = ["stem", "stage2", "stage3", "stage4", "conv5", "head"]  # of ShuffleNet
 
 
 class Watch(Callback):
-    """Notes in each epoch which stages train, their rates, and the head's weights at its first step."""
+    """Note in each epoch which stages train, their rates, and the head before the first step."""
 
     def __init__(self):
         self.stages, self.rates, self.heads = [], [], []
@@ -30,19 +32,15 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if batch_idx == 0:
-            grad = {
-                name.removeprefix("classifier.network.")
-                for name, p in module.named_parameters()
-                if p.requires_grad
-            }
+            trains = {name for name, p in module.network.named_parameters() if p.requires_grad}
             self.stages.append(
-                [stage for stage, names in module.stages.items() if grad & set(names)]
+                [stage for stage, names in module.stages.items() if trains & set(names)]
             )
             self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
 
 
 class Say(Callback):
-    """Has validation log the figures of a list, an epoch each."""
+    """Log the figures of a list in validation, one in each epoch."""
 
     def __init__(self, figures):
         self.figures = iter(figures)
@@ -72,24 +70,31 @@ def test_gradual_unfreezes_a_stage_an_epoch_from_the_head_down(tmp_path):
     assert [rates[0] for rates in watch.rates] == [1e-3, *[1e-4] * 6]
 
 
+def test_gradual_trains_a_network_that_is_all_head(tmp_path):
+    class Head(others.Net):
+        heads = ("backbone", "head")
+
+    watch = others.fit(Head(), BackboneFreeze(phases="gradual"), 2)
+    assert watch.trains[0] == {name for name, _ in Head().named_parameters()}
+
+
 def test_what_no_phase_names_stays_frozen_and_is_told_once(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     freeze = BackboneFreeze(phases=[Phase(["stage4", "conv5", "head"])])
     watch, module = fit(tmp_path, freeze, 2)
     assert watch.stages == [["stage4", "conv5", "head"]] * 2
     told = [message for message in caplog.messages if "no phase trains them" in message]
-    count = sum(
-        name.split(".")[1] in ("conv1", "stage2", "stage3") for name, _ in module.named_parameters()
-    )
-    assert told == [
-        f"{count} tensors of parameters, such as classifier.network.conv1.0.weight, stay frozen, because no phase trains them."
+    frozen = [
+        name for name, _ in module.named_parameters() if re.search("conv1|stage2|stage3", name)
     ]
+    reason = "stay frozen, because no phase trains them"
+    assert told == [f"{len(frozen)} tensors of parameters, such as {frozen[0]}, {reason}."]
 
 
 def test_phases_begin_at_their_epochs_and_set_the_rate_or_leave_it(tmp_path):
     plan = [
         Phase(["head"]),
-        Phase(["conv5", r"classifier\.network\.stage4\.0"], epoch=1, lr=2e-4),
+        Phase(["conv5", r"network\.stage4\.0"], epoch=1, lr=2e-4),
         Phase(["all"], epoch=3),
     ]
     watch, _ = fit(tmp_path, BackboneFreeze(phases=plan), 5, limit_val_batches=0)
@@ -107,7 +112,8 @@ def test_a_phase_waits_until_the_figure_of_the_one_before_no_longer_improves(
     plan = [Phase(["head"]), Phase(["conv5"], patience=2), Phase(["all"], patience=1)]
     freeze = BackboneFreeze(phases=plan, monitor="figure", mode=mode)
     watch, _ = fit(tmp_path, freeze, 8, Say(figures))
-    # The fourth is the second without a better one. The fifth is the first of its phase; the sixth is worse.
+    # The fourth is the second without a better one. The fifth is the first of its phase, and the
+    # sixth is worse.
     assert [len(stages) for stages in watch.stages] == [1, 1, 1, 1, 2, 2, 6, 6]
 
 
@@ -162,7 +168,7 @@ def test_layer_decay_keeps_its_ratios_under_every_schedule_and_beside_a_head_rat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ('[{"train": []}]', "trains something"),
+        ('[{"train": []}]', r"train is \[\]: take a list of stages or patterns"),
         ('[{"train": ["head"], "epoch": 2}]', "first phase begins with the run"),
         ('[{"train": ["head"]}, {"train": ["all"]}]', "by an epoch or by a patience"),
         (
@@ -174,7 +180,7 @@ def test_layer_decay_keeps_its_ratios_under_every_schedule_and_beside_a_head_rat
             "lr is -1.0: take a positive rate",
         ),
         (
-            '[{"train": ["head"]}, {"train": ["conv5"], "epoch": 3}, {"train": ["all"], "epoch": 2}]',
+            '[{"train": ["head"]}, {"train": ["all"], "epoch": 3}, {"train": ["all"], "epoch": 2}]',
             r"epochs \[3, 2\]",
         ),
         (
@@ -245,34 +251,101 @@ def test_a_run_shows_its_stages_and_continues_in_its_phase(tmp_path):
             "--trainer.max_epochs=9",
             expect=2,
         )
-    assert "parameters are unfrozen already" in done.stderr
+    assert "with which the run began" in done.stderr
+    assert '"epoch": 5' in done.stderr or "'epoch': 5" in done.stderr
+
+
+class Wrapper(torch.nn.Module):
+    """A module around a network, as a classifier with its preprocessing is."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.network = network
+
+
+class Wrapped(LightningModule):
+    """A module whose network is a property, registered under another name."""
+
+    def __init__(self, network, heads=("fc",)):
+        super().__init__()
+        self.classifier = Wrapper(network)
+        self.heads = heads
+
+    @property
+    def network(self):
+        return self.classifier.network
+
+
+def names_of(module, *train):
+    return names_to_train(module, train, stages_of(module))
+
+
+def test_stages_of_a_network_that_a_property_returns():
+    module = Wrapped(models.resnet18())
+    stages = stages_of(module)
+    assert list(stages) == ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
+    assert stages["head"] == ["classifier.network.fc.weight", "classifier.network.fc.bias"]
+    names = {name for names in stages.values() for name in names}
+    assert names == set(module.state_dict()) - {"classifier.scale"}
+    assert names_of(module, "all") == set(module.state_dict())
+
+
+def test_a_pattern_may_call_the_network_by_its_attribute_or_by_its_place():
+    module = Wrapped(models.resnet18())
+    head = {"classifier.network.fc.weight", "classifier.network.fc.bias"}
+    assert names_of(module, r"network\.fc\.") == head
+    assert names_of(module, r"classifier\.network\.fc\.") == head
+    assert names_of(module, "head") == head
+    assert names_of(module, "classifier.scale") == {"classifier.scale"}
+    with pytest.raises(UserError, match=r"'fc' is no stage .*no parameter's name begins with it"):
+        names_of(module, "fc")
+
+
+@pytest.mark.parametrize("pattern", [r"network\.layer[1-4]\.", r"classifier\.network\.layer[1-4]"])
+def test_patterns_of_what_is_frozen_may_call_it_so_too(pattern):
+    module = Wrapped(models.resnet18())
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.1)
+    freeze = BackboneFreeze(unfreeze_epoch=1, frozen=[pattern])
+    freeze.on_fit_start(quiet_trainer(), module)
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, _ in module.named_parameters() if ".layer" in name}
+
+
+def test_a_network_that_the_module_does_not_contain_is_none_of_its_own():
+    class Borrowed(LightningModule):
+        network = property(lambda self: models.squeezenet1_0())
+
+        def __init__(self):
+            super().__init__()
+            self.backbone = torch.nn.Linear(2, 2)
+            self.head = torch.nn.Linear(2, 2)
+            self.heads = ["head"]
+
+    stages = stages_of(Borrowed())
+    assert stages["head"] == ["head.weight", "head.bias"]
+    assert {name for names in stages.values() for name in names} == {
+        *("head.weight", "head.bias", "backbone.weight", "backbone.bias")
+    }
 
 
 def test_the_phases_of_the_documents_are_plans_for_resnet18():
-    text = (
-        Path(__file__)
-        .resolve()
-        .parents[1]
-        .joinpath("docs/recipes.md")
-        .read_text()
-        .replace("\n", " ")
-    )
-    found = [
-        [Phase(**each) for each in json.loads(plan)]
-        for plan in re.findall(r"'(\[\{\"train\".*?\}\])'", text)
-    ]
-    assert len(found) == 3
+    recipes = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
+    text = recipes.read_text().replace("\n", " ")
+    plans = []
+    for plan in re.findall(r"'(\[\{\"train\".*?\}\])'", text):
+        plans.append([Phase(**phase) for phase in json.loads(plan)])
+    assert len(plans) == 3
     module = TransferClassifier("resnet18", "none")
-    for plan in found:
-        check_begins(plan)
-        assert 0 in begins(module, [phase.train for phase in plan], own_stages(module)).values()
-    (forever,) = [plan for plan in found if len(plan) == 1]
-    phases = begins(module, [forever[0].train], own_stages(module))
+    for plan in plans:
+        check_phases(plan)
+        assert names_to_train(module, plan[0].train, stages_of(module))
+    (forever,) = [plan for plan in plans if len(plan) == 1]
+    trained = names_to_train(module, forever[0].train, stages_of(module))
     convolutions = [
         f"{name}.weight"
         for name, layer in module.named_modules()
         if isinstance(layer, torch.nn.Conv2d)
     ]
-    assert [name for name in convolutions if phases[name] == 1] == convolutions[:10], (
-        "what it says of them"
-    )
+    frozen = [name for name in convolutions if name not in trained]
+    assert frozen == convolutions[:10], "what it says of them"

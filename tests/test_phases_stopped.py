@@ -1,4 +1,4 @@
-"""Runs that are killed or stopped at the start, in the middle and at the end of each phase end as undisturbed ones."""
+"""Runs that are killed or stopped anywhere in their phases end as undisturbed ones."""
 
 import json
 import os
@@ -40,7 +40,10 @@ VARIANTS = {  # options, and optimizer steps an epoch
 
 
 def moments(how, steps):
-    """Steps from where the run continues: from the start of the epoch if killed, and from where it was if stopped."""
+    """Return the steps at which a run ends, counted from where it continues.
+
+    A killed run continues from the start of its epoch, a stopped one from where it was.
+    """
     middle = steps // 2
     if how == "told to stop":
         return [1, middle - 1, steps - middle] * EPOCHS if middle > 1 else [1, steps - 1] * EPOCHS

@@ -161,9 +161,9 @@ def test_a_run_belongs_to_one_process(tmp_path, again):
         ),
         (
             ["--freeze.unfreeze_epoch=3"],
-            "freeze.unfreeze_epoch=3 would have no effect, because parameters are unfrozen",
+            "freeze.unfreeze_epoch=3 differs from 1, with which the run began",
         ),
-        (["--freeze.batch_norm=train"], "freeze.batch_norm=train would have no effect"),
+        (["--freeze.batch_norm=train"], "freeze.batch_norm=train differs from eval"),
     ],
 )
 @pytest.mark.parametrize("way", ["--resume={}", "--ckpt_path={}/checkpoints/last.ckpt"])

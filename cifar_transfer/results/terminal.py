@@ -70,9 +70,7 @@ class Table:
         phased = next(
             (each for each in callbacks if hasattr(each, "phase_at")), None
         )  # `BackboneFreeze`
-        phases = [
-            phased.phase_at(number, last) if phased else 0 for number in range(epoch + 1, last)
-        ]
+        phases = [phased.phase_at(number) if phased else 0 for number in range(epoch + 1, last)]
         now, *sides = [
             module.side_at(2 * number + 1, 2 * last) for number in range(epoch, last)
         ]  # amid the epoch

@@ -1,18 +1,49 @@
-"""`BackboneFreeze`: what trains when, and at which rate.
+r"""`BackboneFreeze`: what trains in which epoch, and at which learning rate.
 
-Why not Lightning's `BaseFinetuning`. It thaws parameters that `DistributedDataParallel` was not told of when it wrapped
-the model, so their gradients are never averaged and the ranks drift apart without a word (pytorch-lightning #20340); it
-stays frozen when resumed after the unfreezing (#21901); and frozen batch-norm keeps learning (#21531). Here
+A run is a list of phases, its plan. Each phase says what begins to train with it, when it begins
+and at which learning rate; what trains already goes on training. Epochs are counted from 0::
 
-* the optimizer is made while everything is trainable, so that it has all parameters; then only `requires_grad` changes;
-* under DDP the model is wrapped anew when a phase begins, so that each sends gradients of what trains, in plain DDP
-  without `find_unused_parameters` and its search of the graph in every step;
-* the phase is in the checkpoint, and one idempotent function puts the model into it.
+    BackboneFreeze(unfreeze_epoch=5, unfrozen_lr=1e-4)       # or =0: [Phase(["all"])]
+        [Phase(["head"]), Phase(["all"], epoch=5, lr=1e-4)]
+    BackboneFreeze(unfreeze_epoch=5, unfrozen_lr=1e-4, frozen=[r"network\.layer1\."])
+        [Phase(["all but frozen"]), Phase(["all"], epoch=5, lr=1e-4)]
+    BackboneFreeze(phases="gradual", unfrozen_lr=1e-4)       # in ResNet18
+        [Phase(["head"]), Phase(["layer4"], epoch=1, lr=1e-4), Phase(["layer3"], epoch=2),
+         Phase(["layer2"], epoch=3), Phase(["layer1"], epoch=4), Phase(["all"], epoch=5)]
+    BackboneFreeze(probe=True, unfrozen_lr=1e-4)             # with a head that is fitted already
+        [Phase(["head"]), Phase(["all"], epoch=0, lr=1e-4)]
+
+So with the first of these, epochs 0 to 4 train the head, and epoch 5 is the first that trains
+everything. What happens when, in `Trainer.fit`::
+
+    setup                       # forget an earlier fit, refuse strategies that shard parameters
+    load_state_dict             # if the run is resumed: take up the phase of the checkpoint
+    <the optimizer is made>     # everything still requires a gradient, so that it has everything
+    on_fit_start                # make the plan, freeze what the phase does not train
+    on_train_start              # as on_train_epoch_start, which a run resumed in an epoch skips
+    for epoch in epochs:
+        on_train_epoch_start        # begin each phase that is due:
+                                    #     require gradients of what it trains, and under DDP wrap
+                                    #     the module anew; put frozen modules in eval mode; reset
+                                    #     plateau schedules; set the rate; load the best weights
+        for batch in batches:
+            on_train_batch_start        # in the first step of a phase: print what trains
+            <step>
+        <validation>
+            on_validation_end           # note the value that later phases wait for
+        on_train_epoch_end          # count the epochs without a better value
+    teardown                    # give the module back as it was, also on_exception
+
+Why not Lightning's `BaseFinetuning`: it unfreezes parameters that `DistributedDataParallel` was not
+told of when it wrapped the model, so that their gradients are never averaged and the ranks drift
+apart without a word (pytorch-lightning #20340); it stays frozen when resumed after the unfreezing
+(#21901); and its frozen batch-norm keeps learning (#21531). Here the optimizer has all parameters
+from the start, DDP wraps the module anew when a phase begins (plain DDP, without the search of
+`find_unused_parameters` in every step), and the phase is in the checkpoint.
 """
 
 import math
 import os
-from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -24,47 +55,87 @@ from torch import nn
 
 from cifar_transfer.base.console import say, styled
 from cifar_transfer.base.errors import UserError, check
+from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.features import heads
-from cifar_transfer.training import lightning_internals, resume, schedule
-from cifar_transfer.training import phases as plans
-from cifar_transfer.training.phases import Phase
+from cifar_transfer.network.stages import HEAD
+from cifar_transfer.training import lightning_internals, schedule
+from cifar_transfer.training.phases import (
+    ALL_BUT_FROZEN,
+    EVERYTHING,
+    RATE,
+    Phase,
+    check_patterns,
+    check_phases,
+    describe_epochs,
+    describe_training,
+    explain_never_trained,
+    first_phases,
+    frozen_modules,
+    matching_names,
+    named_tensors,
+    names_to_train,
+    stages_of,
+)
+
+GRADUAL = "gradual"
+OPTIONS = (
+    "unfreeze_epoch",
+    "unfrozen_lr",
+    "frozen",
+    "batch_norm",
+    "phases",
+    "probe",
+    "monitor",
+    "mode",
+)
+CYAN = 36  # ANSI's number
 
 
 class BackboneFreeze(Callback):
-    """Keep parameters frozen for the first epochs, then unfreeze them at another learning rate, in two or more phases.
+    r"""Freeze parameters at first, and unfreeze them at another learning rate, in phases.
 
-    Parameters that the module itself has fixed stay fixed, and after the fit the others train as before it.
+    Parameters that the module itself has fixed stay fixed. After the fit, the others train as
+    before it.
 
     Args:
-        unfreeze_epoch: How many epochs the parameters stay frozen. 0 never freezes and leaves the learning rate
-            alone; with all epochs of the run only the head is ever trained (a linear probe).
-        unfrozen_lr: Learning rate from then on of all parameter groups but one named "head"; None leaves it as it is. A
-            `ReduceLROnPlateau` starts afresh, because losses of the frozen phase do not compare with later ones; a
-            schedule of steps keeps its curve, which now leads up to this rate.
-        frozen: Regular expressions; parameters whose name one of them matches from the start are frozen, for example
-            `network\\.(conv1|bn1|layer[12])\\.`. None freezes all but the heads, which the module names in
-            `heads` (submodules of its `network`, or its own).
-        batch_norm: "eval" keeps frozen modules in eval mode, so that batch-norm uses and keeps the pretrained
-            statistics and dropout is off; "train" lets the statistics follow the new data.
-        phases: In place of `unfreeze_epoch` and `frozen`, a list of phases; or "gradual", which unfreezes a stage an
-            epoch, from the head down, at `unfrozen_lr` (ULMFiT, https://arxiv.org/abs/1801.06146). What is in no phase
-            stays frozen.
-        probe: In place of the frozen epochs, begin with the head that logistic regression on the backbone's features
-            gives (Kumar et al. 2022, https://arxiv.org/abs/2202.10054), and with all unfrozen at `unfrozen_lr`, or if
-            `unfreeze_epoch` is 0 at the rate as it is; for a `TransferClassifier` and data modules of this package.
-        monitor: The figure that a phase's `patience` looks at, logged in validation.
-        mode: Whether its best is the lowest or the highest.
+        unfreeze_epoch: How many epochs the parameters stay frozen. 0 never freezes and leaves the
+            learning rate alone; with all epochs of the run only the head is ever trained (a linear
+            probe).
+        unfrozen_lr: Learning rate from then on of all parameter groups but one named "head"; None
+            leaves it as it is. A `ReduceLROnPlateau` starts afresh, because losses of the frozen
+            phase do not compare with later ones; a schedule of steps keeps its curve, which then
+            leads up to this rate.
+        frozen: Regular expressions; parameters whose name one of them matches from the start are
+            frozen, for example `network\.(conv1|bn1|layer[12])\.`. None freezes all but the heads,
+            which the module names in `heads` (submodules of its `network`, or its own).
+        batch_norm: "eval" keeps frozen modules in eval mode, so that batch-norm uses and keeps the
+            pretrained statistics and dropout is off; "train" lets the statistics follow the new
+            data.
+        phases: In place of `unfreeze_epoch` and `frozen`, a list of phases; or "gradual", which
+            unfreezes a stage an epoch, from the head down, at `unfrozen_lr` (ULMFiT,
+            https://arxiv.org/abs/1801.06146). What is in no phase stays frozen.
+        probe: In place of the frozen epochs, begin with the head that logistic regression on the
+            backbone's features gives (Kumar et al. 2022, https://arxiv.org/abs/2202.10054), and
+            with all unfrozen at `unfrozen_lr`, or if `unfreeze_epoch` is 0 at the rate as it is;
+            for a `TransferClassifier` and data modules of this package.
+        monitor: Name of the value, logged in validation, that a phase's `patience` looks at.
+        mode: Whether the lowest ("min") or the highest ("max") value is the best.
+
+    Attributes:
+        plan: The phases of the run; empty until the fit starts, because stages are those of the
+            network.
+        phase: Number of the current phase in the plan.
 
     Raises:
-        UserError: A pattern that matches nothing, a strategy that shards parameters, a schedule that would undo a rate,
-            or options that a resumed checkpoint would silently undo.
+        UserError: A pattern matches nothing, a strategy shards parameters, a schedule would undo a
+            rate, or an option differs from that of the checkpoint that is resumed.
 
     Example::
 
         class Mine(LightningModule):
             def __init__(self):
                 super().__init__()
-                self.backbone = models.resnet18(num_classes=64)  # with weights="DEFAULT" and without its own head
+                self.backbone = models.resnet18(num_classes=64)  # or weights="DEFAULT", without fc
                 self.head = nn.Linear(64, 10)
 
             def training_step(self, batch, batch_idx):
@@ -89,256 +160,391 @@ class BackboneFreeze(Callback):
         monitor: str = "val/loss",
         mode: Literal["min", "max"] = "min",
     ) -> None:
-        check(
-            "unfreeze_epoch", unfreeze_epoch, lambda n: n >= 0, "0 (never frozen) or a later epoch"
-        )
-        check(
-            "unfrozen_lr",
-            unfrozen_lr,
-            lambda x: x is None or 0 < x <= schedule.MAX_LEARNING_RATE,
-            plans.RATE,
-        )
-        plans.check_patterns("frozen", frozen or ())
-        if frozen == []:
+        super().__init__()
+        self.unfreeze_epoch: int = as_primitive("unfreeze_epoch", unfreeze_epoch)
+        self.unfrozen_lr: float | None = as_primitive("unfrozen_lr", unfrozen_lr)
+        self.frozen: list[str] | None = as_primitive("frozen", frozen)
+        self.batch_norm: str = as_primitive("batch_norm", batch_norm)
+        self.phases: list[Phase] | str | None = phases
+        if phases is not None and not isinstance(phases, str):
+            self.phases = list(phases)
+        self.probe: bool = as_primitive("probe", probe)
+        self.monitor: str = as_primitive("monitor", monitor)
+        self.mode: str = as_primitive("mode", mode)
+        self._check_options()
+        self._forget_fit()
+
+    def _check_options(self) -> None:
+        check("unfreeze_epoch", self.unfreeze_epoch, lambda n: n >= 0, "0 (never frozen) or more")
+        if self.unfrozen_lr is not None:
+            highest = schedule.MAX_LEARNING_RATE
+            check("unfrozen_lr", self.unfrozen_lr, lambda x: 0 < x <= highest, RATE)
+        check("batch_norm", self.batch_norm, lambda x: x in ("eval", "train"), '"eval" or "train"')
+        check("mode", self.mode, lambda x: x in ("min", "max"), '"min" or "max"')
+        if self.frozen == []:
             raise UserError(
                 "frozen is []: name what is to be frozen, or freeze nothing with unfreeze_epoch=0."
             )
-        if phases is not None and (frozen or not phases):
+        if self.frozen is not None:
+            check_patterns("frozen", self.frozen)
+        if self.phases is not None and (self.frozen or not self.phases):
             raise UserError(
                 "phases name what trains: give one or more, and no frozen; or leave phases out."
             )
-        if isinstance(phases, list):
-            plans.check_begins(phases)
-        self.unfreeze_epoch, self.unfrozen_lr = unfreeze_epoch, unfrozen_lr
-        self.frozen, self.batch_norm = frozen, batch_norm
-        if probe and (phases or frozen):
+        if isinstance(self.phases, str):
+            check("phases", self.phases, lambda x: x == GRADUAL, '"gradual", or a list of phases')
+        elif self.phases is not None:
+            check_phases(self.phases)
+        if self.probe and (self.phases or self.frozen):
             raise UserError(
                 "probe=true is in place of the frozen epochs: leave out phases and frozen."
             )
-        self.phases, self.probe, self.monitor, self.mode = phases, probe, monitor, mode
-        self._forget()
 
-    def _forget(self) -> None:
-        self.phase = 0  # its number
-        self.plan: list[Phase] = []  # known when a fit starts, as it depends on the network
-        self._untold: list[Phase] = []  # that have begun
-        self._begins: dict[
-            str, int
-        ] = {}  # in which phase parameters and buffers begin to train, by name
-        self._held: list[
-            tuple[nn.Parameter, int]
-        ] = []  # the same of the parameters that the module has not fixed
-        self._resting: set[nn.Module] = (
-            set()
-        )  # modules that are in eval mode because of this callback
-        self._best, self._bad = math.inf, 0  # the figure in this phase, and the epochs since then
-        self._figure: float | None = None  # of this epoch
+    def _forget_fit(self) -> None:
+        """Set the state of a fit to its beginning."""
+        self.plan: list[Phase] = []
+        self.phase = 0
+        # Best monitored value in this phase, epochs since then, and the value of this epoch.
+        self._best_score = math.inf if self.mode == "min" else -math.inf
+        self._wait_count = 0
+        self._epoch_score: float | None = None
+        # Number of the phase in which each parameter and buffer begins to train, by name; and the
+        # same of the parameters that require a gradient outside of this callback.
+        self._first_phases: dict[str, int] = {}
+        self._trainable: dict[nn.Parameter, int] = {}
+        # Modules that are in eval mode because of this callback.
+        self._modules_in_eval: set[nn.Module] = set()
+        # Phases that have begun and are not printed yet.
+        self._phases_to_print: list[Phase] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin anew, for the same object may serve several fits; refuse a strategy before it shards the parameters."""
+        """Forget an earlier fit, and refuse a strategy before it shards the parameters."""
         if stage != "fit":
             return
-        self._forget()
-        if sum(isinstance(callback, BackboneFreeze) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+        self._forget_fit()
+        callbacks = lightning_internals.callbacks_of(trainer)
+        if sum(isinstance(callback, BackboneFreeze) for callback in callbacks) > 1:
             raise UserError(
                 "The Trainer has several BackboneFreeze callbacks: give one of them phases."
             )
-        if self.freezes and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise UserError(
-                f"BackboneFreeze works on one device and under DDP, not under {type(trainer.strategy).__name__}, which "
-                f"shards parameters when it wraps the model and cannot unfreeze some later: use strategy=ddp."
-            )
+        never_freezes = self.phases is None and self.unfreeze_epoch == 0
+        if never_freezes or isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            return
+        raise UserError(
+            f"BackboneFreeze works on one device and under DDP, not under "
+            f"{type(trainer.strategy).__name__}, which shards parameters when it wraps the model "
+            f"and cannot unfreeze some later: use strategy=ddp."
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the phase of a checkpoint.
+
+        Raises:
+            UserError: An option differs from that of the run that wrote the checkpoint.
+        """
+        self._refuse_changes(state_dict["options"])
+        self.phase = state_dict["phase"]
+        self._best_score = state_dict["best_score"]
+        self._wait_count = state_dict["wait_count"]
+        self._epoch_score = state_dict["epoch_score"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Freeze, now that the optimizer has everything that trains at some time."""
-        stages = plans.own_stages(pl_module)
-        self.plan = plans.planned(
-            pl_module, stages, self.phases or self.frozen, self.unfreeze_epoch, self.unfrozen_lr
-        )
-        if self.probe:
-            self.plan[1:] = [replace(phase, epoch=0) for phase in self.plan[1:]]
-            if not (trainer.ckpt_path or trainer.fast_dev_run):  # type: ignore[attr-defined]
-                heads.begin_with_logistic(trainer, pl_module)
-        self._begins = plans.begins(pl_module, [phase.train for phase in self.plan], stages)
-        first: dict[nn.Parameter, int] = {}
+        """Make the plan, and freeze, now that the optimizer has everything that will ever train."""
+        stages = stages_of(pl_module)
+        self.plan = self._make_plan(pl_module, stages)
+        self._check_plan(trainer)
+        is_resumed = trainer.ckpt_path is not None
+        if self.probe and not is_resumed and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            heads.begin_with_logistic(trainer, pl_module)
+        names_by_phase = []
+        for phase in self.plan:
+            names_by_phase.append(self._names_to_train(pl_module, phase, stages))
+        self._first_phases = first_phases(pl_module, names_by_phase)
         for name, parameter in pl_module.named_parameters():
             if parameter.requires_grad:
-                first[parameter] = self._begins[name]
-        if 0 not in first.values():
+                self._trainable[parameter] = self._first_phases[name]
+        if 0 not in self._trainable.values():
+            what = f"frozen={self.frozen}" if self.frozen else "The first phase"
             raise UserError(
-                f"{f'frozen={self.frozen}' if self.frozen else 'The first phase'} freezes every parameter, also the "
-                f"head's, so nothing would train: name fewer."
+                f"{what} freezes every parameter, also the head's, so nothing would train: name "
+                f"fewer."
             )
-        self._held = list(first.items())
-        plans.check_order(self.plan)
+        self._require_gradients(trainer, pl_module)
+
+    def _make_plan(self, module: LightningModule, stages: dict[str, list[str]]) -> list[Phase]:
+        """Return the phases of a run from the options; see the top of this file.
+
+        Args:
+            module: Module that is trained.
+            stages: Names of its parameters and buffers by stage, from stem to head.
+
+        Raises:
+            UserError: The options say nothing of what to freeze, and the module names no head.
+        """
+        if isinstance(self.phases, list):
+            return list(self.phases)
+        if self.phases is None and self.unfreeze_epoch == 0:
+            return [Phase([EVERYTHING])]
+        everything = Phase([EVERYTHING], epoch=self.unfreeze_epoch, lr=self.unfrozen_lr)
+        if self.frozen is not None:
+            return [Phase([ALL_BUT_FROZEN]), everything]
+        if HEAD not in stages:
+            raise UserError(
+                f"{type(module).__name__} names no head, so all of it would be frozen: give "
+                f"BackboneFreeze the names of what to freeze, frozen=[...], or the module an "
+                f"attribute `heads`, the names of its layers."
+            )
+        if self.phases == GRADUAL:
+            return self._gradual_plan(list(stages))
+        if self.probe:
+            return [Phase([HEAD]), Phase([EVERYTHING], epoch=0, lr=self.unfrozen_lr)]
+        return [Phase([HEAD]), everything]
+
+    def _gradual_plan(self, stages: list[str]) -> list[Phase]:
+        """Return a phase for each stage, of an epoch each, from the head down to the stem."""
+        plan = [Phase([HEAD])]
+        backbone = stages[:-1]
+        for epoch, stage in enumerate(reversed(backbone), start=1):
+            # With the stem begins also what is in no stage, in a module around the network.
+            train = EVERYTHING if stage == backbone[0] else stage
+            lr = self.unfrozen_lr if epoch == 1 else None  # which the later phases keep
+            plan.append(Phase([train], epoch=epoch, lr=lr))
+        return plan
+
+    def _check_plan(self, trainer: Trainer) -> None:
         if len(self.plan) > 1:
             schedule.check_optimizers(trainer)
         for phase in self.plan:
             if phase.lr is not None:
                 schedule.check_learning_rate(trainer, phase.lr)
-        if any(phase.from_best for phase in self.plan) and not _best_kept(trainer):
+            if phase.from_best and _best_checkpoint(trainer) is None:
+                raise UserError(
+                    "from_best needs a ModelCheckpoint that monitors a figure among the Trainer's "
+                    "callbacks."
+                )
+
+    def _names_to_train(
+        self, module: LightningModule, phase: Phase, stages: dict[str, list[str]]
+    ) -> set[str]:
+        """Return the names of the parameters and buffers that begin to train with a phase."""
+        if phase.train != [ALL_BUT_FROZEN]:
+            return names_to_train(module, phase.train, stages)
+        frozen = matching_names(module, self.frozen or [])
+        parameters = {name for name, _ in module.named_parameters()}
+        if frozen.isdisjoint(parameters):
             raise UserError(
-                "from_best needs a ModelCheckpoint that monitors a figure among the Trainer's callbacks."
+                f"No parameter's name begins with any of {self.frozen}: see the module's "
+                f"named_parameters()."
             )
-        self._require_grad(trainer, pl_module)
+        return named_tensors(module).keys() - frozen
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Apply the state, which may come from a checkpoint: a run resumed within an epoch skips its start."""
-        self._apply(trainer, pl_module)
-        self._untold = self._untold or [self.plan[self.phase]]
-        optimized = [
-            p for each in trainer.optimizers for group in each.param_groups for p in group["params"]
-        ]
-        ours = [parameter for parameter, _ in self._held]
-        for said in plans.never_train(pl_module, self._begins, len(self.plan), ours, optimized):
-            rank_zero_info(said)
+        """Begin the phases that are due, and tell which parameters never train.
+
+        A run that is resumed within an epoch skips `on_train_epoch_start`.
+        """
+        self._begin_due_phases(trainer, pl_module)
+        if not self._phases_to_print:
+            self._phases_to_print = [self.plan[self.phase]]
+        optimized = set()
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                optimized.update(group["params"])
+        sentences = explain_never_trained(
+            pl_module, self._first_phases, len(self.plan), self._trainable.keys(), optimized
+        )
+        for sentence in sentences:
+            rank_zero_info(sentence)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a phase when its epoch has come."""
-        self._apply(trainer, pl_module)
+        """Begin the phases that are due."""
+        self._begin_due_phases(trainer, pl_module)
+
+    def _begin_due_phases(self, trainer: Trainer, module: LightningModule) -> None:
+        """Begin each phase that is due, and put the module into the state of the current phase.
+
+        A state that is in force already does not change, so that hooks may call this at any time.
+        """
+        begun = self._take_due_phases(trainer.current_epoch)
+        self._require_gradients(trainer, module)
+        self._set_modes(module)
+        if not begun:
+            return
+        schedule.start_afresh(trainer)
+        for phase in begun:
+            if phase.lr is not None:
+                schedule.set_learning_rate(trainer, phase.lr)
+        if any(phase.from_best for phase in begun):
+            _load_best_weights(trainer, module)
+        self._phases_to_print = begun
+
+    def _take_due_phases(self, epoch: int) -> list[Phase]:
+        """Make the last phase that is due in an epoch the current one; return those that begin.
+
+        A phase with an `epoch` is due from that epoch on, even if it overtakes one with `patience`.
+        A phase with `patience` is due if the phase before it is the current one, and has had so
+        many epochs without a better value.
+        """
+        current = self.phase
+        for number in range(current + 1, len(self.plan)):
+            phase = self.plan[number]
+            if phase.epoch is not None:
+                is_due = epoch >= phase.epoch
+            elif phase.patience is not None and number == current + 1:
+                is_due = self._wait_count >= phase.patience
+            else:
+                is_due = False
+            if is_due:
+                self.phase = number
+        begun = self.plan[current + 1 : self.phase + 1]
+        if begun:
+            self._best_score = math.inf if self.mode == "min" else -math.inf
+            self._wait_count = 0
+        return begun
+
+    def _require_gradients(self, trainer: Trainer, module: LightningModule) -> None:
+        """Have parameters require a gradient if they train in the current phase."""
+        changed = False
+        for parameter, first_phase in self._trainable.items():
+            trains = first_phase <= self.phase
+            if parameter.requires_grad != trains:
+                parameter.requires_grad_(trains)
+                changed = True
+        if changed:
+            lightning_internals.wrap_again(trainer, module)
+
+    def _set_modes(self, module: LightningModule) -> None:
+        """Put frozen modules in eval mode, and modules that are no longer frozen in train mode.
+
+        Modules that their author keeps in eval mode stay in it.
+        """
+        if self.batch_norm == "train":
+            return
+        frozen = frozen_modules(module, self._first_phases, self.phase)
+        for submodule in frozen:
+            if submodule.training:
+                submodule.training = False
+                self._modules_in_eval.add(submodule)
+        for submodule in self._modules_in_eval - frozen:
+            submodule.training = True
+        self._modules_in_eval &= frozen
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Name the phase that has begun; now, so that it stands in the table of epochs."""
-        if begun := self._untold:
-            epochs = plans.span(
-                self.plan[self.phase + 1 :], trainer.current_epoch, trainer.max_epochs
-            )
-            what = plans.named(begun, begun[0] is self.plan[0])
-            count = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-            say(trainer, styled(f"{epochs}: {what}, {count:,} parameters train.", 36))
-            self._untold = []
-
-    def phase_at(self, epoch: int, max_epochs: int) -> int | None:
-        """The phase of an epoch to come, counted from 0; None if that depends on a figure."""
-        for number, later in enumerate(self.plan[self.phase + 1 :], self.phase):
-            begin = later.epoch
-            if begin is None or epoch < begin:
-                return begin and number
-        return len(self.plan) - 1
-
-    def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        before = self.phase
-        for number, phase in enumerate(self.plan[before + 1 :], before + 1):
-            epoch = phase.epoch
-            waited = number == before + 1 and self._bad >= (phase.patience or math.inf)
-            if waited if epoch is None else trainer.current_epoch >= epoch:
-                self.phase = number
-        self._require_grad(trainer, pl_module)
-        self._set_modes(pl_module)
-        if begun := self.plan[before + 1 : self.phase + 1]:
-            self._best, self._bad = math.inf, 0
-            schedule.start_afresh(trainer)
-            for phase in begun:
-                if phase.lr is not None:
-                    schedule.set_learning_rate(trainer, phase.lr)
-            self._untold = begun
-            if any(phase.from_best for phase in begun):
-                _load_best(trainer, pl_module)
-
-    def _require_grad(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        changed = False
-        for parameter, first in self._held:
-            trains = first <= self.phase
-            changed |= parameter.requires_grad != trains
-            parameter.requires_grad_(trains)
-        if changed:
-            lightning_internals.wrap_again(trainer, pl_module)
-
-    def _set_modes(self, pl_module: LightningModule) -> None:
-        if self.batch_norm == "train":
+        """Print the phases that have begun, as late as this to stand in the table of epochs."""
+        if not self._phases_to_print:
             return
-        frozen = plans.resting(pl_module, self._begins, self.phase)
-        self._resting |= {
-            module for module in frozen if module.training
-        }  # and not those that their author has in eval
-        for module in self._resting:
-            module.training = module not in frozen
-        self._resting &= frozen
+        later = self.plan[self.phase + 1 :]
+        is_first = self._phases_to_print[0] is self.plan[0]
+        epochs = describe_epochs(later, trainer.current_epoch, trainer.max_epochs)
+        training = describe_training(self._phases_to_print, is_first)
+        count = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        say(trainer, styled(f"{epochs}: {training}, {count:,} parameters train.", CYAN))
+        self._phases_to_print = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the figure that phases wait for; all processes take that of the first."""
+        """Note the value that phases wait for; all processes take that of the first."""
         if trainer.sanity_checking or not any(phase.patience for phase in self.plan):
             return
         if self.monitor not in trainer.callback_metrics:
             logged = ", ".join(trainer.callback_metrics)
             raise UserError(
-                f"monitor={self.monitor} is not logged in validation, which a phase waits for: {logged}."
+                f"monitor={self.monitor} is not logged in validation, which a phase waits for: "
+                f"{logged}."
             )
-        self._figure = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
+        score = float(trainer.callback_metrics[self.monitor])
+        self._epoch_score = trainer.strategy.broadcast(score)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the epochs without a better figure."""
-        if self._figure is not None:
-            figure = self._figure if self.mode == "min" else -self._figure
-            self._best, self._bad = (
-                (figure, 0) if figure < self._best else (self._best, self._bad + 1)
-            )
-            self._figure = None
+        """Count the epochs without a better value."""
+        if self._epoch_score is None:
+            return
+        if self.mode == "min":
+            is_better = self._epoch_score < self._best_score
+        else:
+            is_better = self._epoch_score > self._best_score
+        if is_better:
+            self._best_score = self._epoch_score
+            self._wait_count = 0
+        else:
+            self._wait_count += 1
+        self._epoch_score = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module back as it was."""
-        for parameter, _ in self._held:
+        for parameter in self._trainable:
             parameter.requires_grad_(True)
-        for module in self._resting:
-            module.training = True
-        self._held, self._resting = [], set()
+        for submodule in self._modules_in_eval:
+            submodule.training = True
+        self._trainable = {}
+        self._modules_in_eval = set()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """As `teardown`, which Lightning then leaves out."""
+        """Give the module back as it was, because Lightning does not call `teardown` then."""
         self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
-        """The phase, what the next one waits for, and how it was told to."""
-        begun = {"phase": self.phase, "unfrozen": self.phase > 0 or len(self.plan) == 1}
-        return (
-            begun
-            | {"best": self._best, "bad": self._bad, "figure": self._figure}
-            | self._settings()
-        )
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue in the checkpoint's phase; a `UserError` if it is a later one that began under other settings."""
-        saved, asked = resume.flat(freeze=state_dict), resume.flat(freeze=self._settings())
-        for change in resume.compare(
-            saved, asked, within_epoch=False, unfrozen=state_dict["unfrozen"]
-        ):
-            rank_zero_info(change)
-        self.phase = state_dict.get("phase", int(state_dict["unfrozen"] and self.freezes))
-        self._best, self._bad = state_dict.get("best", math.inf), state_dict.get("bad", 0)
-        self._figure = state_dict.get("figure")
+        """Return the phase, what the next one waits for, and the options."""
+        return {
+            "phase": self.phase,
+            "best_score": self._best_score,
+            "wait_count": self._wait_count,
+            "epoch_score": self._epoch_score,
+            "options": self._options(),
+        }
 
     @property
-    def freezes(self) -> bool:
-        """Whether anything is frozen at first."""
-        return bool(self.phases or self.unfreeze_epoch)
+    def everything_trains(self) -> bool:
+        """Whether the last phase has begun, so that everything trains that ever will."""
+        return self.phase == len(self.plan) - 1
 
-    def _settings(self) -> dict[str, Any]:
-        settings = {name: getattr(self, name) for name in resume.FREEZE}
-        if isinstance(self.phases, list):
-            settings["phases"] = [asdict(phase) for phase in self.phases]
-        return settings
+    def phase_at(self, epoch: int) -> int | None:
+        """Return the number of the phase in a later epoch; None if that depends on a value."""
+        for number in range(self.phase + 1, len(self.plan)):
+            begin = self.plan[number].epoch
+            if begin is None:
+                return None
+            if epoch < begin:
+                return number - 1
+        return len(self.plan) - 1
+
+    def _options(self) -> dict[str, Any]:
+        return {name: as_primitive(name, getattr(self, name)) for name in OPTIONS}
+
+    def _refuse_changes(self, saved_options: dict[str, Any]) -> None:
+        """Refuse options that differ from those with which a run began."""
+        for name, value in self._options().items():
+            saved_value = saved_options[name]
+            if value != saved_value:
+                raise UserError(
+                    f"freeze.{name}={value} differs from {saved_value}, with which the run began: "
+                    f"leave it out to continue the run, or begin a new one from its weights with "
+                    f"--model.weights=CHECKPOINT."
+                )
 
 
-def _best_kept(trainer: Trainer) -> list[ModelCheckpoint]:
-    return [
-        each
-        for each in trainer.checkpoint_callbacks
-        if isinstance(each, ModelCheckpoint) and each.monitor
-    ]
+def _best_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
+    """Return the first callback that keeps the best checkpoint by some value."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor:
+            return callback
+    return None
 
 
-def _load_best(trainer: Trainer, pl_module: LightningModule) -> None:
-    path = _best_kept(trainer)[0].best_model_path
-    best = (
-        torch.load(path, "cpu", weights_only=True)["state_dict"]
-        if path and trainer.is_global_zero
-        else None
-    )
-    best = trainer.strategy.broadcast(best)  # of the first process, as others may see other files
-    if best is not None:
-        pl_module.load_state_dict(best)
+def _load_best_weights(trainer: Trainer, module: LightningModule) -> None:
+    """Load the weights of the best checkpoint so far, if there is one.
+
+    All processes take those of the first, because others may see other files.
+    """
+    callback = _best_checkpoint(trainer)
+    path = callback.best_model_path if callback is not None else ""
+    weights = None
+    if path and trainer.is_global_zero:
+        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    weights = trainer.strategy.broadcast(weights)
+    if weights is not None:
+        module.load_state_dict(weights)
         rank_zero_info(f"This phase begins with the weights of {os.path.relpath(path)}.")

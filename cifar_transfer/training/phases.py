@@ -1,20 +1,25 @@
-"""Phases of a run: which parameters begin to train in which, and which modules rest until then."""
+"""Phases of a run: the dataclass `Phase`, and functions over names of parameters.
+
+`BackboneFreeze` (freeze.py) decides which phase a run is in. Nothing here changes a module.
+"""
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, fields
+from typing import Any
 
-from lightning import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from cifar_transfer.base.console import counted
 from cifar_transfer.base.errors import UserError, check
+from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.network.stages import HEAD, stages
 from cifar_transfer.training.schedule import MAX_LEARNING_RATE
 
 EVERYTHING = "all"
-GRADUAL = "gradual"
+ALL_BUT_FROZEN = "all but frozen"  # first phase of `BackboneFreeze(frozen=[...])`
 RATE = f"a positive rate up to {MAX_LEARNING_RATE}, or null to leave the rate as it is"
 DROPOUTS = (
     nn.Dropout,
@@ -28,21 +33,24 @@ DROPOUTS = (
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run: what trains from its beginning on, beside what trains already.
+    """A part of a run: what begins to train with it, when it begins, and at which learning rate.
 
-    The first begins with the run; each other has an `epoch` or a `patience`.
+    What trains already goes on training. The first phase begins with the run; each later one has
+    an `epoch` or a `patience`.
 
     Args:
-        train: Stages of the network, such as "head", "layer4", "stem" (`python -m cifar_transfer backbones --detail
-            NAME` lists them), "all", or regular expressions that match parameters' names from their start.
-        epoch: It begins after so many epochs of the run.
-        patience: It begins after so many epochs of the phase before it without a better figure.
-        lr: Learning rate from then on of all parameter groups but one named "head", times their `lr_scale`; of a
-            schedule that rises, its highest.
-        from_best: Begin with the weights of the best checkpoint so far.
+        train: Stages of the network, such as "head", "layer4", "stem" (`python -m cifar_transfer
+            backbones --detail NAME` lists them), "all", or regular expressions that match the names
+            of parameters from their start.
+        epoch: The phase begins after so many epochs of the run.
+        patience: The phase begins after so many epochs of the phase before without a better value
+            of `BackboneFreeze.monitor`.
+        lr: Learning rate from then on of all parameter groups but one named "head", times their
+            `lr_scale`; if a schedule raises the rate, the highest one. None leaves it as it is.
+        from_best: Whether the phase begins with the weights of the best checkpoint so far.
 
     Raises:
-        UserError: Values out of range.
+        UserError: A value is out of range.
     """
 
     train: list[str]
@@ -52,239 +60,325 @@ class Phase:
     from_best: bool = False
 
     def __post_init__(self) -> None:
-        check("epoch", self.epoch, lambda n: n is None or n >= 0, "0 or a later one")
-        check("patience", self.patience, lambda n: n is None or n >= 1, "1 epoch or more")
-        check("lr", self.lr, lambda x: x is None or 0 < x <= MAX_LEARNING_RATE, RATE)
-        if not self.train:
-            raise UserError(f"A phase trains something: {self}.")
+        for field in fields(self):
+            value = as_primitive(field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        stages_or_patterns = 'a list of stages or patterns, such as ["head"]'
+        check("train", self.train, _is_list_of_text, stages_or_patterns)
         check_patterns("train", self.train)
+        if self.epoch is not None:
+            check("epoch", self.epoch, lambda n: n >= 0, "0 or a later one")
+        if self.patience is not None:
+            check("patience", self.patience, lambda n: n >= 1, "1 epoch or more")
+        if self.lr is not None:
+            check("lr", self.lr, lambda x: 0 < x <= MAX_LEARNING_RATE, RATE)
 
 
-def span(later: Sequence[Phase], epoch: int, max_epochs: int | None) -> str:
-    """The epochs of a phase that is followed by these, from `epoch` on (of 0): "Epochs 6 to 40"."""
-    first, last = counted(epoch), max_epochs if max_epochs and max_epochs > 0 else math.inf
-    end = later[0].epoch if later else last  # counted from 1, the last epoch before it
-    if end is None or min(end, last) == math.inf:
-        return f"From epoch {first}"
-    return f"Epoch {first}" if min(end, last) == first else f"Epochs {first} to {min(end, last)}"
+def _is_list_of_text(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(isinstance(x, str) for x in value)
 
 
-def named(begun: Sequence[Phase], first: bool) -> str:
-    """What trains in the first phase or begins to train in later ones, and at which rate, in a few words."""
-    names = [name for phase in begun for name in phase.train]
-    what = f"only {', '.join(names)}" if first else f"{', '.join(names)} unfrozen"
-    if EVERYTHING in names:
-        what = "everything"
-    elif first and (names == [HEAD] or names[0].startswith("(?!")):  # of `frozen`
-        what = "backbone frozen" if names == [HEAD] else "partly frozen"
-    return what + "".join(f" at rate {phase.lr:g}" for phase in begun if phase.lr)
+def check_patterns(option: str, patterns: Sequence[str]) -> None:
+    """Check that each pattern is a regular expression.
 
-
-def check_patterns(name: str, patterns: Sequence[str]) -> None:
-    """Refuse, by a `UserError`, what is no regular expression."""
+    Raises:
+        UserError: A pattern is none; the error names the option and the pattern.
+    """
     for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
             raise UserError(
-                f"{name} has {pattern!r}, which is not a regular expression ({error})."
+                f"{option} has {pattern!r}, which is not a regular expression ({error})."
             ) from None
 
 
-def check_begins(phases: Sequence[Phase]) -> None:
-    """Refuse, by a `UserError`, phases of which it is not clear when they begin."""
-    for number, phase in enumerate(phases):
-        begins = [value for value in (phase.epoch, phase.patience) if value is not None]
-        if number == 0 and phase != Phase(phase.train):
-            raise UserError(
-                f"The first phase begins with the run, at the optimizer's rate: give it train alone: {phase}."
-            )
-        if number and len(begins) != 1:
+def check_phases(phases: Sequence[Phase]) -> None:
+    """Check that it is clear when each phase of a run begins.
+
+    Raises:
+        UserError: The first phase has more than `train`, a later one does not have one of `epoch`
+            and `patience`, or a phase would begin after a later one.
+    """
+    first = phases[0]
+    if first != Phase(first.train):
+        raise UserError(
+            f"The first phase begins with the run, at the optimizer's rate: give it train alone: "
+            f"{first}."
+        )
+    epochs = []
+    for phase in phases[1:]:
+        if (phase.epoch is None) == (phase.patience is None):
             raise UserError(
                 f"A phase after the first begins by an epoch or by a patience: {phase}."
             )
-
-
-def check_order(phases: Sequence[Phase]) -> None:
-    """Refuse, by a `UserError`, a phase that would begin after a later one."""
-    epochs = [phase.epoch for phase in phases if phase.epoch is not None]
+        if phase.epoch is not None:
+            epochs.append(phase.epoch)
     if epochs != sorted(epochs):
         raise UserError(
             f"phases come in the order in which they begin, not at the epochs {epochs}."
         )
 
 
-def own_stages(module: LightningModule) -> dict[str, list[str]]:
-    """The stages of a module's `network`, or of itself: names of parameters and buffers in it, from stem to head.
+def stages_of(module: nn.Module) -> dict[str, list[str]]:
+    """Return the stages of a module's `network`, or of the module itself where it has none.
+
+    The layers that the module's `heads` names, in its network or in itself, are the stage "head".
+
+    Returns:
+        The names of parameters and buffers in `module`, by stage, from stem to head.
 
     Raises:
-        UserError: A name in its `heads` that no submodule has.
+        UserError: A name in `heads` that no submodule has.
     """
-    heads = getattr(module, "heads", ())
-    heads = (
-        [head for head in heads if isinstance(head, str)]
-        if isinstance(heads, list | tuple | set)
-        else []
-    )
-    known = {name for name, _ in module.named_modules()}
-    network = getattr(module, "network", None)
-    prefix = next((f"{name}." for name, child in module.named_modules() if child is network), "")
-    if not isinstance(network, nn.Module) or not known.issuperset(prefix + head for head in heads):
-        network, prefix = module, ""
-    if unknown := [head for head in heads if prefix + head not in known]:
-        raise UserError(
-            f"{type(module).__name__}.heads names {unknown[0]!r}, which is none of its submodules."
-        )
-    return {
-        stage: [prefix + name for name in names] for stage, names in stages(network, heads).items()
-    }
-
-
-def planned(
-    module: LightningModule,
-    stages: dict[str, list[str]],
-    given: Sequence[Phase] | Sequence[str] | None,
-    epoch: int,
-    lr: float | None,
-) -> list[Phase]:
-    """All phases of a run.
-
-    Args:
-        module: Whose parameters.
-        stages: As of `own_stages`.
-        given: The phases, or "gradual", or expressions of what is frozen until `epoch`; None: all but the head is.
-        epoch: When the second phase of two begins; 0: there is one.
-        lr: The rate from then on.
-
-    Raises:
-        UserError: It is not known what is to be frozen.
-    """
-    if given and isinstance(given, list) and isinstance(given[0], Phase):
-        return given
-    if given != GRADUAL and epoch == 0:
-        return [Phase([EVERYTHING])]
-    first = HEAD
-    if given and given != GRADUAL:
-        first = f"(?!{'|'.join(f'(?:{pattern})' for pattern in given)})"
-        if all(re.match(first, name) for name, _ in module.named_parameters()):
+    heads = _head_names(module)
+    modules = dict(module.named_modules())
+    prefix = _network_prefix(module)
+    if not all(prefix + head in modules for head in heads):
+        prefix = ""
+    for head in heads:
+        if prefix + head not in modules:
             raise UserError(
-                f"No parameter's name begins with any of {given}: see the module's named_parameters()."
+                f"{type(module).__name__}.heads names {head!r}, which is none of its submodules."
             )
-    elif HEAD not in stages:
-        raise UserError(
-            f"{type(module).__name__} names no head, so all of it would be frozen: give BackboneFreeze the names of "
-            f"what to freeze, frozen=[...], or the module an attribute `heads`, the names of its layers."
-        )
-    if given != GRADUAL:
-        return [Phase([first]), Phase([EVERYTHING], epoch=epoch, lr=lr)]
-    later = [[stage] for stage in reversed(stages) if stage != HEAD]
-    later[-1] = [EVERYTHING]  # also what is in no stage, if there is a module around the network
-    return [
-        Phase([HEAD]),
-        *(
-            Phase(each, number, lr=lr if number == 1 else None)
-            for number, each in enumerate(later, 1)
-        ),
-    ]
+    network = modules[prefix.removesuffix(".")]
+    names_by_stage = {}
+    for stage, names in stages(network, heads).items():
+        names_by_stage[stage] = [prefix + name for name in names]
+    return names_by_stage
 
 
-def begins(
-    module: nn.Module, phases: Sequence[Sequence[str]], stages: Mapping[str, list[str]]
-) -> dict[str, int]:
-    """In which phase each parameter and buffer begins to train, by name; `len(phases)` if in none.
+def _head_names(module: nn.Module) -> list[str]:
+    """Return the texts in a module's attribute `heads`; none if it is something else."""
+    heads = getattr(module, "heads", ())
+    if not isinstance(heads, list | tuple | set):
+        return []
+    return [head for head in heads if isinstance(head, str)]
 
-    One with several names (tied weights) begins with the first of them.
+
+def _network_prefix(module: nn.Module) -> str:
+    """Return what the names in a module's `network` begin with: "network.", "classifier.network.".
+
+    The attribute may be a property. "" where there is none, or the module does not contain it.
+    """
+    network = getattr(module, "network", None)
+    for name, submodule in module.named_modules():
+        if submodule is network and name:
+            return f"{name}."
+    return ""
+
+
+def names_to_train(
+    module: nn.Module, train: Sequence[str], stages: Mapping[str, Collection[str]]
+) -> set[str]:
+    """Return the names of the parameters and buffers that a phase begins to train.
 
     Args:
-        module: Whose parameters and buffers.
-        phases: What each trains, as `Phase.train` names it.
-        stages: As of `own_stages`.
+        module: Module that has the parameters.
+        train: `Phase.train`.
+        stages: Stages of the module, as `stages_of` returns them.
 
     Raises:
-        UserError: A name that is no stage and matches nothing.
+        UserError: An entry of `train` is no stage and matches no name.
     """
-    state = dict(
-        [
-            *module.named_parameters(remove_duplicate=False),
-            *module.named_buffers(remove_duplicate=False),
-        ]
-    )
-    first: dict[int, int] = {}  # by the identity of the tensor
-    for number, train in enumerate(phases):
-        for what in train:
-            chosen = state if what == EVERYTHING else stages.get(what, ())
-            chosen = chosen or [name for name in state if re.match(what, name)]
-            if not chosen:
-                known = ", ".join([*stages, EVERYTHING])
-                raise UserError(
-                    f"{what!r} is no stage ({known}), and no parameter's name begins with it."
-                )
-            for name in chosen:
-                first.setdefault(id(state[name]), number)
-    return {name: first.get(id(tensor), len(phases)) for name, tensor in state.items()}
+    names: set[str] = set()
+    for entry in train:
+        chosen: Collection[str]
+        if entry == EVERYTHING:
+            chosen = named_tensors(module).keys()
+        elif entry in stages:
+            chosen = stages[entry]
+        else:
+            chosen = matching_names(module, [entry])
+        if not chosen:
+            known = ", ".join([*stages, EVERYTHING])
+            raise UserError(
+                f"{entry!r} is no stage ({known}), and no parameter's name begins with it."
+            )
+        names.update(chosen)
+    return names
 
 
-def resting(module: nn.Module, begins: Mapping[str, int], phase: int) -> set[nn.Module]:
-    """The modules that are frozen in a phase, and therefore in eval mode.
+def matching_names(module: nn.Module, patterns: Sequence[str]) -> set[str]:
+    r"""Return the names of the parameters and buffers that a pattern matches from their start.
 
-    These are all whose parameters and buffers are frozen, with everything in them; and dropouts and others without
-    state that stand before a frozen module. Other modules that `module` has itself, such as an augmentation, are not
-    known to be part of the network.
+    A pattern may call the module's `network` by that name, whatever it is registered as:
+    `network\.fc` matches "classifier.network.fc.weight", as `classifier\.network\.fc` does.
     """
-    found: set[nn.Module] = set()
-
-    def visit(prefix: str, module: nn.Module) -> bool | None:
-        """Whether all of its state is frozen; None if it has none."""
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        known = [begins.get(prefix + name, 0) > phase for name, _ in own]
-        children = [
-            (child, visit(f"{prefix}{name}.", child)) for name, child in module.named_children()
-        ]
-        following: bool | None = None
-        for child, frozen in reversed(children):
-            if frozen is None and following and (prefix or isinstance(child, DROPOUTS)):
-                found.update(child.modules())
-            following = following if frozen is None else frozen
-        known += [frozen for _, frozen in children if frozen is not None]
-        if known and all(known):
-            found.update(module.modules())
-        return all(known) if known else None
-
-    visit("", module)
-    return found
+    prefix = _network_prefix(module)
+    names = set()
+    for name in named_tensors(module):
+        spellings = [name]
+        if prefix and name.startswith(prefix):
+            spellings.append("network." + name.removeprefix(prefix))
+        for pattern in patterns:
+            if any(re.match(pattern, spelling) for spelling in spellings):
+                names.add(name)
+    return names
 
 
-def never_train(
-    module: nn.Module,
-    begins: Mapping[str, int],
-    phases: int,
-    ours: Iterable[nn.Parameter],
-    optimized: Iterable[nn.Parameter],
-) -> list[str]:
-    """A sentence for each reason why parameters that are frozen at first never train.
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module by name; tied weights have several names."""
+    tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    tensors.update(module.named_buffers(remove_duplicate=False))
+    return tensors
+
+
+def first_phases(module: nn.Module, names_by_phase: Sequence[AbstractSet[str]]) -> dict[str, int]:
+    """Return the number of the phase in which each parameter and buffer begins to train, by name.
+
+    The number is `len(names_by_phase)` if no phase trains it. Tied weights begin with the first of
+    their names.
 
     Args:
-        module: Whose parameters.
-        begins: As of the function of that name.
-        phases: Their number.
-        ours: Those that were trainable before the fit.
-        optimized: Those that an optimizer has.
+        module: Module that has the parameters.
+        names_by_phase: What each phase begins to train, as `names_to_train` returns it.
     """
-    trainable, known = (
-        {id(parameter) for parameter in ours},
-        {id(parameter) for parameter in optimized},
-    )
-    found: dict[str, list[str]] = {}
+    tensors = named_tensors(module)
+    first_of_tensor: dict[int, int] = {}  # by the identity of the tensor
+    for number, names in enumerate(names_by_phase):
+        for name in names:
+            first_of_tensor.setdefault(id(tensors[name]), number)
+    numbers = {}
+    for name, tensor in tensors.items():
+        numbers[name] = first_of_tensor.get(id(tensor), len(names_by_phase))
+    return numbers
+
+
+def frozen_modules(
+    module: nn.Module, first_phases: Mapping[str, int], phase: int
+) -> set[nn.Module]:
+    """Return the modules that are frozen in a phase.
+
+    A module is frozen if all of its parameters and buffers are, and then with everything in it.
+    Dropouts, and others without parameters and buffers, are frozen if a frozen module follows them.
+    Others that `module` itself has, such as an augmentation, may not be part of the network: they
+    are not.
+
+    Args:
+        module: The whole module.
+        first_phases: The phase in which each parameter and buffer begins to train, by name.
+        phase: Number of the phase.
+    """
+    frozen: set[nn.Module] = set()
+    _add_frozen(frozen, module, "", first_phases, phase)
+    return frozen
+
+
+def _add_frozen(
+    frozen: set[nn.Module],
+    module: nn.Module,
+    prefix: str,
+    first_phases: Mapping[str, int],
+    phase: int,
+) -> bool | None:
+    """Add the frozen modules in `module`, whose names begin with `prefix`, to a set.
+
+    Returns:
+        Whether all parameters and buffers of the module are frozen; None if it has none.
+    """
+    states = []
+    own_tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    for name, _ in own_tensors:
+        states.append(first_phases.get(prefix + name, 0) > phase)
+    children = []
+    for name, child in module.named_children():
+        state = _add_frozen(frozen, child, f"{prefix}{name}.", first_phases, phase)
+        children.append((child, state))
+        if state is not None:
+            states.append(state)
+    following_is_frozen: bool | None = None
+    for child, state in reversed(children):
+        if state is not None:
+            following_is_frozen = state
+        elif following_is_frozen and (prefix or isinstance(child, DROPOUTS)):
+            frozen.update(child.modules())
+    if not states:
+        return None
+    if all(states):
+        frozen.update(module.modules())
+    return all(states)
+
+
+def explain_never_trained(
+    module: nn.Module,
+    first_phases: Mapping[str, int],
+    phase_count: int,
+    trainable: AbstractSet[nn.Parameter],
+    optimized: AbstractSet[nn.Parameter],
+) -> list[str]:
+    """Return a sentence for each reason why parameters that are frozen at first never train.
+
+    Args:
+        module: Module that has the parameters.
+        first_phases: The phase in which each parameter begins to train, by name.
+        phase_count: Number of phases of the run.
+        trainable: Parameters that required a gradient before the fit.
+        optimized: Parameters that an optimizer has.
+    """
+    names_by_reason: dict[str, list[str]] = {}
     for name, parameter in module.named_parameters():
-        if begins[name] == phases:
-            found.setdefault("stay frozen, because no phase trains them", []).append(name)
-        elif begins[name] and id(parameter) not in trainable:
-            found.setdefault("stay frozen, because the module itself has fixed them", []).append(
-                name
-            )
-        elif begins[name] and id(parameter) not in known:
-            found.setdefault("never train, because no optimizer has them", []).append(name)
-    return [
-        f"{len(names)} tensors of parameters, such as {names[0]}, {why}."
-        for why, names in found.items()
-    ]
+        first_phase = first_phases[name]
+        if first_phase == 0:
+            continue
+        if first_phase == phase_count:
+            reason = "stay frozen, because no phase trains them"
+        elif parameter not in trainable:
+            reason = "stay frozen, because the module itself has fixed them"
+        elif parameter not in optimized:
+            reason = "never train, because no optimizer has them"
+        else:
+            continue
+        names_by_reason.setdefault(reason, []).append(name)
+    sentences = []
+    for reason, names in names_by_reason.items():
+        sentences.append(f"{len(names)} tensors of parameters, such as {names[0]}, {reason}.")
+    return sentences
+
+
+def describe_epochs(later: Sequence[Phase], epoch: int, max_epochs: int | None) -> str:
+    """Return the epochs of a phase as people count them: "Epoch 1", "Epochs 6 to 40".
+
+    Args:
+        later: Phases that come after it.
+        epoch: Epoch in which it begins, from 0.
+        max_epochs: Epochs of the run; None or -1 if they are not limited.
+    """
+    first = counted(epoch)
+    last = math.inf
+    if max_epochs is not None and max_epochs > 0:
+        last = max_epochs
+    if later:
+        next_epoch = later[0].epoch  # counted from 1, the last epoch before it
+        if next_epoch is None:
+            return f"From epoch {first}"
+        last = min(last, next_epoch)
+    if last == math.inf:
+        return f"From epoch {first}"
+    if last == first:
+        return f"Epoch {first}"
+    return f"Epochs {first} to {last}"
+
+
+def describe_training(phases: Sequence[Phase], is_first: bool) -> str:
+    """Return in a few words what begins to train, and at which rate: "everything at rate 0.0001".
+
+    Args:
+        phases: Phases that begin in the same epoch.
+        is_first: Whether they begin the run.
+    """
+    names = [name for phase in phases for name in phase.train]
+    if EVERYTHING in names:
+        text = "everything"
+    elif names == [ALL_BUT_FROZEN]:
+        text = "partly frozen"
+    elif is_first and names == [HEAD]:
+        text = "backbone frozen"
+    elif is_first:
+        text = f"only {', '.join(names)}"
+    else:
+        text = f"{', '.join(names)} unfrozen"
+    for phase in phases:
+        if phase.lr is not None:
+            text += f" at rate {phase.lr:g}"
+    return text
