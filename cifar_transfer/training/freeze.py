@@ -106,8 +106,9 @@ class BackboneFreeze(Callback):
             phase do not compare with later ones; a schedule of steps keeps its curve, which then
             leads up to this rate.
         frozen: Regular expressions; parameters whose name one of them matches from the start are
-            frozen, for example `network\.(conv1|bn1|layer[12])\.`. None freezes all but the heads,
-            which the module names in `heads` (submodules of its `network`, or its own).
+            frozen, for example `network\.(conv1|bn1|layer[12])\.`, where "network." stands for the
+            module's `network`, whatever it is registered as. None freezes all but the heads, which
+            the module names in `heads` (submodules of its `network`, or its own).
         batch_norm: "eval" keeps frozen modules in eval mode, so that batch-norm uses and keeps the
             pretrained statistics and dropout is off; "train" lets the statistics follow the new
             data.
