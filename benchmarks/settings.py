@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def network(layout: torch.memory_format = torch.channels_last, dense: bool = True) -> nn.Module:
     """ResNet18 for ten classes."""
-    made = build.build("resnet18", "none", 10).network if dense else models.resnet18(num_classes=10)
+    made = build.build_backbone("resnet18", "none", 10).network if dense else models.resnet18(num_classes=10)
     return made.to(DEVICE, memory_format=layout)
 
 

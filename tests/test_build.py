@@ -1,4 +1,7 @@
-"""Every backbone of the table: built, its head found, frozen, trained for a step, saved, reloaded, exported."""
+"""Every backbone of the table is built, gets a head, is frozen, trained, saved and loaded again."""
+
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,26 +13,38 @@ from torchvision.models.regnet import BlockParams
 
 from cifar_transfer import BackboneFreeze, TransferClassifier
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.network import build, catalog
+from cifar_transfer.network import catalog
+from cifar_transfer.network.build import build_backbone, build_stock, find_heads
 from cifar_transfer.training.phases import matching_names
 
 SMALL = {"small_images": True}
-# Each at its smallest sensible size; VGG and ViT with smaller patches or classifier, as one would use them there.
+# Every network at its smallest sensible size, VGG and ViT adapted as one would adapt them there.
 TABLE: dict[str, dict] = {
     "lenet5": {},
     "alexnet": SMALL,
     "vgg16": SMALL,
     "vgg19": SMALL,
-    "googlenet": {"aux_weight": 0.3},
+    "googlenet": {},
     "inception_v3": {"image_size": 75},
-    **{f"resnet{depth}": {} for depth in (18, 34, 50, 101, 152)},
+    "resnet18": {},
+    "resnet34": {},
+    "resnet50": {},
+    "resnet101": {},
+    "resnet152": {},
     "densenet121": SMALL,
     "densenet169": {},
     "timm/mobilenetv1_100": SMALL,
     "mobilenet_v2": SMALL,
     "mobilenet_v3_small": SMALL,
     "mobilenet_v3_large": {},
-    **{f"efficientnet_b{number}": {} for number in range(8)},
+    "efficientnet_b0": {},
+    "efficientnet_b1": {},
+    "efficientnet_b2": {},
+    "efficientnet_b3": {},
+    "efficientnet_b4": {},
+    "efficientnet_b5": {},
+    "efficientnet_b6": {},
+    "efficientnet_b7": {},
     "timm/inception_resnet_v2": {"image_size": 75},
     "vit_b_16": {"image_size": 32},
     "timm/vit_base_patch16_224.augreg_in21k": {"image_size": 32, "patch_size": 8},
@@ -43,17 +58,20 @@ TABLE: dict[str, dict] = {
     "timm/deit_tiny_distilled_patch16_224": SMALL,
     "timm/beit_base_patch16_224": {"image_size": 32},
 }
-
-# The larger ones of a family that has smaller ones, and BEiT, of which other tests make two.
+# The larger networks of a family that has smaller ones, and BEiT, which other tests build too.
 LARGER = {
     "vgg19",
     "resnet101",
     "resnet152",
     "swin_s",
     "swin_b",
-    *(f"efficientnet_b{number}" for number in range(3, 8)),
+    "efficientnet_b3",
+    "efficientnet_b4",
+    "efficientnet_b5",
+    "efficientnet_b6",
+    "efficientnet_b7",
+    "timm/beit_base_patch16_224",
 }
-LARGER |= {"timm/beit_base_patch16_224"}
 
 
 def batches(count=4, classes=3):
@@ -62,91 +80,77 @@ def batches(count=4, classes=3):
     return DataLoader(TensorDataset(images, torch.arange(count) % classes), batch_size=count)
 
 
+def skip_without_timm(name):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm", reason="timm is an optional extra")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.whole] * (name in LARGER)) for name in TABLE]
 )
 def test_every_network_of_the_table(name, tmp_path, monkeypatch):
-    if name.startswith("timm/"):
-        pytest.importorskip("timm", reason="timm is an optional extra")
-    # A stand-in for slow draws: what a layer begins with is of no account here.
+    skip_without_timm(name)
+    # The initial values of layers do not matter here, and truncated normals are slow to draw.
     monkeypatch.setattr(
         nn.init, "trunc_normal_", lambda tensor, *_, **__: nn.init.normal_(tensor, std=0.02)
     )
     torch.manual_seed(0)
     model = TransferClassifier(name, "none", num_classes=3, lr=0.01, **TABLE[name])
     before = {key: value.clone() for key, value in model.named_parameters()}
-    freeze = BackboneFreeze(unfreeze_epoch=1)
     trainer = quiet_trainer(
-        max_epochs=1,
-        callbacks=[freeze],
-        num_sanity_val_steps=0,
+        max_epochs=1, callbacks=[BackboneFreeze(unfreeze_epoch=1)], num_sanity_val_steps=0
     )
     trainer.fit(model, batches(), batches())
-    heads = tuple(f"classifier.network.{head}." for head in model.heads)
-    trained = {
-        key for key, value in model.named_parameters() if not torch.equal(value, before[key])
-    }
-    assert trained == {key for key in before if key.startswith(heads)}, (
-        "the heads train, and nothing else"
-    )
+    head_prefixes = tuple(f"classifier.network.{head}." for head in model.heads)
+    for key, value in model.named_parameters():
+        is_trained = not torch.equal(value, before[key])
+        assert is_trained == key.startswith(head_prefixes), key
 
     trainer.save_checkpoint(tmp_path / "run.ckpt")
-    again = TransferClassifier.load_from_checkpoint(tmp_path / "run.ckpt").eval()
+    loaded = TransferClassifier.load_from_checkpoint(tmp_path / "run.ckpt").eval()
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         logits = model.eval()(images)
         assert logits.shape == (2, 3)
         assert logits.isfinite().all()
-        torch.testing.assert_close(again(images), logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(loaded(images), logits, rtol=1e-5, atol=1e-5)
     state = model.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
-
-    if not TABLE[name] and name in catalog.TORCHVISION:  # adapted, it fits no stock network
-        models.get_model(name, num_classes=3).load_state_dict(model.network.state_dict())
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, state[key]), key
 
 
-@pytest.mark.parametrize("name", catalog.TORCHVISION)
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "vit_b_32"])
+def test_weights_of_an_unadapted_network_fit_the_librarys(name):
+    network = build_backbone(name, "none", 3, image_size=224).network
+    models.get_model(name, num_classes=3).load_state_dict(network.state_dict())
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_googlenet_and_inception_have_no_auxiliary_heads(name):
+    backbone = build_backbone(name, "none", 3, image_size=75)
+    assert backbone.heads == ("fc",)
+    assert not [key for key in backbone.network.state_dict() if "aux" in key.lower()]
+    logits = backbone.network.train()(torch.rand(2, 3, 75, 75))
+    assert logits.shape == (2, 3)
+    library = models.get_model(name, num_classes=3, aux_logits=False, init_weights=False)
+    library.load_state_dict(backbone.network.state_dict())
+
+
+@pytest.mark.parametrize("name", catalog.TORCHVISION_NAMES)
 def test_every_torchvision_network_has_a_head(name, monkeypatch):
-    original = BlockParams.from_init_params.__func__
+    from_init_params = BlockParams.from_init_params.__func__
 
     def on_cpu(cls, *args, **options):  # RegNet computes its widths with tensors
         with torch.device("cpu"):
-            return original(cls, *args, **options)
+            return from_init_params(cls, *args, **options)
 
     monkeypatch.setattr(BlockParams, "from_init_params", classmethod(on_cpu))
     with torch.device("meta"):
-        network = build.stock(name, initialise=False)
-    (head,) = build.head_names(network)
-    last = [key for key, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
-    assert head == last
-    assert next(iter(catalog.weights(name).values())).native >= 224
-
-
-@pytest.mark.parametrize(
-    ("name", "heads"),
-    [
-        ("googlenet", {"aux1.fc2", "aux2.fc2", "fc"}),
-        ("inception_v3", {"AuxLogits.fc", "fc"}),
-    ],
-)
-def test_auxiliary_heads_count_in_the_loss(name, heads):
-    size = 96 if name == "googlenet" else 299
-    torch.manual_seed(0)
-    model = TransferClassifier(name, "none", num_classes=3, aux_weight=0.5, image_size=size).train()
-    assert set(model.heads) == heads
-    images, labels = torch.rand(2, 3, 32, 32), torch.tensor([0, 2])
-    torch.manual_seed(1)
-    loss = model.training_step((images, labels), 0)
-    torch.manual_seed(1)
-    outputs = model.all_logits(images, size)
-    main, *auxiliary = (nn.functional.cross_entropy(logits, labels) for logits in outputs)
-    torch.testing.assert_close(loss, main + 0.5 * sum(auxiliary), rtol=1e-4, atol=1e-4)
-    assert len(outputs) == len(heads)
-    assert isinstance(model.eval()(images), torch.Tensor)
-    dropped = TransferClassifier(name, "none", num_classes=3, image_size=size)
-    assert dropped.heads == ("fc",)
-    assert not [key for key in dropped.network.state_dict() if "aux" in key.lower()]
+        network = build_stock(name, initialise=False)
+    layers = [key for key, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert find_heads(network) == (layers[-1],)
+    assert catalog.default_weights(name).native_side >= 224
 
 
 def test_both_heads_of_the_distilled_deit_answer_and_train():
@@ -154,26 +158,22 @@ def test_both_heads_of_the_distilled_deit_answer_and_train():
     model = TransferClassifier("timm/deit_tiny_distilled_patch16_224", "none", num_classes=3)
     assert model.heads == ("head", "head_dist")
     model(torch.rand(2, 3, 32, 32)).sum().backward()
-    assert all(
-        model.network.get_submodule(head).weight.grad.abs().sum() > 0 for head in model.heads
-    )
+    for head in model.heads:
+        assert model.network.get_submodule(head).weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("name", "last"), [("vgg16", 22), ("vgg19", 22)])
-def test_the_first_ten_convolutions_freeze_by_a_pattern(name, last):
-    """The README's pattern."""
+@pytest.mark.parametrize("name", ["vgg16", "vgg19"])
+def test_the_pattern_of_the_documents_freezes_the_first_ten_convolutions(name):
     pattern = r"network\.features\.(1?\d|2[01])\."
     with torch.device("meta"):
-        network = build.stock(name)
-    convolutions = [
-        f"network.features.{i}.weight"
-        for i, m in enumerate(network.features)
-        if isinstance(m, nn.Conv2d)
-    ]
+        network = build_stock(name)
+    convolutions = []
+    for index, layer in enumerate(network.features):
+        if isinstance(layer, nn.Conv2d):
+            convolutions.append(f"network.features.{index}.weight")
     model = nn.Module()
     model.network = network
     frozen = matching_names(model, [pattern])
-    assert [name for name in convolutions if name in frozen] == convolutions[:10]
     assert {name for name in frozen if name.endswith("weight")} == set(convolutions[:10])
 
 
@@ -195,7 +195,6 @@ def test_the_first_ten_convolutions_freeze_by_a_pattern(name, last):
             {"backbone": "alexnet", "image_size": 32},
             r"63 or more, or native \(224\), or try small_images",
         ),
-        ({"backbone": "resnet18", "aux_weight": 0.3}, "no auxiliary heads"),
         ({"backbone": "resnet18", "patch_size": 4}, "has no patches"),
         ({"backbone": "vit_b_16", "image_size": 40}, "do not divide images of 40"),
         (
@@ -204,52 +203,43 @@ def test_the_first_ten_convolutions_freeze_by_a_pattern(name, last):
         ),
     ],
 )
-def test_mistakes_get_a_sentence(options, message):
-    if options["backbone"].startswith("timm/"):
-        pytest.importorskip("timm", reason="timm is an optional extra")
+def test_mistakes_are_refused_in_one_sentence(options, message):
+    skip_without_timm(options["backbone"])
     with pytest.raises(UserError, match=message) as error:
         TransferClassifier(**{"weights": "none"} | options)
     assert "\n" not in str(error.value)
 
 
-def test_without_timm_its_networks_are_refused_with_the_way_to_get_it(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+def test_without_timm_its_networks_are_refused_and_the_message_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match=r"pip install '\.\[timm\]'"):
         TransferClassifier("timm/vit_base_patch16_224")
 
 
 @pytest.mark.parametrize(
-    ("number", "size"), list(enumerate((224, 240, 288, 300, 380, 456, 528, 600)))
+    ("number", "side"), list(enumerate((224, 240, 288, 300, 380, 456, 528, 600)))
 )
-def test_native_is_each_efficientnets_own_size(number, size):
-    assert next(iter(catalog.weights(f"efficientnet_b{number}").values())).native == size
+def test_the_native_size_of_each_efficientnet(number, side):
+    assert catalog.default_weights(f"efficientnet_b{number}").native_side == side
 
 
-def test_native_size_and_statistics_are_the_weights_and_are_kept(tmp_path):
+def test_native_size_and_statistics_come_from_the_weights():
     model = TransferClassifier("efficientnet_b1", "none", image_size="native", normalize="weights")
-    assert model.hparams["image_size"] == 240
-    assert model.hparams["normalize"] == [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+    assert model.classifier.geometry.input_side == 240
+    assert model.classifier.geometry.mean == (0.485, 0.456, 0.406)
+    assert model.classifier.geometry.std == (0.229, 0.224, 0.225)
     pytest.importorskip("timm", reason="timm is an optional extra")
     model = TransferClassifier("timm/mobilenetv1_100", "none", normalize="weights")
-    assert model.hparams["normalize"] == [[0.5] * 3, [0.5] * 3]
+    assert model.classifier.geometry.mean == (0.5, 0.5, 0.5)
+    assert model.classifier.geometry.std == (0.5, 0.5, 0.5)
 
 
-def test_images_that_do_not_fit_are_known_before_training():
+def test_images_that_do_not_fit_are_refused_before_training():
     model = TransferClassifier("inception_v3", "none", num_classes=3)
-
-    class Data:
-        num_classes, image_size = 3, (32, 32)
-
-    model._trainer = type("Trainer", (), {"datamodule": Data(), "ckpt_path": None})()
-    with pytest.raises(
-        UserError, match=r"cannot take images of 32 x 32 pixels .*image_size=75 or more"
-    ):
-        model.setup("fit")
-    model = TransferClassifier("inception_v3", "none", num_classes=3, image_size=75, aux_weight=0.4)
-    model._trainer = type("Trainer", (), {"datamodule": Data(), "ckpt_path": None})()
-    with pytest.raises(
-        UserError, match="cannot take images of 75 pixels"
-    ):  # its auxiliary head cannot
+    data = SimpleNamespace(num_classes=3, image_size=(32, 32))
+    model._trainer = SimpleNamespace(datamodule=data, ckpt_path=None)
+    message = r"cannot take images of 32 x 32 pixels .*image_size=75 or more"
+    with pytest.raises(UserError, match=message):
         model.setup("fit")
 
 
@@ -257,7 +247,7 @@ def test_images_that_do_not_fit_are_known_before_training():
     "name", ["timm/coatnet_pico_rw_224", "timm/efficientvit_m0", "timm/maxvit_rmlp_pico_rw_256"]
 )
 @pytest.mark.parametrize("options", [{"image_size": 64}, {"image_size": 64, "small_images": True}])
-def test_windows_without_patches_are_fitted_by_timm(name, options):
+def test_networks_with_windows_but_no_patches_are_brought_to_the_size_by_timm(name, options):
     pytest.importorskip("timm", reason="timm is an optional extra")
     model = TransferClassifier(name, "none", num_classes=3, **options).eval()
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 3)
@@ -281,7 +271,7 @@ def test_resuming_at_another_size_is_refused(tmp_path):
         )
 
 
-def test_swin_whose_windows_timm_scales_itself():
+def test_a_swin_whose_windows_timm_scales_itself():
     pytest.importorskip("timm", reason="timm is an optional extra")
-    network = build.build("timm/swinv2_cr_tiny_224", "none", 3, image_size=64).network
+    network = build_backbone("timm/swinv2_cr_tiny_224", "none", 3, image_size=64).network
     assert network.eval()(torch.rand(2, 3, 64, 64)).shape == (2, 3)

@@ -16,9 +16,8 @@ from PIL import Image
 
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.cli.recipes import check_recipe
-from cifar_transfer.commands import backbones, compare
-from cifar_transfer.network import catalog
-from cifar_transfer.network.contestant import contestant, contestants
+from cifar_transfer.commands import compare
+from cifar_transfer.network.contestant import parse_contestant, parse_contestants
 from cifar_transfer.results import comparison
 
 OPTIONS = [*TINY[2:], "--trainer.max_epochs=2"]
@@ -93,7 +92,7 @@ def test_only_what_failed_is_tried_again(compared, monkeypatch):
         return Mock(returncode=3)
 
     monkeypatch.setattr(subprocess, "run", run)
-    backbones = contestants([LENET, INCEPTION, SHUFFLENET])
+    backbones = parse_contestants([LENET, INCEPTION, SHUFFLENET])
     lenet, inception, shufflenet = compare.compare(backbones, OPTIONS, out)
     assert len(commands) == 1
     assert "--model.backbone=inception_v3" in commands[0]
@@ -162,7 +161,7 @@ def test_two_files_of_weights_with_one_name_are_told_apart(tmp_path, monkeypatch
         path = tmp_path / folder / checkpoint
         path.parent.mkdir(parents=True)
         path.touch()
-        backbones.append(contestant(f"lenet5={path}"))
+        backbones.append(parse_contestant(f"lenet5={path}"))
     first, second = backbones
     assert first.folder == second.folder == "lenet5-version_0-best"
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: Mock(returncode=1))
@@ -225,73 +224,3 @@ def test_the_figure_shows_accuracy_against_parameters_time_and_speed():
     figure = comparison.draw_comparison([tested])
     assert figure.axes[0].get_ylabel() == "test accuracy (%)"
     assert figure.axes[0].lines[0].get_ydata() == [40]
-
-
-def test_contestants(tmp_path):
-    (tmp_path / "mine.pth").touch()
-    one = contestant(f"resnet18={tmp_path / 'mine.pth'}")
-    assert (one.label, one.folder) == ("resnet18, mine", "resnet18-mine")
-    assert one.options == ["--model.backbone=resnet18", f"--model.weights={tmp_path / 'mine.pth'}"]
-    (tmp_path / "resnet18-tiny.pth").touch()
-    assert contestant(f"resnet18={tmp_path / 'resnet18-tiny.pth'}").label == "resnet18, tiny"
-    scratch = contestant("resnet18=none")
-    never = ["--freeze.unfreeze_epoch=0", "--freeze.phases=null", "--freeze.probe=false"]
-    assert scratch.options[1:] == ["--model.weights=none", *never]
-    assert contestant("resnet18").options == ["--model.backbone=resnet18"]
-    with pytest.raises(UserError, match="Two of the backbones have one name"):
-        contestants(["resnet18=none", "lenet5=none", "resnet18=none"])
-    pytest.importorskip("timm", reason="timm is an optional extra")
-    assert contestant("timm/vit_tiny_patch16_224").folder == "timm-vit_tiny_patch16_224-pretrained"
-
-
-@pytest.fixture
-def table(capsys):
-    def run(*options):
-        backbones.main(options)
-        return capsys.readouterr().out
-
-    return run
-
-
-def test_the_table_of_backbones(table):
-    lines = table("resnet?8").splitlines()
-    assert [cell.strip() for cell in lines[2].split("|")[1:7]] == [
-        *("resnet18", "11.69", "30.24", "10.92", "224", "IMAGENET1K_V1")
-    ]
-    assert lines[3] == ""
-    listed = json.loads(table("--json"))
-    assert {row["name"] for row in listed} == {"lenet5", *catalog.TORCHVISION}
-    assert next(row for row in listed if row["name"] == "lenet5")["native"] == 32
-    with pytest.raises(UserError, match="No backbone is named like 'resnet81'"):
-        table("resnet81")
-
-
-def test_what_timm_does_not_say_is_left_blank(table):
-    pytest.importorskip("timm", reason="timm is an optional extra")
-    row = backbones.describe("timm/mobilenetv1_100")
-    assert (row["parameters"], row["native"]) == (None, 224)
-    assert row["licence_or_source"] == "apache-2.0"
-    assert row["weights"][0] == "ra4_e3600_r224_in1k"
-    assert "augreg_in21k" in backbones.describe("timm/vit_base_patch16_224")["weights"]
-    cells = [cell.strip() for cell in table("timm/mobilenetv1_100").splitlines()[2].split("|")[1:6]]
-    assert cells == ["timm/mobilenetv1_100", "", "", "", "224"]
-
-
-def test_details(table):
-    text = table("--detail", "resnet18")
-    for expected in (
-        "head    fc: Linear(in_features=512, out_features=10",
-        "frozen  11,176,512 of 11,181,642 parameters",
-        "conv1: 3x3 stride 1 from 7x7 stride 2",
-        "small_images=true, at 32 pixels",
-    ):
-        assert expected in text
-    with pytest.raises(UserError, match="There is no backbone 'resnet81'"):
-        table("--detail", "resnet81")
-
-
-def test_an_image_size_that_cannot_be_is_said():
-    with pytest.raises(
-        UserError, match=r"^inception_v3 cannot take images of 40 pixels: set image_size=75 or more"
-    ):
-        backbones.detail("inception_v3", 40)

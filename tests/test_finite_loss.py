@@ -2,17 +2,15 @@
 
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from conftest import quiet_trainer, weights
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
-from cifar_transfer import BackboneFreeze, ShapesDataModule, TransferClassifier
+from cifar_transfer import ShapesDataModule, TransferClassifier
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.commands.fit import fit
-from cifar_transfer.training import loss_guard as finite_loss
 from cifar_transfer.training.loss_guard import SCALED, Guard
 
 LENET = [
@@ -134,20 +132,3 @@ def test_a_frozen_backbone_that_teaches_nothing_is_told(tmp_path, monkeypatch, d
         warnings.simplefilter("always")
         fit([*LENET, *options])
     assert any("taught the head nothing" in str(warning.message) for warning in seen) == dead
-
-
-def test_both_auxiliary_heads_of_googlenet_count(tmp_path, monkeypatch):
-    """With a learning rate of almost nothing the loss is that of three heads that know nothing."""
-    monkeypatch.setattr(finite_loss, "ENOUGH", 1)
-    data = ShapesDataModule(train_images=24, test_images=8, batch_size=11, val_fraction=0.1)
-    model = TransferClassifier(
-        "googlenet", "none", class_names=data.class_names, aux_weight=0.3, lr=1e-30
-    )
-    freeze = BackboneFreeze(unfreeze_epoch=1)
-    trainer = quiet_trainer(max_epochs=1, callbacks=[freeze, Guard()], default_root_dir=tmp_path)
-    with pytest.warns(UserWarning, match="taught the head nothing") as seen:
-        trainer.fit(model, data)
-    (message,) = (str(warning.message) for warning in seen if "taught" in str(warning.message))
-    shares = np.bincount(data.images["train"].labels) / len(data.images["train"])
-    entropy = -sum(share * np.log(share) for share in shares if share)
-    assert f"{1.6 * entropy:.3f} without looking" in message

@@ -1,12 +1,11 @@
-"""`BackboneFreeze` for modules that are nobody's but the reader's: any LightningModule and optimizer.
+"""`BackboneFreeze` with any LightningModule and optimizer, not only the project's.
 
-The nine cases that Lightning's tests of its own finetuning callbacks describe are among them.
+Among these are the nine cases of Lightning's tests of its own finetuning callbacks.
 """
 
 import copy
 import logging
 import textwrap
-from itertools import pairwise
 
 import pytest
 import torch
@@ -23,22 +22,25 @@ from cifar_transfer import BackboneFreeze, Phase, ShapesDataModule
 from cifar_transfer.base.errors import UserError
 
 
-def test_an_optimizer_of_what_requires_grad_has_what_is_unfrozen_later():
+def test_an_optimizer_of_trainable_parameters_takes_up_what_is_unfrozen_later():
     watch = fit(Net(optimizer=trainable), freeze())
     assert watch.moved("backbone.0.weight") == [False, True, True]
     assert [rates[0] for rates in watch.rates] == [0.01] * STEPS + [1e-4] * (2 * STEPS + 1)
 
 
-def test_what_no_optimizer_has_is_told_at_the_start(caplog):
+def test_parameters_that_no_optimizer_has_are_reported_at_the_start(caplog):
     caplog.set_level(logging.INFO)
     watch = fit(Net(optimizer=lambda module: SGD(module.head.parameters(), 0.01)), freeze())
-    told = "6 tensors of parameters, such as backbone.0.weight, never train, because no optimizer has them."
-    assert caplog.messages.count(told) == 1
+    message = (
+        "6 tensors of parameters, such as backbone.0.weight, never train, "
+        "because no optimizer has them."
+    )
+    assert caplog.messages.count(message) == 1
     assert watch.moved("backbone.0.weight") == [False] * 3
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_what_its_author_has_fixed_stays_fixed(epoch, caplog):
+def test_parameters_that_the_module_fixed_stay_fixed(epoch, caplog):
     caplog.set_level(logging.INFO)
     module = Net()
     module.backbone[0].weight.requires_grad_(False)
@@ -46,9 +48,7 @@ def test_what_its_author_has_fixed_stays_fixed(epoch, caplog):
     assert watch.moved("backbone.0.weight") == [False] * 3
     assert watch.moved("backbone.3.weight") == [epoch == 0, True, True]
     assert not module.backbone[0].weight.requires_grad
-    assert any("the module itself has fixed them" in message for message in caplog.messages) == (
-        epoch > 0
-    )
+    assert ("the module itself has fixed them" in caplog.text) == (epoch > 0)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -59,10 +59,11 @@ def test_fused_sgd_takes_up_what_is_unfrozen(nesterov):
         )
 
     seed_everything(0)
-    module = Net()
-    same = copy.deepcopy(module)
-    module.make, same.make = make(True), make(False)
-    fused, plain = fit(module, freeze()), fit(same, freeze())
+    module = Net(optimizer=make(fused=True))
+    copied_module = copy.deepcopy(module)
+    copied_module.make = make(fused=False)
+    fused = fit(module, freeze())
+    plain = fit(copied_module, freeze())
     assert fused.moved("backbone.0.weight") == [False, True, True]
     torch.testing.assert_close(fused.weights[-1], plain.weights[-1])
 
@@ -75,10 +76,14 @@ def test_fused_sgd_with_dampening_is_refused_before_the_first_step():
         fit(Net(optimizer=make), freeze())
 
 
-def test_frozen_modules_without_parameters_rest_too():
+def test_frozen_modules_without_parameters_are_in_eval_mode_too():
     backbone = nn.Sequential(
-        *(nn.Linear(8, 16), nn.BatchNorm1d(16, affine=False), nn.ReLU(), nn.Dropout(0.5)),
-        *(nn.Linear(16, 16), nn.Dropout(0.5)),
+        nn.Linear(8, 16),
+        nn.BatchNorm1d(16, affine=False),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(16, 16),
+        nn.Dropout(0.5),
     )
     head = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(16, affine=False), nn.Linear(16, 3))
     watch = fit(Net(backbone, head), freeze())
@@ -88,20 +93,22 @@ def test_frozen_modules_without_parameters_rest_too():
     assert watch.eval[STEPS] == set()
 
 
-def test_a_dropout_rests_with_the_layer_that_follows_it_and_an_augmentation_does_not():
+def test_a_dropout_is_in_eval_mode_with_the_layer_after_it_and_an_augmentation_is_not():
     class Augment(nn.Module):
         def forward(self, images):
-            return images + torch.randn_like(images) if self.training else images
+            if not self.training:
+                return images
+            return images + torch.randn_like(images)
 
     class Flat(Net):
         def __init__(self):
             super().__init__(nn.Identity(), nn.Identity())
-            self.augment, self.first, self.drop1 = Augment(), nn.Linear(8, 16), nn.Dropout(0.5)
-            self.second, self.drop2, self.last = (
-                nn.Linear(16, 16),
-                nn.Dropout(0.5),
-                nn.Linear(16, 3),
-            )
+            self.augment = Augment()
+            self.first = nn.Linear(8, 16)
+            self.drop1 = nn.Dropout(0.5)
+            self.second = nn.Linear(16, 16)
+            self.drop2 = nn.Dropout(0.5)
+            self.last = nn.Linear(16, 3)
 
         def training_step(self, batch, batch_idx):
             hidden = self.second(self.drop1(self.first(self.augment(batch[0]))))
@@ -112,7 +119,7 @@ def test_a_dropout_rests_with_the_layer_that_follows_it_and_an_augmentation_does
     assert watch.eval[STEPS] == set()
 
 
-def test_modules_that_their_author_keeps_in_eval_mode_stay_there():
+def test_modules_that_were_put_in_eval_mode_stay_there():
     module = Net()
     module.backbone[1].eval()
     watch = fit(module, freeze())
@@ -123,9 +130,8 @@ def test_modules_that_their_author_keeps_in_eval_mode_stay_there():
 def test_tied_weights_train_as_soon_as_one_of_their_names_does():
     class Tied(Net):
         def __init__(self):
-            super().__init__(
-                nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 8)
-            )
+            backbone = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+            super().__init__(backbone, nn.Linear(8, 8))
             self.head.weight = self.backbone[2].weight
 
     watch = fit(Tied(), freeze())
@@ -134,16 +140,17 @@ def test_tied_weights_train_as_soon_as_one_of_their_names_does():
 
 
 @pytest.mark.parametrize("heads", [["head"], ("head",)])
-def test_heads_of_a_module_without_a_network_are_its_own(heads):
+def test_heads_of_a_module_without_a_network_are_its_submodules(heads):
     module = Net()
     module.heads = heads
     assert fit(module, BackboneFreeze(1)).trains[0] == {"head.weight", "head.bias"}
 
 
-def test_heads_beside_a_network_are_the_modules_own():
+def test_heads_may_be_submodules_beside_a_network():
     module = Net()
-    module.network, module.heads = nn.Linear(2, 2), ["head"]
-    assert {"head.weight", "head.bias"} == fit(module, BackboneFreeze(1)).trains[0]
+    module.network = nn.Linear(2, 2)
+    module.heads = ["head"]
+    assert fit(module, BackboneFreeze(1)).trains[0] == {"head.weight", "head.bias"}
 
 
 def test_heads_that_are_no_submodules_are_refused():
@@ -153,24 +160,24 @@ def test_heads_that_are_no_submodules_are_refused():
         UserError, match="heads names 'classifier', which is none of its submodules"
     ):
         fit(module, BackboneFreeze(1))
-    module.heads = nn.ModuleList()  # of that name for another reason
+    module.heads = nn.ModuleList()  # an attribute of this name with another meaning
     with pytest.raises(UserError, match="names no head"):
         fit(module, BackboneFreeze(1))
 
 
-def test_one_object_serves_a_fit_after_the_other():
-    """Cross-validation; also of one module, and after a callback that has never unfrozen it."""
-    callback, module = freeze(), Net()
-    first = fit(module, callback)
+def test_one_callback_serves_several_fits_as_in_cross_validation():
+    callback = freeze()
+    first = fit(Net(), callback)
+    assert first.moved("backbone.0.weight") == [False, True, True]
     for _ in range(2):
-        again = fit(Net(), callback)
-        assert (
-            again.moved("backbone.0.weight")
-            == first.moved("backbone.0.weight")
-            == [False, True, True]
-        )
-        assert again.rates == first.rates
-        assert again.eval == first.eval
+        watch = fit(Net(), callback)
+        assert watch.moved("backbone.0.weight") == [False, True, True]
+        assert watch.rates == first.rates
+        assert watch.eval == first.eval
+
+
+def test_a_module_that_another_callback_left_frozen_is_unfrozen():
+    module = Net()
     fit(module, freeze(99))
     with pytest.raises(ZeroDivisionError, match="by Fault"):
         fit(module, freeze(99), callbacks=[Fault()])
@@ -182,8 +189,8 @@ class Fault(Callback):
         raise ZeroDivisionError("by Fault")
 
 
-def test_two_in_one_trainer_are_refused():
-    class Mine(BackboneFreeze):
+def test_two_callbacks_in_one_trainer_are_refused():
+    class Subclass(BackboneFreeze):
         pass
 
     with pytest.raises(RuntimeError, match="more than one stateful callback of type"):
@@ -191,10 +198,10 @@ def test_two_in_one_trainer_are_refused():
     with pytest.raises(
         UserError, match="several BackboneFreeze callbacks: give one of them phases"
     ):
-        fit(Net(), freeze(), callbacks=[Mine(1, frozen=["backbone"])])
+        fit(Net(), freeze(), callbacks=[Subclass(1, frozen=["backbone"])])
 
 
-def test_several_optimizers_by_hand():
+def test_several_optimizers_with_manual_optimization():
     class Manual(Net):
         def __init__(self):
             super().__init__()
@@ -205,11 +212,11 @@ def test_several_optimizers_by_hand():
 
         def training_step(self, batch, batch_idx):
             optimizers = self.optimizers()
-            for each in optimizers:
-                each.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             self.manual_backward(super().training_step(batch, batch_idx))
-            for each in optimizers:
-                each.step()
+            for optimizer in optimizers:
+                optimizer.step()
 
     watch = fit(Manual(), freeze())
     assert watch.moved("backbone.0.weight") == [False, True, True]
@@ -220,51 +227,59 @@ def test_several_optimizers_by_hand():
 @pytest.mark.parametrize(
     "kind", ["LBFGS", "LayerNorm", "weight_norm", "spectral_norm", "shared", "compiled"]
 )
-def test_others_modules_and_optimizers_are_kept_right(kind):
+def test_unusual_modules_and_optimizers_freeze_and_unfreeze(kind):
     layer = nn.Linear(16, 16)
-    parts = {
-        "LayerNorm": [nn.LayerNorm(16), layer],
-        "weight_norm": [nn.utils.parametrizations.weight_norm(layer)],
-        "spectral_norm": [nn.utils.parametrizations.spectral_norm(layer)],
-        "shared": [layer, nn.ReLU(), layer],
-    }.get(kind, [layer])
-    module = Net(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), *parts))
+    layers = [layer]
+    if kind == "LayerNorm":
+        layers = [nn.LayerNorm(16), layer]
+    if kind == "weight_norm":
+        layers = [nn.utils.parametrizations.weight_norm(layer)]
+    if kind == "spectral_norm":
+        layers = [nn.utils.parametrizations.spectral_norm(layer)]
+    if kind == "shared":
+        layers = [layer, nn.ReLU(), layer]
+    module = Net(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), *layers))
     if kind == "LBFGS":
         module.make = lambda module: torch.optim.LBFGS(module.parameters(), 0.01)
     if kind == "compiled":
         module.backbone.compile(backend="aot_eager")
     watch = fit(module, freeze())
-    names = [name for name, _ in module.named_parameters() if name.startswith("backbone")]
-    assert [watch.moved(name) for name in names] == [[False, True, True]] * len(names)
-    buffers = [
-        name for name, _ in module.named_buffers() if name.startswith("backbone")
-    ]  # of power iterations
-    assert [watch.moved(name)[0] for name in buffers] == [False] * len(buffers)
+    for name, _ in module.backbone.named_parameters():
+        assert watch.moved(f"backbone.{name}") == [False, True, True], name
+    for name, _ in module.backbone.named_buffers():  # of spectral_norm's power iteration
+        assert watch.moved(f"backbone.{name}")[0] is False, name
 
 
-def test_layer_by_layer_and_on_for_longer_than_there_are_layers(tmp_path):
+def test_gradual_unfreezing_of_all_layers_before_the_last_epoch_can_be_continued(tmp_path):
     """Lightning's callback ends with an IndexError when such a run is continued."""
-    sizes = [8, 16, 16, 16, 16]
-    plan = [
+    phases = [
         Phase(["head"]),
-        *(Phase([rf"backbone\.{layer}\."], 4 - layer) for layer in (3, 2, 1, 0)),
+        Phase([r"backbone\.3\."], 1),
+        Phase([r"backbone\.2\."], 2),
+        Phase([r"backbone\.1\."], 3),
+        Phase([r"backbone\.0\."], 4),
     ]
 
-    def layers():
-        return Net(
-            nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes))), optimizer=trainable
+    def four_layers():
+        backbone = nn.Sequential(
+            nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
         )
+        return Net(backbone, optimizer=trainable)
+
+    def trained_layers(watch):
+        return [len(names) // 2 for names in watch.trains[::STEPS]]
 
     keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    whole = fit(layers(), BackboneFreeze(phases=plan), 7, [keep])
-    assert [len(names) // 2 for names in whole.trains[::STEPS]] == [1, 2, 3, 4, 5, 5, 5, 5]
-    rest = fit(layers(), BackboneFreeze(phases=plan), 7, ckpt_path=tmp_path / "epoch=2.ckpt")
-    assert [len(names) // 2 for names in rest.trains[::STEPS]] == [4, 5, 5, 5, 5]
+    whole = fit(four_layers(), BackboneFreeze(phases=phases), 7, [keep])
+    assert trained_layers(whole) == [1, 2, 3, 4, 5, 5, 5, 5]
+    checkpoint = tmp_path / "epoch=2.ckpt"
+    rest = fit(four_layers(), BackboneFreeze(phases=phases), 7, ckpt_path=checkpoint)
+    assert trained_layers(rest) == [4, 5, 5, 5, 5]
     for name, value in whole.weights[-1].items():
         assert torch.equal(value, rest.weights[-1][name]), name
 
 
-def test_modules_that_have_parameters_and_submodules():
+def test_modules_with_parameters_and_submodules():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -293,11 +308,15 @@ def test_parameters_of_configure_model_are_frozen_too():
     assert watch.moved("late.weight") == [False, True, True]
 
 
-def test_the_example_of_the_docstring_runs_as_it_stands_there(tmp_path, monkeypatch, capsys):
+def test_the_example_of_the_docstring_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     example = textwrap.dedent(BackboneFreeze.__doc__.partition("Example::")[2])
-    names = {"torch": torch, "nn": nn, "F": F, "models": models, "LightningModule": LightningModule}
-    names |= {
+    names = {
+        "torch": torch,
+        "nn": nn,
+        "F": F,
+        "models": models,
+        "LightningModule": LightningModule,
         "BackboneFreeze": BackboneFreeze,
         "ShapesDataModule": ShapesDataModule,
         "Trainer": quiet_trainer,

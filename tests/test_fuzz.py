@@ -41,7 +41,6 @@ OPTIONS = {
     "model.normalize": ("cifar10", "imagenet", "[[0.5, 0.5, 0.5], [0.2, 0.2, 0.2]]"),
     "model.small_images": ("true", "false"),
     "model.patch_size": ("null",),
-    "model.aux_weight": ("0", "0.0"),
     "model.label_smoothing": ("0", "0.1", "0.99"),
     "model.optimizer": ("adam", "adamw", "sgd"),
     "model.lr": ("1e-3", "1", "1e-30"),

@@ -1,8 +1,6 @@
-"""The same images give the same probabilities while training, in `evaluate`, in `predict` and in an exported graph."""
+"""The same images give the same probabilities in training, `evaluate`, `predict` and exports."""
 
 import logging
-from dataclasses import replace
-from itertools import product
 
 import numpy as np
 import pytest
@@ -14,9 +12,8 @@ from cifar_transfer import BackboneFreeze, Classifier, ImageFolderDataModule, Tr
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.commands.evaluate import evaluate
 from cifar_transfer.commands.export import export
-from cifar_transfer.data.geometry import Geometry, choose_size, cover, resize
+from cifar_transfer.data.geometry import STATISTICS, Geometry, choose_size, cover, resize
 from cifar_transfer.data.images import read_image, read_size
-from cifar_transfer.data.module import EarlierRun
 from cifar_transfer.results.collect import CollectPredictions
 from cifar_transfer.training.checkpoint_file import read_checkpoint
 from cifar_transfer.training.evaluation import load_data
@@ -24,22 +21,30 @@ from cifar_transfer.training.evaluation import load_data
 TINY = "shufflenet_v2_x0_5"
 
 
-def folder(root, train=((32, 32), 6), test=((32, 32), 5), odd=()):
-    """Images of these sizes (width, height), so many a class, and further training images of odd sizes."""
+def write_folder(root, train=((32, 32), 6), test=((32, 32), 5), odd=()):
+    """Write an image folder with two classes.
+
+    Args:
+        train: Size (width, height) of the training images, and their number for each class.
+        test: The same of the test images.
+        odd: Sizes of further training images of each class.
+    """
+    train_size, train_count = train
+    test_size, test_count = test
+    sizes = {"train": [train_size] * train_count + list(odd), "test": [test_size] * test_count}
     rng = np.random.default_rng(0)
-    sizes = {"train": [train[0]] * train[1] + list(odd), "test": [test[0]] * test[1]}
-    for split, name in product(sizes, ("cat", "dog")):
-        (root / split / name).mkdir(parents=True)
-        for number, size in enumerate(sizes[split]):
-            patches = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-            Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC).save(
-                root / split / name / f"{number}.png"
-            )
+    for split in sizes:
+        for class_name in ("cat", "dog"):
+            (root / split / class_name).mkdir(parents=True)
+            for number, size in enumerate(sizes[split]):
+                patches = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+                image = patches.resize(size, Image.Resampling.BICUBIC)
+                image.save(root / split / class_name / f"{number}.png")
     return root
 
 
 def fit(root, model=None, **options):
-    """Two steps, as of a whole run, and the checkpoint."""
+    """Train for two epochs, and save the checkpoint `best.ckpt` as a run does."""
     data = ImageFolderDataModule(
         str(root), batch_size=4, val_fraction=0.4, num_workers=0, **options
     )
@@ -47,25 +52,26 @@ def fit(root, model=None, **options):
     network = TransferClassifier(
         TINY, "none", class_names=data.class_names, lr=0.05, **(model or {})
     )
-    trainer = quiet_trainer(
-        max_epochs=2, callbacks=[BackboneFreeze(unfreeze_epoch=0, unfrozen_lr=0.05)]
-    )
+    freeze = BackboneFreeze(unfreeze_epoch=0, unfrozen_lr=0.05)
+    trainer = quiet_trainer(max_epochs=2, callbacks=[freeze])
     trainer.fit(network, data)
-    tell_apart(network, data)
+    spread_logits(network, data)
     trainer.save_checkpoint(root / "best.ckpt")
     return network
 
 
 @torch.no_grad()
-def tell_apart(network, data):
-    """Have the head give images of one class other logits, of deviation 1: so short a training does not."""
-    pixels, _ = data.images["test"].__getitems__(range(10))
-    logits, head = network.eval()(pixels / 255), network.network.fc
+def spread_logits(network, data):
+    """Change the head such that the logits have a deviation of 1. The short training does not."""
+    images, _ = data.images["test"].__getitems__(range(10))
+    logits = network.eval()(images / 255)
+    head = network.network.fc
     head.weight /= logits.std(0)[:, None]
     head.bias.copy_((head.bias - logits.mean(0)) / logits.std(0))
 
 
-# What the folder holds, the options of network and data, and to what size images are to be decoded.
+# Images in the folder, options of the network, options of the data, and the size (height, width)
+# that images are to be decoded to.
 CASES = {
     "test images of another size": ({"test": ((50, 44), 5)}, {}, {}, (32, 32)),
     "one of 33 pixels among 32": ({"odd": [(33, 33)]}, {}, {}, (32, 32)),
@@ -106,74 +112,100 @@ CASES = {
         (40, 40),
     ),
 }
-# Of the others the graphs are no different.
+# The graphs of the other cases are not different.
 EXPORTED = ("one of 33 pixels among 32", "rectangles", "rectangles, larger", "decoded to a size")
-WHOLE = [
-    pytest.param(
-        *case, id=f"{name}, onnx", marks=pytest.mark.whole if name != "rectangles, larger" else ()
-    )
-    for name, case in CASES.items()
-    if name in EXPORTED
-]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("images", "model", "data", "size"),
-    [*(pytest.param(*case, id=name) for name, case in CASES.items()), *WHOLE],
+    ("images", "model", "data", "size"), [pytest.param(*CASES[name], id=name) for name in CASES]
 )
 def test_the_same_images_give_the_same_everywhere(
     tmp_path, request, record_property, images, model, data, size
 ):
-    name = request.node.callspec.id
-    trained = fit(folder(tmp_path / "run", **images), model, **data)
-    ckpt = tmp_path / "run" / "best.ckpt"
-    assert read_checkpoint(ckpt)["input_size"] == list(size)
-    model, collected = TransferClassifier.load_from_checkpoint(ckpt), CollectPredictions()
-    quiet_trainer(callbacks=[collected]).test(
-        model, load_data(read_checkpoint(ckpt)), verbose=False
+    trained = fit(write_folder(tmp_path, **images), model, **data)
+    path = tmp_path / "best.ckpt"
+    checkpoint = read_checkpoint(path)
+    assert checkpoint["network"]["geometry"]["size"] == list(size)
+    predicted = predict(path, tmp_path)
+    assert predicted.std(0).min() > 0.05, "the images differ"
+
+    collected = CollectPredictions()
+    trainer = quiet_trainer(callbacks=[collected])
+    trainer.test(
+        TransferClassifier.load_from_checkpoint(path), load_data(checkpoint), verbose=False
     )
-    seen = collected.predictions
-    files = sorted((tmp_path / "run" / "test").rglob("*.png"))
-    classifier = Classifier.load(ckpt, "cpu")
-    said = [dict(classes) for classes in classifier.predict(files, top_k=2)]
-    shares = torch.tensor([[row[name] for name in seen.names] for row in said])
-    assert shares.std(0).min() > 0.05, "images that differ"
-    worst = {"predict": float((shares - seen.probabilities).abs().max())}
-    loss = float(torch.nn.functional.nll_loss(shares.log(), seen.labels))
-    assert evaluate(str(ckpt), accelerator="cpu", figures=False)["test/loss"] == pytest.approx(
-        loss, abs=1e-5
-    )
-    pixels = torch.stack([torch.from_numpy(read_image(file, size)) for file in files]) / 255
+    assert_same(record_property, "test", predicted, collected.predictions.probabilities, 1e-5)
+    loss = torch.nn.functional.nll_loss(predicted.log(), collected.predictions.labels)
+    scores = evaluate(str(path), accelerator="cpu", figures=False)
+    assert scores["test/loss"] == pytest.approx(float(loss), abs=1e-5)
+
+    pixels = decode(tmp_path, size)
     with torch.no_grad():
-        worst["training"] = float((trained.eval()(pixels).softmax(1) - shares).abs().max())
-    if name in EXPORTED:
-        export(str(ckpt), "torch_export")
-        graph = torch.export.load(ckpt.with_suffix(".pt2")).module()
-        worst["torch_export"] = float((graph(pixels).detach().softmax(1) - shares).abs().max())
-    if name.endswith("onnx"):
-        onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is an optional extra")
-        export(str(ckpt), "onnx")
-        session = onnxruntime.InferenceSession(
-            ckpt.with_suffix(".onnx"), providers=["CPUExecutionProvider"]
-        )
-        logits = torch.from_numpy(session.run(None, {"images": pixels.numpy()})[0])
-        worst["onnx"] = float((logits.softmax(1) - shares).abs().max())
-    for name, difference in worst.items():
-        record_property(name, difference)
-        assert difference < (1e-5 if name in ("predict", "training") else 1e-4), name
+        in_training = trained.eval()(pixels).softmax(1)
+    assert_same(record_property, "training", predicted, in_training, 1e-5)
+    if request.node.callspec.id in EXPORTED:
+        export(str(path), "torch_export")
+        graph = torch.export.load(path.with_suffix(".pt2")).module()
+        exported = graph(pixels).detach().softmax(1)
+        assert_same(record_property, "torch_export", predicted, exported, 1e-4)
 
 
-def test_evaluation_and_prediction_do_not_ask_the_images_again(tmp_path):
-    """The folder has been replaced by one of other images since."""
-    fit(folder(tmp_path / "run"))
-    checkpoint = read_checkpoint(tmp_path / "run" / "best.ckpt")
-    other = folder(tmp_path / "other", ((50, 40), 4), ((60, 60), 3))
-    data = load_data(checkpoint, root=str(other))
-    quiet_trainer().test(
-        TransferClassifier.load_from_checkpoint(tmp_path / "run" / "best.ckpt"), data, verbose=False
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "rectangles, larger" else pytest.mark.whole)
+        for name in EXPORTED
+    ],
+)
+def test_the_same_images_give_the_same_in_onnx(tmp_path, record_property, name):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is an optional extra")
+    images, model, data, size = CASES[name]
+    fit(write_folder(tmp_path, **images), model, **data)
+    path = tmp_path / "best.ckpt"
+    export(str(path), "onnx")
+    session = onnxruntime.InferenceSession(
+        path.with_suffix(".onnx"), providers=["CPUExecutionProvider"]
     )
-    assert {images[0][0].shape for images in data.images.values()} == {(3, 32, 32)}
+    (logits,) = session.run(None, {"images": decode(tmp_path, size).numpy()})
+    exported = torch.from_numpy(logits).softmax(1)
+    assert_same(record_property, "onnx", predict(path, tmp_path), exported, 1e-4)
+
+
+def files_of_test_images(root):
+    return sorted((root / "test").rglob("*.png"))
+
+
+def decode(root, size):
+    """Return the test images of a folder as exported networks take them, float [B, 3, H, W]."""
+    images = [torch.from_numpy(read_image(file, size)) for file in files_of_test_images(root)]
+    return torch.stack(images) / 255
+
+
+def predict(path, root):
+    """Return the probabilities of `predict` for the test images of a folder, float [B, 2]."""
+    rows = []
+    for classes in Classifier.load(path, "cpu").predict(files_of_test_images(root), top_k=2):
+        probabilities = dict(classes)
+        rows.append([probabilities["cat"], probabilities["dog"]])
+    return torch.tensor(rows)
+
+
+def assert_same(record_property, name, predicted, probabilities, tolerance):
+    difference = float((probabilities - predicted).abs().max())
+    record_property(name, difference)
+    assert difference < tolerance, name
+
+
+def test_evaluation_decodes_to_the_size_of_training_even_if_the_images_were_replaced(tmp_path):
+    fit(write_folder(tmp_path / "run"))
+    path = tmp_path / "run" / "best.ckpt"
+    other = write_folder(tmp_path / "other", ((50, 40), 4), ((60, 60), 3))
+    data = load_data(read_checkpoint(path), root=str(other))
+    quiet_trainer().test(TransferClassifier.load_from_checkpoint(path), data, verbose=False)
+    for images in data.images.values():
+        assert images[0][0].shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize(
@@ -195,26 +227,26 @@ def test_evaluation_and_prediction_do_not_ask_the_images_again(tmp_path):
         ([(40, 50), (50, 60), (90, 70)], 64, (64, 64)),
     ],
 )
-def test_what_size_images_are_decoded_to(sizes, largest, size):
+def test_the_size_that_images_are_decoded_to(sizes, largest, size):
     assert choose_size(sizes, largest) == size
 
 
-def test_a_size_is_read_from_the_header_and_upright(tmp_path):
+def test_the_size_of_the_upright_image_is_read_from_the_header(tmp_path):
     image = Image.new("RGB", (50, 40))
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = 6  # turned by 90 degrees
     for kind in ("png", "jpg", "webp"):
         image.save(tmp_path / f"x.{kind}", exif=exif)
         assert read_size(tmp_path / f"x.{kind}") == (50, 40), kind
     image.save(tmp_path / "plain.png")
-    whole = (tmp_path / "plain.png").read_bytes()
-    (tmp_path / "plain.png").write_bytes(whole[:60])  # its pixels are not looked at
+    content = (tmp_path / "plain.png").read_bytes()
+    (tmp_path / "plain.png").write_bytes(content[:60])  # the header without the pixels
     assert read_size(tmp_path / "plain.png") == (40, 50)
     with pytest.raises(UserError, match=r"plain\.png cannot be decoded"):
         read_image(tmp_path / "plain.png")
 
 
-def test_an_image_of_the_right_size_is_taken_as_it_is():
+def test_an_image_of_the_right_size_is_not_changed():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
     assert cover(image, (32, 48)) is image
     assert cover(image, (48, 32)).size == (32, 48)
@@ -224,143 +256,96 @@ def test_rectangles_are_cut_not_squashed():
     images = torch.rand(2, 3, 20, 31)
     assert torch.equal(resize(images, 20), images[..., 6:26])  # as torchvision rounds
     assert torch.equal(resize(images, None), images)
-    assert resize(images, 24).shape == resize(images, 24, stretch=True).shape == (2, 3, 24, 24)
-    assert not torch.allclose(resize(images, 24), resize(images, 24, stretch=True))
+    squashed = torch.nn.functional.interpolate(
+        images, size=(24, 24), mode="bilinear", antialias=True
+    )
+    assert resize(images, 24).shape == (2, 3, 24, 24)
+    assert not torch.allclose(resize(images, 24), squashed)
 
 
-def told(caplog):
-    return [
-        record.getMessage()
-        for record in caplog.records
-        if record.getMessage().startswith("Images ")
-    ]
-
-
-def test_what_is_done_to_images_is_said_once(tmp_path, caplog):
+def test_what_is_done_to_images_is_logged_once(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    fit(folder(tmp_path / "a"))
-    assert not told(caplog), "nothing"
-    fit(folder(tmp_path / "b", ((48, 37), 6), odd=[(40, 40)]), {"image_size": 40})
-    assert told(caplog) == [
-        "Images become 37 x 37 pixels when decoded, resized and cut to the centre: 14 of 14 looked at have another "
-        "size (decode_size=N makes them N x N)",
+    fit(write_folder(tmp_path / "a"))
+    assert not any(message.startswith("Images ") for message in caplog.messages)
+    fit(write_folder(tmp_path / "b", ((48, 37), 6), odd=[(40, 40)]), {"image_size": 40})
+    messages = [message for message in caplog.messages if message.startswith("Images ")]
+    assert messages == [
+        "Images become 37 x 37 pixels when decoded, resized and cut to the centre: 14 of 14 "
+        "looked at have another size (decode_size=N makes them N x N)",
         "Images of 37 x 37 are enlarged to 40 x 40 on the device.",
     ]
 
 
-def test_data_that_were_set_up_alone_are_decoded_again_for_a_network_that_asks_for_squares(
-    tmp_path,
-):
-    data = ImageFolderDataModule(
-        str(folder(tmp_path, ((48, 32), 6))), batch_size=4, val_fraction=0.4
-    )
+def test_data_that_were_set_up_before_are_decoded_again_for_a_network_that_takes_squares(tmp_path):
+    root = write_folder(tmp_path, ((48, 32), 6))
+    data = ImageFolderDataModule(str(root), batch_size=4, val_fraction=0.4)
     data.prepare_data()
     data.setup()
     assert data.image_size == (32, 48)
     network = TransferClassifier(TINY, "none", num_classes=2, image_size=24)
     quiet_trainer(max_steps=1, limit_val_batches=0).fit(network, data)
-    assert data.image_size == network.geometry.size == (24, 24)
-
-
-def old(checkpoint, **changes):
-    """As before checkpoints had a geometry."""
-    del checkpoint["geometry"]
-    return checkpoint | changes
-
-
-def test_an_old_checkpoint_is_evaluated_as_it_was_trained(tmp_path):
-    """It was trained on rectangles, squashed to squares on the device."""
-    fit(folder(tmp_path, ((48, 32), 6), ((48, 32), 5)), {"image_size": 48})
-    checkpoint = old(read_checkpoint(tmp_path / "best.ckpt"), input_size=[32, 48])
-    torch.save(checkpoint, tmp_path / "old.ckpt")
-    model, data = (
-        TransferClassifier.load_from_checkpoint(tmp_path / "old.ckpt"),
-        load_data(checkpoint),
-    )
-    trainer = quiet_trainer()
-    trainer.test(model, data, verbose=False)
-    assert data.image_size == Classifier(model, "cpu").size == (32, 48)
-    images = torch.rand(2, 3, 32, 48)
-    squashed = torch.nn.functional.interpolate(
-        images, size=(48, 48), mode="bilinear", antialias=True
-    )
-    with torch.no_grad():
-        assert torch.equal(model(images), model(squashed))
-    trainer.save_checkpoint(tmp_path / "again.ckpt")
-    assert Geometry.of(read_checkpoint(tmp_path / "again.ckpt")) == Geometry.of(checkpoint)
-
-
-def test_an_old_run_goes_on_as_it_began(tmp_path, monkeypatch):
-    """It decoded at 40 pixels what is now decoded at 24."""
-    from cifar_transfer.cli.fit_cli import FitCLI
-
-    monkeypatch.chdir(tmp_path)
-    fit(folder(tmp_path / "photos", ((60, 40), 6)), {"image_size": 24})
-    checkpoint = old(read_checkpoint("photos/best.ckpt"), input_size=[40, 40])
-    checkpoint["datamodule_hyper_parameters"]["root"] = "photos"
-    torch.save(checkpoint, "old.ckpt")
-    options = [
-        f"--model.backbone={TINY}",
-        "--model.image_size=24",
-        "--trainer.accelerator=cpu",
-        "--ckpt_path=old.ckpt",
-    ]
-    options += [
-        "--data=ImageFolderDataModule",
-        "--data.root=photos",
-        "--data.val_fraction=0.4",
-        "--model.lr=0.05",
-    ]
-    assert FitCLI(options).datamodule._earlier.size == (40, 40)
-    assert FitCLI([*options, "--data.decode_size=32"]).datamodule._earlier.size is None
+    assert data.image_size == (24, 24)
+    assert network.classifier.geometry.size == (24, 24)
 
 
 def test_other_images_than_a_checkpoint_was_trained_on_are_refused(tmp_path):
-    fit(folder(tmp_path / "run"))
-    data = ImageFolderDataModule(str(folder(tmp_path / "other", ((48, 40), 6))), val_fraction=0.4)
+    fit(write_folder(tmp_path / "run"))
+    path = tmp_path / "run" / "best.ckpt"
+    other = str(write_folder(tmp_path / "other", ((48, 40), 6)))
     network = TransferClassifier(TINY, "none", num_classes=2)
-    ckpt = tmp_path / "run" / "best.ckpt"
-    with pytest.raises(
-        UserError,
-        match=r"decoded to 32 x 32 .* give 48 x 40: give the data the same decode_size",
-    ):
-        quiet_trainer().test(network, data, ckpt_path=ckpt, weights_only=True, verbose=False)
-    data.continue_from(EarlierRun(size=(32, 32)))
-    quiet_trainer().test(network, data, ckpt_path=ckpt, weights_only=True, verbose=False)
+    data = ImageFolderDataModule(other, val_fraction=0.4)
+    message = "decoded to 32 x 32 .* give 48 x 40: give the data the same decode_size"
+    with pytest.raises(UserError, match=message):
+        quiet_trainer().test(network, data, ckpt_path=path, weights_only=True, verbose=False)
+    data = ImageFolderDataModule(other, val_fraction=0.4, decode_size=32)
+    quiet_trainer().test(network, data, ckpt_path=path, weights_only=True, verbose=False)
     assert data.image_size == (32, 32)
 
 
-def test_loaders_of_somebody_elses_tell_the_size_too():
-    batches = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(torch.rand(8, 3, 40, 56), torch.arange(8) % 2), batch_size=4
-    )
+def test_plain_loaders_tell_the_size_and_leave_the_statistics_of_the_weights():
+    images = torch.utils.data.TensorDataset(torch.rand(8, 3, 40, 56), torch.arange(8) % 2)
+    batches = torch.utils.data.DataLoader(images, batch_size=4)
     network = TransferClassifier(TINY, "none", num_classes=2)
     quiet_trainer(max_epochs=1).fit(network, batches, batches)
-    assert Classifier(network, "cpu").size == (40, 56)
-    assert network.hparams["normalize"] == [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+    assert Classifier(network.classifier, "cpu").size == (40, 56)
+    assert network.classifier.geometry.mean == STATISTICS["imagenet"][0]
 
 
 @pytest.mark.parametrize(
-    ("statistics", "backbone", "asked", "resolved"),
+    ("statistics", "backbone", "normalize", "expected"),
     [
         ("cifar10", TINY, None, "cifar10"),
         ("cifar10", TINY, "imagenet", "imagenet"),
-        (None, TINY, None, [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]),
+        (None, TINY, None, "imagenet"),
         (None, TINY, "cifar10", "cifar10"),
         (None, "lenet5", None, "imagenet"),
     ],
 )
-def test_statistics_are_the_datas_or_the_weights(tmp_path, statistics, backbone, asked, resolved):
-    data = ImageFolderDataModule(str(folder(tmp_path)), batch_size=4, val_fraction=0.4)
+def test_statistics_are_those_of_the_option_the_data_or_the_weights(
+    tmp_path, statistics, backbone, normalize, expected
+):
+    root = write_folder(tmp_path)
+    data = ImageFolderDataModule(str(root), batch_size=4, val_fraction=0.4)
     data.statistics = statistics
-    network = TransferClassifier(backbone, "none", num_classes=2, normalize=asked)
+    network = TransferClassifier(backbone, "none", num_classes=2, normalize=normalize)
     trainer = quiet_trainer(max_steps=1, limit_val_batches=0)
     trainer.fit(network, data)
     trainer.save_checkpoint(tmp_path / "best.ckpt")
-    assert read_checkpoint(tmp_path / "best.ckpt")["hyper_parameters"]["normalize"] == resolved
-    again = TransferClassifier.load_from_checkpoint(tmp_path / "best.ckpt")
-    assert torch.equal(again.mean, network.mean)
-    assert again.mean.flatten().tolist() == pytest.approx(list(again.geometry.mean))
-    assert again.geometry == replace(
-        network.geometry, mean=again.geometry.mean, std=again.geometry.std
-    )
+    loaded = TransferClassifier.load_from_checkpoint(tmp_path / "best.ckpt").classifier
+    mean, std = STATISTICS[expected]
+    assert (loaded.geometry.mean, loaded.geometry.std) == (mean, std)
+    assert loaded.mean.flatten().tolist() == pytest.approx(list(mean))
+    assert loaded.std.flatten().tolist() == pytest.approx(list(std))
+    assert loaded.geometry == network.classifier.geometry
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_words_about_a_geometry_name_every_step(inside):
+    geometry = Geometry((32, 48), 24, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    description = geometry.describe(inside)
+    words = description["preparation"]
+    assert "resize it (to cover 48 x 32 pixels; bilinear, antialiased)" in words
+    assert ("Cut out the centre square. Resize" in words) == (not inside)
+    assert ("Subtract the mean" in words) == (not inside)
+    assert ("mean" in description) == (not inside)
+    assert description["geometry"]["input_size"] == ([32, 48] if inside else [24, 24])

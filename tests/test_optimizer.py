@@ -179,8 +179,7 @@ def test_options_of_numpy_become_primitives():
 
 @pytest.mark.parametrize("head_lr", [None, 0.1])
 def test_parameters_are_optimized_in_the_order_that_checkpoints_rely_on(head_lr):
-    """GoogLeNet has heads before other layers."""
-    module = TransferClassifier("googlenet", "none", aux_weight=0.3, head_lr=head_lr, image_size=96)
+    module = TransferClassifier("lenet5", "none", head_lr=head_lr)
     module._trainer = SimpleNamespace(gradient_clip_val=None)
     groups = module.configure_optimizers()["optimizer"].param_groups
     heads = {

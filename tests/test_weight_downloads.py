@@ -22,7 +22,8 @@ from cifar_transfer.base import download
 from cifar_transfer.base.download import fetch
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.data import cifar
-from cifar_transfer.network import build, catalog, weights, weights_download
+from cifar_transfer.network import catalog, weights, weights_download
+from cifar_transfer.network.build import build_stock
 from cifar_transfer.network.weights_download import published_file
 
 TINY = "shufflenet_v2_x0_5"
@@ -114,7 +115,7 @@ def hub(tmp_path, monkeypatch):
 
 def test_timms_weights_come_from_the_hub_once(hub):
     pytest.importorskip("timm", reason="timm is an optional extra")
-    state = build.stock(VIT).state_dict()
+    state = build_stock(VIT).state_dict()
     hub.content = save(state)
     model = TransferClassifier(f"{VIT}.r160_in1k", "DEFAULT", num_classes=3, image_size=160)
     for name, value in model.network.state_dict().items():

@@ -15,7 +15,8 @@ from torchvision import models
 from cifar_transfer import ImageFolderDataModule, ShapesDataModule, TransferClassifier
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.commands.fit import fit
-from cifar_transfer.network import build, catalog
+from cifar_transfer.network import catalog
+from cifar_transfer.network.build import build_stock
 
 TINY = "shufflenet_v2_x0_5"
 VIT = "timm/vit_tiny_patch16_224"
@@ -262,7 +263,7 @@ def test_moco_v3(tmp_path, name, head):
     if name.startswith("timm/"):
         pytest.importorskip("timm", reason="timm is an optional extra")
     torch.manual_seed(0)
-    network = build.stock(name)
+    network = build_stock(name)
     path = str(tmp_path / "r-50-300ep.pth.tar")
     torch.save(moco_v3(network, head, 16), path)
     model = TransferClassifier(name, path, num_classes=3, image_size=224)
@@ -293,7 +294,7 @@ def published_by(publisher, state):
 def test_publishers_wrappings(tmp_path, publisher):
     pytest.importorskip("timm", reason="timm is an optional extra")
     torch.manual_seed(0)
-    state = build.stock(VIT).state_dict()
+    state = build_stock(VIT).state_dict()
     path = str(tmp_path / "w.pth")
     torch.save(published_by(publisher, state), path)
     model = TransferClassifier(VIT, path, num_classes=3, image_size=224)
@@ -306,7 +307,7 @@ def test_microsofts_own_files_of_swin(tmp_path):
     pytest.importorskip("timm", reason="timm is an optional extra")
     torch.manual_seed(0)
     name = "timm/swin_tiny_patch4_window7_224"
-    state = build.stock(name).state_dict()
+    state = build_stock(name).state_dict()
     published = {}
     for key, value in state.items():
         key = key.replace("head.fc.", "head.")
@@ -328,7 +329,7 @@ def test_microsofts_own_files_of_beit(tmp_path):
     pytest.importorskip("timm", reason="timm is an optional extra")
     torch.manual_seed(0)
     name = "timm/beit_base_patch16_224"
-    state = build.stock(name).state_dict()
+    state = build_stock(name).state_dict()
     indices = torch.zeros(197, 197, dtype=torch.long)
     published = state | {"blocks.0.attn.relative_position_index": indices}
     path = str(tmp_path / "beit.pth")
@@ -409,5 +410,5 @@ def test_real_weights_load(shared, name, file):
 def test_catalogue_is_json_and_says_where_weights_are():
     entry = next(iter(catalog.weights("resnet18").values()))
     assert entry.url.endswith("resnet18-f37072fd.pth")
-    assert (entry.native, entry.parameters, entry.top1) == (224, 11689512, 30.242)
+    assert (entry.native_side, entry.parameters, entry.top1_error) == (224, 11689512, 30.242)
     json.dumps(entry.__dict__)

@@ -30,7 +30,7 @@ from cifar_transfer.data.loading import rows_loader
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.features import findings
 from cifar_transfer.features.findings import Finding
-from cifar_transfer.network.contestant import contestant
+from cifar_transfer.network.contestant import parse_contestant
 
 OUT = Path(LOGS, "audit")
 BATCH = 256  # images looked at at once
@@ -191,7 +191,7 @@ def main(args: Sequence[str]) -> None:
         raise UserError(
             f"{there[0]} is there already, and may have been edited: name another folder with --out."
         )
-    cli, _, extracted, _ = features_of(contestant(given.backbone), given, of_fit, given.out)
+    cli, _, extracted, _ = features_of(parse_contestant(given.backbone), given, of_fit, given.out)
     if not cli.trainer.is_global_zero:
         return
     data = cli.datamodule

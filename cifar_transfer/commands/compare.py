@@ -13,7 +13,7 @@ from cifar_transfer.base.files import LOGS, make_folder, write_json
 from cifar_transfer.cli.fit_process import finished_runs, fit_once, read_result
 from cifar_transfer.cli.parsers import PartParser
 from cifar_transfer.cli.recipes import RECIPE_FILE, check_recipe, with_recipe_files
-from cifar_transfer.network.contestant import Contestant, contestants
+from cifar_transfer.network.contestant import Contestant, parse_contestants
 from cifar_transfer.results.comparison import FIGURE, ComparedNetwork, number, write_comparison
 
 OUT = Path(LOGS, "comparison")
@@ -51,7 +51,9 @@ def main(args: Sequence[str]) -> int:
     options, fit_options = parser.parse_known_args(with_recipe_files(args))
     recipes = [f"--config={file}" for file in options.config]
     try:
-        networks = compare(contestants(options.backbones), [*recipes, *fit_options], options.out)
+        networks = compare(
+            parse_contestants(options.backbones), [*recipes, *fit_options], options.out
+        )
     except KeyboardInterrupt:
         print("\nStopped; the same command continues.")
         return 130

@@ -183,7 +183,7 @@ def _read(to: Format, model: ImageClassifier, path: Path) -> Callable[[Tensor], 
         return lambda images: torch.from_numpy(
             session.run(["logits"], {"images": images.numpy()})[0]
         )
-    plain, _ = build.with_head(model.backbone, model.num_classes, initialise=False)
+    plain, _ = build.build_with_head(model.backbone, model.num_classes, initialise=False)
     plain.load_state_dict(read_weights(path)[0])
     return plain.eval()
 

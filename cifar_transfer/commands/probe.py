@@ -26,7 +26,7 @@ from cifar_transfer.base.text import markdown
 from cifar_transfer.cli.features_cli import features_of, parser
 from cifar_transfer.cli.recipes import RECIPE_FILE, check_recipe
 from cifar_transfer.features import heads
-from cifar_transfer.network.contestant import Contestant, contestants
+from cifar_transfer.network.contestant import Contestant, parse_contestants
 from cifar_transfer.results import plots
 
 OUT = Path(LOGS, "probe")
@@ -169,7 +169,7 @@ def main(args: Sequence[str]) -> int:
     options.add_argument("--views", type=int, default=1, metavar="N", help=seen)
     given, of_fit = options.parse_known_args(args)
     check("--views", given.views, lambda n: 1 <= n <= MOST_VIEWS, f"1 to {MOST_VIEWS}")
-    backbones = contestants(given.backbones)
+    backbones = parse_contestants(given.backbones)
     recipe = check_recipe(
         given.out,
         [f"--views={given.views}", *(f"--config={file}" for file in given.config), *of_fit],

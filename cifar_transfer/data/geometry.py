@@ -1,9 +1,10 @@
-"""How an image of any size becomes the network's input: the only place that knows.
+"""How an image of any size becomes the network's input. No other module knows.
 
     file -> upright, RGB -> resized to cover `size`, the centre cut out: uint8, once, by Pillow
          -> float in [0, 1] -> resized to `input_side` on the device -> normalised -> network
 
-Training, evaluation, prediction and exported graphs all follow one `Geometry`, which is kept in the checkpoint.
+Training, evaluation, prediction and exported graphs all follow one `Geometry`, which the checkpoint
+stores.
 """
 
 import math
@@ -21,28 +22,37 @@ from cifar_transfer.base.errors import UserError
 
 Size = tuple[int, int]  # height and width in pixels
 
-LARGEST_SIDE = 4000  # pixels that an image may be asked to be brought to
-LARGEST_KEPT = 256  # pixels: up to this, images that share one size keep it
-MIXED_SIDE = 224  # pixels: the largest square that other images become, unless a size is asked for
-DEFAULT_SIDE = 32  # pixels, where nothing is known of the images
+# Largest side in pixels that an image may be asked to be resized to.
+LARGEST_SIDE = 4000
+# Images that share a size keep it if no side is longer than this, in pixels.
+MAX_SHARED_SIDE = 256
+# Other images become squares of at most this side in pixels, unless a size is asked for.
+MAX_MIXED_SIDE = 224
+# Side in pixels where nothing is known of the images.
+DEFAULT_SIDE = 32
+# Means and deviations of R, G, B in [0, 1]. The deviations of CIFAR-10 are the ones of tutorials.
 STATISTICS = {
-    "cifar10": (
-        (0.4914, 0.4822, 0.4465),
-        (0.2023, 0.1994, 0.2010),
-    ),  # the deviations that tutorials use
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What is done to an image on its way to the network; all resizing is bilinear and antialiased."""
+    """What is done to an image on its way to the network. All resizing is bilinear and antialiased.
 
-    size: Size  # that images are decoded to: resized to cover it, and the centre cut out
-    input_side: (
-        int | None
-    )  # pixels, of the square that the network takes, resized on the device; None: as decoded
-    mean: Sequence[float]  # of R, G, B in [0, 1]
+    Attributes:
+        size: Height and width in pixels that images are decoded to: they are resized to cover it,
+            and the centre is cut out.
+        input_side: Side in pixels of the square that the network takes. Images are resized to it on
+            the device. None: the network takes them as decoded.
+        mean: Means of R, G, B in [0, 1].
+        std: Deviations of R, G, B in [0, 1].
+    """
+
+    size: Size
+    input_side: int | None
+    mean: Sequence[float]
     std: Sequence[float]
 
     @classmethod
@@ -50,87 +60,117 @@ class Geometry:
         """Return the geometry that a checkpoint stores as lists and numbers."""
         height, width = stored["size"]
         return cls(
-            (height, width), stored["input_side"], tuple(stored["mean"]), tuple(stored["std"])
+            size=(height, width),
+            input_side=stored["input_side"],
+            mean=tuple(stored["mean"]),
+            std=tuple(stored["std"]),
         )
 
     @property
     def input_size(self) -> Size:
-        """Height and width in pixels of what the network takes."""
-        return (self.input_side, self.input_side) if self.input_side else self.size
+        """Height and width in pixels of the network's input."""
+        if self.input_side is None:
+            return self.size
+        return (self.input_side, self.input_side)
 
     def describe(self, inside: bool) -> dict[str, Any]:
-        """What a program must do to an image for an exported network, in words and numbers.
+        """Return what a program must do to an image for an exported network, in words and numbers.
 
         Args:
-            inside: Whether the network itself resizes from `size` to `input_size` and normalises.
+            inside: Whether the exported network itself resizes from `size` to `input_size` and
+                normalises.
         """
-        height, width = self.size
-        side = (
-            f"the shorter side to {height} pixels"
-            if height == width
-            else f"to cover {pixels(self.size)} pixels"
-        )
-        words = (
-            f"Turn the image upright as its EXIF says, make it RGB, resize it ({side}; bilinear, antialiased), cut out "
-            f"the centre, {pixels(self.size)} pixels, and divide by 255."
-        )
+        preparation = self._decoding_words()
+        input_size = self.size
         if not inside:
-            if self.input_size != self.size:
-                cut = "" if height == width else "Cut out the centre square. "
-                words += (
-                    f" {cut}Resize (bilinear, antialiased) to {pixels(self.input_size)} pixels."
-                )
-            words += " Subtract the mean of each channel and divide by its deviation."
-        sizes = {
-            "size": list(self.size),
-            "input_size": list(self.size if inside else self.input_size),
+            preparation += self._preprocessing_words()
+            input_size = self.input_size
+        description: dict[str, Any] = {
+            "preparation": preparation,
+            "geometry": {
+                "size": list(self.size),
+                "input_size": list(input_size),
+                "crop": "centre",
+                "interpolation": "bilinear",
+                "antialias": True,
+                "range": [0, 1],
+                "channels": "RGB",
+            },
         }
-        method = {
-            "crop": "centre",
-            "interpolation": "bilinear",
-            "antialias": True,
-            "range": [0, 1],
-            "channels": "RGB",
-        }
-        own = {} if inside else {"mean": list(self.mean), "std": list(self.std)}
-        return {"preparation": words, "geometry": sizes | method, **own}
+        if not inside:
+            description["mean"] = list(self.mean)
+            description["std"] = list(self.std)
+        return description
+
+    def _decoding_words(self) -> str:
+        """Return the sentence about decoding an image to `size`."""
+        height, width = self.size
+        if height == width:
+            target = f"the shorter side to {height} pixels"
+        else:
+            target = f"to cover {pixels(self.size)} pixels"
+        return (
+            f"Turn the image upright as its EXIF says, make it RGB, resize it ({target}; bilinear, "
+            f"antialiased), cut out the centre, {pixels(self.size)} pixels, and divide by 255."
+        )
+
+    def _preprocessing_words(self) -> str:
+        """Return the sentences about what is done between decoding and the network."""
+        height, width = self.size
+        words = ""
+        if self.input_size != self.size:
+            if height != width:
+                words += " Cut out the centre square."
+            words += f" Resize (bilinear, antialiased) to {pixels(self.input_size)} pixels."
+        return words + " Subtract the mean of each channel and divide by its deviation."
 
 
 def choose_size(sizes: Sequence[Size], largest: int | None) -> Size:
-    """The size that images are decoded to.
+    """Return the size that images are decoded to.
 
-    A size that more than half of them share is kept, up to `LARGEST_KEPT`; others become squares of `MIXED_SIDE`, or
-    smaller ones if they are smaller.
+    A size that more than half of the images share is kept, if it has no side over
+    `MAX_SHARED_SIDE`. Other images become squares: of `MAX_MIXED_SIDE`, or of their median shorter
+    side if that is less.
 
     Args:
-        sizes: Of a sample of the training images.
-        largest: Side in pixels of the largest square that the network will be given, or None if it takes images as
-            they are. Images then become squares of this side, or of their own shorter side if they share a smaller
-            one, and are enlarged on the device.
+        sizes: Sizes of a sample of the training images.
+        largest: Side in pixels of the largest square that the network will be given, or None if it
+            takes images as they are. With a number, images become squares of this side. If they
+            share a smaller shorter side, squares have that side, and are enlarged on the device.
     """
     size, count = Counter(sizes).most_common(1)[0]
-    shared = 2 * count > len(sizes)
+    is_shared = 2 * count > len(sizes)
     if largest is not None:
-        side = min(largest, *size) if shared else largest
-    elif shared and max(size) <= LARGEST_KEPT:
+        side = min(largest, *size) if is_shared else largest
+        return side, side
+    if is_shared and max(size) <= MAX_SHARED_SIDE:
         return size
-    else:
-        side = min(MIXED_SIDE, sorted(map(min, sizes))[len(sizes) // 2])
+    shorter_sides = sorted(min(size) for size in sizes)
+    side = min(MAX_MIXED_SIDE, shorter_sides[len(shorter_sides) // 2])
     return side, side
 
 
 def cover(image: Image.Image, size: Size) -> Image.Image:
-    """An image resized to cover a size, and its centre: torchvision's `Resize` and `CenterCrop`, but for rounding."""
-    if image.size == size[::-1]:
+    """Return the centre of an image that is resized to cover a size.
+
+    This is torchvision's `Resize` and `CenterCrop`, except for rounding.
+    """
+    height, width = size
+    if image.size == (width, height):
         return image
-    # Only what is cut out is resized: the whole of an image of 1 x 60,000 pixels would become gigabytes.
-    return ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
+    # Only what is cut out is resized: all of an image of 1 x 60,000 pixels would become gigabytes.
+    return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
 
 
 def resize(images: Tensor, side: int | None) -> Tensor:
-    """Float images [B, 3, H, W] as squares [B, 3, side, side]: of rectangles the centre.
+    """Return images as squares. Of rectangles, the centre is taken.
 
-    A `side` of None leaves them as they are.
+    Args:
+        images: Float [B, 3, H, W].
+        side: Side of the squares in pixels. None returns the images as they are.
+
+    Returns:
+        Float [B, 3, side, side].
     """
     height, width = images.shape[-2:]
     if side is None or height == width == side:
@@ -141,12 +181,12 @@ def resize(images: Tensor, side: int | None) -> Tensor:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Uint8 images of any shape to float32 in [0, 1]."""
+    """Return uint8 images of any shape as float32 in [0, 1]."""
     return images.float().div_(255)
 
 
 def pixels(size: Size) -> str:
-    """A size for people, width first."""
+    """Return a size for people, width first."""
     height, width = size
     return f"{width} x {height}"
 
@@ -154,25 +194,38 @@ def pixels(size: Size) -> str:
 def statistics(
     normalize: str | Sequence[Sequence[float]],
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and deviation of the channels, by name or as given.
+    """Return the means and deviations of R, G, B in [0, 1].
+
+    Args:
+        normalize: A name of `STATISTICS`, or the means and the deviations.
 
     Raises:
-        UserError: An unknown name, not two triples, or a deviation that is not positive.
+        UserError: The name is unknown, or these are not two triples of finite numbers with
+            positive deviations.
     """
     if isinstance(normalize, str):
         if normalize not in STATISTICS:
-            known = ", ".join(STATISTICS)
+            names = ", ".join(STATISTICS)
             raise UserError(
-                f"normalize={normalize!r} is unknown: take {known}, or [[mean], [deviation]]."
+                f"normalize={normalize!r} is unknown: take {names}, or [[mean], [deviation]]."
             )
         return STATISTICS[normalize]
-    triples = len(normalize) == 2 and all(len(triple) == 3 for triple in normalize)
-    if (
-        not triples
-        or not all(map(math.isfinite, [*normalize[0], *normalize[1]]))
-        or min(normalize[1]) <= 0
-    ):
+    if not _are_statistics(normalize):
         raise UserError(
-            f"normalize={normalize} must be two triples, the means and the positive deviations of R, G, B."
+            f"normalize={normalize} must be two triples, the means and the positive deviations "
+            "of R, G, B."
         )
-    return normalize[0], normalize[1]
+    mean, std = normalize
+    return mean, std
+
+
+def _are_statistics(normalize: Sequence[Sequence[float]]) -> bool:
+    """Return whether these are two triples of finite numbers, the second ones positive."""
+    if len(normalize) != 2:
+        return False
+    mean, std = normalize
+    if len(mean) != 3 or len(std) != 3:
+        return False
+    if not all(math.isfinite(number) for number in (*mean, *std)):
+        return False
+    return min(std) > 0

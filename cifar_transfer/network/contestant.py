@@ -1,60 +1,99 @@
-"""A backbone with its weights, as a command line names it."""
+"""A backbone with its weights, as commands take it: NAME or NAME=WEIGHTS."""
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.network import catalog
 
 
-class Contestant(NamedTuple):
-    """A backbone with its weights."""
+@dataclass(frozen=True)
+class Contestant:
+    """A backbone with its weights.
+
+    Attributes:
+        name: Name of the backbone.
+        label: Name and weights, for tables and figures.
+        folder: The label, fit for a folder's name.
+        scratch: Whether the backbone starts without pretrained weights.
+        options: Options of `fit` that choose backbone and weights.
+    """
 
     name: str
-    label: str  # for people
-    folder: str  # for the file system
-    scratch: bool  # whether it starts without pretraining
-    options: list[str]  # for `fit`
+    label: str
+    folder: str
+    scratch: bool
+    options: list[str]
 
 
-def contestants(texts: Sequence[str]) -> list[Contestant]:
-    """As `contestant`, for each; a `UserError` refuses two of one name, which would share a folder."""
-    found = [contestant(text) for text in texts]
-    if len({one.folder for one in found}) < len(found):
+def parse_contestants(texts: Sequence[str]) -> list[Contestant]:
+    """Return the contestants of several texts.
+
+    Raises:
+        UserError: See `parse_contestant`, or two of them have one name, and so one folder.
+    """
+    contestants = [parse_contestant(text) for text in texts]
+    folders = {contestant.folder for contestant in contestants}
+    if len(folders) < len(contestants):
         raise UserError(
-            "Two of the backbones have one name, and so one folder: name each once, or rename its weights."
+            "Two of the backbones have one name, and so one folder: "
+            "name each once, or rename its weights."
         )
-    return found
+    return contestants
 
 
-def contestant(text: str) -> Contestant:
-    """NAME or NAME=WEIGHTS.
+def parse_contestant(text: str) -> Contestant:
+    """Return the contestant of a text, NAME or NAME=WEIGHTS.
+
+    Args:
+        text: WEIGHTS is a name that the library has for its weights, a file, or "none". Without it,
+            the weights are the default.
 
     Raises:
         UserError: There is no such backbone, or no such file or weights.
     """
     name, _, weights = text.partition("=")
     catalog.check(name)
-    scratch = weights.lower() == "none"
-    if weights and not scratch and weights not in ("DEFAULT", *catalog.weights(name)):
-        if not Path(weights).expanduser().is_file():
-            raise UserError(
-                f"{text}: {weights} is neither a file nor a name of {name}'s weights, nor none."
-            )
-        weights = str(Path(weights).expanduser().resolve())
-    stem = Path(weights).stem
-    if (
-        Path(weights).parent.name == "checkpoints"
-    ):  # of a run, in whose folder all have the same names
-        stem = "-".join((*Path(weights).parts[-3:-2], stem))
-    kind = "from scratch" if scratch else stem.removeprefix(name).strip("-_.") or "pretrained"
-    label = f"{name}, {kind}"
     options = [f"--model.backbone={name}"]
-    if weights:
-        options.append(f"--model.weights={weights}")
+    scratch = weights.lower() == "none"
     if scratch:
+        kind = "from scratch"
+        options.append(f"--model.weights={weights}")
         # There is nothing worth freezing.
         options += ["--freeze.unfreeze_epoch=0", "--freeze.phases=null", "--freeze.probe=false"]
-    return Contestant(name, label, re.sub(r"[^\w.]+", "-", label), scratch, options)
+    elif weights:
+        weights = _resolve_weights(text, name, weights)
+        kind = _name_of_weights(weights).removeprefix(name).strip("-_.") or "pretrained"
+        options.append(f"--model.weights={weights}")
+    else:
+        kind = "pretrained"
+    label = f"{name}, {kind}"
+    folder = re.sub(r"[^\w.]+", "-", label)
+    return Contestant(name, label, folder, scratch, options)
+
+
+def _resolve_weights(text: str, name: str, weights: str) -> str:
+    """Return the library's name of weights as it is, and a file as an absolute path.
+
+    Raises:
+        UserError: The weights are neither.
+    """
+    if weights in ("DEFAULT", *catalog.weights(name)):
+        return weights
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"{text}: {weights} is neither a file nor a name of {name}'s weights, nor none."
+        )
+    return str(path.resolve())
+
+
+def _name_of_weights(weights: str) -> str:
+    """Return a short name for weights, with the run's folder because all runs name files alike."""
+    path = Path(weights)
+    if path.parent.name != "checkpoints":
+        return path.stem
+    run_folder = path.parts[-3:-2]
+    return "-".join((*run_folder, path.stem))

@@ -161,14 +161,14 @@ class ImageClassifier(nn.Module):
             return cls(NetworkOptions())
 
     def _build_pretrained(self, options: NetworkOptions) -> None:
-        built = build.build(
+        built = build.build_backbone(
             options.backbone,
             options.weights,
             options.class_count,
             options.class_names,
             image_size=options.image_size,
-            small=options.small_images,
-            patch=options.patch_size,
+            small_images=options.small_images,
+            patch_size=options.patch_size,
         )
         side = built.image_size
         size = side or DEFAULT_SIDE
@@ -180,14 +180,14 @@ class ImageClassifier(nn.Module):
         self._patch_size = options.patch_size
 
     def _build_untrained(self, description: NetworkDescription) -> None:
-        built = build.build(
+        built = build.build_backbone(
             description.backbone,
             "none",
             description.num_classes,
             description.class_names,
             image_size=description.geometry.input_side,
-            small=description.small_images,
-            patch=description.patch_size,
+            small_images=description.small_images,
+            patch_size=description.patch_size,
         )
         self._take_network(
             built, description.class_names, description.num_classes, description.geometry
@@ -208,8 +208,8 @@ class ImageClassifier(nn.Module):
         self.heads = built.heads
         self.changes = built.changes
         self.pretraining: NetworkDescription | None = None
-        if built.saved:
-            self.pretraining = NetworkDescription.from_checkpoint({NETWORK_KEY: built.saved})
+        if built.pretraining:
+            self.pretraining = NetworkDescription.from_checkpoint({NETWORK_KEY: built.pretraining})
         self.num_classes = num_classes
         self._class_names = class_names
         self._geometry = geometry

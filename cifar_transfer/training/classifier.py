@@ -32,7 +32,7 @@ from cifar_transfer.network.image_classifier import (
     NetworkOptions,
     built_from,
 )
-from cifar_transfer.network.stages import stages
+from cifar_transfer.network.stages import find_stages
 from cifar_transfer.training import optimizer, resume
 from cifar_transfer.training.checkpoint_file import VERSION_KEY, read_checkpoint
 from cifar_transfer.training.ema import ExponentialMovingAverage
@@ -213,7 +213,7 @@ class TransferClassifier(LightningModule):
 
         self.classifier = ImageClassifier(network_options)
         self.heads = self.classifier.heads
-        self.stages = stages(self.network, self.heads)
+        self.stages = find_stages(self.network, self.heads)
         self.loss = TrainingLoss(self.loss_options)
         self.image_sizes = None if train_sizes is None else ImageSizes(train_sizes)
         self.ema = None if ema is None else ExponentialMovingAverage(ema)
@@ -345,8 +345,8 @@ class TransferClassifier(LightningModule):
                 rank_zero_info(
                     "The weights come from images of other statistics: see --model.normalize."
                 )
-        is_assumed = geometry.input_side is None and max(geometry.size) != build.ASSUMED
-        assumption = f"{build.ASSUMED} pixels"
+        is_assumed = geometry.input_side is None and max(geometry.size) != build.ASSUMED_SIDE
+        assumption = f"{build.ASSUMED_SIDE} pixels"
         if is_assumed and any(assumption in change for change in self.classifier.changes):
             rank_zero_warn(
                 f"The network was adapted to images of {assumption}, and these have "

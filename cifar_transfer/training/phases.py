@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cifar_transfer.base.console import counted
 from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.primitives import as_primitive
-from cifar_transfer.network.stages import HEAD, stages
+from cifar_transfer.network.stages import HEAD, find_stages
 from cifar_transfer.training.schedule import MAX_LEARNING_RATE
 
 EVERYTHING = "all"
@@ -143,7 +143,7 @@ def stages_of(module: nn.Module) -> dict[str, list[str]]:
             )
     network = modules[prefix.removesuffix(".")]
     names_by_stage = {}
-    for stage, names in stages(network, heads).items():
+    for stage, names in find_stages(network, heads).items():
         names_by_stage[stage] = [prefix + name for name in names]
     return names_by_stage
 
