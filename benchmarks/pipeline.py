@@ -1,14 +1,15 @@
-"""How fast `fit` trains beside a tutorial's loop and the bare step: `python -m benchmarks.pipeline [options]`.
+"""Time `fit` beside a tutorial's loop and the bare step: `python -m benchmarks.pipeline [options]`.
 
-* The reference is the loop that tutorials show: torchvision's transforms on one PIL image after the other in the main
-  process, batches of 64, torchvision's ResNet18, `optim.Adam`, float32, `loss.item()` in each step.
-* `fit` is the command itself, with every callback, logger and metric. The others take their turns within its training,
-  after each so many steps, and their time is taken out.
-* The floor is forward, backward and optimizer of our network, on one normalised batch that is already on the device,
-  in the precision of `fit`; compiled where there is a GPU.
+* The reference is the loop that tutorials show: torchvision's transforms on one PIL image after the
+  other in the main process, batches of 64, torchvision's ResNet18, `optim.Adam`, float32,
+  `loss.item()` in each step.
+* `fit` is the command itself, with every callback, logger and metric. The others take their turns
+  within its training, after every `CHUNK` steps, and their time is taken out.
+* The floor is forward, backward and optimizer of our network, on one normalised batch that is
+  already on the device, in the precision of `fit`; compiled where there is a GPU.
 
-Options are those of `fit`, say `--trainer.precision=bf16-mixed`. The images are random: no step takes longer for what
-an image shows.
+Options are those of `fit`, say `--trainer.precision=bf16-mixed`. The images are random: no step
+takes longer for what an image shows.
 """
 
 import copy
@@ -29,16 +30,18 @@ from torchvision.transforms.functional import to_pil_image
 
 from benchmarks.augment import torchvision_pipeline
 from benchmarks.turns import seconds, table
-from cifar_transfer import BackboneFreeze
+from cifar_transfer import BackboneFreeze, TransferClassifier
 from cifar_transfer.base.errors import one_sentence
 from cifar_transfer.cli.fit_cli import FitCLI
+from cifar_transfer.training.lightning_internals import callbacks_of
 
-CHUNK, ROUNDS, WARM = 8, 14, 2
-"""Steps a turn, turns that count, turns before them."""
+CHUNK = 8  # steps a turn
+ROUNDS = 14  # turns that count
+WARM = 2  # turns before them
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """Images as torchvision's CIFAR10 keeps them: an array, made a PIL image when asked for."""
+    """Random images, made PIL images one by one, as torchvision's CIFAR10 does."""
 
     def __init__(self, count: int) -> None:
         self.images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
@@ -52,13 +55,13 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
 
 def endless(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Batches without end."""
+    """Iterate over the batches of a loader without end."""
     while True:
         yield from loader
 
 
 class Tutorial:
-    """The reference."""
+    """The loop that tutorials show."""
 
     def __init__(self, device: torch.device, batch_size: int) -> None:
         self.device = device
@@ -66,9 +69,8 @@ class Tutorial:
         self.network.fc = nn.Linear(512, 10)
         self.network.to(device)
         self.batches = endless(DataLoader(Pictures(2000), batch_size, shuffle=True, drop_last=True))
-        self.mean, self.std = (
-            torch.tensor(v).view(3, 1, 1) for v in ((0.49, 0.48, 0.45), (0.20, 0.20, 0.20))
-        )
+        self.mean = torch.tensor([0.49, 0.48, 0.45]).view(3, 1, 1)
+        self.std = torch.tensor([0.20, 0.20, 0.20]).view(3, 1, 1)
         self.freeze(True)
 
     def freeze(self, frozen: bool) -> None:
@@ -86,10 +88,8 @@ class Tutorial:
         running = 0.0
         for _ in range(CHUNK):
             images, labels = next(self.batches)
-            images, labels = (
-                ((images - self.mean) / self.std).to(self.device),
-                labels.to(self.device),
-            )
+            images = ((images - self.mean) / self.std).to(self.device)
+            labels = labels.to(self.device)
             self.optimizer.zero_grad()
             loss = F.cross_entropy(self.network(images), labels)
             loss.backward()
@@ -98,15 +98,16 @@ class Tutorial:
 
 
 def floor(
-    module: LightningModule, trainer: Trainer, batch: tuple[Tensor, Tensor]
+    module: TransferClassifier, trainer: Trainer, batch: tuple[Tensor, Tensor]
 ) -> Callable[[], None]:
-    """Bare steps of a copy of the module's network in its present phase."""
-    network: nn.Module = copy.deepcopy(module.network)  # type: ignore[arg-type]
-    for one, other in zip(network.modules(), module.network.modules(), strict=True):  # type: ignore[operator]
-        one.training = other.training
+    """Return a function that makes bare steps of a copy of the module's network as it is now."""
+    network = copy.deepcopy(module.network)
+    for copied, original in zip(network.modules(), module.network.modules(), strict=True):
+        copied.training = original.training
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, weight_decay=1e-4, fused=True)
     images, labels = batch
-    images = ((images - module.mean) / module.std).contiguous(memory_format=torch.channels_last)  # type: ignore[operator]
+    prepared = module.classifier.prepare(images, side=None)
+    images = prepared.contiguous(memory_format=torch.channels_last)
     step = torch.compile(network) if images.is_cuda else network
 
     def steps() -> None:
@@ -121,10 +122,18 @@ def floor(
 
 
 class Turns(Callback):
-    """Lets the others run after each `CHUNK` steps of the training, and keeps everybody's times."""
+    """Let the others run after every `CHUNK` steps of the training, and keep everybody's times."""
 
     def __init__(self) -> None:
-        self.times: dict[str, dict[str, list[float]]] = {}
+        self.times: dict[str, dict[str, list[float]]] = {}  # by phase and contestant
+        self.began = 0.0
+        self.phase = ""
+        self.tutorial: Tutorial | None = None
+        self.floor: Callable[[], None] | None = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the floor, whose network is in the phase of the last epoch."""
+        self.floor = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -135,48 +144,46 @@ class Turns(Callback):
         turn = batch_idx // CHUNK
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize()
-        own = time.perf_counter() - self.began if turn else 0.0
-        if turn == 0:
-            freeze = next(c for c in trainer.callbacks if isinstance(c, BackboneFreeze))  # type: ignore[attr-defined]
+        fit_seconds = time.perf_counter() - self.began
+        if self.tutorial is None:
+            self.tutorial = Tutorial(pl_module.device, len(batch[1]))
+        if self.floor is None:
+            assert isinstance(pl_module, TransferClassifier)
+            freeze = next(c for c in callbacks_of(trainer) if isinstance(c, BackboneFreeze))
             self.phase = "unfrozen" if freeze.everything_trains else "frozen"
-            if not hasattr(self, "tutorial"):
-                self.tutorial = Tutorial(pl_module.device, len(batch[1]))
             self.tutorial.freeze(not freeze.everything_trains)
             self.floor = floor(pl_module, trainer, batch)
             self.times[self.phase] = {"tutorial's loop": [], "fit": [], "floor": []}
-        tutorial, bare = seconds(self.tutorial), seconds(self.floor)
+        tutorial_seconds = seconds(self.tutorial)
+        floor_seconds = seconds(self.floor)
         if turn >= WARM:
-            for name, value in zip(self.times[self.phase], (tutorial, own, bare), strict=True):
-                self.times[self.phase][name].append(value)
+            times = self.times[self.phase]
+            times["tutorial's loop"].append(tutorial_seconds)
+            times["fit"].append(fit_seconds)
+            times["floor"].append(floor_seconds)
         self.began = time.perf_counter()
 
 
 def main() -> None:
     """Train one frozen and one unfrozen epoch, and print a table of each."""
-    images = 64 * CHUNK * (ROUNDS + WARM)
+    steps = CHUNK * (ROUNDS + WARM)
+    images = 64 * steps
     with tempfile.TemporaryDirectory() as folder:
-        cli = FitCLI(
-            [
-                *(
-                    "--data=ShapesDataModule",
-                    f"--data.train_images={images * 5 // 4}",
-                    "--data.test_images=100",
-                ),
-                *("--data.val_fraction=0.2", "--model.weights=none"),
-                *(
-                    f"--trainer.limit_train_batches={CHUNK * (ROUNDS + WARM)}",
-                    "--trainer.limit_val_batches=1",
-                ),
-                *(
-                    "--trainer.max_epochs=2",
-                    "--freeze.unfreeze_epoch=1",
-                    f"--trainer.default_root_dir={folder}",
-                ),
-                *sys.argv[1:],
-            ]
-        )
+        options = [
+            "--data=ShapesDataModule",
+            f"--data.train_images={images * 5 // 4}",
+            "--data.test_images=100",
+            "--data.val_fraction=0.2",
+            "--model.weights=none",
+            f"--trainer.limit_train_batches={steps}",
+            "--trainer.limit_val_batches=1",
+            "--trainer.max_epochs=2",
+            f"--trainer.default_root_dir={folder}",
+            "--freeze.unfreeze_epoch=1",
+        ]
+        cli = FitCLI([*options, *sys.argv[1:]])
         turns = Turns()
-        cli.trainer.callbacks.append(turns)  # type: ignore[attr-defined]
+        callbacks_of(cli.trainer).append(turns)
         cli.trainer.fit(cli.model, cli.datamodule)
     for phase, times in turns.times.items():
         shares = torch.tensor(times["floor"]) / torch.tensor(times["fit"])

@@ -5,7 +5,7 @@ from conftest import TINY
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks import recipes, turns
+from benchmarks import pipeline, recipes, turns
 
 
 def test_contestants_take_turns_and_the_first_round_does_not_count():
@@ -38,6 +38,21 @@ def test_ratios_are_those_within_a_round():
         "2.00",
         "2.00 to 3.00",
     ]
+
+
+@pytest.mark.slow
+def test_fit_is_timed_beside_the_tutorials_loop_in_both_phases(monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "CHUNK", 2)
+    monkeypatch.setattr(pipeline, "ROUNDS", 2)
+    monkeypatch.setattr(pipeline, "WARM", 1)
+    options = ["--model.backbone=lenet5", "--data.batch_size=8", "--trainer.accelerator=cpu"]
+    monkeypatch.setattr("sys.argv", ["pipeline", *options])
+    pipeline.main()
+    printed = capsys.readouterr().out
+    assert printed.index("\nfrozen, ") < printed.index("\nunfrozen, ")
+    for contestant in ("tutorial's loop", "fit", "floor"):
+        assert printed.count(f"| {contestant} ") == 2
+    assert printed.count("of the floor's images/s") == 2
 
 
 @pytest.mark.slow
