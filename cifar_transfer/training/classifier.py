@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from cifar_transfer import __version__
 from cifar_transfer.base.console import counted
-from cifar_transfer.base.errors import UserError, check
+from cifar_transfer.base.errors import UserError, check, first_line
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.data import splits
 from cifar_transfer.data.classes import check_classes
@@ -611,11 +611,18 @@ class TransferClassifier(LightningModule):
         The checkpoint holds all weights.
 
         Raises:
-            UserError: The checkpoint is missing, damaged, or not one of this class.
+            UserError: The checkpoint is missing, damaged, or not one of this class, or its weights
+                are not those of the described network.
         """
         description = NetworkDescription.from_checkpoint(read_checkpoint(checkpoint_path))
-        with built_from(description):
-            return super().load_from_checkpoint(checkpoint_path, weights_only=True, **options)
+        try:
+            with built_from(description):
+                return super().load_from_checkpoint(checkpoint_path, weights_only=True, **options)
+        except RuntimeError as error:  # of `load_state_dict`
+            raise UserError(
+                f"{checkpoint_path} does not hold the network that it says it does "
+                f"({first_line(error)})."
+            ) from error
 
 
 def class_scores(counts: Tensor) -> dict[str, Tensor]:
