@@ -1,4 +1,4 @@
-"""Images from every source to batches: decoding, caching, splitting, sharding, and what bad data say."""
+"""From files to batches: decoding, caching and splitting of every source; messages for bad data."""
 
 import hashlib
 import io
@@ -7,6 +7,7 @@ import re
 import shutil
 import tarfile
 import warnings
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def ready(data):
     return data
 
 
-def first_pixels(files, name):
+def batch_pixels(files, name):
     return pickle.loads(files[name])["data"].reshape(-1, 3, 32, 32)
 
 
@@ -93,28 +94,38 @@ def test_batches_are_read_whole_and_in_order(tmp_path, batches):
     assert len(train) == 5 * PER_BATCH
     for part, (name, _) in enumerate(CIFAR10.train_list):
         images, labels = train.__getitems__(list(range(part * PER_BATCH, (part + 1) * PER_BATCH)))
-        assert np.array_equal(images.numpy(), first_pixels(batches[0], name))
+        assert np.array_equal(images.numpy(), batch_pixels(batches[0], name))
         assert labels.tolist() == [i % 10 for i in range(PER_BATCH)]
 
 
-def test_the_sources_are_taken_in_their_order(tmp_path, batches):
-    files, packed = batches
-    classes = cifar.CLASSES
+def test_batches_are_preferred_to_the_archive_and_the_archive_to_an_image_folder(tmp_path, batches):
+    files, archive = batches
     for split in ("train", "test"):
-        write_images(tmp_path / split, 5, classes=classes)
-    assert len(ready(CIFAR10DataModule(str(tmp_path))).images["test"]) == 50, (
-        "the image folder, if there is no other"
-    )
-    (tmp_path / cifar.ARCHIVE).write_bytes(packed)
-    data = ready(CIFAR10DataModule(str(tmp_path)))
-    assert np.array_equal(
-        data.images["test"][0][0].numpy(), first_pixels(files, "test_batch")[0]
-    ), "then the archive"
+        write_images(tmp_path / split, 5, classes=cifar.CLASSES)
+    from_folder = ready(CIFAR10DataModule(str(tmp_path)))
+    assert len(from_folder.images["test"]) == 50
+    (tmp_path / cifar.ARCHIVE).write_bytes(archive)
+    from_archive = ready(CIFAR10DataModule(str(tmp_path)))
+    first_image, _ = from_archive.images["test"][0]
+    assert np.array_equal(first_image.numpy(), batch_pixels(files, "test_batch")[0])
     put_batches(tmp_path, files)
-    (tmp_path / cifar.ARCHIVE).write_bytes(b"not looked at")
-    assert len(ready(CIFAR10DataModule(str(tmp_path))).images["test"]) == PER_BATCH, (
-        "the batches before all"
-    )
+    (tmp_path / cifar.ARCHIVE).write_bytes(b"not read")
+    from_batches = ready(CIFAR10DataModule(str(tmp_path)))
+    assert len(from_batches.images["test"]) == PER_BATCH
+
+
+def test_an_archive_leaves_no_unpacked_files(tmp_path, batches, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    (tmp_path / cifar.ARCHIVE).write_bytes(batches[1])
+    CIFAR10DataModule(str(tmp_path)).prepare_data()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        CACHE_FOLDER,
+        cifar.ARCHIVE,
+        "temporary",
+    ]
+    assert not list(temporary.iterdir())
 
 
 class Bomb:
@@ -122,29 +133,30 @@ class Bomb:
         return open, ("bomb-went-off", "w")
 
 
-@pytest.mark.parametrize("where", ["batch", "archive"])
+@pytest.mark.parametrize("name", ["data_batch_3", "batches.meta", cifar.ARCHIVE])
 def test_a_pickle_that_is_not_the_official_one_is_never_opened(
-    tmp_path, batches, where, monkeypatch
+    tmp_path, batches, name, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     files, _ = batches
-    if where == "batch":
-        put_batches(tmp_path, files | {"data_batch_3": pickle.dumps(Bomb())})
+    if name == cifar.ARCHIVE:
+        (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
     else:
-        (tmp_path / cifar.ARCHIVE).write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(UserError, match="not the official file"):
+        put_batches(tmp_path, files | {name: pickle.dumps(Bomb())})
+    with pytest.raises(UserError, match=rf"{name} is not the official file, so it is not opened"):
         CIFAR10DataModule(str(tmp_path)).prepare_data()
     assert not (tmp_path / "bomb-went-off").exists()
 
 
-def test_a_missing_batch_is_named(tmp_path, batches):
+@pytest.mark.parametrize("name", ["data_batch_4", "test_batch", "batches.meta"])
+def test_a_missing_file_of_the_batches_is_named(tmp_path, batches, name):
     put_batches(tmp_path, batches[0])
-    (tmp_path / cifar.BATCHES / "data_batch_4").unlink()
-    with pytest.raises(UserError, match=r"data_batch_4 is missing"):
+    (tmp_path / cifar.BATCHES / name).unlink()
+    with pytest.raises(UserError, match=rf"{name} is missing: complete {cifar.BATCHES}, or remove"):
         CIFAR10DataModule(str(tmp_path)).prepare_data()
 
 
-def test_what_is_not_there_is_downloaded_once(tmp_path, batches, monkeypatch):
+def test_missing_images_are_downloaded_once(tmp_path, batches, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with BrokenServer(files={f"/{cifar.ARCHIVE}": batches[1]}) as server:
         for _ in range(2):
@@ -153,12 +165,12 @@ def test_what_is_not_there_is_downloaded_once(tmp_path, batches, monkeypatch):
     assert (tmp_path / cifar.ARCHIVE).read_bytes() == batches[1]
 
 
-def test_no_network_says_the_three_ways_out(tmp_path):
+def test_without_a_network_the_message_gives_three_ways_out(tmp_path):
     with pytest.raises(UserError, match=r"--data\.url=URL.*yourself.*make demo"):
         CIFAR10DataModule(str(tmp_path), url="http://127.0.0.1:9/x").prepare_data()
 
 
-def test_val_fraction_zero_validates_on_the_test_images_and_says_so():
+def test_val_fraction_zero_validates_on_the_test_images_and_warns_of_it():
     data = ShapesDataModule(train_images=50, test_images=20, val_fraction=0)
     with pytest.warns(UserWarning, match="not clean"):
         ready(data)
@@ -189,29 +201,27 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(tmp_path, monkeypatc
 def test_a_cache_cut_short_is_made_again(tmp_path):
     write_images(tmp_path / "train", 10)
     whole = ready(ImageFolderDataModule(str(tmp_path))).load("train")[7][0]
-    cache = next(
-        path for path in (tmp_path / CACHE_FOLDER).glob("train-*.npy") if "labels" not in path.name
-    )
+    (cache,) = (tmp_path / CACHE_FOLDER).glob("train-*.npy")
     cache.write_bytes(cache.read_bytes()[:500])
-    assert torch.equal(ready(ImageFolderDataModule(str(tmp_path))).load("train")[7][0], whole)
+    with pytest.warns(UserWarning, match="are damaged, and are made again"):
+        data = ready(ImageFolderDataModule(str(tmp_path)))
+    assert torch.equal(data.load("train")[7][0], whole)
 
 
 def test_a_folder_over_the_limit_is_decoded_on_the_fly(tmp_path):
     write_images(tmp_path / "train", 8)
     cached = ready(ImageFolderDataModule(str(tmp_path)))
-    flying = ready(
+    uncached = ready(
         ImageFolderDataModule(str(tmp_path), cache_limit_gb=1e-6, num_workers=1, batch_size=4)
     )
-    assert flying.images["train"].on_the_fly
     assert not cached.images["train"].on_the_fly
-    ours, theirs = (
-        flying.load("train").__getitems__([0, 9]),
-        cached.load("train").__getitems__([0, 9]),
-    )
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert sum(len(labels) for _, labels in flying.train_dataloader()) == len(
-        flying.images["train"]
-    )
+    assert uncached.images["train"].on_the_fly
+    cached_images, cached_labels = cached.load("train").__getitems__([0, 9])
+    images, labels = uncached.load("train").__getitems__([0, 9])
+    assert torch.equal(images, cached_images)
+    assert torch.equal(labels, cached_labels)
+    loaded = sum(len(labels) for _, labels in uncached.train_dataloader())
+    assert loaded == len(uncached.images["train"])
 
 
 def test_images_of_several_sizes_become_squares(tmp_path):
@@ -223,9 +233,9 @@ def test_images_of_several_sizes_become_squares(tmp_path):
     ).image_size == (16, 16)
 
 
-def test_own_validation_and_test_images_are_used(tmp_path):
-    for split, count in (("train", 6), ("val", 4), ("test", 5)):
-        write_images(tmp_path / split, count)
+def test_folders_for_validation_and_test_are_used(tmp_path):
+    for seed, (split, count) in enumerate({"train": 6, "val": 4, "test": 5}.items()):
+        write_images(tmp_path / split, count, seed=seed)
     data = ready(ImageFolderDataModule(str(tmp_path)))
     assert {split: len(images) for split, images in data.images.items()} == {
         "train": 12,
@@ -234,7 +244,7 @@ def test_own_validation_and_test_images_are_used(tmp_path):
     }
 
 
-def test_a_folder_of_another_name_is_told_and_newer_endings_are_read(tmp_path):
+def test_a_folder_called_valid_is_warned_of_and_newer_endings_are_read(tmp_path):
     write_images(tmp_path / "train", 3)
     write_images(tmp_path / "valid", 1)
     for ending in ("jfif", "gif", "avif"):
@@ -246,7 +256,7 @@ def test_a_folder_of_another_name_is_told_and_newer_endings_are_read(tmp_path):
     )
 
 
-def test_what_is_left_out_is_told_no_duplicate(tmp_path):
+def test_an_image_that_is_left_out_is_no_duplicate(tmp_path):
     for split, seed in (("train", 0), ("test", 1)):
         write_images(tmp_path / split, 4, seed=seed)
     shutil.copy(tmp_path / "train" / "cat" / "000.png", tmp_path / "test" / "cat" / "copy.png")
@@ -362,7 +372,7 @@ def test_chance_follows_from_seed_epoch_step_and_rank():
             callbacks=[Witness()],
         )
         trainer.fit(TransferClassifier("shufflenet_v2_x0_5", "none"), data)
-        torch.rand(7)  # what else is drawn, makes no difference
+        torch.rand(7)  # other random numbers make no difference
         runs.append(states)
     assert len(set(runs[0])) == len(runs[0]) == 6
     assert runs[0] == runs[1]
@@ -383,13 +393,115 @@ def test_options_out_of_range_are_refused(bad):
         ShapesDataModule(**bad)
 
 
-def test_options_are_recorded_as_primitives():
-    hparams = dict(ShapesDataModule(augment=Augment(padding=2)).hparams)
-    assert hparams["augment"]["padding"] == 2
-    buffer = io.BytesIO()
-    torch.save(hparams, buffer)
-    buffer.seek(0)
-    assert torch.load(buffer, weights_only=True) == hparams
+def reloaded_options(data):
+    """Return the options of a data module as a checkpoint gives them back."""
+    file = io.BytesIO()
+    torch.save(dict(data.hparams), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "stored"),
+    [
+        ("batch_size", np.int64(4), 4),
+        ("eval_batch_size", torch.tensor(8), 8),
+        ("val_fraction", np.float64(0.25), 0.25),
+        ("class_weights", np.array([1.0, 2.0]), [1.0, 2.0]),
+        ("class_weights", np.str_("balanced"), "balanced"),
+        ("sampler", np.str_("balanced"), "balanced"),
+        ("num_workers", np.int32(0), 0),
+        ("seed", np.uint8(3), 3),
+        ("leave_out", Path("list.csv"), "list.csv"),
+        ("task", np.str_("upstream"), "upstream"),
+        ("train_images", np.int64(50), 50),
+        ("test_images", torch.tensor([20]), 20),
+    ],
+)
+def test_options_of_drawn_shapes_are_stored_as_primitives(
+    tmp_path, monkeypatch, name, value, stored
+):
+    monkeypatch.chdir(tmp_path)
+    Path("list.csv").write_text("image\n")
+    data = ShapesDataModule(**{name: value})
+    option = reloaded_options(data)[name]
+    assert (option, type(option)) == (stored, type(stored))
+    assert (getattr(data, name), type(getattr(data, name))) == (stored, type(stored))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "stored"),
+    [
+        ("root", Path("photos"), "photos"),
+        ("root", np.str_("photos"), "photos"),
+        ("decode_size", np.int64(16), 16),
+        ("cache_limit_gb", np.float64(0.5), 0.5),
+        ("max_megapixels", torch.tensor(2.0), 2.0),
+    ],
+)
+def test_options_of_an_image_folder_are_stored_as_primitives(
+    tmp_path, monkeypatch, name, value, stored
+):
+    monkeypatch.chdir(tmp_path)
+    write_images(Path("photos/train"), 4)
+    data = ready(ImageFolderDataModule(**{"root": "photos", name: value}))
+    option = reloaded_options(data)[name]
+    assert (option, type(option)) == (stored, type(stored))
+    assert all(type(side) is int for side in data.size), "which a checkpoint stores too"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "stored"),
+    [
+        ("root", Path("images"), "images"),
+        ("url", np.str_("http://host/archive"), "http://host/archive"),
+        ("url", "http://user:password@host/archive", "http://host/archive"),
+    ],
+)
+def test_options_of_cifar10_are_stored_as_primitives(name, value, stored):
+    option = reloaded_options(CIFAR10DataModule(**{name: value}))[name]
+    assert (option, type(option)) == (stored, str)
+
+
+@pytest.mark.parametrize("field", fields(Augment), ids=lambda field: field.name)
+def test_options_of_the_augmentation_are_stored_as_primitives(field):
+    given = np.str_("reflect") if field.name == "padding_mode" else np.array(field.default)
+    augment = Augment(**{field.name: given})
+    option = reloaded_options(ShapesDataModule(augment=augment))["augment"][field.name]
+    expected = "reflect" if field.name == "padding_mode" else field.default
+    assert (option, type(option)) == (expected, type(expected))
+    assert type(getattr(augment, field.name)) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: ShapesDataModule(seed=object()), "seed"),
+        (lambda: ShapesDataModule(class_weights={1.0, 2.0}), "class_weights"),
+        (lambda: ShapesDataModule(leave_out=open), "leave_out"),
+        (lambda: ShapesDataModule(task=max), "task"),
+        (lambda: CIFAR10DataModule(url=object()), "url"),
+        (lambda: ImageFolderDataModule(open), "root"),
+        (lambda: Augment(flip=object()), "The augmentation's flip"),
+        (lambda: WithOwnOption(object()), "flavour"),
+    ],
+)
+def test_an_option_that_cannot_be_stored_is_refused(make, name):
+    with pytest.raises(UserError, match=f"^{name} is .*, which a checkpoint cannot store"):
+        make()
+
+
+class WithOwnOption(ShapesDataModule):
+    """A data module of a user's own, with an option of its own."""
+
+    def __init__(self, flavour):
+        super().__init__()
+        self.store_options(flavour=flavour)
+
+
+def test_options_of_a_users_own_data_module_are_stored_as_primitives():
+    options = reloaded_options(WithOwnOption({"sour": Path("lemon"), "sweet": np.arange(3)}))
+    assert options["flavour"] == {"sour": "lemon", "sweet": [0, 1, 2]}
 
 
 def test_real_images_are_read_exactly(shared, tmp_path):

@@ -1,4 +1,4 @@
-"""Which image is held out: the same whatever else is there, recorded with the run, and kept when it continues."""
+"""Images that are held out: chosen one by one, recorded with the run, kept when it continues."""
 
 import gzip
 import shutil
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import quiet_trainer, untouched, write_images
 
 from cifar_transfer import (
@@ -19,6 +20,7 @@ from cifar_transfer.commands.evaluate import evaluate
 from cifar_transfer.commands.fit import fit
 from cifar_transfer.data import splits
 from cifar_transfer.data.cifar import CLASSES
+from cifar_transfer.data.module import EarlierRun
 
 JOB = [
     "--model.backbone=lenet5",
@@ -38,25 +40,23 @@ LAST = f"{RUN}/checkpoints/last.ckpt"
 
 
 def held_out(names, fraction=0.2, seed=0):
-    """Of names "class/name" those that are held out."""
-    labels = np.unique([name.partition("/")[0] for name in names], return_inverse=True)[1]
-    return {
-        name
-        for name, held in zip(names, splits.hold_out(names, labels, fraction, seed), strict=True)
-        if held
-    }
+    """Return those of the names "class/name" that are held out."""
+    class_names = [name.partition("/")[0] for name in names]
+    _, labels = np.unique(class_names, return_inverse=True)
+    is_held_out = splits.hold_out(names, labels, fraction, seed)
+    return set(np.array(names)[is_held_out].tolist())
 
 
 NAMES = [f"{name}/{number:03d}.png" for name in ("cat", "dog", "猫") for number in range(200)]
 
 
-def test_about_the_share_of_each_class_is_held_out_and_the_same_for_a_seed():
+def test_about_a_fraction_of_each_class_is_held_out_and_the_same_images_for_a_seed():
     chosen = held_out(NAMES)
     assert chosen == held_out(NAMES)
     assert held_out(NAMES, seed=1) not in (chosen, set())
-    for name in ("cat", "dog", "猫"):
-        assert 20 <= sum(one.startswith(f"{name}/") for one in chosen) <= 60
-    assert chosen < held_out(NAMES, 0.5), "of a larger share it is a part"
+    for class_name in ("cat", "dog", "猫"):
+        assert 20 <= sum(name.startswith(f"{class_name}/") for name in chosen) <= 60
+    assert chosen < held_out(NAMES, 0.5), "part of what a larger fraction holds out"
 
 
 def test_images_that_come_or_go_move_no_other():
@@ -103,13 +103,13 @@ def test_cifar10_is_split_alike_from_a_folder_and_from_arrays(tmp_path):
         write_images(tmp_path / split, 6, classes=CLASSES)
     names = names_of(CIFAR10DataModule(str(tmp_path), val_fraction=0.3))
     assert "train/cat/0" in names["train"] + names["val"], (
-        "as of the batches: no zeros before the number, no ending"
+        "named as in the batches: no zeros before the number, no ending"
     )
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of one epoch, the second in its folder, and its images."""
+    """A run of one epoch, the second in its folder, and its images `photos`."""
     folder = tmp_path_factory.mktemp("splits")
     write_images(folder / "photos" / "train", 12, size=(36, 33))
     (folder / "lightning_logs/version_0").mkdir(parents=True)
@@ -120,77 +120,81 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, trained):
+def folder(tmp_path, monkeypatch, trained):
+    """A copy of `trained`, which is the current folder."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_a_run_records_its_splits(here):
+def test_a_run_records_its_splits(folder):
     names = splits.read(LAST)
-    files = {f"train/{path.parent.name}/{path.name}" for path in here.glob("photos/train/*/*")}
+    files = {f"train/{path.parent.name}/{path.name}" for path in folder.glob("photos/train/*/*")}
     assert {*names["train"]} | {*names["val"]} == files
     assert len(names["train"]) + len(names["val"]) == 24
     assert names == names_of(ImageFolderDataModule("photos", val_fraction=0.4)) | {"test": []}
 
 
-def change(here):
-    """Of each split an image is renamed, so that by the hash alone some would change sides; a hundred come."""
+def change_images(folder):
+    """Rename an image of each split, and add a hundred; return the names as they were recorded.
+
+    Going by the hash alone, some images would change sides.
+    """
     names = splits.read(LAST)
     for split in ("train", "val"):
-        path = here / "photos" / names[split][0]
+        path = folder / "photos" / names[split][0]
         path.rename(path.with_name(f"renamed {split}.png"))
-    write_images(here / "photos" / "more", 50, size=(36, 33), seed=3)
-    for path in here.glob("photos/more/*/*"):
-        path.rename(here / "photos/train" / path.parent.name / f"more {path.name}")
-    shutil.rmtree(here / "photos/more")
+    write_images(folder / "photos" / "more", 50, size=(36, 33), seed=3)
+    for path in folder.glob("photos/more/*/*"):
+        path.rename(folder / "photos/train" / path.parent.name / f"more {path.name}")
+    shutil.rmtree(folder / "photos/more")
     return names
 
 
 def test_a_run_continues_on_changed_images_without_validating_on_any_that_it_trained_on(
-    here, caplog
+    folder, caplog
 ):
-    before = change(here)
+    before = change_images(folder)
     with caplog.at_level("INFO"):
         fit([*JOB, f"--resume={RUN}", "--trainer.max_epochs=2"])
     assert "102 are new and 2 are gone" in caplog.text
     after = splits.read(LAST)
-    present = {f"train/{path.parent.name}/{path.name}" for path in here.glob("photos/train/*/*")}
+    present = {f"train/{path.parent.name}/{path.name}" for path in folder.glob("photos/train/*/*")}
     assert {*after["val"]} == {*before["val"]}, "that which is gone is remembered"
     assert {*after["train"]} == {*before["train"]} | present - {*before["val"]}
 
 
-def test_another_run_that_continues_a_checkpoint_keeps_its_splits(here):
-    before = change(here)
+def test_another_run_that_continues_a_checkpoint_keeps_its_splits(folder):
+    before = change_images(folder)
     fit([*JOB, f"--ckpt_path={LAST}", "--trainer.max_epochs=2"])
     assert {*splits.read("lightning_logs/version_2/checkpoints/last.ckpt")["val"]} == {
         *before["val"]
     }
 
 
-def test_evaluate_takes_the_recorded_images(here, caplog):
+def test_evaluate_takes_the_recorded_images(folder, caplog):
     evaluate(LAST, "val", accelerator="cpu", figures=False)
-    before = change(here)
+    before = change_images(folder)
     with caplog.at_level("INFO"):
         evaluate(LAST, "val", accelerator="cpu", figures=False)
     assert f", {len(before['val']) - 1} val" in caplog.text.splitlines()[-1]
 
 
-def test_a_test_needs_no_validation_images(here):
-    write_images(here / "elsewhere" / "train", 3, size=(36, 33), seed=5)
-    for path in here.glob("elsewhere/train/*/*"):
+def test_a_test_needs_no_validation_images(folder):
+    write_images(folder / "elsewhere" / "train", 3, size=(36, 33), seed=5)
+    for path in folder.glob("elsewhere/train/*/*"):
         path.rename(path.with_name(f"other {path.name}"))
-    write_images(here / "elsewhere" / "test", 4, size=(36, 33), seed=6)
+    write_images(folder / "elsewhere" / "test", 4, size=(36, 33), seed=6)
     assert "test/acc" in evaluate(LAST, "test", root="elsewhere", accelerator="cpu", figures=False)
     with pytest.raises(UserError, match="None of the images that the run validated on is left"):
         evaluate(LAST, "val", root="elsewhere", accelerator="cpu", figures=False)
 
 
-def test_figures_go_into_the_run_from_wherever_it_is_evaluated(here, monkeypatch, capsys):
+def test_figures_go_into_the_run_from_wherever_it_is_evaluated(folder, monkeypatch, capsys):
     monkeypatch.chdir(Path(LAST).parent)
-    evaluate("last.ckpt", "val", root=str(here / "photos"), accelerator="cpu")
+    evaluate("last.ckpt", "val", root=str(folder / "photos"), accelerator="cpu")
     assert "figures  ../figures/val-*.png" in capsys.readouterr().out
-    assert (here / RUN / "figures" / "val-confusion.png").is_file()
+    assert (folder / RUN / "figures" / "val-confusion.png").is_file()
     assert not Path("figures").exists()
     with pytest.raises(
         UserError, match=r"projector=true comes with the figures: leave out figures=false"
@@ -198,24 +202,60 @@ def test_figures_go_into_the_run_from_wherever_it_is_evaluated(here, monkeypatch
         evaluate("last.ckpt", "val", figures=False, projector=True)
 
 
-def test_images_moved_from_training_to_validation_are_not_validated_on(here):
-    """Nor are new ones there, which may be any of them under another name."""
+def test_images_moved_from_training_to_validation_are_not_validated_on(folder):
+    """New images there are not either: they may be training images under another name."""
     names = splits.read(LAST)
     for name in names["train"][:3] + names["train"][-3:]:
-        path = here / "photos" / name.replace("train/", "val/")
+        path = folder / "photos" / name.replace("train/", "val/")
         path.parent.mkdir(parents=True, exist_ok=True)
-        (here / "photos" / name).rename(path)
-    said = "None of the images that the run validated on is left"
-    with untouched(RUN), pytest.raises(UserError, match=said):
+        (folder / "photos" / name).rename(path)
+    message = "None of the images that the run validated on is left"
+    with untouched(RUN), pytest.raises(UserError, match=message):
         fit([*JOB, f"--resume={RUN}", "--trainer.max_epochs=2"])
 
 
-def test_python_continues_with_the_recorded_images_too(here):
-    before = change(here)
+def test_python_continues_with_the_recorded_images_too(folder):
+    before = change_images(folder)
     data = ImageFolderDataModule("photos", val_fraction=0.4)
     model = TransferClassifier("lenet5", "none", class_names=data.class_names, image_size=32)
     quiet_trainer(max_epochs=2).fit(model, data, ckpt_path=LAST)
     assert data.names["val"] == before["val"][1:]
+
+
+@pytest.mark.parametrize("is_set_up", [False, True])
+def test_a_data_module_continues_from_an_earlier_run_before_and_after_its_setup(
+    folder, caplog, is_set_up
+):
+    record = splits.read(LAST)
+    change_images(folder)
+    data = ImageFolderDataModule("photos", val_fraction=0.4)
+    if is_set_up:
+        data.prepare_data()
+        data.setup()
+        assert data.names["val"] != record["val"][1:]
+        assert data.image_size == (33, 36)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        data.continue_from(EarlierRun(size=(20, 24), record=record))
+        data.continue_from(EarlierRun(record=record))
+        data.prepare_data()
+        data.setup()
+    assert data.names["val"] == record["val"][1:]
+    assert data.image_size == (20, 24)
+    assert caplog.text.count("102 are new and 2 are gone") == 1
+    assert caplog.text.count("Images: ") == 1, "it is said once"
+
+
+def test_a_data_module_skips_the_batches_of_an_earlier_run_once():
+    data = ShapesDataModule(train_images=100, test_images=10, batch_size=16)
+    data.setup()
+    data.continue_from(EarlierRun(first_batch=2))
+    resumed = list(data.train_dataloader())
+    whole = list(data.train_dataloader())
+    assert len(resumed) == len(whole) - 2
+    for (images, labels), (whole_images, whole_labels) in zip(resumed, whole[2:], strict=True):
+        assert torch.equal(images, whole_images)
+        assert torch.equal(labels, whole_labels)
 
 
 DAMAGED = {
@@ -227,8 +267,8 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_record_is_refused(here, content):
-    (here / RUN / splits.RECORD).write_bytes(content)
+def test_a_damaged_record_is_refused(folder, content):
+    (folder / RUN / splits.RECORD).write_bytes(content)
     with (
         untouched(RUN),
         pytest.raises(UserError, match=r"splits\.json\.gz.* is damaged: restore it"),

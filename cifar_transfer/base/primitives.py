@@ -11,6 +11,17 @@ import torch
 from cifar_transfer.base.errors import UserError
 
 
+class StoredOptions(dict[str, Any]):
+    """Options as primitives, for Lightning's `save_hyperparameters`.
+
+    Lightning compares every argument of the constructor with what it is to save, to find its name
+    (2.6.6). NumPy would compare an array with it element by element, which has no truth value;
+    without `__array_ufunc__` it leaves the comparison to the dict.
+    """
+
+    __array_ufunc__ = None
+
+
 def as_primitive(name: str, value: Any) -> Any:
     """Return a value as a checkpoint stores it: numbers, text, None, lists and dicts of these.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cifar_transfer.base.errors import UserError, check
-from cifar_transfer.base.primitives import as_primitive
+from cifar_transfer.base.primitives import StoredOptions, as_primitive
 from cifar_transfer.data.augment import Augment, step_seed
 from cifar_transfer.data.classes import Balance, loss_weights
 from cifar_transfer.data.geometry import Size, pixels, to_float
@@ -196,19 +196,19 @@ class ImageDataModule(LightningDataModule):
         Raises:
             UserError: An option cannot be stored, or the file of `leave_out` cannot be read.
         """
-        stored = {
-            "data": type(self).__name__,
-            "batch_size": self.batch_size,
-            "eval_batch_size": self.eval_batch_size,
-            "val_fraction": self.val_fraction,
-            "augment": as_primitive("augment", self.augment),
-            "class_weights": self.class_weights,
-            "sampler": self.sampler,
-            "leave_out": self.leave_out,
-            "left_out": list_digest(self.leave_out) if self.leave_out else None,
-            "num_workers": self.num_workers,
-            "seed": self.seed,
-        }
+        stored = StoredOptions(
+            data=type(self).__name__,
+            batch_size=self.batch_size,
+            eval_batch_size=self.eval_batch_size,
+            val_fraction=self.val_fraction,
+            augment=as_primitive("augment", self.augment),
+            class_weights=self.class_weights,
+            sampler=self.sampler,
+            leave_out=self.leave_out,
+            left_out=list_digest(self.leave_out) if self.leave_out else None,
+            num_workers=self.num_workers,
+            seed=self.seed,
+        )
         for name, value in options.items():
             stored[name] = as_primitive(name, value)
         self.save_hyperparameters(stored, logger=bool(options))
@@ -272,11 +272,15 @@ class ImageDataModule(LightningDataModule):
         if self._splits is None:
             self._split_images()
         if self.trainer:
-            used_images = dict(self.images)  # a fit ends with the test
-            if stage in ("validate", "test"):
-                split: Split = "test" if stage == "test" else "val"
-                used_images = {split: self.images[split]} if split in self.images else {}
-            check_processes(used_images, self.trainer.world_size)
+            check_processes(self._images_of_stage(), self.trainer.world_size)
+
+    def _images_of_stage(self) -> dict[Split, Images]:
+        """Return the images that the stage reads, by split; a fit ends with the test."""
+        splits_of_stages: dict[str | None, Split] = {"validate": "val", "test": "test"}
+        only = splits_of_stages.get(self._stage)
+        if only is None:
+            return self.images
+        return {only: self.images[only]} if only in self.images else {}
 
     def _load_images(self) -> None:
         """Load all splits, unless they are loaded at the size that is asked for now."""
