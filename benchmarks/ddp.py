@@ -1,10 +1,12 @@
 """Data parallelism on the CPU, and what the freeze costs it: `python -m benchmarks.ddp`.
 
-Two processes (gloo), each with half of the cores. A run is taken to its second epoch, when `BackboneFreeze` has
-unfrozen and wrapped the model anew; then bare steps of that wrapper take turns with those of a copy that was wrapped
-once, plainly, with those of processes that exchange nothing, and with those of one process while the other rests.
+Two processes (gloo), each with half of the cores. A run is taken to its second epoch, when
+`BackboneFreeze` has unfrozen and wrapped the model anew. Then bare steps of that wrapper take turns
+with those of a copy that was wrapped once, plainly, with those of processes that exchange nothing,
+and with those of one process while the other rests.
 """
 
+import argparse
 import copy
 import os
 import tempfile
@@ -22,68 +24,88 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.turns import alternate, table
 from cifar_transfer import BackboneFreeze, ShapesDataModule, TransferClassifier
 
-BATCH, STEPS, ROUNDS, MOST_SECONDS = 64, 4, 20, 150
+BATCH_SIZE = 64
+STEPS_PER_TURN = 4
+MAX_SECONDS = 150
+ALONE = "one process, the other at rest"
 
 
-def steps(model: nn.Module, batch: tuple[Tensor, Tensor], work: bool = True) -> Callable[[], None]:
-    """Bare steps of a module whose forward gives logits, then a wait for the other process."""
+def steps(
+    model: nn.Module, batch: tuple[Tensor, Tensor], count: int = STEPS_PER_TURN
+) -> Callable[[], None]:
+    """Return bare steps of a module that gives logits; each turn ends with a barrier."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, weight_decay=1e-4, fused=True)
+    images, labels = batch
 
     def run() -> None:
-        for _ in range(STEPS if work else 0):
+        for _ in range(count):
             optimizer.zero_grad()
-            F.cross_entropy(model(batch[0]), batch[1]).backward()
+            F.cross_entropy(model(images), labels).backward()
             optimizer.step()
         dist.barrier()
 
     return run
 
 
+def detached_copy(module: LightningModule) -> LightningModule:
+    """Return a copy without a trainer."""
+    copied = copy.deepcopy(module)
+    copied.trainer = None
+    return copied
+
+
 class Compare(Callback):
-    """Runs the contest at the start of the second epoch."""
+    """Runs the contest at the start of the second epoch, and ends the training.
+
+    Args:
+        rounds: Number of rounds.
+    """
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Let the wrappers take turns, and print what came of it on the first rank."""
-        if trainer.current_epoch == 0 or batch_idx:
+        """Let the wrappers take turns, and print the table on the first rank."""
+        if trainer.current_epoch == 0 or batch_idx > 0:
             return
         wrapped = trainer.strategy.model
         assert isinstance(wrapped, DistributedDataParallel)
-
-        def own() -> nn.Module:
-            module = copy.deepcopy(pl_module)
-            module.trainer = None  # type: ignore[assignment]
-            return module
-
+        steps_alone = STEPS_PER_TURN if trainer.global_rank == 0 else 0
         contestants = {
-            "plain DDP": steps(DistributedDataParallel(own()), batch),
+            "plain DDP": steps(DistributedDataParallel(detached_copy(pl_module)), batch),
             "DDP after the unfreezing": steps(wrapped, batch),
-            "two processes without exchange": steps(own(), batch),
-            "one process, the other at rest": steps(own(), batch, work=trainer.global_rank == 0),
+            "two processes without exchange": steps(detached_copy(pl_module), batch),
+            ALONE: steps(detached_copy(pl_module), batch, steps_alone),
         }
-        times = alternate(contestants, ROUNDS, MOST_SECONDS)
+        times = alternate(contestants, self.rounds, MAX_SECONDS)
         if trainer.is_global_zero:
-            medians = {name: float(torch.tensor(values).median()) for name, values in times.items()}
-            single = times.pop("one process, the other at rest")
-            print(
-                f"\n2 processes of {torch.get_num_threads()} threads, ResNet18, batches of {BATCH} each"
-            )
-            print(table(times, 2 * STEPS * BATCH))
-            print(
-                f"one process alone: {STEPS * BATCH / torch.tensor(single).median():.0f} images/s"
-            )
-            alone = medians["one process, the other at rest"]
-            print(f"efficiency of plain DDP: {alone / medians['plain DDP']:.0%} of twice that")
+            report(times)
         trainer.should_stop = True
 
 
+def report(times: dict[str, list[float]]) -> None:
+    """Print images per second, and the efficiency of plain DDP."""
+    plain_seconds = float(torch.tensor(times["plain DDP"]).median())
+    seconds_alone = float(torch.tensor(times.pop(ALONE)).median())
+    threads = torch.get_num_threads()
+    print(f"\n2 processes of {threads} threads, ResNet18, batches of {BATCH_SIZE} each")
+    print(table(times, 2 * STEPS_PER_TURN * BATCH_SIZE))
+    print(f"one process alone: {STEPS_PER_TURN * BATCH_SIZE / seconds_alone:.0f} images/s")
+    print(f"efficiency of plain DDP: {seconds_alone / plain_seconds:.0%} of twice that")
+
+
 def main() -> None:
-    """Two tiny epochs with the contest in between."""
+    """Train two tiny epochs with the contest in between."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=20, help="Rounds of the contest.")
+    parser.add_argument("--backbone", default="resnet18", help="Network of the contest.")
+    options = parser.parse_args()
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     seed_everything(0)
     with tempfile.TemporaryDirectory() as folder:
-        data = ShapesDataModule(train_images=4 * BATCH, test_images=50, batch_size=BATCH)
+        data = ShapesDataModule(train_images=4 * BATCH_SIZE, test_images=50, batch_size=BATCH_SIZE)
         trainer = Trainer(
             accelerator="cpu",
             devices=2,
@@ -93,10 +115,11 @@ def main() -> None:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[BackboneFreeze(unfreeze_epoch=1), Compare()],
+            callbacks=[BackboneFreeze(unfreeze_epoch=1), Compare(options.rounds)],
             default_root_dir=folder,
         )
-        trainer.fit(TransferClassifier("resnet18", "none", class_names=data.class_names), data)
+        model = TransferClassifier(options.backbone, "none", class_names=data.class_names)
+        trainer.fit(model, data)
 
 
 if __name__ == "__main__":

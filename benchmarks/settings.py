@@ -1,11 +1,11 @@
 """What each setting gains by itself: `python -m benchmarks.settings [--compile]`.
 
-Bare steps of ResNet18 on a batch at hand, as `fit` takes them, and the same with one setting undone (or one more done).
-`--compile` adds `torch.compile`, which takes minutes to begin.
+Bare steps of ResNet18 on a batch at hand, as `fit` takes them, and the same with one setting undone
+(or one more done). `--compile` adds `torch.compile`, which takes minutes to begin.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,21 +14,28 @@ from torch import Tensor, nn
 from torchvision import models
 
 from benchmarks.turns import alternate, table
-from cifar_transfer.network import build
+from cifar_transfer.network.image_classifier import ImageClassifier, NetworkOptions
 
-BATCH, SIZE, ROUNDS, MOST_SECONDS = 64, 32, 24, 60
+BATCH_SIZE = 64
+EVALUATED_IMAGES = 1024
+IMAGE_SIDE = 32  # pixels
+MAX_ROUNDS = 24
+MAX_SECONDS = 60  # of a table
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def network(layout: torch.memory_format = torch.channels_last, dense: bool = True) -> nn.Module:
-    """ResNet18 for ten classes."""
-    made = build.build_backbone("resnet18", "none", 10).network if dense else models.resnet18(num_classes=10)
-    return made.to(DEVICE, memory_format=layout)
+    """Return ResNet18 for ten classes; `dense`: small convolutions are matrix products."""
+    if dense:
+        made = ImageClassifier(NetworkOptions("resnet18", "none")).network
+    else:
+        made = models.resnet18(num_classes=10)
+    return made.to(device=DEVICE).to(memory_format=layout)
 
 
-def images(count: int = BATCH, layout: torch.memory_format = torch.channels_last) -> Tensor:
-    """Random images."""
-    return torch.randn(count, 3, SIZE, SIZE, device=DEVICE).to(memory_format=layout)
+def images(count: int, layout: torch.memory_format = torch.channels_last) -> Tensor:
+    """Return random images."""
+    return torch.randn(count, 3, IMAGE_SIDE, IMAGE_SIDE, device=DEVICE).to(memory_format=layout)
 
 
 def training(
@@ -37,41 +44,62 @@ def training(
     fused: bool = True,
     autocast: bool = False,
     compiled: bool = False,
-    frozen: str | None = None,
 ) -> Callable[[], None]:
-    """A step of training.
+    """Return a step of training.
 
     Args:
-        layout: Of weights and images.
+        layout: Memory format of weights and images.
         dense: Small convolutions are matrix products.
         fused: One kernel for the optimizer.
-        autocast: bfloat16.
-        compiled: By inductor.
-        frozen: None trains all. "eval" trains the head with the rest in eval mode, "no_grad" also says `no_grad`
-            around it, "train" leaves its batch-norm in train mode, "graph" lets the gradients run through the backbone.
+        autocast: Compute in bfloat16 where autocast does.
+        compiled: Compile the network by inductor.
     """
     model = network(layout, dense)
-    head: nn.Module = model.fc  # type: ignore[assignment]
-    if frozen:
-        model.train(frozen == "train")
-        model.requires_grad_(frozen == "graph")
-        head.requires_grad_(True)
-    optimizer = torch.optim.Adam(
-        (head if frozen else model).parameters(), lr=1e-4, weight_decay=1e-4, fused=fused
-    )
-    batch, labels = images(layout=layout), torch.arange(BATCH, device=DEVICE) % 10
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, weight_decay=1e-4, fused=fused)
+    batch = images(BATCH_SIZE, layout)
+    labels = torch.arange(BATCH_SIZE, device=DEVICE) % 10
     forward = torch.compile(model) if compiled else model
-    if frozen == "no_grad":
-        model.fc = nn.Identity()
 
     def step() -> None:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-            if frozen == "no_grad":
-                with torch.no_grad():
-                    features = forward(batch)
-                loss = F.cross_entropy(head(features), labels)
-            else:
-                loss = F.cross_entropy(forward(batch), labels)
+            loss = F.cross_entropy(forward(batch), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def training_of_head(
+    train_mode: bool = False, gradients: bool = False, no_grad: bool = False
+) -> Callable[[], None]:
+    """Return a step of training with a frozen backbone.
+
+    Args:
+        train_mode: Leave the batch-norm of the backbone in train mode.
+        gradients: Let the gradients run through the backbone.
+        no_grad: Compute the backbone under `torch.no_grad`.
+    """
+    model = network()
+    head: nn.Module = model.fc  # type: ignore[assignment]
+    model.train(train_mode)
+    model.requires_grad_(gradients)
+    head.requires_grad_(True)
+    if no_grad:
+        model.fc = nn.Identity()
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-4, weight_decay=1e-4, fused=True)
+    batch = images(BATCH_SIZE)
+    labels = torch.arange(BATCH_SIZE, device=DEVICE) % 10
+
+    def logits() -> Tensor:
+        if not no_grad:
+            return model(batch)
+        with torch.no_grad():
+            features = model(batch)
+        return head(features)
+
+    def step() -> None:
+        loss = F.cross_entropy(logits(), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -82,49 +110,48 @@ def training(
 def evaluation(
     count: int, mode: Callable[[], AbstractContextManager[object]]
 ) -> Callable[[], None]:
-    """1024 images evaluated in batches of `count`."""
-    model, batch = network().eval(), images(count)
+    """Return the evaluation of all images in batches of `count`, in a mode of autograd."""
+    model = network().eval()
+    batch = images(count)
 
-    def work() -> None:
+    def evaluate() -> None:
         with mode():
-            for _ in range(1024 // count):
+            for _ in range(EVALUATED_IMAGES // count):
                 model(batch)
 
-    return work
+    return evaluate
 
 
 def transfer(pinned: bool) -> Callable[[], object]:
-    """A batch of bytes copied to the GPU, and a step after it."""
+    """Return the copy of a batch of bytes to the GPU, and a step after it."""
     step = training()
-    batch = torch.zeros(BATCH, 3, SIZE, SIZE, dtype=torch.uint8)
-    batch = batch.pin_memory() if pinned else batch
+    batch = torch.zeros(BATCH_SIZE, 3, IMAGE_SIDE, IMAGE_SIDE, dtype=torch.uint8)
+    if pinned:
+        batch = batch.pin_memory()
 
-    def work() -> None:
+    def copy_and_step() -> None:
         batch.to(DEVICE, non_blocking=pinned)
         step()
 
-    return work
+    return copy_and_step
 
 
 def switched(owner: object, name: str, value: object) -> Callable[[], object]:
-    """A step with an attribute of `torch.backends` set otherwise."""
-    step, usual = training(), getattr(owner, name)
+    """Return a step with an attribute of `torch.backends` set otherwise."""
+    step = training()
+    usual = getattr(owner, name)
 
-    def work() -> None:
+    def switch_and_step() -> None:
         setattr(owner, name, value)
         step()
         setattr(owner, name, usual)
 
-    return work
+    return switch_and_step
 
 
-def main() -> None:
-    """Print a table for training, one for the frozen phase and one for evaluation."""
-    torch.manual_seed(0)
-    print(
-        f"{DEVICE}, {torch.get_num_threads()} threads, ResNet18, {SIZE} x {SIZE} pixels, batches of {BATCH}"
-    )
-    whole: dict[str, Callable[[], object]] = {
+def training_steps(with_compile: bool) -> dict[str, Callable[[], object]]:
+    """Return steps of training everything, as in `fit` and with one setting changed."""
+    steps: dict[str, Callable[[], object]] = {
         "as in fit": training(),
         "optimizer not fused": training(fused=False),
         "not channels_last": training(torch.contiguous_format),
@@ -132,24 +159,31 @@ def main() -> None:
         "none of the three": training(torch.contiguous_format, dense=False, fused=False),
         "bfloat16": training(autocast=True),
     }
-    if "--compile" in sys.argv:
-        whole["compiled"] = training(compiled=True)
+    if with_compile:
+        steps["compiled"] = training(compiled=True)
     if DEVICE == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-        whole["no cudnn.benchmark"] = switched(torch.backends.cudnn, "benchmark", False)
-        whole["no TF32"] = switched(torch.backends.cudnn, "allow_tf32", False)
-        whole["batch from pinned memory"], whole["batch from pageable memory"] = (
-            transfer(True),
-            transfer(False),
-        )
-    frozen: dict[str, Callable[[], object]] = {
-        "frozen: as in fit (eval, requires_grad off)": training(frozen="eval"),
-        "the same under no_grad": training(frozen="no_grad"),
-        "batch-norm in train mode": training(frozen="train"),
-        "gradients through the backbone": training(frozen="graph"),
+        steps["no cudnn.benchmark"] = switched(torch.backends.cudnn, "benchmark", False)
+        steps["no TF32"] = switched(torch.backends.cudnn, "allow_tf32", False)
+        steps["batch from pinned memory"] = transfer(True)
+        steps["batch from pageable memory"] = transfer(False)
+    return steps
+
+
+def frozen_steps() -> dict[str, Callable[[], object]]:
+    """Return steps with a frozen backbone, as in `fit` and in other ways."""
+    return {
+        "frozen: as in fit (eval, requires_grad off)": training_of_head(),
+        "the same under no_grad": training_of_head(no_grad=True),
+        "batch-norm in train mode": training_of_head(train_mode=True),
+        "gradients through the backbone": training_of_head(gradients=True),
     }
-    evaluated: dict[str, Callable[[], object]] = {
+
+
+def evaluations() -> dict[str, Callable[[], object]]:
+    """Return evaluations of all images, as in `fit` and in other ways."""
+    return {
         "evaluation: batches of 256, inference_mode, as in fit": evaluation(
             256, torch.inference_mode
         ),
@@ -158,9 +192,22 @@ def main() -> None:
         "no_grad instead of inference_mode": evaluation(256, torch.no_grad),
         "with gradients": evaluation(256, nullcontext),
     }
-    for contestants, count in ((whole, BATCH), (frozen, BATCH), (evaluated, 1024)):
-        print(table(alternate(contestants, ROUNDS, MOST_SECONDS), count))
+
+
+def main(args: Sequence[str]) -> None:
+    """Print a table for training, one for the frozen phase and one for evaluation."""
+    torch.manual_seed(0)
+    print(
+        f"{DEVICE}, {torch.get_num_threads()} threads, ResNet18, {IMAGE_SIDE} x {IMAGE_SIDE} "
+        f"pixels, batches of {BATCH_SIZE}"
+    )
+    for contestants, count in (
+        (training_steps("--compile" in args), BATCH_SIZE),
+        (frozen_steps(), BATCH_SIZE),
+        (evaluations(), EVALUATED_IMAGES),
+    ):
+        print(table(alternate(contestants, MAX_ROUNDS, MAX_SECONDS), count))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

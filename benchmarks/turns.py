@@ -7,6 +7,8 @@ import torch
 
 from cifar_transfer.base.text import markdown
 
+QUARTILES = torch.tensor([0.25, 0.5, 0.75])
+
 
 def seconds(work: Callable[[], object]) -> float:
     """Time one call of `work`, to the end of what it queued on a GPU."""
@@ -18,52 +20,57 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def alternate(
-    contestants: Mapping[str, Callable[[], object]], rounds: int, most: float
+    contestants: Mapping[str, Callable[[], object]], rounds: int, max_seconds: float
 ) -> dict[str, list[float]]:
-    """Call each contestant once a round, in turn forwards and backwards, after a first round that does not count.
+    """Call each contestant once a round, forwards and backwards in turn.
+
+    A first round does not count.
 
     Args:
-        contestants: What to time, by name.
-        rounds: How many times at most.
-        most: No new round begins after so many seconds.
+        contestants: Works to time, by name.
+        rounds: Number of rounds at most.
+        max_seconds: No new round begins after so many seconds.
 
     Returns:
-        The seconds of each call.
+        The seconds of each call, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for work in contestants.values():
         seconds(work)
     start = time.perf_counter()
-    for turn in range(rounds):
-        for name, work in list(contestants.items())[:: -1 if turn % 2 else 1]:
-            times[name].append(seconds(work))
-        if time.perf_counter() - start > most:
+    for number in range(rounds):
+        names = list(contestants)
+        if number % 2 == 1:
+            names.reverse()
+        for name in names:
+            times[name].append(seconds(contestants[name]))
+        if time.perf_counter() - start > max_seconds:
             break
     return times
 
 
 def table(times: Mapping[str, list[float]], images: int) -> str:
-    """Images per second (median and quartiles over rounds), and as multiples of the first contestant's.
+    """Return a table of images per second, and of multiples of the first contestant's.
+
+    Both are medians with quartiles over rounds. The multiple is the median of the ratio in a round.
 
     Args:
-        times: Seconds by contestant, the reference first; the ratio is the median over rounds of the ratio in a round.
-        images: That each call works on.
+        times: Seconds by contestant, the reference first.
+        images: Number of images that each call works on.
     """
     rows = [["", "images/s", "quartiles", "times the first", "quartiles"]]
-    first = torch.tensor(next(iter(times.values())))
+    reference = torch.tensor(next(iter(times.values())))
     for name, values in times.items():
-        own = torch.tensor(values)
-        low, median, high = (images / own).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        least, ratio, most = (
-            (first[: len(own)] / own).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        )
-        rows.append(
-            [
-                name,
-                f"{median:.0f}",
-                f"{low:.0f} to {high:.0f}",
-                f"{ratio:.2f}",
-                f"{least:.2f} to {most:.2f}",
-            ]
-        )
+        durations = torch.tensor(values)
+        low, median, high = (images / durations).quantile(QUARTILES).tolist()
+        ratios = reference[: len(durations)] / durations
+        low_ratio, ratio, high_ratio = ratios.quantile(QUARTILES).tolist()
+        row = [
+            name,
+            f"{median:.0f}",
+            f"{low:.0f} to {high:.0f}",
+            f"{ratio:.2f}",
+            f"{low_ratio:.2f} to {high_ratio:.2f}",
+        ]
+        rows.append(row)
     return markdown(rows)

@@ -1,24 +1,29 @@
 """What the benchmarks print and draw, from times and runs that are known."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from conftest import TINY
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks import pipeline, recipes, turns
+from benchmarks import augment, pipeline, recipes, settings, startup, turns
 
 
 def test_contestants_take_turns_and_the_first_round_does_not_count():
     calls = []
     times = turns.alternate(
-        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, most=60
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, max_seconds=60
     )
     assert calls == list("ababbaab")
     assert [len(values) for values in times.values()] == [3, 3]
 
 
 def test_no_round_begins_after_the_time_is_up():
-    assert len(turns.alternate({"a": lambda: None}, rounds=1000, most=0)["a"]) == 1
+    assert len(turns.alternate({"a": lambda: None}, rounds=1000, max_seconds=0)["a"]) == 1
 
 
 def test_ratios_are_those_within_a_round():
@@ -41,21 +46,6 @@ def test_ratios_are_those_within_a_round():
 
 
 @pytest.mark.slow
-def test_fit_is_timed_beside_the_tutorials_loop_in_both_phases(monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "CHUNK", 2)
-    monkeypatch.setattr(pipeline, "ROUNDS", 2)
-    monkeypatch.setattr(pipeline, "WARM", 1)
-    options = ["--model.backbone=lenet5", "--data.batch_size=8", "--trainer.accelerator=cpu"]
-    monkeypatch.setattr("sys.argv", ["pipeline", *options])
-    pipeline.main()
-    printed = capsys.readouterr().out
-    assert printed.index("\nfrozen, ") < printed.index("\nunfrozen, ")
-    for contestant in ("tutorial's loop", "fit", "floor"):
-        assert printed.count(f"| {contestant} ") == 2
-    assert printed.count("of the floor's images/s") == 2
-
-
-@pytest.mark.slow
 def test_recipes_are_run_once_evaluated_each_epoch_and_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(recipes.RECIPES, "fast", ["--model.schedule=linear"])
     options = [
@@ -67,8 +57,7 @@ def test_recipes_are_run_once_evaluated_each_epoch_and_drawn(tmp_path, monkeypat
         "--trainer.max_epochs=2",
         "--trainer.log_every_n_steps=2",
     ]
-    monkeypatch.setattr("sys.argv", ["recipes", "--out", str(tmp_path), *options])
-    recipes.main()
+    recipes.main(options)
     run = tmp_path / "fast-0" / "lightning_logs" / "version_0"
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
@@ -83,4 +72,69 @@ def test_recipes_are_run_once_evaluated_each_epoch_and_drawn(tmp_path, monkeypat
     monkeypatch.setattr(
         "subprocess.run", lambda *_, **__: pytest.fail("a finished run was started again")
     )
-    recipes.main()
+    recipes.main(options)
+
+
+def test_the_training_loop_is_timed_in_both_phases(monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "STEPS_PER_TURN", 1)
+    monkeypatch.setattr(pipeline, "COUNTED_TURNS", 2)
+    monkeypatch.setattr(pipeline, "WARM_UP_TURNS", 1)
+    monkeypatch.setattr(pipeline, "TUTORIAL_IMAGES", 64)
+    options = ["--model.backbone=lenet5", "--trainer.accelerator=cpu", "--report.figures=false"]
+    pipeline.main(options)
+    printed = capsys.readouterr().out
+    assert re.findall(r"^(\w+), \d+ threads, 32-true:$", printed, re.M) == ["frozen", "unfrozen"]
+    assert len(re.findall(r"^\| (?:tutorial's loop|fit|floor) +\| +\d+ \|", printed, re.M)) == 6
+    assert len(re.findall(r"^fit has \d+\.\d\d of the floor's images/s", printed, re.M)) == 2
+
+
+def test_the_augmentation_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(augment, "MAX_ROUNDS", 2)
+    monkeypatch.setattr(augment, "BATCH_SIZE", 4)
+    augment.main()
+    printed = capsys.readouterr().out
+    assert "batches of 4 images, 32 x 32; 2 rounds" in printed
+    assert len(re.findall(r"^(?:torchvision|Augment), .* \d+\.\d$", printed, re.M)) == 3
+
+
+@pytest.mark.slow
+def test_each_setting_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(settings, "MAX_ROUNDS", 1)
+    monkeypatch.setattr(settings, "BATCH_SIZE", 4)
+    monkeypatch.setattr(settings, "EVALUATED_IMAGES", 256)
+    monkeypatch.setattr(settings, "DEVICE", "cpu")
+    settings.main([])
+    rows = re.findall(r"^\| (\S.*?) +\|", capsys.readouterr().out, re.M)
+    assert len(rows) == 6 + 4 + 5
+    assert rows[0] == "as in fit"
+
+
+@pytest.mark.slow
+def test_the_start_is_timed_of_two_checkouts(monkeypatch, capsys):
+    for name in ("IMPORTS", "PROGRAMS"):
+        programs = getattr(startup, name)
+        few = ("import torch", "fit --version", "fit, first letter", "fit, first step")
+        chosen = {key: value for key, value in programs.items() if key in few}
+        monkeypatch.setattr(startup, name, chosen)
+    monkeypatch.setattr(startup, "MAX_ROUNDS", 1)
+    startup.main([str(startup.THIS_CHECKOUT)])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("|")[1].strip() for row in rows] == [
+        "import torch",
+        "fit --version",
+        "fit --version, there",
+        "fit, first letter",
+        "fit, first letter, there",
+        "fit, first step",
+        "fit, first step, there",
+    ]
+
+
+@pytest.mark.slow
+def test_data_parallelism_is_timed():
+    command = [sys.executable, "-m", "benchmarks.ddp", "--rounds=1", "--backbone=lenet5"]
+    checkout = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "DDP after the unfreezing" in done.stdout
+    assert re.search(r"^efficiency of plain DDP: \d+% of twice that$", done.stdout, re.M)
