@@ -26,7 +26,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cifar_transfer.results.publish import NAMES
+from cifar_transfer.training.logger import NAMES
 
 for name in ("lightning.pytorch", "lightning.fabric"):
     # Which they do anyway if pytest has set up logging before they are imported; that depends on its version.

@@ -345,7 +345,6 @@ def test_names_that_are_no_text_do_not_stop_a_run_or_a_prediction(tmp_path, monk
         "--model.weights=none",
     ]
     more = [
-        "--report.projector=true",
         "--model.backbone=lenet5",
         "--trainer.accelerator=cpu",
         "--freeze.unfreeze_epoch=0",

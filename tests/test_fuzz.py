@@ -18,9 +18,9 @@ from cifar_transfer.base.errors import one_sentence
 from cifar_transfer.cli.fit_cli import FitCLI
 from cifar_transfer.commands.fit import fit
 from cifar_transfer.data.cifar import CLASSES
-from cifar_transfer.results.report import Report
 from cifar_transfer.training.classifier import TransferClassifier
 from cifar_transfer.training.freeze import BackboneFreeze
+from cifar_transfer.training.report import Report
 
 BASE = [
     "--trainer.accelerator=cpu",
@@ -62,7 +62,6 @@ OPTIONS = {
     "freeze.monitor": ("val/loss",),
     "freeze.mode": ("min", "max"),
     "report.figures": ("false",),
-    "report.projector": ("true", "false"),
     "data.batch_size": ("2", "16", "64"),
     "data.eval_batch_size": ("1", "256"),
     "data.val_fraction": ("0", "0.1", "0.5"),

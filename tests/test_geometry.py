@@ -14,8 +14,8 @@ from cifar_transfer.commands.evaluate import evaluate
 from cifar_transfer.commands.export import export
 from cifar_transfer.data.geometry import STATISTICS, Geometry, choose_size, cover, resize
 from cifar_transfer.data.images import read_image, read_size
-from cifar_transfer.results.collect import CollectPredictions
 from cifar_transfer.training.checkpoint_file import read_checkpoint
+from cifar_transfer.training.collect_predictions import CollectPredictions
 from cifar_transfer.training.evaluation import load_data
 
 TINY = "shufflenet_v2_x0_5"

@@ -388,7 +388,7 @@ def test_figures_of_a_thousand_classes_show_those_with_the_most_mistakes(tmp_pat
     for draw, words in ((plots.confusion, "most mistakes"), (plots.per_class, "lowest F1")):
         figure = draw(seen)
         names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-        assert len(names) == plots.MOST_CLASSES
+        assert len(names) == plots.MAX_CLASSES
         assert {"class 7", "class 8"} <= set(names)
         assert any(
             f"100 of 1,000 classes with the {words}" in text.get_text()
@@ -397,4 +397,4 @@ def test_figures_of_a_thousand_classes_show_those_with_the_most_mistakes(tmp_pat
 
 
 def test_names_that_are_no_text_are_drawn_as_escapes():
-    assert lettering(["a\nb", "\x1b[2J"]).names == {"a\nb": r"a\nb", "\x1b[2J": r"\x1b[2J"}
+    assert lettering(["a\nb", "\x1b[2J"]).texts == {"a\nb": r"a\nb", "\x1b[2J": r"\x1b[2J"}

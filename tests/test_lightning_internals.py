@@ -1,11 +1,14 @@
 """What Lightning, torch and jsonargparse do not promise: these tests fail when it changes."""
 
 import copy
+import csv
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import quiet_trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, lr_scheduler
@@ -41,6 +44,29 @@ def test_a_module_fits_also_while_it_validates():
 def test_a_trainer_lists_its_callbacks():
     trainer = quiet_trainer()
     assert lightning_internals.callbacks_of(trainer) == trainer.callbacks
+
+
+class LogsInEachStep(Model):
+    """A module that logs in each step, and lowers the interval of the log before the first one."""
+
+    def on_train_start(self):
+        self.interval_before = lightning_internals.log_interval(self.trainer)
+        lightning_internals.set_log_interval(self.trainer, 2)
+
+    def training_step(self, batch, batch_idx):
+        self.log("figure", 1.0)
+        return super().training_step(batch, batch_idx)
+
+
+def test_the_interval_of_the_log_can_be_changed_when_a_fit_has_begun(tmp_path):
+    model = LogsInEachStep()
+    logger = CSVLogger(tmp_path)
+    trainer = quiet_trainer(max_steps=6, limit_val_batches=0, log_every_n_steps=4, logger=logger)
+    trainer.fit(model)
+    assert model.interval_before == 4
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "3", "5"]
 
 
 class Counts(Model):

@@ -4,8 +4,8 @@ import pytest
 from conftest import quiet_trainer
 
 from cifar_transfer import ShapesDataModule, TransferClassifier
-from cifar_transfer.results.report import Report
 from cifar_transfer.training.metrics_file import MetricsFile, trim_metrics
+from cifar_transfer.training.report import Report
 
 
 def test_a_step_has_one_row_and_a_new_figure_a_column(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 
 from cifar_transfer.commands.fit import fit
-from cifar_transfer.results.report import Report
+from cifar_transfer.training.report import Report
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 JOB = [

@@ -196,10 +196,6 @@ def test_figures_go_into_the_run_from_wherever_it_is_evaluated(folder, monkeypat
     assert "figures  ../figures/val-*.png" in capsys.readouterr().out
     assert (folder / RUN / "figures" / "val-confusion.png").is_file()
     assert not Path("figures").exists()
-    with pytest.raises(
-        UserError, match=r"projector=true comes with the figures: leave out figures=false"
-    ):
-        evaluate("last.ckpt", "val", figures=False, projector=True)
 
 
 def test_images_moved_from_training_to_validation_are_not_validated_on(folder):

@@ -18,8 +18,10 @@ from torch import nn
 
 from cifar_transfer import BackboneFreeze, Phase
 from cifar_transfer.base.console import say
-from cifar_transfer.results.terminal import Table
+from cifar_transfer.results.terminal import EpochRow, EpochTable
 from cifar_transfer.training.progress_bar import OneLineProgressBar
+from cifar_transfer.training.report import Report
+from cifar_transfer.training.run_clock import RunClock
 
 HEADING = "epoch  train loss  train acc  val loss  val acc         lr    time      left"
 BAR = re.compile(r"[█▏▎▍▌▋▊▉]")
@@ -149,30 +151,94 @@ def test_the_bar_never_wraps_and_lines_do_not_tear_it(monkeypatch, columns, plai
     assert columns < 40 or ("loss 2.345" in shown and re.search(r"\d{4,6} images", shown))
 
 
-def left(capsys, freeze, seconds, last, sides=(None,)):
-    """What the column of that name has after each epoch."""
-    module = SimpleNamespace(
-        epoch_scores=dict, learning_rate=0.1, side_at=lambda n, of: sides[len(sides) * n // of]
-    )
-    table, found = Table(), []
-    for epoch, (phase, taken) in enumerate(seconds):
+def row(**others):
+    """Return a line of a table whose scores are not those of `others`."""
+    values = {"epoch": 40, "is_best": False, "learning_rate": 1e-4, "seconds": 12.34}
+    scores = {"train_loss": 2.3, "train_accuracy": 0.1, "val_loss": 2.4, "val_accuracy": 0.2}
+    return EpochRow(**values | scores | {"time_left": "> 12 min"} | others)
+
+
+def test_a_table_of_999_epochs_fits_into_80_columns():
+    table = EpochTable(999)
+    lines = [table.heading(), table.line(row(epoch=999)), table.line(row(is_best=True))]
+    lines.append(table.line(row(seconds=6000, learning_rate=1.23456e-5)))
+    assert lines == [
+        "  epoch  train loss  train acc  val loss  val acc         lr    time      left",
+        "999/999       2.300     10.00%     2.400   20.00%     0.0001  12.3 s  > 12 min",
+        " 40/999       2.300     10.00%     2.400   20.00% *   0.0001  12.3 s  > 12 min",
+        " 40/999       2.300     10.00%     2.400   20.00%    1.2e-05  100:00  > 12 min",
+    ]
+    assert max(map(len, lines)) < 80
+
+
+def test_what_is_not_known_is_left_out():
+    unknown = dict.fromkeys(("train_loss", "train_accuracy", "val_loss", "val_accuracy"))
+    line = EpochTable(None).line(row(**unknown, time_left=""))
+    assert line.split() == ["40", "0.0001", "12.3", "s"]
+    assert EpochTable(-1).line(row()).startswith("   40  ")
+
+
+def left(freeze, epochs, max_epochs, sides=(None,)):
+    """Return what `Report` has in its column of that name after each epoch.
+
+    Args:
+        freeze: The `BackboneFreeze` of the run.
+        epochs: Phase and seconds of each epoch.
+        max_epochs: Epochs of the run.
+        sides: Sides of the images, each for an equal part of the run.
+    """
+    module = SimpleNamespace(side_at=lambda done, total: sides[len(sides) * done // total])
+    report = Report()
+    texts = []
+    for epoch, (phase, seconds) in enumerate(epochs):
         freeze.phase = phase
-        table.add(trainer(max_epochs=last, current_epoch=epoch, callbacks=[freeze]), module, taken)
-        found.append(re.search(r"(?: s|:\d\d) *(.*)", capsys.readouterr().out)[1])
-    return found
+        report.clock = SimpleNamespace(epoch_seconds=seconds)
+        owner = trainer(max_epochs=max_epochs, current_epoch=epoch, callbacks=[freeze])
+        texts.append(report._time_left(owner, module))
+    return texts
 
 
-def test_the_time_left_knows_what_comes_and_claims_nothing_that_was_not_seen(capsys):
+def test_the_time_left_knows_what_comes_and_claims_nothing_that_was_not_seen():
     freeze = BackboneFreeze()
     freeze.plan = [Phase(["head"]), Phase(["all"], epoch=2, lr=1e-4)]
     epochs = [(0, 10.0), (0, 12.0), (1, 60.0), (1, 66.0)]
-    assert left(capsys, freeze, epochs, 5) == ["> 40 s", "> 36 s", "2 min", "66 s"]
+    assert left(freeze, epochs, 5) == ["> 40 s", "> 36 s", "2 min", "66 s"]
     freeze.plan = [Phase(["head"])]
-    assert left(capsys, freeze, [(0, 400.0), (0, 400.0)], 40) == ["4.3 h", "4.2 h"]
+    assert left(freeze, [(0, 400.0), (0, 400.0)], 40) == ["4.3 h", "4.2 h"]
     freeze.plan = [Phase(["head"]), Phase(["all"], patience=1)]
-    assert left(capsys, freeze, [(0, 10.0), (1, 30.0), (1, 30.0)], 3) == ["> 20 s", "30 s", ""]
+    assert left(freeze, [(0, 10.0), (1, 30.0), (1, 30.0)], 3) == ["> 20 s", "30 s", ""]
     freeze.plan = [Phase(["all"])]
     epochs = [(0, 10.0), (0, 10.0), (0, 30.0), (0, 30.0)]
-    assert left(capsys, freeze, epochs, 4, (32, 48)) == ["> 30 s", "> 20 s", "30 s", ""], (
+    assert left(freeze, epochs, 4, (32, 48)) == ["> 30 s", "> 20 s", "30 s", ""], (
         "larger images take longer"
     )
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": -1}, {"max_epochs": None}, {"max_steps": 100}])
+def test_a_run_that_does_not_end_with_an_epoch_has_no_time_left(limits):
+    assert Report()._time_left(trainer(**limits), SimpleNamespace()) == ""
+
+
+def test_the_clock_counts_a_validation_as_time_but_not_as_training(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    clock = RunClock()
+    clock.start_epoch()
+    clock.count_images(60)
+    now += 4
+    clock.end_training()
+    now += 2
+    clock.end_validation()
+    clock.end_epoch()
+    now += 50  # between two epochs
+    assert (clock.seconds, clock.epoch_seconds, clock.images_per_second) == (6, 6, 15)
+    clock.start_epoch()
+    clock.count_images(30)
+    now += 3
+    resumed = RunClock()
+    resumed.load_state_dict(clock.state_dict())
+    resumed.start()
+    resumed.count_images(30)
+    now += 2
+    resumed.end_epoch()
+    assert (resumed.seconds, resumed.epoch_seconds, resumed.images_per_second) == (11, 5, 12)

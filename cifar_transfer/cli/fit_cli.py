@@ -27,7 +27,6 @@ from cifar_transfer.cli.parser_messages import plain_message
 from cifar_transfer.cli.parsers import HELP_HINT
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.network.image_classifier import NetworkDescription, built_from
-from cifar_transfer.results.report import LOG_EVERY, Report
 from cifar_transfer.training import run as runs
 from cifar_transfer.training.checkpoint_file import read_checkpoint
 from cifar_transfer.training.classifier import TransferClassifier
@@ -37,6 +36,7 @@ from cifar_transfer.training.interrupt import Interrupt
 from cifar_transfer.training.logger import RunLogger
 from cifar_transfer.training.loss_guard import Guard
 from cifar_transfer.training.progress_bar import OneLineProgressBar
+from cifar_transfer.training.report import LOG_INTERVAL, Report
 from cifar_transfer.training.resume import compare_checkpoint, keep_size
 
 ROOT = "--trainer.default_root_dir"
@@ -101,7 +101,7 @@ class PlainCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults={
                 "max_epochs": 40,
-                "log_every_n_steps": LOG_EVERY,
+                "log_every_n_steps": LOG_INTERVAL,
                 "enable_model_summary": False,
             },
             load_from_checkpoint_support=False,  # the classes record their own options

@@ -18,7 +18,7 @@ from cifar_transfer.base.files import atomic_write, require_writable
 from cifar_transfer.base.text import printable
 from cifar_transfer.cli.parsers import Parser
 from cifar_transfer.inference.named_images import NamedImages, add_options, check_file
-from cifar_transfer.results.collect import SPRITE, squares, thumbnails
+from cifar_transfer.results.thumbnails import MAX_SPRITE_SIDE, sprites, thumbnails
 
 PROJECTED = 10_000  # images, the first ones; the projector itself draws no more of them
 HEADER = ["class", "image"]  # of what the projector tells of a point; the first is told beside it
@@ -56,7 +56,7 @@ def main(args: Sequence[str]) -> int:
         for one in images.shown(images.predictions(1), printed=False):
             found.append((one.source, one.classes[0][0]))
             if options.projector and len(found) <= PROJECTED:
-                pixels.append(thumbnails(torch.from_numpy(one.pixels)[None], SPRITE))
+                pixels.append(thumbnails(torch.from_numpy(one.pixels)[None], MAX_SPRITE_SIDE))
     if found:
         features = torch.cat(seen).numpy()
         _save(options.out, features, found)
@@ -68,7 +68,7 @@ def main(args: Sequence[str]) -> int:
 
             texts = [[predicted, printable(name)] for name, predicted in found[:PROJECTED]]
             with SummaryWriter(str(options.projector)) as board:
-                shown = squares(torch.cat(pixels))
+                shown = sprites(torch.cat(pixels))
                 board.add_embedding(
                     features[:PROJECTED], texts, shown, tag="features", metadata_header=HEADER
                 )

@@ -13,15 +13,15 @@ from lightning.pytorch import Callback
 from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer.base import console
-from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.files import CONFIG
 from cifar_transfer.cli.parsers import Parser
 from cifar_transfer.data import splits
 from cifar_transfer.data.module import EarlierRun
-from cifar_transfer.results.collect import PROJECTED, CollectPredictions
-from cifar_transfer.results.publish import FOLDER, publish
+from cifar_transfer.results.predictions import FIGURES_FOLDER
 from cifar_transfer.training.checkpoint_file import read_checkpoint
+from cifar_transfer.training.collect_predictions import CollectPredictions
 from cifar_transfer.training.evaluation import MirroredAccuracy, evaluate_checkpoint, load_data
+from cifar_transfer.training.final_report import publish_predictions
 from cifar_transfer.training.progress_bar import OneLineProgressBar
 
 
@@ -35,7 +35,6 @@ def evaluate(
     mirrored: bool = False,
     leave_out: str | None = None,
     figures: bool = True,
-    projector: bool = False,
 ) -> dict[str, float]:
     """Evaluate a checkpoint on the data it was trained with.
 
@@ -50,7 +49,6 @@ def evaluate(
         leave_out: A file of images, as `fit --data.leave_out` takes it: score all images, and also all but these.
         figures: Draw confusion, reliability and mistakes into the folder `figures` of the checkpoint's run, and into
             the run's TensorBoard; for a checkpoint outside a run, beside it.
-        projector: Also give TensorBoard's projector the features of 1,000 images.
 
     Returns:
         `test/loss` and `test/acc`, or `val/loss` and `val/acc`. Where classes are unequal also `test/balanced_accuracy`
@@ -58,13 +56,11 @@ def evaluate(
         `test/mirrored_acc`, and with `leave_out` also `test/acc_without`. All but the loss are shares of 1.
     """
     console.hush()
-    if projector and not figures:
-        raise UserError("projector=true comes with the figures: leave out figures=false.")
     checkpoint = read_checkpoint(ckpt)
     overrides = {"root": root} if root else {}
     data = load_data(checkpoint, **overrides | ({"leave_out": None} if leave_out else {}))
     data.continue_from(EarlierRun(record=splits.read(ckpt)))
-    collected = CollectPredictions(PROJECTED if projector else 0) if figures or leave_out else None
+    collected = CollectPredictions() if figures or leave_out else None
     given: Any = {
         "accelerator": accelerator,
         "devices": devices,
@@ -88,12 +84,14 @@ def evaluate(
     if trainer.is_global_zero:
         for name, value in results.items():
             print(f"{name} {value:.4f}" if name.endswith("loss") else f"{name}  {value:.2%}")
-        if collected and figures:
+        if collected and collected.predictions and figures:
             folder = Path(ckpt).absolute().parent
             run = folder.parent if (folder.parent / CONFIG).is_file() else None
             with SummaryWriter(str(run)) if run else nullcontext() as board:
-                publish(run or folder, split, collected, board, checkpoint["global_step"])
-            print(f"figures  {os.path.relpath(run or folder)}/{FOLDER}/{split}-*.png")
+                publish_predictions(
+                    run or folder, split, collected.predictions, board, checkpoint["global_step"]
+                )
+            print(f"figures  {os.path.relpath(run or folder)}/{FIGURES_FOLDER}/{split}-*.png")
     return results
 
 

@@ -33,10 +33,10 @@ from cifar_transfer.base.files import LOGS
 from cifar_transfer.base.text import program
 from cifar_transfer.cli.fit_cli import FitCLI
 from cifar_transfer.data.shapes import ShapesDataModule
-from cifar_transfer.results.collect import PROJECTED, CollectPredictions
-from cifar_transfer.results.report import draw_final, log_final, write_result
 from cifar_transfer.training.checkpoint_file import newest_checkpoint
+from cifar_transfer.training.collect_predictions import CollectPredictions
 from cifar_transfer.training.evaluation import evaluate_checkpoint
+from cifar_transfer.training.final_report import draw_final, log_final, write_result
 from cifar_transfer.training.interrupt import end_with_the_first
 
 BFLOAT16 = ("avx512_bf16", "amx_bf16")  # of the processor itself; others emulate it slowly
@@ -92,9 +92,7 @@ def _job(cli: FitCLI) -> Outcome | None:
     scores: dict[str, float] = {}
     tested = "test" in data.images and trainer.limit_test_batches != 0
     for split in ("val", "test") if tested else ("val",):
-        collect = (
-            CollectPredictions(PROJECTED if options.projector else 0) if options.figures else None
-        )
+        collect = CollectPredictions() if options.figures else None
         found = evaluate_checkpoint(trainer, best, data, split, [collect] if collect else None)
         scores |= {
             f"best/{name.replace('/', '_')}": found[name]
@@ -104,7 +102,7 @@ def _job(cli: FitCLI) -> Outcome | None:
     log_final(trainer, {**data.hparams, **model.hparams}, scores, found if split == "test" else {})
     result = write_result(trainer, model, scores)
     if collect:
-        draw_final(trainer, split, collect)
+        draw_final(trainer, split, collect.predictions)
     run, checkpoint = _here(trainer.log_dir), _here(best)
     lines = {}
     for name, value in scores.items():

@@ -21,7 +21,7 @@ from cifar_transfer.base.text import printable
 from cifar_transfer.cli.parsers import Parser
 from cifar_transfer.inference.named_images import NamedImages, add_options, check_file
 from cifar_transfer.inference.sources import find
-from cifar_transfer.results.predictions import SHOWN, ImagePrediction
+from cifar_transfer.results.predictions import MAX_GALLERY_IMAGES, ImagePrediction
 
 CONTROL = re.compile("[\x7f-\x9f]")  # characters that steer a terminal, and that JSON lets stand
 FORMULA = (
@@ -108,7 +108,7 @@ def main(args: Sequence[str]) -> int:
             stream = explained(stream, classifier.model, options.explain)
         for prediction in images.shown(stream, printed=True):
             predicted += 1
-            if predicted <= SHOWN:
+            if predicted <= MAX_GALLERY_IMAGES:
                 first.append(prediction)
             yield prediction
 

@@ -28,8 +28,7 @@ from PIL import Image
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.inference.explain import heat_map
 from cifar_transfer.inference.predictor import Classifier
-from cifar_transfer.results.predictions import Predictions
-from cifar_transfer.results.publish import FOLDER, PREDICTIONS
+from cifar_transfer.results.predictions import Predictions, predictions_path
 
 MOST_BYTES = 32 * 2**20  # of an image's file
 MOST_CONNECTIONS = 32  # at a time, each of which may hold such a file
@@ -72,7 +71,7 @@ class Page(ThreadingTCPServer):
         self.rules = RULES + "; ".join(["frame-ancestors 'none'", *sums])
         examples: list[tuple[str, str]] = []
         with suppress(Exception):  # of any kind: the run may be anybody's, and have none
-            kept = Predictions.load(ckpt.parents[1] / FOLDER / PREDICTIONS.format("test"))
+            kept = Predictions.load(predictions_path(ckpt.parents[1], "test"))
             names = [kept.names[label] for label in kept.labels[kept.rows].tolist()]
             # Mistakes come first, and what is predicted right takes their places.
             chosen = sorted(dict(zip(names, kept.images.numpy(), strict=True)).items())[:EXAMPLES]

@@ -1,9 +1,11 @@
-"""Plots from plain arrays: curves, confusion, reliability, grids of images.
+"""Plots from plain arrays: curves of a run, predictions for a split, grids of images.
 
-Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which the colour-blind tell apart.
+Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which colour-blind readers
+can tell apart.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,328 +20,504 @@ from cifar_transfer.base.text import printable
 from cifar_transfer.results.predictions import Predictions
 from cifar_transfer.results.words import Lettering, lettering, word
 
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-)  # all but yellow and black
-BLUE, ORANGE, SKY, GREY = COLOURS[0], COLOURS[1], COLOURS[5], "#999999"
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+PINK = "#CC79A7"
+YELLOW = "#E69F00"
+SKY = "#56B4E9"
+COLOURS = (BLUE, ORANGE, GREEN, PINK, YELLOW, SKY)
+GREY = "#999999"
+LIGHT_GREY = "#dddddd"
+
 DPI = 100
-LEVELS = 8  # rates that are marked on the scale
-FEW = 100  # points of a curve, which are marked
-COLUMNS = 8  # images in a row at most
-NUMBERED = 20  # classes up to which a confusion matrix has numbers in its cells
-MOST_CLASSES = 100  # in a figure; of more, those with the most mistakes
-BY_EPOCH = ("train/loss_epoch", "val/loss", "train/acc", "val/acc", "lr")
-SPLITS = {"val": "validation", "test": "test"}  # in words
-SMOOTHED = 0.95  # weight of the past in the smoothed loss, as TensorBoard's slider has it
-
-
-def save(figure: Figure, path: Path, **options: Any) -> None:
-    """Write a figure as a PNG, in one move, with options of matplotlib's `savefig`."""
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", **{"dpi": DPI} | options)
-
-
-def shortened(name: str, most: int = 40) -> str:
-    """A name of at most so many letters: a folder's may have 255, beside which nothing else has room."""
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+SMOOTHING = 0.95  # weight of the past in the smoothed loss, as TensorBoard's slider has it
+MAX_SMOOTHING_STEPS = 1000  # older steps weigh less than 1e-22
+MAX_MARKED_POINTS = 99  # a longer curve is drawn without markers
+MAX_COLORBAR_TICKS = 8  # more learning rates are not named one by one
+MAX_NUMBERED_CLASSES = 20  # larger confusion matrices have no numbers in their cells
+MAX_CLASSES = 100  # in a figure; of more, those with the most mistakes
+MAX_CLASS_NAME_CHARS = 40  # a folder's name may have 255, beside which nothing else has room
+MAX_TITLE_CHARS = 16  # in a line above an image of a grid
+MAX_GRID_COLUMNS = 8
+MIN_GRID_COLUMNS = 5  # in a grid of several rows
+CALIBRATION_BINS = 15
+# Width of a letter in inches, in the larger and the smaller font of a confusion matrix.
+LETTER_INCHES = 0.085
+SMALL_LETTER_INCHES = 0.048
+WIDE_LETTER = 1.6  # width of a letter outside ASCII, such as a Chinese one, in letters
 
 
 class Curve(NamedTuple):
-    """A logged figure: x (steps or epochs) and y, float64 [N] each."""
+    """Values that were logged under one name."""
 
-    x: np.ndarray
-    y: np.ndarray
+    x: np.ndarray  # steps from 0 or epochs from 1, float64 [N]
+    y: np.ndarray  # float64 [N]
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """Curves of a run; None for those that were not logged. Accuracies are shares of 1.
+
+    Attributes:
+        step_loss: Loss of single training batches, by step.
+        step_accuracy: Accuracy of single training batches, by step.
+        step_val_loss: Validation loss, by step.
+        step_val_accuracy: Validation accuracy, by step.
+        train_loss: Mean training loss, by epoch, like all that follow.
+        train_accuracy: Training accuracy.
+        val_loss: Validation loss.
+        val_accuracy: Validation accuracy.
+        learning_rate: Learning rate at the end of each epoch.
+        trainable_parameters: How many parameters train.
+        steps: How many steps the run has made by the end of each epoch.
+        stage_rates: Learning rate of each stage of the network, from stem to head; 0 while it is
+            frozen.
+    """
+
+    step_loss: Curve | None = None
+    step_accuracy: Curve | None = None
+    step_val_loss: Curve | None = None
+    step_val_accuracy: Curve | None = None
+    train_loss: Curve | None = None
+    train_accuracy: Curve | None = None
+    val_loss: Curve | None = None
+    val_accuracy: Curve | None = None
+    learning_rate: Curve | None = None
+    trainable_parameters: Curve | None = None
+    steps: Curve | None = None
+    stage_rates: dict[str, Curve] = field(default_factory=dict)
 
 
 class Phases(NamedTuple):
-    """What is frozen at first, and when that changes."""
+    """Phases of a run, to be marked in its curves."""
 
-    frozen: str  # of the first phase: "backbone frozen" or "partly frozen"
-    begins: Sequence[
-        float
-    ]  # epochs or steps before each other phase; the last one may be the run's end
+    first: str  # what is frozen in the first phase: "backbone frozen" or "partly frozen"
+    # How many epochs or steps came before each later phase. The first phase is shaded up to the
+    # first of these, which may be the end of the run; none means that nothing was frozen.
+    begins: Sequence[float]
 
 
-def iterations(curves: dict[str, Curve], phases: Phases, val: str = "validation") -> Figure:
-    """Loss and accuracy by iteration from 1, of batches and smoothed, with the validations; the first phase shaded.
+def save(figure: Figure, path: Path, **options: Any) -> None:
+    """Write a figure as a PNG file, in one move.
 
     Args:
-        curves: Of `train/loss`, `train/acc_step`, `val/loss_step`, `val/acc_step`; what is missing is left out.
-        phases: With their steps.
-        val: "test" where the validation images are those of the test.
+        figure: The figure.
+        path: The file, in an existing folder.
+        options: Further arguments of `Figure.savefig`.
+    """
+    options.setdefault("dpi", DPI)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", **options)
+
+
+def shortened(name: str, max_chars: int = MAX_CLASS_NAME_CHARS) -> str:
+    """Return a name, cut off with an ellipsis if it has more than `max_chars` letters."""
+    if len(name) <= max_chars:
+        return name
+    return f"{name[: max_chars - 1]}…"
+
+
+def iterations(curves: RunCurves, phases: Phases, val_name: str = "validation") -> Figure:
+    """Plot loss and accuracy by iteration, counted from 1. The first phase is shaded.
+
+    Args:
+        curves: Those by step are drawn. There must be a `step_loss`.
+        phases: Phases of the run, in steps.
+        val_name: "test" if the run validates on the test images.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = [
-        ("loss", 1, "train/loss", "val/loss_step"),
-        ("accuracy", 100, "train/acc_step", "val/acc_step"),
-    ]
-    panels = [panel for panel in panels if panel[2] in curves]
-    places = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (what, scale, batch, tested) in zip(places, panels, strict=True):
-        x, y = curves[batch].x + 1, scale * curves[batch].y
-        marker = "." if len(x) < FEW else ""
-        axes.plot(x, y, BLUE, marker=marker, alpha=0.35, lw=0.8, label=word("one batch"))
-        axes.plot(x, smooth(y), BLUE, marker=marker, lw=1.8, label=word(f"training {what}"))
-        if tested in curves:
-            x, y = curves[tested].x + 1, scale * curves[tested].y
-            axes.plot(x, y, "s-", color=ORANGE, ms=3, lw=1, label=word(f"{val} {what}"))
-        _shade(axes, phases)
-        _finish(axes, "iteration", what if scale == 1 else f"{what} (%)")
+    if curves.step_accuracy is None:
+        loss_axes = figure.subplots()
+    else:
+        loss_axes, accuracy_axes = figure.subplots(1, 2)
+        accuracy = _percent(curves.step_accuracy)
+        val_accuracy = _percent(curves.step_val_accuracy)
+        _plot_steps(accuracy_axes, "accuracy", accuracy, val_accuracy, val_name)
+        _shade(accuracy_axes, phases)
+        _finish(accuracy_axes, "iteration", "accuracy (%)")
+    _plot_steps(loss_axes, "loss", curves.step_loss, curves.step_val_loss, val_name)
+    _shade(loss_axes, phases)
+    _finish(loss_axes, "iteration", "loss")
     return figure
+
+
+def _plot_steps(
+    axes: Axes, name: str, batches: Curve | None, validations: Curve | None, val_name: str
+) -> None:
+    """Plot single batches, their smoothed curve, and the validations."""
+    if batches is not None:
+        x = batches.x + 1
+        marker = ""
+        if len(x) <= MAX_MARKED_POINTS:
+            marker = "."
+        axes.plot(
+            x, batches.y, BLUE, marker=marker, alpha=0.35, linewidth=0.8, label=word("one batch")
+        )
+        axes.plot(
+            x,
+            smooth(batches.y),
+            BLUE,
+            marker=marker,
+            linewidth=1.8,
+            label=word(f"training {name}"),
+        )
+    if validations is not None:
+        label = word(f"{val_name} {name}")
+        axes.plot(
+            validations.x + 1,
+            validations.y,
+            "s-",
+            color=ORANGE,
+            markersize=3,
+            linewidth=1,
+            label=label,
+        )
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Exponential moving average without the pull of its beginning (Adam's correction, arXiv:1412.6980)."""
-    past = min(SMOOTHED, max(0, 1 - 10 / len(values)))  # of few values less
-    kernel = past ** np.arange(min(len(values), 1000))
-    return (
-        np.convolve(values, kernel)[: len(values)]
-        / np.convolve(np.ones(len(values)), kernel)[: len(values)]
-    )
+    """Return the exponential moving average of values, both float64 [N].
+
+    Its beginning is corrected as in Adam (arXiv:1412.6980).
+    """
+    count = len(values)
+    decay = min(SMOOTHING, max(0, 1 - 10 / count))  # few values are smoothed less
+    weights = decay ** np.arange(min(count, MAX_SMOOTHING_STEPS))
+    sums = np.convolve(values, weights)[:count]
+    sums_of_weights = np.convolve(np.ones(count), weights)[:count]
+    return sums / sums_of_weights
 
 
-def epochs(curves: dict[str, Curve], phases: Phases, val: str = "validation") -> Figure:
-    """Loss and accuracy by epoch from 1: the first phase is shaded, and steps of the learning rate are marked.
+def epochs(curves: RunCurves, phases: Phases, val_name: str = "validation") -> Figure:
+    """Plot loss and accuracy by epoch, counted from 1.
+
+    The first phase is shaded, and changes of the learning rate are marked.
 
     Args:
-        curves: Of `lr`, `train/loss_epoch`, `val/loss`, `train/acc`, `val/acc`; what is missing is left out.
-        phases: With their epochs.
-        val: "test" where the validation images are those of the test.
+        curves: Those by epoch are drawn. There must be a `learning_rate`.
+        phases: Phases of the run, in epochs.
+        val_name: "test" if the run validates on the test images.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
-    lr = curves["lr"]
-    changes = lr.x[1:][lr.y[1:] != lr.y[:-1]] - 1
-    if len(changes) > len(lr.x) / 2:
-        changes = changes[:0]  # a rate that always changes has no steps
-    panels = (
-        ("loss", 1, ("train/loss_epoch", "val/loss")),
-        ("accuracy", 100, ("train/acc", "val/acc")),
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    changes = sorted(_rate_changes(curves.learning_rate) - set(phases.begins))
+    _plot_epochs(loss_axes, "loss", curves.train_loss, curves.val_loss, val_name)
+    _plot_epochs(
+        accuracy_axes,
+        "accuracy",
+        _percent(curves.train_accuracy),
+        _percent(curves.val_accuracy),
+        val_name,
     )
-    for axes, (what, scale, tags) in zip(figure.subplots(1, 2), panels, strict=True):
-        for tag, color, label, marker in zip(
-            tags, (BLUE, ORANGE), ("training", val), "os", strict=True
-        ):
-            if tag in curves:
-                x, y = curves[tag].x, scale * curves[tag].y
-                axes.plot(x, y, marker + "-", color=color, ms=3, label=word(f"{label} {what}"))
+    for axes in (loss_axes, accuracy_axes):
         _shade(axes, phases)
-        for number, epoch in enumerate(sorted({*changes} - {*phases.begins})):
-            axes.axvline(
-                epoch + 0.5,
-                color=GREY,
-                ls=":",
-                lw=1,
-                label="" if number else word("learning rate changed"),
-            )
-        _finish(axes, "epoch", what if scale == 1 else f"{what} (%)")
+        _vertical_lines(axes, changes, ":", word("learning rate changed"))
+    _finish(loss_axes, "epoch", "loss")
+    _finish(accuracy_axes, "epoch", "accuracy (%)")
     return figure
 
 
+def _plot_epochs(
+    axes: Axes, name: str, training: Curve | None, validation: Curve | None, val_name: str
+) -> None:
+    if training is not None:
+        label = word(f"training {name}")
+        axes.plot(training.x, training.y, "o-", color=BLUE, markersize=3, label=label)
+    if validation is not None:
+        label = word(f"{val_name} {name}")
+        axes.plot(validation.x, validation.y, "s-", color=ORANGE, markersize=3, label=label)
+
+
+def _rate_changes(rate: Curve | None) -> set[float]:
+    """Return after which epochs the learning rate changed.
+
+    A rate that changes after most epochs, as a decay does, has no such epochs.
+    """
+    if rate is None:
+        return set()
+    changed = rate.y[1:] != rate.y[:-1]
+    changes = rate.x[1:][changed] - 1
+    if len(changes) > len(rate.x) / 2:
+        return set()
+    return set(changes.tolist())
+
+
+def _percent(curve: Curve | None) -> Curve | None:
+    if curve is None:
+        return None
+    return Curve(curve.x, 100 * curve.y)
+
+
 def _shade(axes: Axes, phases: Phases) -> None:
-    for number, begin in enumerate(phases.begins):
-        if number:
-            axes.axvline(
-                begin + 0.5,
-                color=GREY,
-                ls="--",
-                lw=1,
-                label="" if number > 1 else word("more unfrozen"),
-            )
-        else:
-            axes.axvspan(0.5, begin + 0.5, color=GREY, alpha=0.2, lw=0, label=word(phases.frozen))
+    """Shade the first phase and mark where later ones begin."""
+    if phases.begins:
+        end = phases.begins[0] + 0.5
+        axes.axvspan(0.5, end, color=GREY, alpha=0.2, linewidth=0, label=word(phases.first))
+    _vertical_lines(axes, phases.begins[1:], "--", word("more unfrozen"))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.margins(x=0.02)
 
 
+def _vertical_lines(axes: Axes, positions: Sequence[float], style: str, label: str) -> None:
+    """Draw a line between each position and the next whole number; the legend has one of them."""
+    for number, position in enumerate(positions):
+        line = axes.axvline(position + 0.5, color=GREY, linestyle=style, linewidth=1)
+        if number == 0:
+            line.set_label(label)
+
+
 def rates_by_stage(rates: np.ndarray, stages: Sequence[str]) -> Figure:
-    """Which stage trains when, and how fast: learning rates, float [stages, epochs], 0 while frozen; last on top."""
-    shown = np.ma.masked_equal(rates, 0)[::-1]
-    height = 1.6 + 0.28 * len(stages)
-    figure = Figure(figsize=(10, height), layout="constrained")
+    """Plot which stage of the network trains when, and at which learning rate.
+
+    Args:
+        rates: Learning rates, float64 [stages, epochs], 0 while a stage is frozen.
+        stages: Names of the stages, from stem to head; the head is drawn on top.
+    """
+    positive_rates = np.ma.masked_equal(rates, 0)[::-1]
+    distinct_rates = np.unique(positive_rates.compressed())
+    lowest = 1.0
+    highest = 1.0
+    if len(distinct_rates):
+        lowest = distinct_rates[0]
+        highest = distinct_rates[-1]
+    if lowest == highest:
+        highest = 2 * lowest  # a logarithmic scale needs two ends
+    num_stages, num_epochs = rates.shape
+    figure = Figure(figsize=(10, 1.6 + 0.28 * num_stages), layout="constrained")
     axes = figure.subplots()
-    axes.set_facecolor("#dddddd")
-    low, high = (shown.min(), shown.max()) if shown.count() else (1.0, 1.0)
-    colours = LogNorm(low, high if high > low else 2 * low)
-    extent = 0.5, rates.shape[1] + 0.5, len(stages), 0
-    picture = axes.imshow(shown, "viridis", norm=colours, aspect="auto", extent=extent)
-    axes.set_yticks(
-        np.arange(len(stages)) + 0.5, [printable(stage) for stage in reversed(stages)], fontsize=9
+    axes.set_facecolor(LIGHT_GREY)
+    image = axes.imshow(
+        positive_rates,
+        "viridis",
+        norm=LogNorm(lowest, highest),
+        aspect="auto",
+        extent=(0.5, num_epochs + 0.5, num_stages, 0),
     )
+    names = [printable(stage) for stage in reversed(stages)]
+    axes.set_yticks(np.arange(num_stages) + 0.5, names, fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set(
-        xlabel=word("epoch"),
-        title=word("Learning rate by stage at the end of each epoch (grey: 0)"),
-    )
-    levels = np.unique(shown.compressed())
-    exact: dict[str, Any] = {"ticks": levels, "format": "%.2g"} if len(levels) <= LEVELS else {}
-    figure.colorbar(picture, ax=axes, pad=0.01, **exact).minorticks_off()
+    axes.set_xlabel(word("epoch"))
+    axes.set_title(word("Learning rate by stage at the end of each epoch (grey: 0)"))
+    colorbar = figure.colorbar(image, ax=axes, pad=0.01)
+    if len(distinct_rates) <= MAX_COLORBAR_TICKS:
+        colorbar.set_ticks(
+            distinct_rates.tolist(), labels=[f"{rate:.2g}" for rate in distinct_rates]
+        )
+    colorbar.minorticks_off()
     return figure
 
 
 def confusion(predictions: Predictions, split: str = "test") -> Figure:
-    """Counts, and shares of each class's images; numbers in the cells of up to 20 classes."""
-    counts = predictions.confusion()
-    mistakes = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
-    shown = np.sort(np.argsort(-mistakes, kind="stable")[:MOST_CLASSES])
-    shares = (counts / np.maximum(counts.sum(1, keepdims=True), 1))[np.ix_(shown, shown)]
-    every, counts = len(counts), counts[np.ix_(shown, shown)]
-    letters, classes, few = (
-        lettering(predictions.names[row] for row in shown),
-        len(shown),
-        len(shown) <= NUMBERED,
-    )
-    names = [shortened(letters.names[predictions.names[row]]) for row in shown]
-    # Letters and cells in inches; other scripts' letters are wide.
-    letter, side = (0.085, max(2.4, 0.42 * classes)) if few else (0.048, 0.13 * classes)
-    longest = letter * max(len(name) * (1 if name.isascii() else 1.6) for name in names)
-    figure = Figure(figsize=(2 * (side + longest + 1), side + longest + 1.8), layout="constrained")
-    panels = ("number of images", counts), ("% of the class", 100 * shares)
-    for axes, (title, values) in zip(figure.subplots(1, 2), panels, strict=True):
+    """Plot the confusion matrix twice: as counts, and as shares of the images of each class.
+
+    Args:
+        predictions: Of more than 100 classes, those with the most mistakes are drawn.
+        split: "val" or "test".
+    """
+    all_counts = predictions.confusion()
+    mistakes = all_counts.sum(0) + all_counts.sum(1) - 2 * all_counts.diagonal()
+    classes = np.sort(np.argsort(-mistakes, kind="stable")[:MAX_CLASSES])
+    cells = np.ix_(classes, classes)
+    counts = all_counts[cells]
+    images_of_class = np.maximum(all_counts.sum(1, keepdims=True), 1)
+    shares = (all_counts / images_of_class)[cells]
+    letters = lettering(predictions.names[row] for row in classes)
+    names = [shortened(letters.texts[predictions.names[row]]) for row in classes]
+
+    numbered = len(classes) <= MAX_NUMBERED_CLASSES
+    if numbered:
+        font_size = 9
+        name_inches = LETTER_INCHES * max(_width(name) for name in names)
+        matrix_inches = max(2.4, 0.42 * len(classes))
+    else:
+        font_size = 5
+        name_inches = SMALL_LETTER_INCHES * max(_width(name) for name in names)
+        matrix_inches = 0.13 * len(classes)
+    rotation = 0
+    if name_inches * len(classes) > matrix_inches:
+        rotation = 90
+
+    width = 2 * (matrix_inches + name_inches + 1)
+    height = matrix_inches + name_inches + 1.8
+    figure = Figure(figsize=(width, height), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.set_title(word("number of images"))
+    right.set_title(word("% of the class"))
+    for axes, values in ((left, counts), (right, 100 * shares)):
         axes.imshow(values, cmap="Blues", vmin=0, vmax=max(1, values.max()))
-        axes.set_title(word(title))
-        for axis, label in ((axes.xaxis, "predicted"), (axes.yaxis, "true")):
-            axis.set_ticks(range(classes), names, fontsize=9 if few else 5, family=letters.families)
-            axis.set_label_text(word(label))
-        axes.tick_params(axis="x", rotation=90 if longest * classes > side else 0)
-        for (row, column), value in np.ndenumerate(values) if few else ():
-            color = "w" if value > values.max() / 2 else "k"
-            axes.text(
-                column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color
-            )
-    accuracy, of = float(predictions.correct.float().mean()), len(predictions.labels)
-    score = word(f"{SPLITS[split]} accuracy")
-    title = word(
-        "Confusion matrix: {score} {value:.2%} of {count:,} images",
-        score=score,
-        value=accuracy,
-        count=of,
-    )
-    if classes < every:
-        title += "\n" + word(
-            "The {shown} of {all:,} classes with the most mistakes", shown=classes, all=every
-        )
-    figure.suptitle(title)
-    note(figure, letters)
+        ticks = range(len(classes))
+        axes.set_xticks(ticks, names, fontsize=font_size, family=letters.families)
+        axes.set_yticks(ticks, names, fontsize=font_size, family=letters.families)
+        axes.set_xlabel(word("predicted"))
+        axes.set_ylabel(word("true"))
+        axes.tick_params(axis="x", rotation=rotation)
+        if numbered:
+            _number_cells(axes, values)
+    figure.suptitle(_confusion_title(predictions, split, len(classes)))
+    add_note(figure, letters)
     return figure
 
 
-def per_class(predictions: Predictions) -> Figure:
-    """A table of precision, recall, F1 and the number of images; the worst F1 first."""
-    counts = predictions.confusion()
-    hits, truth, said = counts.diagonal(), counts.sum(1), counts.sum(0)
-    f1 = 2 * hits / np.maximum(said + truth, 1)
-    order = np.argsort(f1, kind="stable")[:MOST_CLASSES]
-    letters = lettering(predictions.names[row] for row in order)
-    lines, names = (
-        range(len(order)),
-        [shortened(letters.names[predictions.names[row]]) for row in order],
+def _width(name: str) -> float:
+    """Return the width of a name in letters of ASCII."""
+    if name.isascii():
+        return len(name)
+    return WIDE_LETTER * len(name)
+
+
+def _number_cells(axes: Axes, values: np.ndarray) -> None:
+    """Write each value into its cell of a matrix, in white where the cell is dark."""
+    for (row, column), value in np.ndenumerate(values):
+        text = axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8)
+        if value > values.max() / 2:
+            text.set_color("w")
+
+
+def _confusion_title(predictions: Predictions, split: str, num_shown: int) -> str:
+    accuracy = word("test accuracy")
+    if split == "val":
+        accuracy = word("validation accuracy")
+    title = word(
+        "Confusion matrix: {score} {value:.2%} of {count:,} images",
+        score=accuracy,
+        value=float(predictions.correct.float().mean()),
+        count=len(predictions.labels),
     )
+    num_classes = len(predictions.names)
+    if num_shown == num_classes:
+        return title
+    selection = word(
+        "The {shown} of {all:,} classes with the most mistakes", shown=num_shown, all=num_classes
+    )
+    return f"{title}\n{selection}"
+
+
+def per_class(predictions: Predictions) -> Figure:
+    """Draw a table of precision, recall, F1 and images of each class, the lowest F1 first."""
+    counts = predictions.confusion()
+    hits = counts.diagonal()
+    images = counts.sum(1)
+    predicted = counts.sum(0)
+    precision = hits / np.maximum(predicted, 1)
+    recall = hits / np.maximum(images, 1)
+    f1 = 2 * hits / np.maximum(predicted + images, 1)
+    order = np.argsort(f1, kind="stable")[:MAX_CLASSES]
+    letters = lettering(predictions.names[row] for row in order)
+    names = [shortened(letters.texts[predictions.names[row]]) for row in order]
+
     figure = Figure(figsize=(7, 0.9 + 0.24 * len(order)), layout="constrained")
     axes = figure.subplots()
+    lines = range(len(order))
     axes.barh(lines, 100 * f1[order], color=BLUE, alpha=0.3, height=0.8)
     axes.set_yticks(lines, names, family=letters.families)
-    precision, recall = hits / np.maximum(said, 1), hits / np.maximum(truth, 1)
-    columns = (
-        ("precision", 100 * precision),
-        ("recall", 100 * recall),
-        ("F1", 100 * f1),
-        ("images", truth),
-    )
-    for x, (title, values) in zip(range(116, 180, 20), columns, strict=True):
-        axes.text(x, -1, word(title), ha="right", va="center", weight="bold")
-        for line, value in zip(lines, values[order], strict=True):
-            axes.text(
-                x,
-                line,
-                f"{value:d}" if title == "images" else f"{value:.1f}",
-                ha="right",
-                va="center",
-            )
+    # Bars end at 100; the columns of the table are to their right.
+    _add_column(axes, 116, word("precision"), [f"{100 * precision[row]:.1f}" for row in order])
+    _add_column(axes, 136, word("recall"), [f"{100 * recall[row]:.1f}" for row in order])
+    _add_column(axes, 156, "F1", [f"{100 * f1[row]:.1f}" for row in order])
+    _add_column(axes, 176, word("images"), [f"{images[row]}" for row in order])
     axes.set(xlim=(0, 180), ylim=(len(order) - 0.4, -1.6), xticks=[0, 50, 100])
     axes.set_xlabel("F1 (%)", loc="left")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
     if len(order) < len(counts):
         title = word(
             "The {shown} of {all:,} classes with the lowest F1", shown=len(order), all=len(counts)
         )
         axes.set_title(title, fontsize=10)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    note(figure, letters)
+    add_note(figure, letters)
     return figure
 
 
-def reliability(predictions: Predictions, bins: int = 15) -> Figure:
-    """Accuracy by confidence, with the expected calibration error, and how many images there are to each."""
-    confidences = predictions.confidences.numpy()
-    place = np.minimum((confidences * bins).astype(int), bins - 1)
-    count = np.bincount(place, minlength=bins)
-    full, edges = count > 0, np.arange(bins) / bins
-    accuracy = np.bincount(place, predictions.correct.numpy(), bins)[full] / count[full]
-    confidence = np.bincount(place, confidences, bins)[full] / count[full]
+def _add_column(axes: Axes, x: float, heading: str, cells: Sequence[str]) -> None:
+    """Write a column of a table, aligned to the right at `x`."""
+    axes.text(x, -1, heading, ha="right", va="center", weight="bold")
+    for line, cell in enumerate(cells):
+        axes.text(x, line, cell, ha="right", va="center")
+
+
+def reliability(predictions: Predictions, num_bins: int = CALIBRATION_BINS) -> Figure:
+    """Plot accuracy by confidence, the expected calibration error, and a histogram below."""
+    bins = predictions.confidence_bins(num_bins)
+    edges = np.arange(num_bins) / num_bins
+    width = 1 / num_bins
+    filled = bins.counts > 0
+    accuracies = bins.accuracies[filled]
+
     figure = Figure(figsize=(6, 6.5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.bar(edges[full], accuracy, 1 / bins, align="edge", color=BLUE, alpha=0.6, edgecolor="w")
-    upper.plot(confidence, accuracy, "o", color=BLUE, ms=4)
-    upper.plot([0, 1], [0, 1], "--", color=GREY, lw=1)
-    upper.set_title(
-        word("expected calibration error {error:.1%}", error=predictions.calibration_error(bins))
-    )
+    upper.bar(edges[filled], accuracies, width, align="edge", color=BLUE, alpha=0.6, edgecolor="w")
+    upper.plot(bins.confidences[filled], accuracies, "o", color=BLUE, markersize=4)
+    upper.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1)
+    error = bins.calibration_error
+    upper.set_title(word("expected calibration error {error:.1%}", error=error))
     _finish(upper, "", "accuracy")
-    bars = lower.bar(edges, count, 1 / bins, align="edge", color=GREY, edgecolor="w")
-    lower.bar_label(
-        bars, [f"{number:,}" if number else "" for number in count], fontsize=7, padding=1
-    )
+
+    bars = lower.bar(edges, bins.counts, width, align="edge", color=GREY, edgecolor="w")
+    lower.bar_label(bars, [_count_label(count) for count in bins.counts], fontsize=7, padding=1)
     lower.margins(y=0.15)
     lower.set_xlim(0, 1)
     _finish(lower, "confidence", "images")
     return figure
 
 
-def grid(images: np.ndarray, titles: Sequence[Sequence[str]], heading: str) -> Figure:
-    """Images, uint8 [N, 3, H, W], RGB, with a few lines of words above each, in full rows of five to eight.
+def _count_label(count: int) -> str:
+    if count == 0:
+        return ""
+    return f"{count:,}"
 
-    Of more than eight, the last few that would begin a row are left out.
+
+def grid(images: np.ndarray, titles: Sequence[Sequence[str]], heading: str) -> Figure:
+    """Draw images in full rows: up to eight in one row, more in rows of five to eight.
+
+    Of more than eight images, the last ones that would begin another row are left out.
+
+    Args:
+        images: uint8 [N, 3, H, W], RGB.
+        titles: Lines of text above each image.
+        heading: Text above all.
     """
-    few = len(images) <= COLUMNS
-    columns = (
-        len(images) if few else min(range(COLUMNS, COLUMNS // 2, -1), key=lambda n: len(images) % n)
-    )
+    columns = _grid_columns(len(images))
     rows = len(images) // columns
     letters = lettering(line for lines in titles for line in lines)
-    lines = max(map(len, titles), default=0)
-    size = max(4.0, 1.35 * columns), 0.5 + rows * (1.3 + 0.17 * lines)
-    figure = Figure(figsize=size, layout="constrained")
+    title_lines = max((len(lines) for lines in titles), default=0)
+    width = max(4.0, 1.35 * columns)
+    height = 0.5 + rows * (1.3 + 0.17 * title_lines)
+    figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(heading, fontsize=11)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for ax in axes:
-        ax.axis("off")
-    for ax, pixels, words in zip(axes, images, titles, strict=False):
-        image(ax, pixels)
-        text = "\n".join(shortened(letters.names[line], 16) for line in words)
-        ax.set_title(text, fontsize=8, family=letters.families, pad=3)
-    note(figure, letters)
+    grid_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, pixels, lines in zip(grid_axes, images, titles, strict=False):
+        show_image(axes, pixels)
+        title = "\n".join(shortened(letters.texts[line], MAX_TITLE_CHARS) for line in lines)
+        axes.set_title(title, fontsize=8, family=letters.families, pad=3)
+    add_note(figure, letters)
     return figure
 
 
-def image(axes: Axes, pixels: np.ndarray) -> None:
-    """Show uint8 [3, H, W], RGB."""
+def _grid_columns(num_images: int) -> int:
+    """Return the number of columns that leaves out the fewest images, the largest of several."""
+    if num_images <= MAX_GRID_COLUMNS:
+        return num_images
+    columns = range(MAX_GRID_COLUMNS, MIN_GRID_COLUMNS - 1, -1)
+    return min(columns, key=lambda number: num_images % number)
+
+
+def show_image(axes: Axes, pixels: np.ndarray) -> None:
+    """Show an image, uint8 [3, H, W], RGB, without a frame."""
     axes.imshow(pixels.transpose(1, 2, 0), interpolation="nearest")
+    axes.axis("off")
 
 
-def note(figure: Figure, letters: Lettering) -> None:
-    """Say below all else what was done to the names, if anything was."""
+def add_note(figure: Figure, letters: Lettering) -> None:
+    """Write below the figure which letters were replaced, if any were."""
     if letters.note:
         figure.supxlabel(letters.note, fontsize=7, color=GREY)
 
 
-def _finish(axes: Axes, x: str, y: str) -> None:
-    axes.set(xlabel=word(x), ylabel=word(y), axisbelow=True)
+def _finish(axes: Axes, x_label: str, y_label: str) -> None:
+    """Add the labels of the axes, the grid, and a legend above if anything has a label."""
+    axes.set(xlabel=word(x_label), ylabel=word(y_label), axisbelow=True)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[1]:
+    _, labels = axes.get_legend_handles_labels()
+    if labels:
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)

@@ -1,4 +1,4 @@
-"""What a network predicts for an image, and for all images of a split, which a run keeps."""
+"""Predictions of a network: for one image, and for all images of a split."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,85 +10,124 @@ import torch
 from torch import Tensor
 
 from cifar_transfer.base.files import atomic_write
+from cifar_transfer.base.untrusted import open_regular
 
-SHOWN = 24  # images of a command line, in a figure
+MAX_GALLERY_IMAGES = 24
+FIGURES_FOLDER = "figures"
+
+
+def predictions_path(run: Path, split: str) -> Path:
+    """Return where a run keeps its predictions for a split, "val" or "test"."""
+    return run / FIGURES_FOLDER / f"predictions-{split}.npz"
 
 
 class ImagePrediction(NamedTuple):
-    """What the network says of one image."""
+    """Prediction of a network for one image."""
 
-    source: Any  # the image as it was given, a path or something in memory
+    source: Any  # the image as the caller named it: a path, or something in memory
     pixels: np.ndarray  # what the network was shown, uint8 [3, H, W], RGB
-    classes: list[
-        tuple[str, float]
-    ]  # the likeliest with their probabilities in [0, 1], the likeliest first
+    classes: list[tuple[str, float]]  # likeliest classes and probabilities, the likeliest first
+
+
+@dataclass(frozen=True)
+class ConfidenceBins:
+    """Predictions binned by confidence. Bin i of B holds confidences from i / B to (i + 1) / B."""
+
+    counts: np.ndarray  # predictions in each bin, int64 [B]
+    confidences: np.ndarray  # mean confidence in each bin, float64 [B], 0 in empty bins
+    accuracies: np.ndarray  # share of correct predictions in each bin, float64 [B], 0 in empty bins
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error in [0, 1] (Guo et al. 2017, https://arxiv.org/abs/1706.04599)."""
+        gaps = np.abs(self.accuracies - self.confidences)
+        return float(np.average(gaps, weights=self.counts))
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The network's probabilities for N images of C classes, and some of the images."""
+    """Predicted probabilities for the N images of a split, C classes, and some of the images.
 
-    names: Sequence[str]  # of the classes
-    labels: Tensor  # int64 [N]
-    probabilities: Tensor  # float32 [N, C], rows of sum 1
-    rows: Tensor  # int64 [K], the images that are kept: the most confident mistakes and some correct predictions
-    images: Tensor  # uint8 [K, 3, H, W], RGB
+    Attributes:
+        names: Names of the classes.
+        labels: True classes, int64 [N].
+        probabilities: float32 [N, C]; each row sums to 1.
+        rows: Which images are kept, int64 [K]: the most confident mistakes and some correct
+            predictions.
+        images: Pixels of these images, uint8 [K, 3, H, W], RGB.
+    """
+
+    names: Sequence[str]
+    labels: Tensor
+    probabilities: Tensor
+    rows: Tensor
+    images: Tensor
 
     @property
     def predicted(self) -> Tensor:
-        """int64 [N]."""
+        """Predicted classes, int64 [N]."""
         return self.probabilities.argmax(1)
 
     @property
     def confidences(self) -> Tensor:
-        """Of the predictions, float32 [N] in [0, 1]."""
+        """Probabilities of the predicted classes, float32 [N] in [0, 1]."""
         return self.probabilities.amax(1)
 
     @property
     def correct(self) -> Tensor:
-        """Bool [N]."""
+        """Whether each image is predicted correctly, bool [N]."""
         return self.predicted == self.labels
 
     def confusion(self) -> np.ndarray:
-        """int64 [C, C]: how many images of a class (row) were taken for which (column)."""
-        classes = len(self.names)
-        return (
-            (self.labels * classes + self.predicted)
-            .bincount(minlength=classes**2)
-            .view(classes, classes)
-            .numpy()
-        )
+        """Return the confusion matrix, int64 [C, C]: images by true (row) and predicted class."""
+        num_classes = len(self.names)
+        cells = self.labels * num_classes + self.predicted
+        counts = cells.bincount(minlength=num_classes**2)
+        return counts.view(num_classes, num_classes).numpy()
 
-    def calibration_error(self, bins: int) -> float:
-        """By how much confidence and accuracy differ on average (Guo et al. 2017, https://arxiv.org/abs/1706.04599)."""
-        from torchmetrics.functional.classification import (
-            multiclass_calibration_error,
-        )  # which takes seconds
-
-        return float(
-            multiclass_calibration_error(self.probabilities, self.labels, len(self.names), bins)
+    def confidence_bins(self, num_bins: int) -> ConfidenceBins:
+        """Return counts, mean confidences and accuracies in bins of equal width."""
+        confidences = self.confidences.numpy()
+        # A confidence of 1 belongs to the last bin.
+        bins = np.minimum((confidences * num_bins).astype(int), num_bins - 1)
+        counts = np.bincount(bins, minlength=num_bins)
+        divisors = np.maximum(counts, 1)
+        return ConfidenceBins(
+            counts,
+            np.bincount(bins, confidences, num_bins) / divisors,
+            np.bincount(bins, self.correct.numpy(), num_bins) / divisors,
         )
 
     def save(self, path: Path) -> None:
-        """Write to a `.npz` of plain arrays, probabilities in half precision."""
-        arrays = {name: getattr(self, name).numpy() for name in ("labels", "rows", "images")}
+        """Write an `.npz` file of plain arrays, with probabilities in half precision."""
+        half = self.probabilities.half()
+        # Where rounding makes another class win, the predicted class gets the next larger number.
+        changed = (half.argmax(1) != self.predicted).nonzero()[:, 0]
+        largest = half[changed].amax(1)
+        half[changed, self.predicted[changed]] = largest.nextafter(torch.ones(1).half())
         with atomic_write(path) as file:
-            half = self.probabilities.half()
-            # Where rounding has another class win, the predicted one is given a last digit more.
-            rows = (half.argmax(1) != self.predicted).nonzero()[:, 0]
-            half[rows, self.predicted[rows]] = half[rows].amax(1).nextafter(torch.ones(1).half())
             np.savez_compressed(
-                file, names=np.array(self.names), probabilities=half.numpy(), **arrays
+                file,
+                names=np.array(self.names),
+                labels=self.labels.numpy(),
+                probabilities=half.numpy(),
+                rows=self.rows.numpy(),
+                images=self.images.numpy(),
             )
 
     @classmethod
     def load(cls, path: Path) -> "Predictions":
-        """Read what `save` has written."""
-        with np.load(path, allow_pickle=False) as arrays:
-            read = {
-                name: torch.from_numpy(arrays[name])
-                for name in ("labels", "rows", "images", "probabilities")
-            }
+        """Read a file that `save` has written.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError, KeyError, BadZipFile: The file is damaged, or holds something else.
+        """
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
             return cls(
-                arrays["names"].tolist(), **read | {"probabilities": read["probabilities"].float()}
+                arrays["names"].tolist(),
+                torch.from_numpy(arrays["labels"]),
+                torch.from_numpy(arrays["probabilities"]).float(),
+                torch.from_numpy(arrays["rows"]),
+                torch.from_numpy(arrays["images"]),
             )

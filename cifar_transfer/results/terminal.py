@@ -1,96 +1,112 @@
-"""A run on the terminal: a table that grows by a line an epoch."""
+"""A run on the terminal: a table that grows by a line an epoch, and fits into 80 columns."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 
-from lightning.pytorch import LightningModule, Trainer
+from cifar_transfer.base.console import duration, styled
 
-from cifar_transfer.base.console import duration, epoch_of, say, styled
-
-HEADINGS = ("epoch", "train loss", "train acc", "val loss", "val acc  ", "lr", "time", "left")
-WIDTHS = (
-    10,
-    9,
-    8,
-    9,
-    7,
-    6,
-    8,
-)  # of all but the first, in letters: up to 999 epochs take fewer than 80 columns
-SCORES = {"train/loss_epoch": ".3f", "train/acc": ".2%", "val/loss": ".3f", "val/acc": ".2%"}
+BOLD = 1  # codes of ANSI
+GREEN = 32
+BEST_MARK = " *"
+NO_MARK = "  "
+HEADINGS = ("train loss", "train acc", "val loss", f"val acc{NO_MARK}", "lr", "time", "left")
+WIDTHS = (10, 9, 8, 9, 7, 6, 8)  # letters of these columns
+MIN_LARGEST_EPOCH = 10  # the column of epochs has room for numbers up to this at least
 
 
-class Table:
-    """The epochs of a run, with a star where the best checkpoint so far was written."""
+@dataclass(frozen=True)
+class EpochRow:
+    """A line of the table."""
 
-    def __init__(self) -> None:
-        self._best: float | None = None
-        self._seconds: dict[
-            tuple[int | None, int | None], float
-        ] = {}  # of the last epoch by phase and size of images
+    epoch: int  # from 1
+    train_loss: float | None  # None: there is no such score, also below
+    train_accuracy: float | None  # share of 1, also below
+    val_loss: float | None
+    val_accuracy: float | None
+    is_best: bool  # whether the best checkpoint so far is of this epoch
+    learning_rate: float
+    seconds: float  # time of the epoch with its validation
+    time_left: str
 
-    def begin(self, trainer: Trainer) -> None:
-        """Print what a run that continues has reached, and the heading."""
-        self._best = _best(trainer)
-        if trainer.ckpt_path and self._best is not None:
-            say(trainer, f"The best validation accuracy so far: {self._best:.2%}.")
-        say(trainer, styled("  ".join(_aligned(trainer, HEADINGS)), 1))
 
-    def add(self, trainer: Trainer, module: LightningModule, seconds: float) -> None:
-        """Print the epoch that ends; all processes must call it together.
+class EpochTable:
+    """Lines of a table of epochs.
 
-        Args:
-            trainer: Of the run.
-            module: One of ours, which has the scores.
-            seconds: Time of the epoch, with its validation.
-        """
-        scores = module.epoch_scores()  # type: ignore[operator]
-        before, self._best = self._best, _best(trainer, scores)
-        mark = " *" if self._best != before else "  "
-        time = f"{seconds:.1f} s" if seconds < 100 else f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
-        shown = [
-            format(scores[name], form) if name in scores else "" for name, form in SCORES.items()
-        ]
-        shown[-1] += mark
-        left = self._left(trainer, module, seconds)
-        cells = _aligned(
-            trainer, [epoch_of(trainer), *shown, f"{module.learning_rate:.2g}", time, left]
+    Args:
+        max_epochs: Last epoch of the run, if it is known.
+    """
+
+    def __init__(self, max_epochs: int | None) -> None:
+        self._max_epochs = None
+        if max_epochs is not None and max_epochs > 0:
+            self._max_epochs = max_epochs
+        digits = len(str(max(self._max_epochs or 0, MIN_LARGEST_EPOCH)))
+        self._epoch_width = 2 * digits + 1  # two numbers with a slash
+
+    def heading(self) -> str:
+        """Return the first line."""
+        return styled("  ".join(self._align(["epoch", *HEADINGS])), BOLD)
+
+    def line(self, row: EpochRow) -> str:
+        """Return the line of an epoch; a new best accuracy has a star, and is green."""
+        mark = NO_MARK
+        if row.is_best:
+            mark = BEST_MARK
+        cells = self._align(
+            [
+                self._epoch_text(row.epoch),
+                _number(row.train_loss, ".3f"),
+                _number(row.train_accuracy, ".2%"),
+                _number(row.val_loss, ".3f"),
+                _number(row.val_accuracy, ".2%") + mark,
+                f"{row.learning_rate:.2g}",
+                _time(row.seconds),
+                row.time_left,
+            ]
         )
-        say(
-            trainer,
-            "  ".join(styled(cell, 32) if cell.endswith("*") else cell for cell in cells).rstrip(),
-        )
+        if row.is_best:
+            cells[4] = styled(cells[4], GREEN)
+        return "  ".join(cells).rstrip()
 
-    def _left(self, trainer: Trainer, module: Any, seconds: float) -> str:
-        """Each epoch to come takes as long as the last one of its kind, or longer if there was none."""
-        last, epoch = trainer.max_epochs or 0, trainer.current_epoch
-        if last <= epoch + 1 or trainer.max_steps > 0:
-            return ""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        phased = next(
-            (each for each in callbacks if hasattr(each, "phase_at")), None
-        )  # `BackboneFreeze`
-        phases = [phased.phase_at(number) if phased else 0 for number in range(epoch + 1, last)]
-        now, *sides = [
-            module.side_at(2 * number + 1, 2 * last) for number in range(epoch, last)
-        ]  # amid the epoch
-        self._seconds[phased.phase if phased else 0, now] = seconds
-        kinds = list(zip(phases, sides, strict=True))
-        least = sum(self._seconds.get(kind, seconds) for kind in kinds)
-        return f"{'' if all(kind in self._seconds for kind in kinds) else '> '}{duration(least)}"
+    def _epoch_text(self, epoch: int) -> str:
+        if self._max_epochs is None:
+            return str(epoch)
+        return f"{epoch}/{self._max_epochs}"
+
+    def _align(self, cells: Sequence[str]) -> list[str]:
+        widths = (self._epoch_width, *WIDTHS)
+        return [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)]
 
 
-def _aligned(trainer: Trainer, cells: Sequence[str]) -> list[str]:
-    first = 2 * len(str(max(trainer.max_epochs or 0, 10))) + 1
-    return [f"{cell:>{width}}" for cell, width in zip(cells, (first, *WIDTHS), strict=True)]
+def _number(value: float | None, form: str) -> str:
+    if value is None:
+        return ""
+    return format(value, form)
 
 
-def _best(trainer: Trainer, scores: Mapping[str, float] | None = None) -> float | None:
-    """The score of the best checkpoint so far, which Lightning's own callback writes after the epoch with `scores`."""
-    kept = [
-        each for each in trainer.checkpoint_callbacks if getattr(each, "monitor", None) == "val/acc"
-    ]
-    found = (
-        [getattr(kept[0], "best_model_score", None), (scores or {}).get("val/acc")] if kept else []
-    )
-    return max((float(score) for score in found if score is not None), default=None)
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+
+
+def time_left(
+    upcoming: Sequence[Hashable], seconds_of: Mapping[Hashable, float], seconds: float
+) -> str:
+    """Estimate how long the epochs to come will take, such as "12 min".
+
+    Each is supposed to take as long as the last epoch of its kind. Where there was none, the
+    estimate is a lower bound ("> 12 min"), because what comes later, such as an unfrozen backbone
+    or larger images, takes longer.
+
+    Args:
+        upcoming: Kind of each epoch to come: what makes it take as long as another.
+        seconds_of: Time of the last epoch of each kind, in seconds.
+        seconds: Time of the last epoch.
+    """
+    if not upcoming:
+        return ""
+    total = sum(seconds_of.get(kind, seconds) for kind in upcoming)
+    if all(kind in seconds_of for kind in upcoming):
+        return duration(total)
+    return f"> {duration(total)}"

@@ -45,6 +45,23 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
+def log_interval(trainer: Trainer) -> int:
+    """Return every how many steps a trainer logs; 0: never.
+
+    A connector sets the attribute, which the class does not declare. Since Lightning 2.0.
+    """
+    return trainer.log_every_n_steps  # type: ignore[attr-defined]
+
+
+def set_log_interval(trainer: Trainer, steps: int) -> None:
+    """Have a trainer log every so many steps from now on.
+
+    The argument `log_every_n_steps` is for good; the loops read the attribute in each step. Since
+    Lightning 2.0.
+    """
+    trainer.log_every_n_steps = steps  # type: ignore[attr-defined]
+
+
 def count_training_batches(trainer: Trainer) -> float:
     """Return the number of batches of an epoch of training; infinite where the data do not say.
 

@@ -17,11 +17,29 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from cifar_transfer.base.console import counted
 from cifar_transfer.base.files import atomic_write
-from cifar_transfer.results.publish import FINAL, NAMES, STAGES, STEPS, TAGS
+from cifar_transfer.training.classifier import (
+    LEARNING_RATE_FIGURE,
+    STAGE_RATE_PREFIX,
+    STEPS_FIGURE,
+)
 from cifar_transfer.training.metrics_file import OF_EPOCH, MetricsFile, trim_metrics
 
+# Names in TensorBoard of figures that are called otherwise elsewhere: it sorts by names, and opens the first groups.
+TAGS = {
+    "train/acc": "accuracy/train",
+    "train/acc_step": "accuracy/train_step",
+    "val/acc": "accuracy/val",
+    "val/acc_step": "accuracy/val_step",
+    "train/loss_epoch": "loss/train",
+    "train/loss": "loss/train_step",
+    "val/loss": "loss/val",
+    "val/loss_step": "loss/val_step",
+}
+NAMES = {tag: name for name, tag in TAGS.items()}
+FINAL = "result/"  # in TensorBoard before the name of a score of the best checkpoint
+
 EPOCH_SCORES = ("train/acc", "train/loss_epoch", "val/acc", "val/loss")
-BY_EPOCH = {*EPOCH_SCORES, "lr", OF_EPOCH, STEPS}
+BY_EPOCH = {*EPOCH_SCORES, LEARNING_RATE_FIGURE, OF_EPOCH, STEPS_FIGURE}
 
 
 class RunLogger(TensorBoardLogger):
@@ -86,8 +104,8 @@ class RunLogger(TensorBoardLogger):
         if not self._started:
             return
         self._metrics = self._metrics or MetricsFile(Path(self.log_dir))
-        if STEPS in metrics:  # of an epoch
-            self._metrics.add(step, int(scalars.pop(STEPS)) - 1, scalars)
+        if STEPS_FIGURE in metrics:  # of an epoch
+            self._metrics.add(step, int(scalars.pop(STEPS_FIGURE)) - 1, scalars)
         else:
             self._metrics.add(
                 counted(int(metrics["epoch"])) if "epoch" in metrics else None, step, scalars
@@ -143,7 +161,7 @@ def trim_events(run: Path, epochs: int, steps: int) -> None:
             ).Load():  # stops before a record that was cut short
                 tags = {NAMES.get(value.tag, value.tag) for value in event.summary.value}
                 final = any(tag.startswith(("best/", FINAL)) for tag in tags)
-                by_epoch = tags & BY_EPOCH or any(tag.startswith(STAGES) for tag in tags)
+                by_epoch = tags & BY_EPOCH or any(tag.startswith(STAGE_RATE_PREFIX) for tag in tags)
                 kept = event.step <= epochs if by_epoch else event.step < steps
                 if not tags or (kept and not final):
                     writer.write(event.SerializeToString())

@@ -1,0 +1,177 @@
+"""What a run leaves at its end: `result.json`, its scores in the loggers, and its figures."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+
+from cifar_transfer.base.files import CONFIG, RESULT, write_json
+from cifar_transfer.data import splits
+from cifar_transfer.results.plots import RunCurves
+from cifar_transfer.results.predictions import FIGURES_FOLDER, Predictions, predictions_path
+from cifar_transfer.results.run_figures import (
+    curve_figures,
+    prediction_figures,
+    read_scalars,
+    save_figures,
+)
+from cifar_transfer.results.words import language, language_of
+from cifar_transfer.training.board import add_pictures, board_of
+from cifar_transfer.training.classifier import (
+    LEARNING_RATE_FIGURE,
+    STAGE_RATE_PREFIX,
+    STEPS_FIGURE,
+    TRAINABLE_FIGURE,
+)
+from cifar_transfer.training.lightning_internals import callbacks_of
+from cifar_transfer.training.logger import FINAL, NAMES
+from cifar_transfer.training.report import Report
+
+# TensorBoard's table of hyper-parameters shows the first five. It sorts them by name, capital
+# letters first.
+FIRST_HYPERPARAMETERS = {
+    "backbone": "Backbone",
+    "batch_size": "Batch size",
+    "lr": "Learning rate",
+    "optimizer": "Optimizer",
+    "weights": "Weights",
+}
+
+
+def log_final(
+    trainer: Trainer,
+    hparams: dict[str, Any],
+    scores: dict[str, float],
+    test_scores: dict[str, float],
+) -> None:
+    """Log the hyper-parameters and final scores of a run, by which TensorBoard compares runs.
+
+    Args:
+        trainer: Trainer of the run.
+        hparams: Options of the run; a dictionary of options is written as one text.
+        scores: Scores of the best checkpoint: `{"best/val_acc": 0.9, "best/test_acc": 0.89}`. In
+            TensorBoard they are called "result/val_acc", ...
+        test_scores: `test/loss` and `test/acc` of the best checkpoint, or nothing; logged at the
+            run's last step.
+    """
+    if test_scores:
+        for logger in trainer.loggers:
+            logger.log_metrics(test_scores, step=trainer.global_step)
+    if not isinstance(trainer.logger, TensorBoardLogger):
+        return
+    texts = {}
+    for name, value in hparams.items():
+        if isinstance(value, dict):
+            value = " ".join(f"{option}={setting}" for option, setting in value.items())
+        texts[FIRST_HYPERPARAMETERS.get(name, name)] = value
+    results = {name.replace("best/", FINAL): score for name, score in scores.items()}
+    trainer.logger.log_hyperparams(texts, results, trainer.global_step)
+    trainer.logger.save()
+
+
+def write_result(
+    trainer: Trainer, pl_module: LightningModule, scores: dict[str, float]
+) -> dict[str, float]:
+    """Write `result.json` into the folder of a run, and return what is in it.
+
+    Args:
+        trainer: Trainer of the run, with a `Report` among its callbacks.
+        pl_module: Module whose parameters are counted.
+        scores: As of `log_final`.
+    """
+    folder = trainer.log_dir  # a broadcast: all processes must ask
+    report = next(callback for callback in callbacks_of(trainer) if isinstance(callback, Report))
+    result = scores | {
+        "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
+        "epochs": trainer.current_epoch,
+        "seconds": round(report.clock.seconds, 1),
+        "images_per_second": round(report.clock.images_per_second, 1),
+    }
+    if folder is not None and trainer.is_global_zero:
+        write_json(Path(folder, RESULT), result)
+    return result
+
+
+def draw_final(trainer: Trainer, split: str, predictions: Predictions | None) -> None:
+    """Draw the curves of a finished run and the predictions of its best checkpoint.
+
+    Args:
+        trainer: Trainer of the run.
+        split: "val" or "test".
+        predictions: Predictions for the split; None on other processes than the first.
+    """
+    folder = trainer.log_dir  # a broadcast: all processes must ask
+    if folder is None or trainer.logger is None or predictions is None:
+        return
+    run = Path(folder)
+    board = board_of(trainer)
+    with language(language_of(run)):
+        paths = save_figures(draw_curves(run), run / FIGURES_FOLDER)
+    if board is not None:
+        add_pictures(board, paths, trainer.global_step)
+    publish_predictions(run, split, predictions, board, trainer.global_step)
+
+
+def draw_curves(run: Path) -> dict[str, Figure]:
+    """Draw the curves of a run from its event files, in the language that is set."""
+    recorded = splits.read(run / CONFIG)
+    val_name = "validation"
+    if recorded and recorded["val"][0].startswith("test/"):
+        val_name = "test"
+    return curve_figures(read_curves(run), val_name)
+
+
+def read_curves(run: Path) -> RunCurves:
+    """Read the curves of a run from its event files.
+
+    Its TensorBoard logger has given some of them other names; other loggers have not.
+    """
+    scalars = {NAMES.get(tag, tag): curve for tag, curve in read_scalars(run).items()}
+    stage_rates = {}
+    for name, curve in scalars.items():
+        if name.startswith(STAGE_RATE_PREFIX):
+            stage_rates[name.removeprefix(STAGE_RATE_PREFIX)] = curve
+    return RunCurves(
+        step_loss=scalars.get("train/loss"),
+        step_accuracy=scalars.get("train/acc_step"),
+        step_val_loss=scalars.get("val/loss_step"),
+        step_val_accuracy=scalars.get("val/acc_step"),
+        train_loss=scalars.get("train/loss_epoch"),
+        train_accuracy=scalars.get("train/acc"),
+        val_loss=scalars.get("val/loss"),
+        val_accuracy=scalars.get("val/acc"),
+        learning_rate=scalars.get(LEARNING_RATE_FIGURE),
+        trainable_parameters=scalars.get(TRAINABLE_FIGURE),
+        steps=scalars.get(STEPS_FIGURE),
+        stage_rates=stage_rates,
+    )
+
+
+def publish_predictions(
+    run: Path,
+    split: str,
+    predictions: Predictions,
+    board: SummaryWriter | None,
+    step: int,
+) -> None:
+    """Keep the predictions for a split in a run's folder, and draw them there and in TensorBoard.
+
+    Args:
+        run: Folder of the run.
+        split: "val" or "test".
+        predictions: Predictions of a checkpoint.
+        board: TensorBoard's writer into the folder of the run, or None.
+        step: Step of the checkpoint.
+    """
+    path = predictions_path(run, split)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    predictions.save(path)
+    # Drawn from the file, so that drawing it again later gives the same pixels.
+    predictions = Predictions.load(path)
+    with language(language_of(run), predictions.names):
+        paths = save_figures(prediction_figures(predictions, split), path.parent)
+    if board is not None:
+        add_pictures(board, paths, step)

@@ -1,0 +1,234 @@
+"""`Report`: what a run shows while it runs."""
+
+import os
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from cifar_transfer.base.console import counted, say
+from cifar_transfer.data.augment import step_seed
+from cifar_transfer.data.geometry import resize
+from cifar_transfer.data.module import ImageDataModule
+from cifar_transfer.results.predictions import FIGURES_FOLDER
+from cifar_transfer.results.run_figures import augmented_figure, save_figures
+from cifar_transfer.results.terminal import EpochRow, EpochTable, time_left
+from cifar_transfer.results.words import Language, language
+from cifar_transfer.training.board import add_charts, add_graph, add_pictures, board_of
+from cifar_transfer.training.classifier import TransferClassifier
+from cifar_transfer.training.freeze import BackboneFreeze
+from cifar_transfer.training.lightning_internals import (
+    callbacks_of,
+    log_interval,
+    set_log_interval,
+)
+from cifar_transfer.training.run_clock import RunClock
+
+LOG_INTERVAL = 10  # steps, unless the options say otherwise
+MIN_CURVE_POINTS = 50  # of a run that has so many steps, and leaves `LOG_INTERVAL` as it is
+MAX_AUGMENTED_IMAGES = 32  # shown before training
+MAX_QUICK_MODULES = 300  # the graph of a network with more modules takes seconds to draw
+
+
+class Report(Callback):
+    """Print a table of epochs, and draw augmented images and the network's graph before training.
+
+    For modules other than `TransferClassifier` it only measures the time.
+
+    Args:
+        figures: Draw a grid of augmented images before training and, at the end, curves, confusion,
+            reliability and mistakes, as PNG and in TensorBoard.
+        language: Of the figures: "en", or "zh" for Chinese.
+
+    Attributes:
+        clock: Time of the run and its speed.
+    """
+
+    def __init__(self, figures: bool = True, language: Language = "en") -> None:
+        self.figures = figures
+        self.language = language
+        self.clock = RunClock()
+        self._table = EpochTable(max_epochs=None)
+        self._best_accuracy: float | None = None
+        self._seconds_of: dict[Hashable, float] = {}  # time of the last epoch of each kind
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock, draw what can be drawn before training, and begin the table."""
+        self.clock.start()
+        _log_short_runs_more_often(trainer)
+        folder = trainer.log_dir  # a broadcast: all processes must ask
+        is_continued = bool(trainer.ckpt_path)
+        if folder is not None and trainer.is_global_zero and not is_continued:
+            self._draw_beginning(trainer, pl_module, Path(folder))
+        self._best_accuracy = _best_saved_accuracy(trainer)
+        if is_continued and self._best_accuracy is not None:
+            say(trainer, f"The best validation accuracy so far: {self._best_accuracy:.2%}.")
+        self._table = EpochTable(trainer.max_epochs)
+        say(trainer, self._table.heading())
+
+    def _draw_beginning(self, trainer: Trainer, pl_module: LightningModule, run: Path) -> None:
+        if trainer.logger is None or not isinstance(pl_module, TransferClassifier):
+            return
+        board = board_of(trainer)
+        data = getattr(trainer, "datamodule", None)
+        if self.figures and isinstance(data, ImageDataModule):
+            side = pl_module.side_at(1, 1)
+            images, names = augmented_images(data, side)
+            with language(self.language, data.class_names):
+                figures = {"augmented": augmented_figure(images, names)}
+                paths = save_figures(figures, run / FIGURES_FOLDER)
+            if board is not None:
+                add_pictures(board, paths, 0)
+            say(trainer, f"The augmented images: {os.path.relpath(paths[0])}")
+        if board is None:
+            return
+        add_charts(board)
+        num_modules = len(list(pl_module.network.modules()))
+        if num_modules > MAX_QUICK_MODULES:
+            say(trainer, f"Drawing the graph of {num_modules} modules for TensorBoard ...")
+        size = pl_module.classifier.geometry.input_size
+        example = torch.zeros(1, 3, *size, device=pl_module.device, dtype=pl_module.dtype)  # type: ignore[arg-type]
+        failure = add_graph(board, pl_module.network, example)
+        if failure is not None:
+            say(trainer, f"TensorBoard will have no graph of this network ({failure}).")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of the epoch. Lightning does not call this for a resumed epoch."""
+        self.clock.start_epoch()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Count images, before another callback saves that they were seen."""
+        self.clock.count_images(len(batch[1]) * trainer.world_size)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the time until now as time of training."""
+        self.clock.end_training()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the time until now as time of the validation."""
+        self.clock.end_validation()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the line of the epoch."""
+        self.clock.end_epoch()
+        if not isinstance(pl_module, TransferClassifier):
+            return
+        scores = pl_module.epoch_scores()
+        row = EpochRow(
+            epoch=counted(trainer.current_epoch),
+            train_loss=scores.get("train/loss_epoch"),
+            train_accuracy=scores.get("train/acc"),
+            val_loss=scores.get("val/loss"),
+            val_accuracy=scores.get("val/acc"),
+            is_best=self._is_best(trainer, scores.get("val/acc")),
+            learning_rate=pl_module.learning_rate,
+            seconds=self.clock.epoch_seconds,
+            time_left=self._time_left(trainer, pl_module),
+        )
+        say(trainer, self._table.line(row))
+
+    def _is_best(self, trainer: Trainer, accuracy: float | None) -> bool:
+        """Return whether the best checkpoint so far is of this epoch, and remember its accuracy.
+
+        Lightning writes the checkpoint of an epoch's last validation after this, those of earlier
+        ones before.
+        """
+        if _accuracy_checkpoint(trainer) is None:
+            return False
+        previous = self._best_accuracy
+        for candidate in (_best_saved_accuracy(trainer), accuracy):
+            if candidate is None:
+                continue
+            if self._best_accuracy is None or candidate > self._best_accuracy:
+                self._best_accuracy = candidate
+        return self._best_accuracy != previous
+
+    def _time_left(self, trainer: Trainer, pl_module: TransferClassifier) -> str:
+        """Estimate the time of the epochs to come, if the run ends with an epoch.
+
+        Epochs of the same phase and the same size of images take as long as each other.
+        """
+        max_epochs = trainer.max_epochs
+        if max_epochs is None or max_epochs < 0 or trainer.max_steps > 0:
+            return ""
+        current = trainer.current_epoch
+        phases = _phases_from(trainer, current, max_epochs)
+        # Amid the epoch, because the size may change at its beginning.
+        sides = [
+            pl_module.side_at(2 * epoch + 1, 2 * max_epochs) for epoch in range(current, max_epochs)
+        ]
+        kind, *upcoming = zip(phases, sides, strict=True)
+        seconds = self.clock.epoch_seconds
+        self._seconds_of[kind] = seconds
+        return time_left(upcoming, self._seconds_of, seconds)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the clock."""
+        return self.clock.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the clock of a run that continues."""
+        self.clock.load_state_dict(state_dict)
+
+
+def augmented_images(data: ImageDataModule, side: int | None) -> tuple[np.ndarray, list[str]]:
+    """Return training images as the network will see them, before they are normalised.
+
+    No random number of the training is drawn.
+
+    Args:
+        data: Data module that is set up.
+        side: Pixels to which images are resized; None leaves them as they are.
+
+    Returns:
+        uint8 [N, 3, H, W], RGB, N <= 32, and the name of the class of each.
+    """
+    images = data.images["train"]
+    count = min(MAX_AUGMENTED_IMAGES, len(images))
+    rows = np.linspace(0, len(images) - 1, count).astype(int)
+    pixels, labels = images.__getitems__(rows.tolist())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(step_seed(data.seed, epoch=0, step=0, rank=0))
+        augmented = resize(data.augment(pixels), side)
+    augmented = (255 * augmented.clamp(0, 1)).round().byte()
+    names = [data.class_names[label] for label in labels.tolist()]
+    return augmented.numpy(), names
+
+
+def _log_short_runs_more_often(trainer: Trainer) -> None:
+    """Lower the default interval of the log, so that curves of short runs have 50 points."""
+    if log_interval(trainer) != LOG_INTERVAL:
+        return
+    # Infinite for a run without an end.
+    interval = trainer.estimated_stepping_batches / MIN_CURVE_POINTS
+    set_log_interval(trainer, max(1, int(min(LOG_INTERVAL, interval))))
+
+
+def _accuracy_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
+    """Return the callback that keeps the checkpoint of the best validation accuracy."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor == "val/acc":
+            return callback
+    return None
+
+
+def _best_saved_accuracy(trainer: Trainer) -> float | None:
+    checkpoint = _accuracy_checkpoint(trainer)
+    if checkpoint is None or checkpoint.best_model_score is None:
+        return None
+    return float(checkpoint.best_model_score)
+
+
+def _phases_from(trainer: Trainer, epoch: int, max_epochs: int) -> list[int | None]:
+    """Return the phase of this and each later epoch; None where that depends on a score."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, BackboneFreeze):
+            later = range(epoch + 1, max_epochs)
+            return [callback.phase, *(callback.phase_at(number) for number in later)]
+    return [0] * (max_epochs - epoch)
