@@ -164,7 +164,7 @@ def test_every_file_of_the_package_has_its_place_in_the_table():
 
 def test_both_languages_of_the_readme_say_the_same():
     english, chinese = DOCUMENTS[:2]
-    assert len(english.read_text().splitlines()) <= 150
+    assert len(english.read_text().splitlines()) <= 170
 
     def code(path):
         return [(language, re.sub(r" *# .*", "", text)) for language, text in blocks(path)]
