@@ -1,4 +1,4 @@
-"""Files that would hang the program, fill its memory, or make it say or delete what it should not."""
+"""Files that would hang the program, fill its memory, or make it say or delete anything."""
 
 import csv
 import io
@@ -50,7 +50,7 @@ BROKEN_YAML = {
 
 @pytest.fixture
 def others(tmp_path, monkeypatch, run):
-    """A copy of somebody's run, beside which the process works."""
+    """Return a copy of somebody's run, in the current folder."""
     shutil.copytree(run / "lightning_logs", tmp_path / "lightning_logs")
     monkeypatch.chdir(tmp_path)
     return Path(RUN)
@@ -70,61 +70,61 @@ def test_a_configuration_that_is_no_yaml_is_refused_in_a_sentence(others, conten
         assert "\n" not in str(raised.value)
 
 
+def with_writer(config, writer, folder):
+    """Add a class that writes into a folder to a configuration."""
+    options = {"save_dir" if writer == "CSVLogger" else "dirpath": str(folder)}
+    entry = {"class_path": writer, "init_args": options}
+    if writer == "SimpleProfiler":
+        config["trainer"]["profiler"] = entry
+    elif writer == "CSVLogger":
+        config["trainer"]["logger"] = [entry]
+    else:
+        config["trainer"]["callbacks"] = [entry]
+    return yaml.safe_dump(config)
+
+
 @pytest.mark.parametrize("writer", ["ModelCheckpoint", "CSVLogger", "SimpleProfiler"])
 def test_a_resumed_configuration_writes_nowhere_else(others, tmp_path, writer):
-    config = yaml.safe_load((others / "config.yaml").read_text())
-    place = str(tmp_path / "elsewhere")
-    entry = {
-        "class_path": writer,
-        "init_args": {"save_dir" if writer == "CSVLogger" else "dirpath": place},
-    }
-    key, value = {
-        "ModelCheckpoint": ("callbacks", [entry]),
-        "CSVLogger": ("logger", [entry]),
-        "SimpleProfiler": ("profiler", entry),
-    }[writer]
-    config["trainer"][key] = value
-    (others / "config.yaml").write_text(yaml.safe_dump(config))
-    with (
-        untouched(tmp_path),
-        pytest.raises(UserError, match=f"has files written to {re.escape(place)}"),
-    ):
+    file = others / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    elsewhere = tmp_path / "elsewhere"
+    file.write_text(with_writer(config, writer, elsewhere))
+    message = f"has files written to {re.escape(str(elsewhere))}"
+    with untouched(tmp_path), pytest.raises(UserError, match=message):
         fit([f"--resume={others}", "--trainer.max_epochs=2"])
-    entry["init_args"] = {"save_dir" if writer == "CSVLogger" else "dirpath": str(others / "more")}
-    (others / "config.yaml").write_text(yaml.safe_dump(config))
+    file.write_text(with_writer(config, writer, others / "more"))
     FitCLI([f"--resume={others}"]).folder.release()
 
 
+# Name in the message; keys that lead to the field; its value.
 TAMPERED = {
-    "num_classes": ("hyper_parameters", "num_classes", -3),
-    "class_names": ("hyper_parameters", "class_names", [1, None, {}]),
-    "image_size": ("hyper_parameters", "image_size", 60_000),
-    "input_size": ("input_size", None, [0, 0]),
-    "input_size, text": ("input_size", None, "large"),
-    "geometry": ("geometry", "size", [32, 60_000]),
-    "geometry, more": ("geometry", "run", "rm"),
-    "geometry, mean": ("geometry", "mean", [0.5, float("nan"), 0.5]),
-    "geometry, std": ("geometry", "std", [0.5, 0, 0.5]),
-    "global_step": ("global_step", None, "\x1b[2J"),
-    "averaged_steps": ("averaged_steps", None, -1),
+    "num_classes": ("num_classes", ["network", "num_classes"], -3),
+    "class_names": ("class_names", ["network", "class_names"], [1, None, {}]),
+    "patch_size": ("patch_size", ["network", "patch_size"], "large"),
+    "input_side": ("geometry", ["network", "geometry", "input_side"], 60_000),
+    "size": ("geometry", ["network", "geometry", "size"], [32, 60_000]),
+    "size of zero": ("geometry", ["network", "geometry", "size"], [0, 0]),
+    "unknown": ("geometry", ["network", "geometry", "run"], "rm"),
+    "mean": ("geometry", ["network", "geometry", "mean"], [0.5, float("nan"), 0.5]),
+    "std": ("geometry", ["network", "geometry", "std"], [0.5, 0, 0.5]),
+    "global_step": ("global_step", ["global_step"], "\x1b[2J"),
+    "averaged_steps": ("averaged_steps", ["averaged_steps"], -1),
 }
 
 
-@pytest.mark.parametrize(("field", "key", "value"), TAMPERED.values(), ids=TAMPERED)
-def test_fields_that_no_run_writes_are_refused_by_name(others, field, key, value):
-    best = others / "checkpoints" / "best.ckpt"
-    whole = torch.load(best, weights_only=True)
-    if key:
-        whole[field][key] = value
-    else:
-        whole[field] = value
-    torch.save(whole, best)
-    name = key if field == "hyper_parameters" else field
-    with pytest.raises(
-        UserError, match=rf"best\.ckpt is damaged or was altered: its {name} cannot be"
-    ) as error:
-        Classifier.load(best, "cpu")
-    assert "\x1b" not in str(error.value)
+@pytest.mark.parametrize(("name", "keys", "value"), TAMPERED.values(), ids=TAMPERED)
+def test_fields_that_no_run_writes_are_refused_by_name(others, name, keys, value):
+    path = others / "checkpoints" / "best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    field = checkpoint
+    for key in keys[:-1]:
+        field = field[key]
+    field[keys[-1]] = value
+    torch.save(checkpoint, path)
+    message = rf"best\.ckpt is damaged or was altered: its {name} cannot be"
+    with pytest.raises(UserError, match=message) as raised:
+        Classifier.load(path, "cpu")
+    assert "\x1b" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -132,156 +132,180 @@ def test_fields_that_no_run_writes_are_refused_by_name(others, field, key, value
     [("state_dict", torch.nan), ("state_dict", torch.inf), (RAW_STATE_KEY, torch.nan)],
 )
 def test_weights_that_are_nan_are_refused_instead_of_answering_nan(others, part, bad):
-    best = others / "checkpoints" / "best.ckpt"
-    whole = torch.load(best, weights_only=True)
-    whole[part] = {name: value.clone() for name, value in whole["state_dict"].items()}
-    name = next(name for name in whole[part] if name.endswith("weight"))
-    whole[part][name][(0,) * whole[part][name].dim()] = bad
-    torch.save(whole, best)
+    path = others / "checkpoints" / "best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    weights = {name: value.clone() for name, value in checkpoint["state_dict"].items()}
+    name = next(name for name in weights if name.endswith("weight"))
+    weights[name].fill_(bad)
+    checkpoint[part] = weights
+    torch.save(checkpoint, path)
     with pytest.raises(UserError, match=f"weights are NaN or infinite, first in {re.escape(name)}"):
-        Classifier.load(best, "cpu")
+        Classifier.load(path, "cpu")
 
 
-@pytest.mark.parametrize("link", [False, True])
-def test_a_pipe_named_as_an_image_keeps_nobody_waiting(tmp_path, link):
-    pipe = tmp_path / "x.png"
-    os.mkfifo(tmp_path / "pipe" if link else pipe)
-    if link:
-        pipe.symlink_to(tmp_path / "pipe")
-    for read in (read_image, read_size):
-        with pytest.raises(UserError, match=r"x\.png cannot be read \(is no regular file\)"):
-            read(pipe)
-    write_images(tmp_path / "photos" / "train", 5)
-    pipe.rename(tmp_path / "photos" / "train" / "cat" / "x.png")
-    data = ImageFolderDataModule(str(tmp_path / "photos"))
-    if link:
-        with pytest.raises(UserError, match="is no regular file"):
-            data.prepare_data()
-    else:
-        data.prepare_data()  # which takes files alone
+@pytest.mark.parametrize("read", [read_image, read_size])
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_pipe_named_as_an_image_keeps_nobody_waiting(tmp_path, read, is_link):
+    path = tmp_path / "x.png"
+    make_pipe(path, is_link)
+    with pytest.raises(UserError, match=r"x\.png cannot be read \(is no regular file\)"):
+        read(path)
 
 
-def two(tmp_path):
-    """Two images, and a folder for their cache."""
-    return ArrayImages(
-        np.zeros((2, 3, 4, 4), np.uint8), np.arange(2)
-    ), tmp_path / "data" / CACHE_FOLDER
+def make_pipe(path, is_link):
+    if is_link:
+        path.symlink_to(path.with_name("pipe"))
+        path = path.with_name("pipe")
+    os.mkfifo(path)
+
+
+def test_a_pipe_among_images_is_left_out_and_a_link_to_one_is_refused(tmp_path):
+    folder = tmp_path / "train"
+    write_images(folder, 5)
+    make_pipe(folder / "cat" / "x.png", is_link=False)
+    ImageFolderDataModule(str(tmp_path)).prepare_data()
+    make_pipe(folder / "dog" / "x.png", is_link=True)
+    with pytest.raises(UserError, match="is no regular file"):
+        ImageFolderDataModule(str(tmp_path)).prepare_data()
+
+
+def two_images():
+    return ArrayImages(np.zeros((2, 3, 4, 4), np.uint8), np.arange(2))
 
 
 def test_nothing_but_our_own_files_is_removed_from_a_cache(tmp_path):
-    images, folder = two(tmp_path)
+    folder = tmp_path / "data" / CACHE_FOLDER
     folder.mkdir(parents=True)
-    for name in (
+    other_names = [
         "train-holiday.jpg",
         "train-0123456789abcdef.npy.bak",
         "train-0123456789abcdef",
         ".train-notes",
-    ):
+    ]
+    for name in other_names:
         (folder / name).write_text("mine")
-    stale = folder / "train-0123456789abcdef.npz"
-    stale.write_text("ours")
     (folder / "train-fedcba9876543210.npy").mkdir()
     (folder / "train-aaaaaaaaaaaaaaaa.npy").symlink_to(folder / "train-holiday.jpg")
-    before = sorted(path.name for path in folder.iterdir() if path != stale)
+    before = {path.name for path in folder.iterdir()}
+    stale = folder / "train-0123456789abcdef.npz"
+    stale.write_text("ours")
+    images = two_images()
     assert isinstance(cached(folder.parent, "train", 1, lambda: images), ArrayImages)
-    after = {path.name for path in folder.iterdir()}
-    assert set(before) <= after
-    assert stale.name not in after
+    assert before <= {path.name for path in folder.iterdir()}
+    assert not stale.exists()
 
 
-def test_a_link_and_a_folder_that_others_write_into_are_no_caches(tmp_path, monkeypatch):
-    images, folder = two(tmp_path)
-    monkeypatch.setattr(
-        "cifar_transfer.data.cache.platformdirs.user_cache_path",
-        lambda name: tmp_path / "own" / name,
-    )
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Return the folder of the user's own cache."""
+    folder = tmp_path / "own"
+    name = "cifar_transfer.data.cache.platformdirs.user_cache_path"
+    monkeypatch.setattr(name, lambda application: folder / application)
+    return folder
+
+
+def test_a_link_is_no_cache(tmp_path, own_cache):
+    folder = tmp_path / "data" / CACHE_FOLDER
+    folder.parent.mkdir()
     theirs = tmp_path / "theirs"
     theirs.mkdir()
-    folder.parent.mkdir()
     folder.symlink_to(theirs)
-    cached(folder.parent, "train", 1, lambda: images)
+    cached(folder.parent, "train", 1, two_images)
     assert not list(theirs.iterdir())
-    folder.unlink()
-    folder.mkdir()
-    if os.getuid() == 0:
-        os.chown(folder, 12345, 12345)
-        folder.chmod(0o777)
-        cached(folder.parent, "train", 1, lambda: images)
-        assert not list(folder.iterdir())
-    assert len(list((tmp_path / "own").rglob("*.npy"))) == 1
+    assert len(list(own_cache.rglob("*.npy"))) == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to somebody else")
+def test_a_folder_that_others_write_into_is_no_cache(tmp_path, own_cache):
+    folder = tmp_path / "data" / CACHE_FOLDER
+    folder.mkdir(parents=True)
+    os.chown(folder, 12345, 12345)
+    folder.chmod(0o777)
+    cached(folder.parent, "train", 1, two_images)
+    assert not list(folder.iterdir())
+    assert len(list(own_cache.rglob("*.npy"))) == 1
 
 
 @pytest.mark.parametrize("kind", ["link", "folder"])
 def test_what_is_no_lock_is_told(tmp_path, kind):
-    images, folder = two(tmp_path)
+    folder = tmp_path / "data" / CACHE_FOLDER
     folder.mkdir(parents=True)
     lock = folder / "train.lock"
-    lock.mkdir() if kind == "folder" else lock.symlink_to(tmp_path / "elsewhere")
+    if kind == "folder":
+        lock.mkdir()
+    else:
+        lock.symlink_to(tmp_path / "elsewhere")
+    images = two_images()
     with pytest.warns(UserWarning, match=r"not cached .*train\.lock cannot be locked"):
         assert cached(folder.parent, "train", 1, lambda: images) is images
     assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_folder_in_the_place_of_the_cache_is_told(tmp_path):
-    images, folder = two(tmp_path)
+    folder = tmp_path / "data" / CACHE_FOLDER
     folder.parent.mkdir()
-    cached(folder.parent, "train", 1, lambda: images)
+    cached(folder.parent, "train", 1, two_images)
     (pixels,) = folder.glob("*.npy")
     pixels.unlink()
     pixels.mkdir()
     with pytest.warns(UserWarning, match="are damaged|not cached"):
-        assert len(cached(folder.parent, "train", 1, lambda: images)) == 2
+        assert len(cached(folder.parent, "train", 1, two_images)) == 2
 
 
+# Class names that a terminal or a spreadsheet would act on.
 ESCAPES = ["=HYPERLINK(1)", "a\nb", "\x1b[2Jred", "\x9bgreen", "+1", "@sum", "-2"]
+CONTROL_CHARACTERS = {chr(code) for code in (*range(10), *range(11, 32), *range(127, 160))}
 
 
 def test_no_name_steers_a_terminal_forges_a_row_or_is_executed():
     source = "folder/\x1b]0;title\x07\nfile.png"
-    seen = [ImagePrediction(source, None, [(name, 0.1) for name in ESCAPES])]
-    texts = {name: "".join(form(seen, ESCAPES)) for name, form in predict.FORMATS.items()}
-    for text in texts.values():
-        assert not set(text) & {chr(n) for n in (*range(10), *range(11, 32), *range(127, 160))}
+    prediction = ImagePrediction(source, None, [(name, 0.1) for name in ESCAPES])
+    texts = {}
+    for name, form in predict.FORMATS.items():
+        texts[name] = "".join(form([prediction], ESCAPES))
+        assert not set(texts[name]) & CONTROL_CHARACTERS
     assert texts["table"].count("\n") == 1
-    (_, *rows) = csv.reader(io.StringIO(texts["csv"]))
+    _heading, *rows = csv.reader(io.StringIO(texts["csv"]))
     assert texts["csv"].count("\n") == len(rows) + 1 == len(ESCAPES) + 1
-    assert not [cell for row in rows for cell in (row[0], row[2]) if cell[0] in "=+-@"]
+    for row in rows:
+        assert row[0][0] not in "=+-@"
+        assert row[2][0] not in "=+-@"
     (entry,) = json.loads(texts["json"])
     assert entry["image"] == source
-    assert [name for name, _ in entry["classes"]] == ESCAPES, "a program gets what it is"
+    assert [name for name, _ in entry["classes"]] == ESCAPES, "programs get the names themselves"
 
 
 def test_the_password_of_an_address_is_kept_nowhere(tmp_path, monkeypatch):
-    secret = "http://user:pa55word@127.0.0.1:9/cifar.tar.gz"
-    data = cifar.CIFAR10DataModule(str(tmp_path), url=secret)
-    assert data.url == secret, "it is used"
+    url = "http://user:pa55word@127.0.0.1:9/cifar.tar.gz"
+    data = cifar.CIFAR10DataModule(str(tmp_path), url=url)
+    assert data.url == url, "it is used"
     assert data.hparams["url"] == "http://127.0.0.1:9/cifar.tar.gz"
     monkeypatch.chdir(tmp_path)
-    cli = FitCLI(
-        [
-            "--model.weights=none",
-            "--model.backbone=lenet5",
-            f"--data.url={secret}",
-            f"--data.root={tmp_path}",
-        ]
-    )
-    assert cli.datamodule.url == secret
+    options = [
+        "--model.weights=none",
+        "--model.backbone=lenet5",
+        f"--data.url={url}",
+        f"--data.root={tmp_path}",
+    ]
+    cli = FitCLI(options)
+    assert cli.datamodule.url == url
     assert "pa55word" not in cli.config_text
     assert "http://127.0.0.1:9" in cli.config_text
-    assert "pa55word" not in str(check_recipe(tmp_path, [f"--data.url={secret}"]))
-    said = without_password(
-        "a: http://me:p@ss@host/x?y=1 b: https://token@host, c: http://host/a@b"
-    )
-    assert said == "a: http://host/x?y=1 b: https://host, c: http://host/a@b"
+    assert "pa55word" not in str(check_recipe(tmp_path, [f"--data.url={url}"]))
+
+
+def test_passwords_are_removed_from_texts():
+    text = "a: http://me:p@ss@host/x?y=1 b: https://token@host, c: http://host/a@b"
+    without = "a: http://host/x?y=1 b: https://host, c: http://host/a@b"
+    assert without_password(text) == without
 
 
 def test_fewer_processes_decode_where_few_files_may_be_open():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    message = "2 instead of 8 processes decode images, because `ulimit"
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
-        with pytest.warns(
-            UserWarning, match="2 instead of 8 processes decode images, because `ulimit"
-        ):
+        with pytest.warns(UserWarning, match=message):
             assert workers_within(8, 1) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -289,11 +313,10 @@ def test_fewer_processes_decode_where_few_files_may_be_open():
 
 
 def test_fewer_processes_decode_where_shared_memory_is_small(monkeypatch):
-    """Docker's 64 MB, and batches of 256 images of 64 pixels; all files that one likes may be open."""
-    monkeypatch.setattr(
-        resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-    )
-    monkeypatch.setattr(loading.shutil, "disk_usage", lambda _: SimpleNamespace(free=64_000_000))
+    """Docker's 64 MB, for batches of 256 images; any number of files may be open."""
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: unlimited)
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: SimpleNamespace(free=64_000_000))
     with pytest.warns(UserWarning, match=r"3 instead of 8 processes .* /dev/shm has 64 MB"):
         assert workers_within(8, 3 * 64 * 64 * 256) == 3
     with pytest.warns(UserWarning, match="0 instead of 8 processes"):
@@ -308,14 +331,13 @@ def test_a_run_with_few_open_files_trains(tmp_path):
         "--model.weights=none",
         "--data=ImageFolderDataModule",
         "--data.root=photos",
-    ]
-    options += [
         "--data.cache_limit_gb=0",
         "--data.num_workers=8",
         "--trainer.max_epochs=2",
+        "--trainer.accelerator=cpu",
         "--report.figures=false",
     ]
-    command = f"ulimit -n 64; {sys.executable} -m cifar_transfer.fit {' '.join(options)} --trainer.accelerator=cpu"
+    command = f"ulimit -n 64; {sys.executable} -m cifar_transfer.fit {' '.join(options)}"
     done = subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
@@ -331,46 +353,50 @@ def test_a_dense_convolution_with_a_bias_is_a_convolution_in_half_precision_too(
     dense[0].load_state_dict(plain.state_dict())
     DenseConv2d.convert(dense)
     images = torch.rand(shape)
-    with torch.autocast("cpu", torch.bfloat16):
-        one, other = plain(images), dense(images)
-    assert one.dtype == other.dtype == torch.bfloat16
-    assert torch.allclose(one, other, atol=0.02)
     assert torch.allclose(plain(images), dense(images), atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain(images)
+        logits = dense(images)
+    assert logits.dtype == expected.dtype == torch.bfloat16
+    assert torch.allclose(logits, expected, atol=0.02)
+
+
+# Chunks of PNG, and what comes before the compressed bytes in them.
+PNG_CHUNKS = {
+    "ICC profile": (b"iCCP", b"x\0\0"),
+    "text": (b"zTXt", b"x\0\0"),
+    "pixels": (b"IDAT", b""),
+}
 
 
 def bomb(kind):
-    """A small image file that stands for a quarter of a gigabyte, or holds thousands of images."""
-    out = io.BytesIO()
+    """Return a small image file of a quarter of a gigabyte unpacked, or of a thousand frames."""
+    file = io.BytesIO()
     image = Image.new("RGB", (8, 8), (200, 10, 10))
-    if kind in ("GIF", "TIFF", "WEBP"):
-        image.save(
-            out,
-            kind,
-            save_all=True,
-            append_images=[Image.new("RGB", (8, 8), (n, 0, 0)) for n in range(250)] * 4,
-        )
-        return out.getvalue()
-    image.save(out, "PNG")
-    png, packed = out.getvalue(), zlib.compress(bytes(2**28), 9)
-    name, before = {
-        "ICC profile": (b"iCCP", b"x\0\0"),
-        "text": (b"zTXt", b"x\0\0"),
-        "pixels": (b"IDAT", b""),
-    }[kind]
-    body = name + before + packed
-    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-    at = png.index(b"IDAT") - 4
-    return png[:at] + chunk + png[at:] if name != b"IDAT" else png[:at] + chunk + png[-12:]
+    if kind not in PNG_CHUNKS:
+        frames = [Image.new("RGB", (8, 8), (red, 0, 0)) for red in range(250)]
+        image.save(file, kind, save_all=True, append_images=frames * 4)
+        return file.getvalue()
+    image.save(file, "PNG")
+    png = file.getvalue()
+    name, before = PNG_CHUNKS[kind]
+    content = name + before + zlib.compress(bytes(2**28), 9)
+    chunk = struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+    start = png.index(b"IDAT") - 4
+    if kind == "pixels":
+        return png[:start] + chunk + png[-12:]
+    return png[:start] + chunk + png[start:]
 
 
-@pytest.mark.parametrize("kind", ["ICC profile", "text", "pixels", "GIF", "TIFF", "WEBP"])
+@pytest.mark.parametrize("kind", [*PNG_CHUNKS, "GIF", "TIFF", "WEBP"])
 def test_small_files_that_stand_for_large_ones_take_no_memory(tmp_path, kind):
     path = tmp_path / "x.png"
     path.write_bytes(bomb(kind))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with suppress(UserError):
-        assert read_image(path).shape == (3, 8, 8), "the first image"
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kilobytes"
+        assert read_image(path).shape == (3, 8, 8), "the first frame"
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert kilobytes < 100_000
 
 
 def test_figures_of_a_thousand_classes_show_those_with_the_most_mistakes(tmp_path):
