@@ -1,4 +1,4 @@
-"""What is found in images: wrong labels, near-duplicates, outliers and images of nothing; and doing without them."""
+"""Findings in images, wrong labels, near-duplicates, outliers, blanks; and leaving them out."""
 
 import csv
 import io
@@ -15,6 +15,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from cifar_transfer import ImageFolderDataModule, ShapesDataModule
 from cifar_transfer.base.errors import UserError
+from cifar_transfer.commands import audit
 from cifar_transfer.commands.evaluate import evaluate
 from cifar_transfer.data import splits
 from cifar_transfer.features import findings
@@ -37,43 +38,49 @@ def clusters(count=600, classes=4, flipped=0.1):
 
 def test_flipped_labels_are_found():
     values, labels, wrong = clusters()
-    parts = {"train": slice(0, 400), "val": slice(400, 500), "test": slice(500, 600)}
-    found = {split: Features([values[part]], labels[part]) for split, part in parts.items()}
-    shares = findings.probabilities(found, 4)
-    assert shares.shape == (600, 4)
-    rows = [finding.row for finding in findings.wrong_labels(shares, torch.from_numpy(labels))]
+    features = {}
+    for split, rows in (("train", slice(400)), ("val", slice(400, 500)), ("test", slice(500, 600))):
+        features[split] = Features([values[rows]], labels[rows])
+    probabilities = findings.out_of_sample_probabilities(features, 4)
+    assert probabilities.shape == (600, 4)
+    label_findings = findings.wrong_labels(probabilities, torch.from_numpy(labels))
+    rows = [finding.row for finding in label_findings]
     assert len(set(rows) & set(np.flatnonzero(wrong))) > 0.9 * wrong.sum()
     assert wrong[rows[: wrong.sum() // 2]].all(), "the surest first"
 
 
 def test_the_rule_of_confident_learning_by_hand():
-    shares = torch.tensor(
+    probabilities = torch.tensor(
         [[0.9, 0.1, 0], [0.7, 0.3, 0], [0.2, 0.8, 0], [0.3, 0.7, 0], [0.75, 0.25, 0]]
     )
     labels = torch.tensor([0, 0, 1, 0, 1])
-    # Means of given labels: class 0 (0.9 + 0.7 + 0.3) / 3, class 1 (0.8 + 0.25) / 2; there is no image of class 2.
-    assert findings.wrong_labels(shares, labels) == [(4, 0.5, 0), (3, pytest.approx(0.4), 1)]
+    # Mean probability of the label: class 0 (0.9 + 0.7 + 0.3) / 3, class 1 (0.8 + 0.25) / 2. No
+    # image is of class 2. So rows 0, 1 and 4 are of class 0, rows 2 and 3 of class 1.
+    assert findings.expected_label_errors(probabilities, labels) == 2
+    assert findings.wrong_labels(probabilities, labels) == [
+        (4, 0.5, 0),
+        (3, pytest.approx(0.4), 1),
+    ]
 
 
-def test_no_image_is_judged_by_itself():
-    """Labels at random: what has seen them would know them."""
+def test_no_image_is_judged_by_a_model_that_has_seen_it():
+    """The labels are random: only a model that has seen them would know them."""
     rng = np.random.default_rng(0)
-    values, labels = rng.normal(size=(120, 200)).astype(np.float32), rng.integers(0, 2, 120)
-    found = {
-        split: Features(
-            [values[:100]] if split == "train" else [values[100:]],
-            labels[:100] if split == "train" else labels[100:],
-        )
-        for split in ("train", "val")
+    values = rng.normal(size=(120, 200)).astype(np.float32)
+    labels = rng.integers(0, 2, 120)
+    features = {
+        "train": Features([values[:100]], labels[:100]),
+        "val": Features([values[100:]], labels[100:]),
     }
-    assert (findings.probabilities(found, 2).argmax(1).numpy() == labels)[:100].mean() < 0.7
+    probabilities = findings.out_of_sample_probabilities(features, 2)
+    assert (probabilities.argmax(1).numpy() == labels)[:100].mean() < 0.7
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_fewer_images_than_folds(count):
     features = Features([np.eye(count, 4, dtype=np.float32)], np.arange(count) % 2)
-    shares = findings.probabilities({"train": features, "val": features}, 2)
-    assert shares.sum(1).tolist() == pytest.approx([1.0] * (2 * count))
+    probabilities = findings.out_of_sample_probabilities({"train": features, "val": features}, 2)
+    assert probabilities.sum(1).tolist() == pytest.approx([1.0] * (2 * count))
 
 
 def photo(seed, side=64):
@@ -102,35 +109,60 @@ CHANGES = {
 }
 
 
+def grey(images):
+    """What is compared of images of Pillow."""
+    pixels = [torch.from_numpy(np.array(image).transpose(2, 0, 1)) for image in images]
+    return findings.compared_images([torch.stack(pixels)]).grey
+
+
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_copies_correlate_and_others_do_not(change):
+def test_changed_copies_correlate_and_other_images_do_not(change):
     images = [photo(seed) for seed in range(20)]
-    plain, changed = (
-        findings.small(
-            torch.stack([torch.from_numpy(np.array(each).transpose(2, 0, 1)) for each in some])
-        )[0]
-        for some in (images, [CHANGES[change](image) for image in images])
-    )
-    assert findings.correlations(plain, changed).min() > findings.SAME
-    assert findings.correlations(plain, plain.roll(1, 0)).max() < findings.SAME - 0.1
+    plain = grey(images)
+    changed = grey([CHANGES[change](image) for image in images])
+    assert findings.pixel_correlations(plain, changed).min() > findings.MIN_CORRELATION
+    others = findings.pixel_correlations(plain, plain.roll(1, 0))
+    assert others.max() < findings.MIN_CORRELATION - 0.1
 
 
-def test_pairs_name_the_later_image_once():
-    images = torch.stack(
-        [torch.from_numpy(np.array(photo(seed).convert("L"))) for seed in (0, 1, 0, 0)]
-    )[:, ::2, ::2]
-    cosines, rows = (
-        torch.full((4, 3), 0.9),
-        torch.tensor([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]),
-    )
-    found = findings.near_duplicates(cosines, rows, images)
-    assert sorted((finding.row, finding.like) for finding in found) == [(2, 0), (3, 0)]
-    assert findings.near_duplicates(cosines - 0.6, rows, images) == [], "features disagree"
+def test_near_duplicates_name_the_later_image_once():
+    images = grey([photo(seed) for seed in (0, 1, 0, 0)])
+    rows = torch.tensor([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]])
+    like = findings.Neighbours(torch.full((4, 3), 0.9), rows)
+    pairs = [(finding.row, finding.like) for finding in findings.near_duplicates(like, images)]
+    assert sorted(pairs) == [(2, 0), (3, 0)]
+    unlike = findings.Neighbours(torch.full((4, 3), 0.3), rows)
+    assert findings.near_duplicates(unlike, images) == [], "features disagree"
+
+
+def test_neighbours_and_outliers_are_those_of_plain_loops(monkeypatch):
+    """Few features are not projected to fewer, so that cosines keep; blocks have two images."""
+    monkeypatch.setattr(findings, "MAX_COSINES", 24)
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(12, 6)).astype(np.float32)
+    labels = np.zeros(12, np.int64)
+    features = {
+        "train": Features([values[:8]], labels[:8]),
+        "test": Features([values[8:]], labels[8:]),
+    }
+    monkeypatch.setattr(torch, "randn", lambda rows, columns, generator: torch.eye(rows, columns))
+    neighbours = findings.nearest_images(features)
+    points = (values - values[:8].mean(0)) / values[:8].std(0)
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    cosines = points @ points.T
+    np.fill_diagonal(cosines, -1)
+    for row in range(12):
+        order = np.argsort(-cosines[row])[: findings.NUM_NEIGHBOURS]
+        assert neighbours.rows[row].tolist() == order.tolist()
+        np.testing.assert_allclose(neighbours.cosines[row], cosines[row, order], atol=1e-5)
+    distances = 1 - np.sort(cosines)[:, -findings.NUM_NEIGHBOURS :].mean(1)
+    rows = [finding.row for finding in findings.outliers(neighbours)]
+    assert rows == np.argsort(-distances).tolist()
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Photos of two kinds, with a copy in the test images, an empty image, and a name that a page must escape."""
+    """Photos of two kinds: a test image is a copy, one is blank, one class needs escapes."""
     folder = tmp_path_factory.mktemp("audit") / "photos"
     for split, count in (("train", 24), ("test", 8)):
         for number, kind in enumerate(("cat", "<b>dog")):
@@ -175,7 +207,7 @@ def test_the_files_and_the_page_tell_what_was_found(audited):
     ]
     (copy,) = rows(out / "duplicates.csv")
     assert (copy["image"], copy["like"]) == ("test/cat/copy.png", "train/cat/005.png")
-    assert float(copy["score"]) > findings.SAME
+    assert float(copy["score"]) > findings.MIN_CORRELATION
     assert {row["like"] for row in rows(out / "labels.csv")} <= {"cat", "<b>dog"}
     page = (out / "audit.html").read_text()
     assert (
@@ -194,18 +226,12 @@ def test_a_list_that_is_there_is_not_replaced(audited, photos):
     out, done = audited
     assert re.search(r"cross-validated accuracy  \d+\.\d%", done.stderr)
     assert re.search(
-        r"do without   python -m cifar_transfer\.fit --data\.leave_out=FILE, once",
+        r"do without   python -m cifar_transfer fit --data\.leave_out=FILE, once",
         done.stdout,
     )
-    with untouched(out):
-        data = ["--data=ImageFolderDataModule", f"--data.root={photos}"]
-        again = run_fit(
-            out.parent, f"{NETWORK}=none", *data, f"--out={out}", command="audit", expect=2
-        )
-    assert (
-        "labels.csv is there already, and may have been edited: name another folder with --out"
-        in again.stderr
-    )
+    message = r"labels\.csv is there already, and may have been edited: name another folder"
+    with untouched(out), pytest.raises(UserError, match=message):
+        audit.main([f"{NETWORK}=none", f"--out={out}"])
 
 
 def test_each_image_is_looked_at_once_whatever_it_is_called(tmp_path):
@@ -224,8 +250,8 @@ def test_each_image_is_looked_at_once_whatever_it_is_called(tmp_path):
         f"--features={tmp_path}",
         f"--out={tmp_path / 'out'}",
     ]
-    refused = run_fit(tmp_path, "squeezenet1_1=none", *job[1:], command="audit", expect=2)
-    assert "no linear layer" in refused.stderr
+    with pytest.raises(UserError, match="no linear layer"):
+        audit.main(["squeezenet1_1=none", *job[1:]])
     assert not (tmp_path / "out").exists()
     run_fit(tmp_path, *job, command="audit")
     assert rows(tmp_path / "out" / "duplicates.csv") == []
@@ -260,7 +286,8 @@ def test_a_run_does_without_what_is_listed(photos, tmp_path):
         "--trainer.max_epochs=1",
     )
     assert re.search(
-        rf"Left out: \d of \d+ train, \d of \d+ val, 1 of \d+ test images, those in {tmp_path}/out.csv",
+        r"Left out: \d of \d+ train, \d of \d+ val, 1 of \d+ test images, those in "
+        rf"{tmp_path}/out.csv",
         done.stderr,
     )
     recorded = splits.read(tmp_path / RUN / "checkpoints" / "best.ckpt")
@@ -326,7 +353,10 @@ def test_evaluate_tells_both(run, tmp_path, monkeypatch):
     ("text", "match"),
     [
         (b"train/cat/1.png\n", "has no column `image`"),
-        (b"image\ntrain/kite/1.png\n", r"lists none of these images, but, say, train/kite/1\.png"),
+        (
+            b"image\ntrain/kite/1.png\n",
+            r"lists none of these images, but, for example, train/kite/1\.png",
+        ),
         (b"image\n\xff\n", "cannot be read as a list of images"),
         (None, r"cannot be read as a list of images \(\[Errno 2\]"),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import quiet_trainer
-from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -163,3 +163,21 @@ def test_fused_sgd_needs_a_momentum_for_all_parameters_or_none():
     lightning_internals.complete_momentum(optimizer)
     optimizer.step()
     assert optimizer.state[parameters[1]]["momentum_buffer"].tolist() == [1.0, 1.0]
+
+
+def test_an_attached_module_is_saved_with_its_data_after_another_one_ran(tmp_path):
+    class Data(BoringDataModule):
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters({"root": "photos"}, logger=False)
+
+    trainer = quiet_trainer(limit_test_batches=1)
+    trainer.test(BoringModel(), verbose=False)
+    model = BoringModel()
+    lightning_internals.attach(trainer, model, Data())
+    assert model.trainer.datamodule.hparams == {"root": "photos"}
+    lightning_internals.save_attached(trainer, model, tmp_path / "model.ckpt")
+    checkpoint = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    torch.testing.assert_close(checkpoint["state_dict"], dict(model.state_dict()))
+    assert checkpoint["datamodule_hyper_parameters"] == {"root": "photos"}
+    assert "optimizer_states" not in checkpoint

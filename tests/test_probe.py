@@ -1,5 +1,7 @@
 """Features of frozen backbones, heads on them, and the checkpoints that these become."""
 
+import csv
+import errno
 import json
 import os
 import re
@@ -10,166 +12,213 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import RUN, TINY, quiet_trainer, run_fit, untouched, weights
-from test_terminal import on_terminal
 
 from cifar_transfer import Classifier, ShapesDataModule, TransferClassifier
 from cifar_transfer.base.errors import UserError
+from cifar_transfer.commands import probe
 from cifar_transfer.commands.evaluate import evaluate
+from cifar_transfer.features import extract as extraction
 from cifar_transfer.features import heads
-from cifar_transfer.features.extract import FeatureExtractor, Features, features
+from cifar_transfer.features.extract import FeatureExtractor, Features, extract_features
 from cifar_transfer.features.store import FeatureFile, make_room
+from cifar_transfer.network.image_classifier import ImageClassifier, NetworkOptions
+from cifar_transfer.training import lightning_internals
 
 SIZES = {"train_images": 300, "test_images": 70}
 NETWORK = "shufflenet_v2_x0_5"
+BACKBONE_FOLDER = f"{NETWORK}-from-scratch"
+PROBE_OPTIONS = [
+    "--model.image_size=64",
+    "--features=kept",
+    "--trainer.limit_test_batches=1",
+    "--trainer.fast_dev_run=true",
+    *TINY[2:],
+]
+PROBED = f"lightning_logs/probe/{BACKBONE_FOLDER}"
+CHECKPOINT = f"{PROBED}/checkpoints/best.ckpt"
 
 
-def extract(folder, views=1, seed=0, limit_gb=1.0, **options):
+def extract(folder, views=1, seed=0, limit_gb=1.0, network=NETWORK, precision="32-true", **options):
+    """Features of drawn shapes by an untrained network, and their extractor."""
     torch.manual_seed(seed)
     data = ShapesDataModule(**SIZES | options)
-    model = TransferClassifier(NETWORK, "none", class_names=data.class_names, image_size=64)
-    extractor = FeatureExtractor(model, data, folder, views, limit_gb)
-    return features(quiet_trainer(use_distributed_sampler=False), extractor), extractor
+    model = TransferClassifier(network, "none", class_names=data.class_names, image_size=64)
+    trainer = quiet_trainer(precision=precision, use_distributed_sampler=False)
+    extractor = FeatureExtractor(model.classifier, data, folder, views, limit_gb)
+
+    def settle():
+        lightning_internals.attach(trainer, model, data)
+        model.setup("test")
+
+    return extract_features(trainer, extractor, settle), extractor
 
 
-@pytest.fixture(autouse=True)
-def _in_float32(monkeypatch):
-    """Whatever the processor."""
-    monkeypatch.setattr(FeatureExtractor, "_faster_in_bfloat16", lambda self: False)
+def untrained(backbone, size):
+    options = NetworkOptions(backbone, "none", num_classes=10, image_size=size)
+    return ImageClassifier(options).eval()
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*.bin")}
+    return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
 
 
-def test_features_are_what_comes_into_the_head(tmp_path):
-    found, extractor = extract(tmp_path, views=3)
-    model, data = extractor.classifier, extractor.data
-    head = model.network.fc
+def pixels(images):
+    """All images of a split, float32 in [0, 1]."""
+    return torch.from_numpy(images.pixels(np.arange(len(images)))) / 255
+
+
+def test_features_are_the_input_of_the_head(tmp_path):
+    features, extractor = extract(tmp_path, views=3)
+    model = extractor.classifier
+    images = extractor.data.images
     with torch.inference_mode():
-        for split, exact in (("train", False), ("val", True), ("test", True)):
-            images = (
-                data.images[split].__getitems__(range(len(data.images[split])))[0].float() / 255
-            )
-            logits = head(torch.from_numpy(np.array(found[split].views[0], np.float32)))
-            torch.testing.assert_close(logits, model(images), atol=1e-5 if exact else 0.05, rtol=0)
-            assert found[split].views[0].dtype == (np.float32 if exact else np.float16)
-            if split == "train":
-                plain, mirrored, augmented = found[split].views
-                seen = head(torch.from_numpy(np.array(mirrored, np.float32)))
-                torch.testing.assert_close(seen, model(images.flip(3)), atol=0.05, rtol=0)
-                assert not np.array_equal(augmented, plain)
-                assert not np.array_equal(augmented, mirrored)
-    assert [len(found[split].views) for split in ("val", "test")] == [1, 1]
-    assert extractor.computed == 3 * len(found["train"].labels) + len(found["val"].labels) + 70
+        for split in ("train", "val", "test"):
+            array = features[split].views[0]
+            assert array.dtype == np.float32
+            logits = model.network.fc(torch.from_numpy(np.array(array)))
+            torch.testing.assert_close(logits, model(pixels(images[split])), atol=1e-5, rtol=0)
+        plain, mirrored, augmented = features["train"].views
+        logits = model.network.fc(torch.from_numpy(np.array(mirrored)))
+        torch.testing.assert_close(
+            logits, model(pixels(images["train"]).flip(3)), atol=1e-5, rtol=0
+        )
+        assert not np.array_equal(augmented, plain)
+        assert not np.array_equal(augmented, mirrored)
+    assert [len(features[split].views) for split in ("val", "test")] == [1, 1]
+    assert extractor.computed == 3 * len(plain) + len(features["val"].labels) + 70
 
 
-def test_what_is_there_is_not_computed_again(tmp_path, monkeypatch):
-    first, extractor = extract(tmp_path, views=3)
-    whole = files(tmp_path)
-    assert len(whole) == 5
-    assert extract(tmp_path, views=3)[1].computed == 0
-
-    written, write = [], FeatureFile.write
-
-    def killed(self, number, values):
-        if len(written) == 3:
-            raise KeyboardInterrupt
-        written.append(number)
-        write(self, number, values)
-
-    monkeypatch.setattr("cifar_transfer.features.extract.BATCH_PIXELS", 64 * 64 * 20)
-    monkeypatch.setattr(FeatureFile, "write", killed)
-    other = tmp_path / "other"
-    with pytest.raises(SystemExit, match=r"^1$"):  # Lightning's, of a KeyboardInterrupt
-        extract(other, views=3)
-    monkeypatch.setattr(FeatureFile, "write", write)
-    again, extractor = extract(other, views=3)
-    assert (
-        extractor.computed
-        == 3 * len(first["train"].labels) + len(first["val"].labels) + 70 - 3 * 20
-    )
+def test_features_on_disk_are_not_computed_again(tmp_path):
+    first, _ = extract(tmp_path, views=3)
+    assert len(files(tmp_path)) == 5
+    again, extractor = extract(tmp_path, views=3)
+    assert extractor.computed == 0
     for split in first:
-        for one, two in zip(first[split].views, again[split].views, strict=True):
-            np.testing.assert_allclose(one, two, atol=2e-2 if split == "train" else 1e-4)
+        np.testing.assert_array_equal(first[split].views, again[split].views)
 
 
-def test_a_damaged_batch_is_computed_anew_and_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr("cifar_transfer.features.extract.BATCH_PIXELS", 64 * 64 * 20)
+def test_an_array_that_was_not_finished_is_computed_anew_and_no_other(tmp_path, monkeypatch):
+    """The array of the validation images fails, after the two batches of training images."""
+    before, _ = extract(tmp_path / "whole")
+    calls = []
+    compute = FeatureExtractor._features
+
+    def failing(self, images):
+        calls.append(images)
+        if len(calls) == 3:
+            raise OSError(errno.EIO, "it fails")
+        return compute(self, images)
+
+    monkeypatch.setattr(FeatureExtractor, "_features", failing)
+    with pytest.raises(OSError, match="it fails"):
+        extract(tmp_path / "kept")
+    assert len(files(tmp_path / "kept")) == 1
+    assert list((tmp_path / "kept").glob(".*")) == [], "no temporary file is left"
+    after, extractor = extract(tmp_path / "kept")
+    assert extractor.computed == len(after["val"].labels) + len(after["test"].labels)
+    for split in before:
+        np.testing.assert_array_equal(before[split].views, after[split].views)
+
+
+def test_an_array_that_was_cut_short_is_computed_anew(tmp_path):
     extract(tmp_path)
     whole = files(tmp_path)
-    path = max(tmp_path.glob("*.bin"), key=lambda path: path.stat().st_size)
-    content = bytearray(path.read_bytes())
-    content[1024 * 2 * 25] ^= 1  # of the second batch
-    path.write_bytes(content)
+    path = max(tmp_path.glob("*.npy"), key=lambda path: path.stat().st_size)
+    path.write_bytes(whole[path.name][:-100])
     _, extractor = extract(tmp_path)
-    assert extractor.computed == 20
-    assert files(tmp_path) == whole
-    path.write_bytes(content[:-100])
-    assert extract(tmp_path)[1].computed > 200
+    assert extractor.computed == len(extractor.data.images["train"])
     assert files(tmp_path) == whole
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"train_images": 301}, {"task": "upstream"}])
-def test_other_weights_or_images_have_other_features(tmp_path, change):
+def test_a_full_disk_is_an_error_before_anything_is_computed(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(FeatureExtractor, "_features", lambda *_: pytest.fail("computed"))
+    with pytest.raises(OSError, match=r"No space left on device: .*/features-[0-9a-f]{32}\.npy"):
+        extract(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"train_images": 301},
+        {"task": "upstream"},
+        {"precision": "bf16-mixed"},
+    ],
+)
+def test_other_weights_images_or_precision_have_other_features(tmp_path, change):
     extract(tmp_path)
-    before = {*files(tmp_path)}
+    before = set(files(tmp_path))
     _, extractor = extract(tmp_path, **change)
-    assert {*files(tmp_path)} - before
+    assert set(files(tmp_path)) - before
     assert extractor.computed >= 200
 
 
-def test_the_precision_once_chosen_is_kept(tmp_path, monkeypatch):
-    exact, _ = extract(tmp_path / "exact")
-    monkeypatch.setattr(FeatureExtractor, "_faster_in_bfloat16", lambda self: True)
-    half, _ = extract(tmp_path / "half")
-    assert not np.array_equal(exact["train"].views[0], half["train"].views[0])
-    np.testing.assert_array_equal(exact["val"].views[0], half["val"].views[0])
-    monkeypatch.setattr(
-        FeatureExtractor, "_faster_in_bfloat16", lambda self: pytest.fail("it is chosen")
-    )
-    assert extract(tmp_path / "half")[1].computed == 0
-    assert extract(tmp_path / "exact")[1].computed == 0
+def test_networks_with_the_same_weights_but_another_architecture_share_no_features():
+    """torchvision and timm have the same names of weights in ResNets."""
+    pytest.importorskip("timm", reason="timm is an optional extra")
+    one = untrained("resnet18", 32)
+    other = untrained("timm/resnet18", 32)
+    other.network.load_state_dict(one.network.state_dict())
+    assert one.geometry == other.geometry
+    assert extraction._fingerprint(one) != extraction._fingerprint(other)
 
 
-def test_old_features_make_room_and_nothing_of_others_goes(tmp_path):
-    names = [f"features-{number:032x}.bin" for number in range(3)]
-    for number, name in enumerate([*names, "features-mine.bin", "notes.bin"]):
+def test_features_are_as_precise_as_the_trainer(tmp_path):
+    exact, _ = extract(tmp_path)
+    rounded, _ = extract(tmp_path, precision="bf16-mixed")
+    assert len(files(tmp_path)) == 6
+    for split in exact:
+        difference = np.abs(exact[split].views[0] - rounded[split].views[0]).max()
+        assert 0 < difference < 0.1 * np.abs(exact[split].views[0]).max()
+    with pytest.raises(UserError, match=r"precision=bf16-true converts the weights .*: take"):
+        extract(tmp_path, precision="bf16-true")
+
+
+def test_old_features_make_room_and_nothing_else_is_removed(tmp_path):
+    names = [f"features-{number:032x}.npy" for number in range(3)]
+    others = ["features-mine.npy", "notes.npy"]
+    for number, name in enumerate([*names, *others]):
         (tmp_path / name).write_bytes(bytes(1000))
         os.utime(tmp_path / name, (number, number))
-    (tmp_path / f"features-{9:032x}.bin").write_bytes(bytes(1000))  # of another process, just now
-    make_room(tmp_path, 500, [tmp_path / names[0]], limit_gb=1.6e-6)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *(names[0], names[2], f"features-{9:032x}.bin"),
-        *("features-mine.bin", "notes.bin"),
-    }
-    with pytest.raises(UserError, match=r"0\.0 GB in .*more than limit_gb=1e-06: raise it"):
-        make_room(tmp_path, 2000, [], limit_gb=1e-6)
+    used = FeatureFile(tmp_path / names[0], 5, 25)  # 500 bytes
+    make_room(tmp_path, [used], limit_gb=1.6e-6)
+    assert {path.name for path in tmp_path.iterdir()} == {names[0], names[2], *others}
+    make_room(tmp_path, [FeatureFile(tmp_path / "new", 5, 25)], limit_gb=1.6e-6)
+    assert {path.name for path in tmp_path.iterdir()} == {names[0], *others}, "used just now"
+    with pytest.raises(UserError, match=r"0\.0 GB in .*more than limit_gb=1e-07: raise it"):
+        make_room(tmp_path, [used], limit_gb=1e-7)
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Features of four classes, unequal, in blocks of seven."""
-    monkeypatch.setattr(heads, "BLOCK", 7)
+    """Features of four classes of unequal size, read in blocks of seven images."""
+    monkeypatch.setattr(heads, "BLOCK_IMAGES", 7)
     rng = np.random.default_rng(0)
-    centres = 0.7 * rng.normal(size=(4, 6)) * [1, 10, 0.1, 1, 1, 1]
+    scales = [1, 10, 0.1, 1, 1, 1]
+    centres = 0.7 * rng.normal(size=(4, 6)) * scales
 
-    def some(count):
+    def draw(count):
         labels = np.sort(rng.choice(4, count, p=[0.4, 0.3, 0.2, 0.1]))
-        values = centres[labels] + rng.normal(size=(count, 6)) * [1, 10, 0.1, 1, 1, 1] + 3
+        values = centres[labels] + rng.normal(size=(count, 6)) * scales + 3
         return Features([values.astype(np.float32)], labels)
 
-    return some(93), some(40), some(50)
+    return draw(93), draw(40), draw(50)
 
 
 def test_logistic_regression_is_at_its_minimum(drawn):
     train, val, _ = drawn
-    mean, deviation = heads.moments(train)
+    mean, deviation = moments = heads.compute_moments(train)
     values = torch.from_numpy(train.views[0])
     torch.testing.assert_close(mean, values.mean(0))
     torch.testing.assert_close(deviation, values.std(0, correction=0))
-    head, penalty = heads.logistic(train, val, 4, (mean, deviation), (0.1,))
+    head, penalty = heads.logistic(train, val, 4, moments, (0.1,))
     assert penalty == 0.1
-    deviation = deviation.clamp_min(heads.LEAST * deviation.median())
+    deviation = deviation.clamp_min(heads.MIN_SHARE_OF_MEDIAN * deviation.median())
     logits = head.logits(train).requires_grad_()
     weight = head.weight * deviation
     loss = F.cross_entropy(logits, torch.from_numpy(train.labels))
@@ -180,90 +229,128 @@ def test_logistic_regression_is_at_its_minimum(drawn):
     assert heads.accuracy(logits, train.labels) > 0.7
 
 
+def test_features_that_do_not_fit_into_memory_give_the_same_head(drawn, monkeypatch):
+    train, val, _ = drawn
+    moments = heads.compute_moments(train)
+    cached, _ = heads.logistic(train, val, 4, moments)
+    monkeypatch.setattr(heads, "MAX_CACHED_BYTES", 0)
+    read_again, _ = heads.logistic(train, val, 4, moments)
+    torch.testing.assert_close(cached, read_again, atol=0, rtol=0)
+
+
 def test_a_feature_that_is_nearly_always_the_same_gets_no_large_weight(drawn):
     train, val, _ = drawn
     rare = np.random.default_rng(0).random((len(train.labels), 1)) < 0.02
-    views = [np.hstack([train.views[0], np.where(rare, 1e-4, 0).astype(np.float32)])]
-    seen = heads.Features(
-        [np.hstack([val.views[0], np.zeros((len(val.labels), 1), np.float32)])], val.labels
-    )
-    head, _ = heads.logistic(
-        heads.Features(views, train.labels),
-        seen,
-        4,
-        heads.moments(heads.Features(views, train.labels)),
-    )
+    rare_feature = np.where(rare, 1e-4, 0).astype(np.float32)
+    train = Features([np.hstack([train.views[0], rare_feature])], train.labels)
+    zeros = np.zeros((len(val.labels), 1), np.float32)
+    val = Features([np.hstack([val.views[0], zeros])], val.labels)
+    head, _ = heads.logistic(train, val, 4, heads.compute_moments(train))
     largest = head.weight[:, :-1].abs().max()
     assert head.weight[:, -1].abs().max() < 10 * largest
 
 
-def test_the_penalty_is_that_of_the_held_out_images(drawn):
+def test_the_penalty_is_the_best_on_the_validation_images(drawn):
     train, val, _ = drawn
-    standard = heads.moments(train)
-    head, penalty = heads.logistic(train, val, 4, standard)
-    alone = []
-    for each in heads.PENALTIES:
-        single, _ = heads.logistic(train, val, 4, standard, (each,))
-        alone.append(heads.accuracy(single.logits(val), val.labels))
-        if each == penalty:
-            torch.testing.assert_close(single.logits(val), head.logits(val), atol=0.05, rtol=0)
-    assert heads.accuracy(head.logits(val), val.labels) == pytest.approx(max(alone), abs=0.03)
+    moments = heads.compute_moments(train)
+    head, best_penalty = heads.logistic(train, val, 4, moments)
+    accuracies = []
+    for penalty in heads.PENALTIES:
+        alone, _ = heads.logistic(train, val, 4, moments, (penalty,))
+        accuracies.append(heads.accuracy(alone.logits(val), val.labels))
+        if penalty == best_penalty:
+            torch.testing.assert_close(alone.logits(val), head.logits(val), atol=0.05, rtol=0)
+    accuracy = heads.accuracy(head.logits(val), val.labels)
+    assert accuracy == pytest.approx(max(accuracies), abs=0.03)
 
 
 def test_neighbours_and_means_are_those_of_plain_loops(drawn):
     train, _, test = drawn
-    mean, deviation = standard = heads.moments(train)
-    votes = heads.nearest_neighbours(train, test, 4, standard)
-    scores = heads.nearest_mean(train, test, 4, standard)
-    known, asked = ((part.views[0] - mean.numpy()) / deviation.numpy() for part in (train, test))
-    means = np.stack([known[train.labels == label].mean(0) for label in range(4)])
-    for row, one in enumerate(asked):
-        assert scores[row].argmax() == np.square(means - one).sum(1).argmin()
-        likeness = known @ one / np.linalg.norm(known, axis=1)
-        order = np.argsort(-likeness)
-        for k in heads.NEIGHBOURS:
-            nearest = train.labels[order[:k]]
-            counts = np.bincount(nearest, minlength=4)
-            near = np.bincount(nearest, likeness[order[:k]] / np.linalg.norm(one), minlength=4)
-            assert votes[k][row].argmax() == max(
-                range(4), key=lambda label: (counts[label], near[label])
-            )
+    mean, deviation = moments = heads.compute_moments(train)
+    votes = heads.nearest_neighbours(train, test, 4, moments)
+    scores = heads.nearest_mean(train, test, 4, moments)
+    train_points = (train.views[0] - mean.numpy()) / deviation.numpy()
+    test_points = (test.views[0] - mean.numpy()) / deviation.numpy()
+    means = np.stack([train_points[train.labels == label].mean(0) for label in range(4)])
+    for row, point in enumerate(test_points):
+        assert scores[row].argmax() == np.square(means - point).sum(1).argmin()
+        cosines = train_points @ point / np.linalg.norm(train_points, axis=1)
+        cosines /= np.linalg.norm(point)
+        order = np.argsort(-cosines)
+        for count in heads.NEIGHBOURS:
+            labels = train.labels[order[:count]]
+            counts = np.bincount(labels, minlength=4)
+            sums = np.bincount(labels, cosines[order[:count]], minlength=4)
+            winner = max(range(4), key=lambda label: (counts[label], sums[label]))
+            assert votes[count][row].argmax() == winner
 
 
-def test_few_shots_draw_so_many_of_each_class(drawn, monkeypatch):
+def test_balanced_accuracy_is_the_mean_of_the_classes_with_images():
+    logits = torch.eye(3)[[0, 0, 1, 0]]
+    labels = np.array([0, 0, 0, 1])
+    assert heads.balanced_accuracy(logits, labels, 3) == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_few_shots_draw_as_many_images_of_each_class(drawn, monkeypatch):
     train, val, test = drawn
-    seen = []
+    samples = []
     logistic = heads.logistic
-    monkeypatch.setattr(
-        heads, "logistic", lambda some, *rest: seen.append(some) or logistic(some, *rest)
-    )
-    scores = heads.few_shot(train, val, test, 4, heads.moments(train))
+
+    def noted(sample, *rest):
+        samples.append(sample)
+        return logistic(sample, *rest)
+
+    monkeypatch.setattr(heads, "logistic", noted)
+    accuracies = heads.few_shot(train, val, test, 4, heads.compute_moments(train))
     least = np.bincount(train.labels).min()
-    assert [*scores] == [str(shots) for shots in heads.SHOTS if shots <= least]
-    assert len(scores) > 1
-    for number, some in enumerate(seen):
-        assert set(np.bincount(some.labels)) == {heads.SHOTS[number // heads.DRAWS]}
-    assert len({some.views[0].tobytes() for some in seen}) == len(seen)
+    assert list(accuracies) == [str(shots) for shots in heads.SHOTS if shots <= least]
+    assert len(accuracies) > 1
+    for number, sample in enumerate(samples):
+        shots = heads.SHOTS[number // heads.NUM_DRAWS]
+        assert set(np.bincount(sample.labels)) == {shots}
+    assert len({sample.views[0].tobytes() for sample in samples}) == len(samples)
 
 
-def test_a_network_with_two_heads_gives_the_logits_of_the_head(tmp_path):
-    pytest.importorskip("timm", reason="timm is an optional extra")
-    data = ShapesDataModule(train_images=60, test_images=20)
-    model = TransferClassifier(
-        "timm/deit_tiny_distilled_patch16_224", "none", class_names=data.class_names
-    )
-    extractor = FeatureExtractor(model, data, tmp_path)
-    found = features(quiet_trainer(use_distributed_sampler=False), extractor)
-    width = found["test"].views[0].shape[1]
-    head = heads.Linear(torch.randn(10, width), torch.randn(10))
-    extractor.put(head, found["val"])
-    images = data.images["test"].__getitems__(range(20))[0].float() / 255
-    with torch.inference_mode():
-        torch.testing.assert_close(model(images), head.logits(found["test"]), atol=1e-4, rtol=1e-4)
+def test_features_that_are_not_finite_are_refused(drawn):
+    train, _, _ = drawn
+    values = train.views[0].copy()
+    values[3, 2] = np.inf
+    with pytest.raises(UserError, match="are NaN or infinite: take other weights"):
+        heads.compute_moments(train._replace(views=[values]))
+
+
+def random_head(width):
+    return heads.LinearHead(torch.randn(10, width), torch.randn(10))
+
+
+@pytest.mark.parametrize(
+    ("network", "size"),
+    [(NETWORK, 64), ("timm/deit_tiny_distilled_patch16_224", 32)],
+    ids=["one head", "two heads"],
+)
+def test_a_network_gives_the_logits_of_its_new_head(network, size):
+    if network.startswith("timm/"):
+        pytest.importorskip("timm", reason="timm is an optional extra")
+    model = untrained(network, size)
+    images = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8)
+    head = random_head(model.network.get_submodule(model.heads[0]).in_features)
+    heads.set_head(model, head, images)
+    with torch.inference_mode(), model.features() as passes:
+        logits = model(images / 255)
+        expected = passes[0] @ head.weight.T + head.bias
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_network_that_does_more_with_its_logits_is_refused():
+    model = untrained(NETWORK, 64)
+    model.network.fc.register_forward_hook(lambda module, inputs, logits: logits.relu())
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    with pytest.raises(UserError, match="does more with its head's logits"):
+        heads.set_head(model, random_head(1024), images)
 
 
 def test_a_head_that_is_not_linear_is_refused(tmp_path):
-    model = TransferClassifier("squeezenet1_1", "none")
+    model = untrained("squeezenet1_1", 32)
     with pytest.raises(
         UserError, match="squeezenet1_1 cannot be probed, because its head is no linear layer"
     ):
@@ -272,231 +359,172 @@ def test_a_head_that_is_not_linear_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory):
+    """A folder in which one backbone was probed, and another one could not be.
+
+    A recipe for training may limit the batches. All images are probed all the same.
+    """
     folder = tmp_path_factory.mktemp("probe")
-    done = run_fit(
-        folder,
-        *(
-            f"{NETWORK}=none",
-            "squeezenet1_1=none",
-            "--model.image_size=64",
-            "--features=kept",
-            *TINY[2:],
-        ),
-        command="probe",
-        expect=1,
-    )
+    backbones = [f"{NETWORK}=none", "squeezenet1_1=none"]
+    done = run_fit(folder, *backbones, *PROBE_OPTIONS, command="probe", expect=1)
     return folder, done
+
+
+def read_result(folder):
+    return json.loads((folder / PROBED / "result.json").read_text())
+
+
+def without_times(result):
+    return {name: value for name, value in result.items() if not name.endswith("seconds")}
 
 
 def test_the_checkpoint_has_the_accuracy_of_the_probe(probed, monkeypatch):
     folder, done = probed
     monkeypatch.chdir(folder)
-    home = folder / "lightning_logs" / "probe" / f"{NETWORK}-from-scratch"
-    result = json.loads((home / "result.json").read_text())
-    ckpt = home / "checkpoints" / "best.ckpt"
+    result = read_result(folder)
+    assert result["computed"] == 250
     for split in ("val", "test"):
-        scores = evaluate(str(ckpt), split, accelerator="cpu", figures=False)
+        scores = evaluate(CHECKPOINT, split, accelerator="cpu", figures=False)
         assert scores[f"{split}/acc"] == pytest.approx(result[split], abs=1e-7)
-    images, labels = (
-        ShapesDataModule(train_images=200, test_images=50).load("test").__getitems__(range(50))
-    )
-    classifier = Classifier.load(ckpt, "cpu")
-    said = [classifier.names.index(rows[0][0]) for rows in classifier.predict([*images])]
-    assert np.mean(np.array(said) == labels.numpy()) == pytest.approx(result["test"], abs=1e-7)
+    images = ShapesDataModule(train_images=200, test_images=50).load("test")
+    classifier = Classifier.load(CHECKPOINT, "cpu")
+    predictions = classifier.predict(list(torch.from_numpy(images.pixels(np.arange(50)))))
+    predicted = [classifier.names.index(classes[0][0]) for classes in predictions]
+    assert np.mean(predicted == images.labels) == pytest.approx(result["test"], abs=1e-7)
     assert f"{100 * result['test']:.2f}" in done.stdout
-    assert str(ckpt.relative_to(folder)) in done.stdout
+    assert CHECKPOINT in done.stdout
 
 
-def test_a_failure_loses_no_other(probed):
+def test_a_backbone_that_fails_loses_no_other(probed):
     folder, done = probed
     assert "squeezenet1_1 cannot be probed" in done.stderr
-    lines = (folder / "lightning_logs" / "probe" / "probe.md").read_text().splitlines()
+    lines = (folder / "lightning_logs/probe/probe.md").read_text().splitlines()
     assert len(lines) == 4
     assert NETWORK in lines[2]
     assert "squeezenet1_1, from scratch: failed" in lines[3]
-    assert (folder / "lightning_logs" / "probe" / "probe.png").stat().st_size > 5000
+    assert (folder / "lightning_logs/probe/probe.png").stat().st_size > 5000
 
 
-def test_another_recipe_needs_another_folder_and_the_same_one_adds_to_the_table(probed, tmp_path):
+def test_the_table_has_the_figures_of_the_result(probed):
+    folder, done = probed
+    result = read_result(folder)
+    with (folder / "lightning_logs/probe/probe.csv").open(newline="") as file:
+        cells = next(csv.DictReader(file))
+    assert cells["network"] == result["label"]
+    assert cells["20-nearest (%)"] == f"{100 * result['neighbours']['20']:.2f}"
+    assert cells["balanced (%)"] == f"{100 * result['balanced']:.2f}"
+    assert cells["5-shot (%)"].startswith(f"{100 * np.mean(result['few_shot']['5']):.1f} ± ")
+    assert cells["50-shot (%)"] == "", "no class has so many images"
+    assert cells["features"] == "1024"
+    short_table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(short_table) == 4
+    assert max(map(len, short_table)) < 80, "it fits into a terminal"
+
+
+def test_another_recipe_needs_another_folder(probed, tmp_path, monkeypatch):
     folder, _ = probed
     shutil.copytree(folder / "lightning_logs", tmp_path / "lightning_logs")
-    shutil.copytree(folder / "kept", tmp_path / "kept")
-    options = ["--model.image_size=64", "--features=kept", *TINY[2:]]
-    with untouched(tmp_path):
-        done = run_fit(
-            tmp_path, f"{NETWORK}=none", *options, "--data.batch_size=8", command="probe", expect=2
-        )
-    assert (
-        "holds results of another recipe (recipe.json): name another folder with --out"
-        in done.stderr
-    )
-    home = tmp_path / "lightning_logs" / "probe" / f"{NETWORK}-from-scratch"
-    shutil.copy(home / "recipe.json", tmp_path / "kept.json")
-    (home / "recipe.json").write_text(
-        '{"options": ["--model.weights=another/w.pth"]}'
-    )  # of the same name
-    with untouched(tmp_path):
-        done = run_fit(tmp_path, f"{NETWORK}=none", *options, command="probe", expect=2)
-    assert f"{NETWORK}-from-scratch holds results of another recipe" in done.stderr
-    shutil.copy(tmp_path / "kept.json", home / "recipe.json")
-    done = run_fit(tmp_path, "shufflenet_v2_x1_0=none", *options, command="probe")
-    lines = (tmp_path / "lightning_logs" / "probe" / "probe.md").read_text().splitlines()
-    assert {line.split(",")[0].strip("| ") for line in lines[2:]} == {NETWORK, "shufflenet_v2_x1_0"}
+    monkeypatch.chdir(tmp_path)
+    options = [f"{NETWORK}=none", *PROBE_OPTIONS]
+    message = r"holds results of .* \(recipe\.json\): name another folder with --out"
+    with untouched(tmp_path), pytest.raises(UserError, match=message):
+        probe.main([*options, "--data.batch_size=8"])
+    # Another file of weights with the same name.
+    recipe = tmp_path / PROBED / "recipe.json"
+    recipe.write_text('{"options": ["--model.weights=another/w.pth"]}')
+    with untouched(tmp_path), pytest.raises(UserError, match=f"{BACKBONE_FOLDER} {message}"):
+        probe.main(options)
+
+
+def test_the_same_recipe_adds_to_the_table(probed, tmp_path):
+    folder, _ = probed
+    shutil.copytree(folder / "lightning_logs", tmp_path / "lightning_logs")
+    done = run_fit(tmp_path, "shufflenet_v2_x1_0=none", *PROBE_OPTIONS, command="probe")
+    lines = (tmp_path / "lightning_logs/probe/probe.md").read_text().splitlines()
+    labels = {line.split(",")[0].strip("| ") for line in lines[2:]}
+    assert labels == {NETWORK, "shufflenet_v2_x1_0"}
     assert done.stdout.count("best.ckpt") == 2
 
 
 @pytest.mark.slow
-def test_two_processes_compute_the_same_features(tmp_path):
-    options = [f"{NETWORK}=none", "--model.image_size=64", *TINY[2:], "--features=kept"]
-    for devices in (1, 2):
-        (tmp_path / str(devices)).mkdir()
-        if devices == 2:
-            as_precise(tmp_path / "1", tmp_path / "2" / "kept")
-        one = [*options, f"--trainer.devices={devices}", f"--out={tmp_path / str(devices)}"]
-        run_fit(tmp_path / str(devices), *one, command="probe")
-    one, two = files(tmp_path / "1" / "kept"), files(tmp_path / "2" / "kept")
-    assert len(one) == 3
-    assert one == two
-    results = [
-        json.loads(path.read_text())
-        for path in sorted(tmp_path.glob(f"*/{NETWORK}-from-scratch/result.json"))
-    ]
-    figures = [
-        {name: found for name, found in result.items() if "seconds" not in name}
-        for result in results
-    ]
-    assert figures[0] == figures[1]
-    assert len(figures) == 2
-
-
-@pytest.mark.parametrize("option", ["--resume=RUN", "--ckpt_path=RUN/checkpoints/last.ckpt"])
-def test_what_is_for_fit_alone_is_refused(run, tmp_path, option):
-    shutil.copytree(run / RUN, tmp_path / "run")
-    option = option.replace("RUN", str(tmp_path / "run"))
-    with untouched(tmp_path):
-        done = run_fit(tmp_path, f"{NETWORK}=none", option, *TINY[2:], command="probe", expect=2)
-    assert f"error: {option.partition('=')[0]} is for fit: leave it out." in done.stderr
-
-
-def test_fit_goes_on_from_the_probes_head(probed, tmp_path):
+def test_two_processes_compute_the_same_features(probed, tmp_path):
     folder, _ = probed
-    ckpt = (
-        folder
-        / "lightning_logs"
-        / "probe"
-        / f"{NETWORK}-from-scratch"
-        / "checkpoints"
-        / "best.ckpt"
-    )
-    still = [
+    run_fit(tmp_path, f"{NETWORK}=none", *PROBE_OPTIONS, "--trainer.devices=2", command="probe")
+    assert len(files(tmp_path / "kept")) == 3
+    assert files(tmp_path / "kept") == files(folder / "kept")
+    assert without_times(read_result(tmp_path)) == without_times(read_result(folder))
+
+
+@pytest.mark.parametrize("option", ["--resume", "--ckpt_path"])
+def test_options_that_continue_a_run_are_refused(tmp_path, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    with untouched(tmp_path), pytest.raises(UserError, match=f"{option} is for fit: leave it out"):
+        probe.main([f"{NETWORK}=none", f"{option}=run", *TINY[2:]])
+
+
+def test_fit_goes_on_from_the_head_of_the_probe(probed, tmp_path):
+    folder, _ = probed
+    learns_nothing = [
         "--model.lr=1e-30",
         "--freeze.unfreeze_epoch=0",
         "--trainer.max_epochs=1",
         "--model.image_size=64",
     ]
-    run_fit(tmp_path, *TINY, f"--model.weights={ckpt}", *still)
-    names = ("classifier.network.fc.weight", "classifier.network.conv5.0.weight")
-    before, after = weights(ckpt), weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
-    for name in names:
-        torch.testing.assert_close(after[name], before[name])
+    run_fit(tmp_path, *TINY, f"--model.weights={folder / CHECKPOINT}", *learns_nothing)
+    before = weights(folder / CHECKPOINT)
+    after = weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
+    for layer in ("fc.weight", "conv5.0.weight"):
+        torch.testing.assert_close(layer_of(after, layer), layer_of(before, layer))
 
 
-def test_on_a_terminal_too(tmp_path):
-    options = [f"{NETWORK}=none", "squeezenet1_1=none", *TINY[2:], "--features=kept"]
-    written = on_terminal(tmp_path, 80, *options, command="probe", expect=1)
-    lines = [line for line in re.split(r"[\r\n]+", written) if line.startswith("|")]
-    assert len(lines) == 4
-    assert max(map(len, lines)) < 80, "no line of the table wraps"
-    assert "squeezenet1_1, from scratch: failed" in lines[3]
-
-
-def test_features_beyond_half_precision_are_refused(drawn):
-    train, _, _ = drawn
-    values = train.views[0].copy()
-    values[3, 2] = np.inf
-    with pytest.raises(UserError, match=r"NaN, infinite or above 65,504"):
-        heads.moments(train._replace(views=[values]))
-
-
-def test_a_network_that_does_more_with_its_logits_is_refused(tmp_path):
-    found, extractor = extract(tmp_path)
-    head = heads.Linear(torch.randn(10, found["val"].views[0].shape[1]), torch.randn(10))
-    extractor.classifier.network.fc.register_forward_hook(
-        lambda module, inputs, logits: logits.relu()
-    )
-    with pytest.raises(UserError, match="does more with its head's logits"):
-        extractor.put(head, found["val"])
-
-
-def as_precise(probed, kept):
-    """Have features in a new folder take the precision that those of the probe took."""
-    kept.mkdir(parents=True)
-    for path in (probed / "kept").iterdir():
-        (kept / path.name).touch()
-
-
-def test_options_of_training_do_not_cut_or_round_the_features(probed, tmp_path):
-    folder, _ = probed
-    as_precise(folder, tmp_path / "kept")
-    cut = ["--features=kept"]
-    cut += [
-        "--trainer.limit_test_batches=1",
-        "--trainer.fast_dev_run=true",
-        "--trainer.precision=bf16-true",
-    ]
-    run_fit(tmp_path, f"{NETWORK}=none", "--model.image_size=64", *TINY[2:], *cut, command="probe")
-    figures = [
-        json.loads(
-            (each / "lightning_logs/probe" / f"{NETWORK}-from-scratch" / "result.json").read_text()
-        )
-        for each in (folder, tmp_path)
-    ]
-    timed = ("feature_seconds", "head_seconds", "bfloat16")
-    assert {k: v for k, v in figures[0].items() if k not in timed} == {
-        k: v for k, v in figures[1].items() if k not in timed
-    }
+def layer_of(state, name):
+    """The only entry of a state dict whose name ends so."""
+    (value,) = [value for key, value in state.items() if key.endswith(f"network.{name}")]
+    return value
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (["--features=FILE"], "error: --features .* cannot be made a folder"),
-        (
-            ["--out=FILE"],
-            "error: .* cannot be written, because .* is no folder: name another place with --out=FOLDER",
-        ),
-        (["--limit_gb=nan"], "error: --limit_gb is nan: take a positive number"),
-        ([f"{NETWORK}=none"], "error: Two of the backbones have one name"),
+        (["--features=FILE"], "--features .* cannot be made a folder"),
+        (["--out=FILE"], ".* is no folder: name another place with --out=FOLDER"),
+        (["--limit_gb=nan"], "--limit_gb is nan: take a positive number"),
+        (["--trainer.precision=bf16-true"], "precision=bf16-true converts the weights"),
+        ([f"{NETWORK}=none"], "Two of the backbones have one name"),
     ],
 )
-def test_what_would_lose_the_features_is_refused_before(tmp_path, options, match):
+def test_a_mistake_is_refused_before_features_are_computed(tmp_path, monkeypatch, options, match):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(FeatureExtractor, "_features", lambda *_: pytest.fail("computed"))
     (tmp_path / "file").touch()
     options = [option.replace("FILE", str(tmp_path / "file")) for option in options]
-    done = run_fit(tmp_path, f"{NETWORK}=none", *options, *TINY[2:], command="probe", expect=2)
-    assert re.search(match, done.stderr), done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(UserError, match=match):
+        probe.main([f"{NETWORK}=none", *options, *TINY[2:]])
 
 
-def heads_of(folder, monkeypatch, state, *options):
-    """A run of `freeze.probe`, from these weights but for the head, that learns nothing."""
-    torch.save(
-        {k: v for k, v in state.items() if not k.startswith("classifier.network.fc.")},
-        folder / "backbone.pth",
-    )
+def fit_with_probe(folder, monkeypatch, state, *options):
+    """A run of `freeze.probe` that learns nothing, from these weights but for the head."""
+    backbone = {}
+    for name, value in state.items():
+        if ".fc." not in name:
+            backbone[name.rpartition("network.")[2]] = value
+    torch.save(backbone, folder / "backbone.pth")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    still = [
+    learns_nothing = ["--freeze.unfrozen_lr=1e-30", "--trainer.max_epochs=1"]
+    return run_fit(
+        folder,
+        *TINY,
         "--model.image_size=64",
-        "--freeze.unfrozen_lr=1e-30",
-        "--trainer.max_epochs=1",
+        "--model.weights=backbone.pth",
         "--freeze.probe=true",
-    ]
-    still += ["--model.weights=backbone.pth"]
-    return run_fit(folder, *TINY, *still, *options)
+        *learns_nothing,
+        *options,
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--trainer.devices=1"], "Epoch 1: everything at rate 1e-30"),
         (["--trainer.devices=2"], "Epoch 1: everything at rate 1e-30"),
@@ -504,39 +532,28 @@ def heads_of(folder, monkeypatch, state, *options):
     ],
     ids=["one process", "two", "never frozen"],
 )
-def test_a_fit_may_begin_with_the_probes_head(probed, tmp_path, monkeypatch, options, said):
-    as_precise(probed[0], tmp_path / "cache" / "cifar_transfer" / "features")
+def test_a_fit_may_begin_with_the_head_of_the_probe(
+    probed, tmp_path, monkeypatch, options, message
+):
     folder, _ = probed
-    best = weights(
-        folder
-        / "lightning_logs"
-        / "probe"
-        / f"{NETWORK}-from-scratch"
-        / "checkpoints"
-        / "best.ckpt"
-    )
-    done = heads_of(tmp_path, monkeypatch, best, *options)
-    assert said in done.stdout
-    fitted = weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
-    torch.testing.assert_close(
-        fitted["classifier.network.fc.weight"], best["classifier.network.fc.weight"]
-    )
-    torch.testing.assert_close(
-        fitted["classifier.network.conv5.0.weight"], best["classifier.network.conv5.0.weight"]
-    )
+    before = weights(folder / CHECKPOINT)
+    done = fit_with_probe(tmp_path, monkeypatch, before, *options)
+    assert message in done.stdout
+    after = weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
+    for layer in ("fc.weight", "conv5.0.weight"):
+        torch.testing.assert_close(layer_of(after, layer), layer_of(before, layer))
 
 
 @pytest.mark.slow
 def test_a_resumed_fit_keeps_its_head(tmp_path, monkeypatch):
-    heads_of(tmp_path, monkeypatch, TransferClassifier(NETWORK, weights="none").state_dict())
+    state = TransferClassifier(NETWORK, weights="none").state_dict()
+    fit_with_probe(tmp_path, monkeypatch, state)
     before = weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
     shutil.rmtree(tmp_path / "cache")
     done = run_fit(tmp_path, f"--resume={RUN}", "--trainer.max_epochs=2")
     assert "Features of" not in done.stderr
     after = weights(tmp_path / RUN / "checkpoints" / "last.ckpt")
-    torch.testing.assert_close(
-        after["classifier.network.fc.weight"], before["classifier.network.fc.weight"]
-    )
+    torch.testing.assert_close(layer_of(after, "fc.weight"), layer_of(before, "fc.weight"))
 
 
 @pytest.mark.parametrize(
@@ -546,11 +563,18 @@ def test_a_resumed_fit_keeps_its_head(tmp_path, monkeypatch):
             ["--freeze.phases=gradual"],
             "error: --freeze.probe=true is in place of the frozen epochs",
         ),
-        (["--trainer.precision=bf16-true"], "error: .*probe=true needs a network in 32 bits"),
         ([], "error: .*probe=true needs a backbone that has learned something, not .*weights=none"),
     ],
 )
-def test_a_probe_that_cannot_be_is_refused(tmp_path, monkeypatch, options, match):
+def test_a_fit_that_cannot_begin_with_a_probe_is_refused(tmp_path, monkeypatch, options, match):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     done = run_fit(tmp_path, *TINY, "--freeze.probe=true", *options, expect=2)
     assert re.search(match, done.stderr), done.stderr
+
+
+def test_a_fit_in_half_precision_cannot_begin_with_a_probe(tmp_path):
+    """The weights are those of a file, because a backbone without any is refused first."""
+    torch.save(TransferClassifier(NETWORK, "none").network.state_dict(), tmp_path / "w.pth")
+    options = ["--model.weights=w.pth", "--freeze.probe=true", "--trainer.precision=bf16-true"]
+    done = run_fit(tmp_path, *TINY, *options, expect=2)
+    assert re.search("error: .*precision=bf16-true converts the weights", done.stderr)

@@ -4,7 +4,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lightning import Trainer
 
@@ -12,31 +12,42 @@ from cifar_transfer.base.errors import check
 from cifar_transfer.base.files import require_writable
 from cifar_transfer.cli.fit_cli import PlainCLI
 from cifar_transfer.cli.parsers import PartParser
+from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split
-from cifar_transfer.features.extract import FeatureExtractor, Features, features
-from cifar_transfer.features.store import LIMIT_GB
+from cifar_transfer.features.extract import FeatureExtractor, Features, extract_features
+from cifar_transfer.features.store import DEFAULT_LIMIT_GB
 from cifar_transfer.network.contestant import Contestant
+from cifar_transfer.training import lightning_internals
+from cifar_transfer.training.classifier import TransferClassifier
 
 
-class FeaturesCLI(PlainCLI):
-    """The options of `fit`, and a Trainer that keeps nothing."""
+class Extraction(NamedTuple):
+    """Features, and what they were extracted with.
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the Trainer; each feature is as precise as the extractor says, whatever a recipe for training has."""
-        return super().instantiate_trainer(precision=None, **kwargs)
+    Attributes:
+        trainer: Trainer whose processes are running.
+        model: Network, with the geometry of the data.
+        data: Images, set up.
+        features: Features of each split.
+        computed: Number of images whose features were not on disk.
+        seconds: Time that the features took.
+    """
 
-
-class Extracted(NamedTuple):
-    """What `features_of` gives."""
-
-    cli: FeaturesCLI
-    extractor: FeatureExtractor
-    found: dict[Split, Features]
-    seconds: float  # that the features took
+    trainer: Trainer
+    model: TransferClassifier
+    data: ImageDataModule
+    features: dict[Split, Features]
+    computed: int
+    seconds: float
 
 
 def parser(command: str, out: Path) -> PartParser:
-    """What `probe` and `audit` have in common: `--config`, `--out`, `--features` and `--limit_gb`."""
+    """Return a parser of what `probe` and `audit` share.
+
+    Args:
+        command: Name of the command.
+        out: Default folder of its results.
+    """
     options = PartParser(command)
     options.add_argument(
         "--config", action="append", default=[], metavar="FILE", help="A recipe, as fit takes it."
@@ -44,34 +55,58 @@ def parser(command: str, out: Path) -> PartParser:
     options.add_argument(
         "--out", type=Path, default=out, metavar="FOLDER", help=f"Where to write (default: {out})."
     )
-    kept = "Where features are kept (default: in the user's cache)."
-    options.add_argument("--features", type=Path, metavar="FOLDER", help=kept)
-    most = f"Most that it may hold, 1e9 bytes each (default: {LIMIT_GB:g}); those not used for longest go first."
-    options.add_argument("--limit_gb", type=float, default=LIMIT_GB, metavar="GB", help=most)
+    options.add_argument(
+        "--features",
+        type=Path,
+        metavar="FOLDER",
+        help="Where features are kept (default: in the user's cache).",
+    )
+    options.add_argument(
+        "--limit_gb",
+        type=float,
+        default=DEFAULT_LIMIT_GB,
+        metavar="GB",
+        help=f"Most that it may hold, 1e9 bytes each (default: {DEFAULT_LIMIT_GB:g}); those not "
+        f"used for longest go first.",
+    )
     return options
 
 
-def features_of(
-    one: Contestant, options: argparse.Namespace, of_fit: Sequence[str], out: Path, views: int = 1
-) -> Extracted:
-    """The features of the data's images by a backbone.
+def extract(
+    backbone: Contestant,
+    options: argparse.Namespace,
+    fit_options: Sequence[str],
+    out: Path,
+    views: int = 1,
+) -> Extraction:
+    """Extract the features of the data's images by a backbone.
 
     Args:
-        one: The backbone and its weights.
-        options: Of `parser`.
-        of_fit: Options of `fit`.
-        out: The folder to write to, which is seen to before features are computed, for that may take hours.
-        views: Of each training image, see `FeatureExtractor`.
+        backbone: Backbone and its weights.
+        options: Options of `parser`.
+        fit_options: Options of `fit`.
+        out: Folder to write to. It is checked before features are computed, which may take hours.
+        views: Number of views of each training image, see `FeatureExtractor`.
 
     Raises:
-        UserError: A mistake in the options, the data or the weights, or a network whose head is no linear layer.
+        UserError: A mistake in the options, the data or the weights, or a network whose head is no
+            linear layer.
     """
     check("--limit_gb", options.limit_gb, lambda x: x > 0, "a positive number")
     recipes = [f"--config={file}" for file in options.config]
-    cli = FeaturesCLI([*recipes, *of_fit, *one.options])
-    extractor = FeatureExtractor(
-        cli.model, cli.datamodule, options.features, views, options.limit_gb
-    )
+    cli = PlainCLI([*recipes, *fit_options, *backbone.options])
+    trainer = cli.trainer
+    model = cli.model
+    data = cli.datamodule
+    extractor = FeatureExtractor(model.classifier, data, options.features, views, options.limit_gb)
     require_writable(out, "--out")
-    begun = time.monotonic()
-    return Extracted(cli, extractor, features(cli.trainer, extractor), time.monotonic() - begun)
+
+    def settle() -> None:
+        """Have the network take up statistics and size of the images."""
+        lightning_internals.attach(trainer, model, data)
+        model.setup("test")
+
+    start = time.monotonic()
+    features = extract_features(trainer, extractor, settle)
+    seconds = time.monotonic() - start
+    return Extraction(trainer, model, data, features, extractor.computed, seconds)

@@ -1,196 +1,164 @@
-"""What the frozen features of backbones tell of the classes: `python -m cifar_transfer probe NAME[=WEIGHTS]...`.
+"""What the frozen features of backbones tell of the classes.
 
-Each backbone's features are computed once and kept; on them are fitted logistic regression, nearest neighbours, nearest
-class means, and few-shot heads. The best logistic regression becomes a checkpoint, for `predict`, `evaluate`, `export`,
-and for `fit --model.weights=CHECKPOINT --freeze.unfreeze_epoch=0 --model.lr=1e-4` with the same options of model and
-data to go on from (Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
+    python -m cifar_transfer probe NAME[=WEIGHTS]... [options of fit]
+
+Each backbone's features are computed once and kept; on them are fitted logistic regression, nearest
+neighbours, nearest class means, and few-shot heads. The best logistic regression becomes a
+checkpoint, for `predict`, `evaluate`, `export`, and for `fit --model.weights=CHECKPOINT
+--freeze.unfreeze_epoch=0 --model.lr=1e-4` with the same options of model and data to go on from
+(Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
 
 All other options are those of fit, say `--data.root=photos --model.image_size=128`.
 """
 
 import argparse
-import json
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from matplotlib.figure import Figure
 
 from cifar_transfer.base.errors import UserError, check
-from cifar_transfer.base.files import LOGS, RESULT, write_csv, write_json, write_text
+from cifar_transfer.base.files import LOGS, RESULT, write_json
 from cifar_transfer.base.text import markdown
-from cifar_transfer.cli.features_cli import features_of, parser
+from cifar_transfer.cli.features_cli import Extraction, extract, parser
 from cifar_transfer.cli.recipes import RECIPE_FILE, check_recipe
 from cifar_transfer.features import heads
 from cifar_transfer.network.contestant import Contestant, parse_contestants
-from cifar_transfer.results import plots
+from cifar_transfer.results import probe_table
+from cifar_transfer.results.probe_table import ProbeResult
+from cifar_transfer.training import lightning_internals
+from cifar_transfer.training.run import AtomicCheckpointIO
 
-OUT = Path(LOGS, "probe")
-MOST_VIEWS = 100
+DEFAULT_FOLDER = Path(LOGS, "probe")
+MAX_VIEWS = 100
 CHECKPOINT = Path("checkpoints", "best.ckpt")  # in the folder of a backbone
-Row = dict[str, Any]  # of the table: label, and what `probe` gives, or why it "failed"
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "test (%)": lambda row: _percent(row, "test"),
-    "balanced (%)": lambda row: _percent(row, "balanced"),
-    "val (%)": lambda row: _percent(row, "val"),
-    **{
-        f"{k}-nearest (%)": partial(lambda k, row: f"{100 * row['neighbours'][str(k)]:.2f}", k)
-        for k in heads.NEIGHBOURS
-    },
-    "means (%)": lambda row: _percent(row, "means"),
-    **{
-        f"{shots}-shot (%)": partial(lambda shots, row: _few(row, shots), shots)
-        for shots in heads.SHOTS
-    },
-    "features": lambda row: str(row["width"]),
-    "images/s": lambda row: (
-        f"{row['computed'] / row['feature_seconds']:.0f}" if row["computed"] else ""
-    ),
-    "features (s)": lambda row: f"{row['feature_seconds']:.0f}",
-    "heads (s)": lambda row: f"{row['head_seconds']:.0f}",
-}
-SHOWN = ("test (%)", "val (%)", "features (s)")  # on the terminal
-
-
-def _percent(row: Row, name: str) -> str:
-    return f"{100 * row[name]:.2f}" if name in row else ""
-
-
-def _few(row: Row, shots: int) -> str:
-    accuracies = row["few_shot"].get(str(shots), [])
-    return f"{100 * np.mean(accuracies):.1f} ± {100 * np.std(accuracies):.1f}" if accuracies else ""
-
-
-def probe(one: Contestant, options: argparse.Namespace, of_fit: Sequence[str]) -> Row:
-    """Fit heads on the features of a backbone, and write the network with the best one as a checkpoint.
-
-    Args:
-        one: The backbone and its weights.
-        options: Of this command; `checkpoints/best.ckpt` and `result.json` go into a folder in `out`.
-        of_fit: Options of `fit`.
-
-    Returns:
-        Accuracies as shares of 1, and what it took; the same on all processes.
-
-    Raises:
-        UserError: As `features_of`, or the network does more with its head's logits.
-    """
-    home = options.out / one.folder
-    cli, extractor, found, seconds = features_of(one, options, of_fit, home, options.views)
-    trainer, data = cli.trainer, cli.datamodule
-    row: Row = {"label": one.label, "feature_seconds": seconds, "computed": extractor.computed}
-    row["bfloat16"] = extractor.in_bfloat16
-    head = None
-    if trainer.is_global_zero:
-        begun = time.monotonic()
-        head, scores = heads.best(found, data.num_classes)
-        row |= scores | {"head_seconds": time.monotonic() - begun}
-    head, row = trainer.strategy.broadcast((head, row))
-    extractor.put(head, found["val"])
-    trainer.strategy.connect(cli.model)
-    trainer.save_checkpoint(home / CHECKPOINT, weights_only=True)  # there is no optimizer
-    if trainer.is_global_zero:
-        data.record_splits(home)
-        write_json(home / RESULT, row)
-        write_json(home / RECIPE_FILE, check_recipe(home, one.options))
-    return row
-
-
-def _accuracy(row: Row) -> float:
-    """By which backbones are ranked: of the test images if there are any."""
-    accuracies = [row[name] for name in ("test", "val") if name in row]
-    return accuracies[0] if accuracies else -1.0
-
-
-def table(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
-    """A heading and a line for each backbone, the best first."""
-    lines = [["network", *columns]]
-    for row in sorted(rows, key=_accuracy, reverse=True):
-        if "failed" in row:
-            lines.append([f"{row['label']}: failed", *[""] * len(columns)])
-        else:
-            lines.append([row["label"], *(COLUMNS[column](row) for column in columns)])
-    return lines
-
-
-@rank_zero_only
-def write(rows: Sequence[Row], out: Path, recipe: dict[str, Any]) -> None:
-    """Write `probe.md`, `probe.csv` and `probe.png` into `out`, and the recipe of all."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / RECIPE_FILE, recipe)
-    lines = table(rows, [*COLUMNS])
-    write_text(out / "probe.md", markdown(lines))
-    write_csv(out / "probe.csv", lines)
-    if done := [row for row in rows if "failed" not in row]:
-        plots.save(figure(done), out / "probe.png")
-
-
-def figure(rows: Sequence[Row]) -> Figure:
-    """Accuracy of logistic regression by the images of a class that it is fitted on, a line for each backbone."""
-    drawn = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = drawn.subplots()
-    for number, row in enumerate(sorted(rows, key=_accuracy, reverse=True)):
-        few = {int(shots): np.mean(found) for shots, found in row["few_shot"].items()}
-        few[row["per_class"]] = _accuracy(row)
-        color = plots.COLOURS[number % len(plots.COLOURS)]
-        axes.plot(
-            [*few],
-            [100 * share for share in few.values()],
-            "o-",
-            color=color,
-            ms=4,
-            label=row["label"],
-        )
-    axes.set(xlabel="training images of a class", ylabel="accuracy (%)", xscale="log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    return drawn
-
-
-@rank_zero_only
-def _tell(rows: dict[str, Row], out: Path) -> None:
-    print(f"\n{markdown(table([*rows.values()], SHOWN))}")
-    print(f"all of it   {out / 'probe.md'}, {out / 'probe.png'}")
-    for folder in (folder for folder, row in rows.items() if "failed" not in row):
-        print(f"checkpoint  {out / folder / CHECKPOINT}")
 
 
 def main(args: Sequence[str]) -> int:
-    """Parse the options, probe each backbone, print the table; 1 if one failed."""
-    options = parser("probe", OUT)
-    wanted = "A backbone, with a name or a file of weights if not those of its library."
-    options.add_argument("backbones", nargs="+", metavar="NAME[=WEIGHTS]", help=wanted)
-    seen = "Views of each training image: 1 itself, 2 also mirrored, each further one augmented (default: 1)."
-    options.add_argument("--views", type=int, default=1, metavar="N", help=seen)
-    given, of_fit = options.parse_known_args(args)
-    check("--views", given.views, lambda n: 1 <= n <= MOST_VIEWS, f"1 to {MOST_VIEWS}")
-    backbones = parse_contestants(given.backbones)
-    recipe = check_recipe(
-        given.out,
-        [f"--views={given.views}", *(f"--config={file}" for file in given.config), *of_fit],
-    )
-    before = (
-        given.out.glob(f"*/{RESULT}") if (given.out / RECIPE_FILE).is_file() else ()
-    )  # of the same recipe
-    rows: dict[str, Row] = {
-        path.parent.name: json.loads(path.read_text()) for path in sorted(before)
-    }
-    for one in backbones:
-        check_recipe(given.out / one.folder, one.options)  # two files of weights may have one name
-    for number, one in enumerate(backbones, 1):
-        rank_zero_info(f"{number}/{len(backbones)} {one.label}")
+    """Parse the options, probe each backbone, print the table; return 1 if one failed."""
+    options, fit_options = _parse(args)
+    backbones = parse_contestants(options.backbones)
+    configs = [f"--config={file}" for file in options.config]
+    recipe = check_recipe(options.out, [f"--views={options.views}", *configs, *fit_options])
+    for backbone in backbones:  # two files of weights may have the same name
+        check_recipe(options.out / backbone.folder, backbone.options)
+    results = _earlier_results(options.out)
+    failed_labels: list[str] = []
+    for number, backbone in enumerate(backbones, 1):
+        rank_zero_info(f"{number}/{len(backbones)} {backbone.label}")
+        results.pop(backbone.folder, None)
         try:
-            rows[one.folder] = probe(one, given, of_fit)
+            results[backbone.folder] = probe(backbone, options, fit_options)
         except UserError as error:
             if len(backbones) == 1:
                 raise
-            rank_zero_info(f"error: {one.label}: {error}")
-            rows[one.folder] = {"label": one.label, "failed": str(error)}
-        write([*rows.values()], given.out, recipe)
-    _tell(rows, given.out)
-    return int(any("failed" in rows[one.folder] for one in backbones))
+            rank_zero_info(f"error: {backbone.label}: {error}")
+            failed_labels.append(backbone.label)
+        _write(results, failed_labels, options.out, recipe)
+    _print(results, failed_labels, options.out)
+    return int(bool(failed_labels))
+
+
+def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options of this command, and those of `fit`."""
+    options_parser = parser("probe", DEFAULT_FOLDER)
+    options_parser.add_argument(
+        "backbones",
+        nargs="+",
+        metavar="NAME[=WEIGHTS]",
+        help="A backbone, with a name or a file of weights if not those of its library.",
+    )
+    options_parser.add_argument(
+        "--views",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Views of each training image: 1 itself, 2 also mirrored, each further one augmented "
+        "(default: 1).",
+    )
+    options, fit_options = options_parser.parse_known_args(args)
+    check("--views", options.views, lambda n: 1 <= n <= MAX_VIEWS, f"1 to {MAX_VIEWS}")
+    return options, fit_options
+
+
+def _earlier_results(folder: Path) -> dict[str, ProbeResult]:
+    """Return results of the same recipe by the folder of their backbone."""
+    results = {}
+    if (folder / RECIPE_FILE).is_file():
+        for path in sorted(folder.glob(f"*/{RESULT}")):
+            results[path.parent.name] = probe_table.read_result(path)
+    return results
+
+
+def probe(
+    backbone: Contestant, options: argparse.Namespace, fit_options: Sequence[str]
+) -> ProbeResult:
+    """Fit heads on the features of a backbone, and save the network with the best one.
+
+    Args:
+        backbone: Backbone and its weights.
+        options: Options of this command. Checkpoint and result go into a folder in `out`.
+        fit_options: Options of `fit`.
+
+    Returns:
+        The result, the same in all processes.
+
+    Raises:
+        UserError: See `extract`, or the network does more with the logits of its head.
+    """
+    folder = options.out / backbone.folder
+    extraction = extract(backbone, options, fit_options, folder, options.views)
+    trainer = extraction.trainer
+    data = extraction.data
+    fitted: Any = None  # in the other processes, until the first one sends it
+    if trainer.is_global_zero:
+        fitted = _fit_heads(backbone.label, extraction)
+    head, result = trainer.strategy.broadcast(fitted)
+    heads.set_head(extraction.model.classifier, head, heads.compared_images(data))
+    trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    lightning_internals.save_attached(trainer, extraction.model, folder / CHECKPOINT)
+    if trainer.is_global_zero:
+        data.record_splits(folder)
+        probe_table.write_result(folder / RESULT, result)
+        write_json(folder / RECIPE_FILE, check_recipe(folder, backbone.options))
+    return result
+
+
+def _fit_heads(label: str, extraction: Extraction) -> tuple[heads.LinearHead, ProbeResult]:
+    """Return the best head, and the scores of all."""
+    start = time.monotonic()
+    head, scores = heads.evaluate_heads(extraction.features, extraction.data.num_classes)
+    result = ProbeResult(
+        label=label,
+        precision=extraction.trainer.precision,
+        computed=extraction.computed,
+        feature_seconds=extraction.seconds,
+        head_seconds=time.monotonic() - start,
+        **scores._asdict(),
+    )
+    return head, result
+
+
+@rank_zero_only
+def _write(
+    results: dict[str, ProbeResult],
+    failed_labels: Sequence[str],
+    folder: Path,
+    recipe: dict[str, Any],
+) -> None:
+    """Write the tables, the figure and the recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RECIPE_FILE, recipe)
+    probe_table.write_tables(list(results.values()), failed_labels, folder)
+
+
+@rank_zero_only
+def _print(results: dict[str, ProbeResult], failed_labels: Sequence[str], folder: Path) -> None:
+    """Print a short table, and where the files are."""
+    table = probe_table.short_table(list(results.values()), failed_labels)
+    print(f"\n{markdown(table)}")
+    print(f"all of it   {folder / probe_table.TABLE}, {folder / probe_table.FIGURE}")
+    for name in results:
+        print(f"checkpoint  {folder / name / CHECKPOINT}")

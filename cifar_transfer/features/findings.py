@@ -1,9 +1,10 @@
-"""What is wrong with images, as the features of a network tell: labels, near-duplicates, outliers, images of nothing.
+"""What is wrong with images by their features: labels, near-duplicates, outliers, blanks.
 
-All images of all splits are one row of N here, the training images first.
+All images of all splits are one sequence of N rows here, in the order of the splits, the training
+images first.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -15,174 +16,280 @@ from cifar_transfer.data.splits import Split
 from cifar_transfer.features import heads
 from cifar_transfer.features.extract import Features
 
-FOLDS = 5  # of the cross-validation
-PROJECTED = 512  # numbers that stand for the features of an image where neighbours are looked for
-NEAREST = 5  # neighbours of each image
-BLOCK = 2**26  # likenesses at once
-SIDE, MARGIN = 32, 4  # pixels of an image that is compared, and by how many two may be shifted
-ALIKE, SAME = 0.5, 0.9  # least likeness of features, and correlation of pixels, of near-duplicates
-FLAT = 4.0  # deviation of the pixels, of 255, of an image of nothing
-OUTLIERS = 100
+NUM_FOLDS = 5  # of the cross-validation
+PROJECTED_WIDTH = (
+    512  # numbers that stand for the features of an image when neighbours are searched
+)
+NUM_NEIGHBOURS = 5
+MAX_COSINES = 2**26  # that are in memory at once
+COMPARED_SIDE = 32  # pixels of the square images that are compared
+MAX_SHIFT = 4  # pixels by which compared images may be shifted
+NUM_COMPARED_PAIRS = 256  # that are compared at once
+MIN_COSINE = 0.5  # of the features of near-duplicates
+MIN_CORRELATION = 0.9  # of the pixels of near-duplicates
+TIE_MARGIN = 1e-6  # correlations that differ by less are equal
+MAX_BLANK_DEVIATION = 4.0  # of the pixels of a blank image, which are 0 to 255
+MAX_OUTLIERS = 100
 
 
 class Finding(NamedTuple):
-    """Something about an image."""
+    """Something about an image.
+
+    Attributes:
+        row: Row of the image.
+        score: Confidence, the higher the surer.
+        like: For a label the likelier class, for a near-duplicate the row of the earlier image.
+    """
 
     row: int
-    score: float  # the higher, the surer
-    like: int  # of a label: the likelier class; of a near-duplicate: the image it is like, an earlier one; else -1
+    score: float
+    like: int | None = None
 
 
-def probabilities(found: Mapping[Split, Features], classes: int) -> Tensor:
-    """What logistic regression says of each image without having seen it, float32 [N, C].
+class Neighbours(NamedTuple):
+    """The images nearest to each image, the nearest first.
 
-    That is cross-validation of the training images; of others it is what all training images say.
+    Attributes:
+        cosines: Cosines of their features, float32 [N, K].
+        rows: Their rows, int64 [N, K].
     """
-    train, val = found["train"], found["val"]
-    standard = heads.moments(train)
-    head, penalty = heads.logistic(train, val, classes, standard)
-    logits = {split: head.logits(features) for split, features in found.items()}
-    folds = np.random.default_rng(0).permutation(len(train.labels)) % FOLDS
-    for fold in np.unique(folds):  # of few images some are empty
-        fitted, asked = (
-            Features([train.views[0][rows]], train.labels[rows])
-            for rows in (folds != fold, folds == fold)
-        )
-        head, _ = heads.logistic(fitted, val, classes, standard, (penalty,))
-        logits["train"][folds == fold] = head.logits(asked)
-    return torch.cat([*logits.values()]).softmax(1)
+
+    cosines: Tensor
+    rows: Tensor
 
 
-def wrong_labels(shares: Tensor, labels: Tensor) -> list[Finding]:
-    """Images whose label is probably wrong, the surest first.
+class ComparedImages(NamedTuple):
+    """Images reduced to what is compared.
 
-    How many, is estimated by confident learning (Northcutt et al. 2021, https://arxiv.org/abs/1911.00068): an image is
-    counted to the likeliest of the classes that are at least as probable for it as on average for the images with their
-    label. They are those whose label is least probable beside the likeliest class.
+    Attributes:
+        grey: uint8 [N, COMPARED_SIDE, COMPARED_SIDE].
+        deviations: Standard deviation of the original pixels, float32 [N], 0 to 255.
+    """
+
+    grey: Tensor
+    deviations: Tensor
+
+
+def out_of_sample_probabilities(features: Mapping[Split, Features], num_classes: int) -> Tensor:
+    """Return the probabilities of regressions that have not seen the image, float32 [N, C].
+
+    Training images are judged in cross-validation, other images by a regression on all training
+    images.
+    """
+    train = features["train"]
+    val = features["val"]
+    moments = heads.compute_moments(train)
+    head, penalty = heads.logistic(train, val, num_classes, moments)
+    logits = {}
+    for split, split_features in features.items():
+        logits[split] = head.logits(split_features)
+    folds = np.random.default_rng(0).permutation(len(train.labels)) % NUM_FOLDS
+    for fold in np.unique(folds):  # fewer than NUM_FOLDS if there are few images
+        inside = folds == fold
+        fitted = _rows_of(train, ~inside)
+        fold_head, _ = heads.logistic(fitted, val, num_classes, moments, (penalty,))
+        logits["train"][inside] = fold_head.logits(_rows_of(train, inside))
+    return torch.cat(list(logits.values())).softmax(1)
+
+
+def _rows_of(features: Features, rows: np.ndarray) -> Features:
+    """Return the features of some images themselves, without their other views."""
+    return Features([features.views[0][rows]], features.labels[rows])
+
+
+def wrong_labels(probabilities: Tensor, labels: Tensor) -> list[Finding]:
+    """Return images whose label is probably wrong, the surest first.
+
+    These are the images whose label is least probable compared with the likeliest class.
 
     Args:
-        shares: Probabilities of images that have not been fitted on, float32 [N, C].
+        probabilities: Of models that have not seen the image, float32 [N, C].
         labels: int64 [N].
     """
-    classes = shares.shape[1]
-    given = shares.gather(1, labels[:, None])[:, 0]
-    means = torch.full((classes,), torch.inf).scatter_reduce(
-        0, labels, given, "mean", include_self=False
+    label_probabilities = probabilities.gather(1, labels[:, None])[:, 0]
+    likeliest = probabilities.argmax(1)
+    margins = probabilities.amax(1) - label_probabilities
+    count = min(
+        expected_label_errors(probabilities, labels),
+        int((likeliest != labels).sum()),
     )
-    confident = torch.where(shares >= means, shares, -1)
-    counted = confident.amax(1) >= 0
-    pairs = labels[counted] * classes + confident[counted].argmax(1)
-    joint = pairs.bincount(minlength=classes**2).view(classes, classes).double()
-    right = joint.diag() / joint.sum(1).clamp_min(1)
-    count = round(float((labels.bincount(minlength=classes) * (1 - right)).sum()))
-    likely = shares.argmax(1)
-    scores = shares.amax(1) - given
-    order = scores.argsort(descending=True, stable=True)[
-        : min(count, int((likely != labels).sum()))
-    ]
-    columns = (values[order].tolist() for values in (torch.arange(len(labels)), scores, likely))
-    return [Finding(*found) for found in zip(*columns, strict=True)]
+    findings = []
+    for row in margins.argsort(descending=True, stable=True)[:count].tolist():
+        findings.append(Finding(row, float(margins[row]), int(likeliest[row])))
+    return findings
 
 
-def nearest(found: Mapping[Split, Features]) -> tuple[Tensor, Tensor]:
-    """Cosines of standardised features and rows of each image's nearest ones, float32 and int64 [N, NEAREST].
+def expected_label_errors(probabilities: Tensor, labels: Tensor) -> int:
+    """Return how many labels are wrong, by confident learning.
+
+    See Northcutt et al. 2021, https://arxiv.org/abs/1911.00068. A class is possible for an image if
+    it is at least as probable as it is on average for the images with its label. The likeliest of
+    the possible classes counts as the true one. Images without a possible class do not count.
+
+    Args:
+        probabilities: Of models that have not seen the image, float32 [N, C].
+        labels: int64 [N].
+    """
+    num_classes = probabilities.shape[1]
+    label_probabilities = probabilities.gather(1, labels[:, None])[:, 0]
+    # A class without images is never possible.
+    thresholds = torch.full((num_classes,), torch.inf).scatter_reduce(
+        0, labels, label_probabilities, "mean", include_self=False
+    )
+    possible = torch.where(probabilities >= thresholds, probabilities, -1)
+    confident = possible.amax(1) >= 0
+    true_classes = possible[confident].argmax(1)
+    pairs = labels[confident] * num_classes + true_classes
+    # The images with label i whose true class is j.
+    joint = pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes).double()
+    correct_shares = joint.diag() / joint.sum(1).clamp_min(1)
+    images_of_class = labels.bincount(minlength=num_classes)
+    return round(float((images_of_class * (1 - correct_shares)).sum()))
+
+
+def nearest_images(features: Mapping[Split, Features]) -> Neighbours:
+    """Return the images nearest to each image, by the cosine of standardised features.
 
     The features are projected at random first, which keeps cosines up to some hundredths.
     """
-    standard = heads.moments(found["train"])
-    width = len(standard[0])
-    generator = torch.Generator().manual_seed(0)
-    projection = torch.randn(width, min(width, PROJECTED), generator=generator)
-    parts = []
-    for features in found.values():
-        for values, _ in heads.standardised(features.views[:1], features.labels, standard):
-            parts.append(F.normalize(values @ projection))
-    points, cosines, rows = torch.cat(parts), [], []
-    for first, block in _blocks(points):
-        likeness = block @ points.T
-        likeness[torch.arange(len(block)), first + torch.arange(len(block))] = -1  # itself
-        best = likeness.topk(min(NEAREST, len(points) - 1))
-        cosines.append(best.values)
-        rows.append(best.indices)
-    return torch.cat(cosines), torch.cat(rows)
-
-
-def _blocks(points: Tensor) -> Iterator[tuple[int, Tensor]]:
+    points = _projected(features)
+    count = min(NUM_NEIGHBOURS, len(points) - 1)
+    cosine_blocks = []
+    row_blocks = []
     first = 0
-    for block in points.split(max(1, BLOCK // len(points))):
-        yield first, block
+    for block in points.split(max(1, MAX_COSINES // len(points))):
+        cosines = block @ points.T
+        block_rows = torch.arange(len(block))
+        cosines[block_rows, first + block_rows] = -1  # the image itself
+        nearest = cosines.topk(count)
+        cosine_blocks.append(nearest.values)
+        row_blocks.append(nearest.indices)
         first += len(block)
+    return Neighbours(torch.cat(cosine_blocks), torch.cat(row_blocks))
 
 
-def outliers(cosines: Tensor) -> list[Finding]:
-    """The images that are least like their nearest ones, the least first; of the cosines of `nearest`."""
-    scores = 1 - cosines.mean(1)
-    best = scores.topk(min(OUTLIERS, len(scores)))
-    return [
-        Finding(row, score, -1)
-        for row, score in zip(best.indices.tolist(), best.values.tolist(), strict=False)
-    ]
+def _projected(features: Mapping[Split, Features]) -> Tensor:
+    """Return standardised features of all images, projected to unit vectors, float32 [N, P]."""
+    moments = heads.compute_moments(features["train"])
+    width = len(moments.mean)
+    generator = torch.Generator().manual_seed(0)
+    projection = torch.randn(width, min(width, PROJECTED_WIDTH), generator=generator)
+    points = []
+    for split_features in features.values():
+        first_view = split_features.views[:1]
+        for values, _ in heads.standardised(first_view, split_features.labels, moments):
+            points.append(F.normalize(values @ projection))
+    return torch.cat(points)
 
 
-def small(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images to compare, uint8 [B, SIDE, SIDE], grey, and the deviation of their pixels, of 255, float32 [B].
+def outliers(neighbours: Neighbours) -> list[Finding]:
+    """Return the images that are least like their neighbours, the least alike first."""
+    distances = 1 - neighbours.cosines.mean(1)
+    farthest = distances.topk(min(MAX_OUTLIERS, len(distances)))
+    findings = []
+    for row, distance in zip(farthest.indices.tolist(), farthest.values.tolist(), strict=True):
+        findings.append(Finding(row, distance))
+    return findings
+
+
+def compared_images(batches: Iterable[Tensor]) -> ComparedImages:
+    """Return what is compared of images, given in batches, uint8 [B, 3, H, W]."""
+    grey_batches = []
+    deviation_batches = []
+    for images in batches:
+        floats = images.float()
+        grey = F.interpolate(
+            floats.mean(1, keepdim=True),
+            (COMPARED_SIDE, COMPARED_SIDE),
+            mode="bilinear",
+            antialias=True,
+        )
+        grey_batches.append(grey[:, 0].round().byte())
+        deviation_batches.append(floats.std((1, 2, 3)))
+    return ComparedImages(torch.cat(grey_batches), torch.cat(deviation_batches))
+
+
+def blank_images(deviations: Tensor) -> list[Finding]:
+    """Return images of nothing, the emptiest first.
 
     Args:
-        images: uint8 [B, 3, H, W].
+        deviations: See `ComparedImages`.
     """
-    floats = images.float()
-    grey = F.interpolate(
-        floats.mean(1, keepdim=True), (SIDE, SIDE), mode="bilinear", antialias=True
-    )[:, 0]
-    return grey.round().byte(), floats.std((1, 2, 3))
+    findings = []
+    for row in deviations.argsort(stable=True).tolist():
+        deviation = float(deviations[row])
+        if deviation < MAX_BLANK_DEVIATION:
+            findings.append(Finding(row, 1 - deviation / 255))
+    return findings
 
 
-def blank(deviations: Tensor) -> list[Finding]:
-    """Images of nothing, the emptiest first, by what `small` says of their pixels."""
-    order = deviations.argsort(stable=True)
-    return [
-        Finding(row, 1 - deviations[row].item() / 255, -1)
-        for row in order.tolist()
-        if deviations[row] < FLAT
-    ]
+def near_duplicates(neighbours: Neighbours, grey: Tensor) -> list[Finding]:
+    """Return images that are nearly an earlier one, the surest first.
 
-
-def near_duplicates(cosines: Tensor, rows: Tensor, images: Tensor) -> list[Finding]:
-    """Images that are an earlier one, shifted, mirrored, brightened or compressed a little; the surest first.
+    They may be shifted, mirrored, brightened or compressed. Features propose pairs, pixels decide.
+    An image that is like several is listed with the one most like it, or the earliest of equal
+    ones.
 
     Args:
-        cosines: Of `nearest`.
-        rows: Of `nearest`.
-        images: Of `small`, uint8 [N, SIDE, SIDE].
+        neighbours: Neighbours of each image.
+        grey: See `ComparedImages`.
     """
-    ones = torch.arange(len(rows))[:, None].expand_as(rows)
-    pairs = torch.stack((torch.maximum(ones, rows), torch.minimum(ones, rows)), 2)[
-        cosines >= ALIKE
-    ].unique(dim=0)
+    candidates = _candidate_pairs(neighbours)
+    if len(candidates) == 0:
+        return []
     best: dict[int, Finding] = {}
-    for block in pairs.split(256) if len(pairs) else ():
-        scores = correlations(images[block[:, 0]], images[block[:, 1]])
-        for (later, earlier), score in zip(block.tolist(), scores.tolist(), strict=True):
-            if score >= SAME and (
-                later not in best or score > best[later].score + 1e-6
-            ):  # the earliest of equal ones
-                best[later] = Finding(later, score, earlier)
+    for pairs in candidates.split(NUM_COMPARED_PAIRS):
+        correlations = pixel_correlations(grey[pairs[:, 0]], grey[pairs[:, 1]])
+        for (later, earlier), correlation in zip(
+            pairs.tolist(), correlations.tolist(), strict=True
+        ):
+            if correlation < MIN_CORRELATION:
+                continue
+            if later not in best or correlation > best[later].score + TIE_MARGIN:
+                best[later] = Finding(later, correlation, earlier)
     return sorted(best.values(), key=lambda finding: -finding.score)
 
 
-def correlations(ones: Tensor, others: Tensor) -> Tensor:
-    """The highest correlation of the middle of one with any part of the other or its mirror image, float32 [B].
+def _candidate_pairs(neighbours: Neighbours) -> Tensor:
+    """Return the pairs (later row, earlier row) with like features, int64 [P, 2], sorted."""
+    rows = torch.arange(len(neighbours.rows))[:, None].expand_as(neighbours.rows)
+    later = torch.maximum(rows, neighbours.rows)
+    earlier = torch.minimum(rows, neighbours.rows)
+    pairs = torch.stack((later, earlier), 2)
+    return pairs[neighbours.cosines >= MIN_COSINE].unique(dim=0)
+
+
+def pixel_correlations(images: Tensor, others: Tensor) -> Tensor:
+    """Return the highest correlation of the middle of an image with any part of the other one.
+
+    Mirror images of the other one are compared too.
 
     Args:
-        ones: uint8 [B, SIDE, SIDE].
+        images: uint8 [B, COMPARED_SIDE, COMPARED_SIDE].
         others: The same.
+
+    Returns:
+        float32 [B].
     """
-    side = SIDE - 2 * MARGIN
-    middle = ones[:, MARGIN:-MARGIN, MARGIN:-MARGIN].flatten(1).float()
-    middle = F.normalize(middle - middle.mean(1, keepdim=True), eps=1.0).view(-1, 1, side, side)
-    found = []
-    for mirrored in (others.float()[None], others.flip(2).float()[None]):
-        products = F.conv2d(mirrored, middle, groups=len(middle))[0]  # of each shift, [B, 9, 9]
-        variances = F.avg_pool2d(mirrored**2, side, 1) - F.avg_pool2d(mirrored, side, 1) ** 2
-        found.append((products / (side**2 * variances[0]).clamp_min(1).sqrt()).amax((1, 2)))
-    return torch.maximum(*found)
+    side = COMPARED_SIDE - 2 * MAX_SHIFT
+    middles = images[:, MAX_SHIFT:-MAX_SHIFT, MAX_SHIFT:-MAX_SHIFT].flatten(1).float()
+    middles = F.normalize(middles - middles.mean(1, keepdim=True), eps=1.0)
+    middles = middles.view(-1, 1, side, side)
+    plain = _best_correlation(middles, others.float())
+    mirrored = _best_correlation(middles, others.flip(2).float())
+    return torch.maximum(plain, mirrored)
+
+
+def _best_correlation(middles: Tensor, others: Tensor) -> Tensor:
+    """Return the highest correlation of each middle over all shifts, float32 [B].
+
+    Args:
+        middles: Of mean 0 and norm 1, float32 [B, 1, S, S].
+        others: float32 [B, COMPARED_SIDE, COMPARED_SIDE].
+    """
+    side = middles.shape[-1]
+    products = F.conv2d(others[None], middles, groups=len(middles))[0]  # of each shift
+    means = F.avg_pool2d(others[None], side, 1)[0]
+    variances = F.avg_pool2d(others[None] ** 2, side, 1)[0] - means**2
+    deviations = (side**2 * variances).clamp_min(1).sqrt()
+    return (products / deviations).amax((1, 2))

@@ -1,10 +1,9 @@
-"""Heads on features: what frozen features of a backbone tell of the classes.
+"""Heads on features: what the frozen features of a backbone tell of the classes.
 
 Features are read in blocks, so that memory is bounded however many images there are.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,250 +13,399 @@ from lightning import Trainer
 from torch import Tensor
 
 from cifar_transfer.base.errors import UserError
+from cifar_transfer.data.geometry import to_float
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split
 from cifar_transfer.features.extract import FeatureExtractor, Features
+from cifar_transfer.network.image_classifier import ImageClassifier
 
-BLOCK = 16384  # images that are in memory at once, beside those kept
-KEPT = (
-    2**32
-)  # bytes of standardised features that may be kept in memory, because they are gone through often
-# L2 penalties on the weights, of half their squares, beside the mean cross-entropy; all are tried at once.
+BLOCK_IMAGES = 16384  # that are in memory at once
+# Standardised features are kept in memory up to this size, because they are read many times.
+MAX_CACHED_BYTES = 2**32
+# Weights of half the squared weights, beside the mean cross-entropy. All are tried at once.
 PENALTIES = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
-ITERATIONS = 100  # of L-BFGS
+MAX_ITERATIONS = 100  # of L-BFGS
 NEIGHBOURS = (1, 5, 20)
-SHOTS, DRAWS = (1, 5, 10, 50), 5  # images a class, and how often they are drawn anew
-SMALLEST = 1e-6  # deviation of a feature
-# Least deviation for a head, of the median one: a feature that is nearly always 0 would get a weight of hundreds, which
-# fine-tuning does not survive.
-LEAST = 0.2
-TIE = 1e-3  # what a cosine weighs beside a vote; twenty of them are less than one vote
-Moments = tuple[Tensor, Tensor]  # mean and deviation of each feature, float32 [D]
+SHOTS = (1, 5, 10, 50)  # training images of each class
+NUM_DRAWS = 5  # of images for each number of shots
+MIN_DEVIATION = 1e-6  # of a feature
+# Least deviation for logistic regression, as a share of the median one. A feature that is nearly
+# always 0 would get a weight of hundreds, which fine-tuning does not survive.
+MIN_SHARE_OF_MEDIAN = 0.2
+# Weight of a cosine beside a vote: twenty of them are less than one vote.
+COSINE_WEIGHT = 1e-3
+NUM_COMPARED_IMAGES = 16  # on which the logits of a new head are compared
 
 
-class Linear(NamedTuple):
-    """A linear head on features as the network gives them: weight float32 [C, D], bias [C]."""
+class LinearHead(NamedTuple):
+    """A linear head on features as the network gives them.
+
+    Attributes:
+        weight: float32 [C, D].
+        bias: float32 [C].
+    """
 
     weight: Tensor
     bias: Tensor
 
     def logits(self, features: Features) -> Tensor:
-        """float32 [N, C] of the images as they are."""
-        views = blocks(features.views[0])
-        return torch.cat([values @ self.weight.T + self.bias for values in views])
+        """Return the logits of the images themselves, float32 [N, C]."""
+        parts = []
+        for values in blocks(features.views[0]):
+            parts.append(values @ self.weight.T + self.bias)
+        return torch.cat(parts)
+
+
+class Moments(NamedTuple):
+    """Mean and deviation of each feature, float32 [D]."""
+
+    mean: Tensor
+    deviation: Tensor
+
+
+class HeadScores(NamedTuple):
+    """What all heads achieve. Accuracies are shares of 1, of the test images if there are any.
+
+    Attributes:
+        penalty: Penalty of the best logistic regression.
+        width: Number of features.
+        val: Accuracy of the best logistic regression on the validation images.
+        test: The same on the test images; None without any.
+        balanced: Mean of its accuracies on each class.
+        neighbours: Accuracy by the number of nearest neighbours.
+        means: Accuracy of the nearest class mean.
+        few_shot: Accuracies of each draw by the number of images of a class.
+        per_class: Training images of a class, on average.
+    """
+
+    penalty: float
+    width: int
+    val: float
+    test: float | None
+    balanced: float
+    neighbours: dict[str, float]
+    means: float
+    few_shot: dict[str, list[float]]
+    per_class: int
 
 
 def blocks(values: np.ndarray) -> Iterator[Tensor]:
-    """Rows as float32 [B, D], a block after the other."""
-    for start in range(0, len(values), BLOCK):
-        yield torch.from_numpy(np.array(values[start : start + BLOCK], np.float32))
-
-
-def accuracy(logits: Tensor, labels: np.ndarray) -> float:
-    """Share of 1."""
-    return float((logits.argmax(1).numpy() == labels).mean())
-
-
-def moments(train: Features) -> Moments:
-    """Mean and deviation of each feature over all views, float32 [D] each.
-
-    Raises:
-        UserError: A feature is NaN or infinite, or beyond half precision, in which those of training are kept.
-    """
-    sums = (
-        (v.double().sum(0), v.double().square().sum(0))
-        for view in train.views
-        for v in blocks(view)
-    )
-    count = len(train.views) * len(train.labels)
-    mean, squares = (sum(parts, torch.zeros(())) / count for parts in zip(*sums, strict=True))
-    if not squares.isfinite().all():
-        raise UserError(
-            "The features of this backbone are NaN, infinite or above 65,504, which is the most that is kept of them: "
-            "take other weights, or --model.normalize=weights."
-        )
-    return mean.float(), (squares - mean**2).clamp_min(0).sqrt().clamp_min(SMALLEST).float()
+    """Yield the rows of an array in blocks, float32 [B, D]."""
+    for start in range(0, len(values), BLOCK_IMAGES):
+        yield torch.from_numpy(np.array(values[start : start + BLOCK_IMAGES], np.float32))
 
 
 def standardised(
-    views: Sequence[np.ndarray], labels: np.ndarray, standard: Moments
+    views: Sequence[np.ndarray], labels: np.ndarray, moments: Moments
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of standardised features, float32 [B, D], with their labels, int64 [B]: one view after the other."""
-    mean, deviation = standard
+    """Yield blocks of standardised features, float32 [B, D], and of labels, int64 [B]."""
+    all_labels = torch.from_numpy(labels)
     for view in views:
-        for values, those in zip(blocks(view), torch.from_numpy(labels).split(BLOCK), strict=True):
-            yield (values - mean) / deviation, those
+        label_blocks = all_labels.split(BLOCK_IMAGES)
+        for values, block_labels in zip(blocks(view), label_blocks, strict=True):
+            yield (values - moments.mean) / moments.deviation, block_labels
+
+
+def compute_moments(train: Features) -> Moments:
+    """Return mean and deviation of each feature over all views.
+
+    Raises:
+        UserError: A feature is NaN or infinite.
+    """
+    sums = torch.zeros((), dtype=torch.float64)
+    sums_of_squares = torch.zeros((), dtype=torch.float64)
+    for view in train.views:
+        for values in blocks(view):
+            sums = sums + values.double().sum(0)
+            sums_of_squares = sums_of_squares + values.double().square().sum(0)
+    count = len(train.views) * len(train.labels)
+    mean = sums / count
+    mean_of_squares = sums_of_squares / count
+    if not mean_of_squares.isfinite().all():
+        raise UserError(
+            "The features of this backbone are NaN or infinite: take other weights, or "
+            "--model.normalize=weights."
+        )
+    variance = (mean_of_squares - mean**2).clamp_min(0)
+    deviation = variance.sqrt().clamp_min(MIN_DEVIATION)
+    return Moments(mean.float(), deviation.float())
+
+
+def accuracy(logits: Tensor, labels: np.ndarray) -> float:
+    """Return the share of images whose largest logit is that of their label."""
+    return float((logits.argmax(1).numpy() == labels).mean())
+
+
+def balanced_accuracy(logits: Tensor, labels: np.ndarray, num_classes: int) -> float:
+    """Return the mean of the accuracies on each class that has images."""
+    correct = logits.argmax(1).numpy() == labels
+    counts = np.bincount(labels, minlength=num_classes)
+    correct_counts = np.bincount(labels, correct, num_classes)
+    with_images = counts > 0
+    return float((correct_counts[with_images] / counts[with_images]).mean())
 
 
 def logistic(
     train: Features,
     val: Features,
-    classes: int,
-    standard: Moments,
+    num_classes: int,
+    moments: Moments,
     penalties: Sequence[float] = PENALTIES,
-) -> tuple[Linear, float]:
-    """Logistic regression on standardised features, with the penalty that is best on the images held out.
+) -> tuple[LinearHead, float]:
+    """Fit logistic regression on standardised features, with the penalty best on `val`.
 
-    All penalties are fitted at once: what takes time is to go through the features, and they share that.
+    All penalties are fitted at once, because reading the features takes the time, and they share
+    that.
 
     Returns:
         The head, with the standardisation folded in, and its penalty.
     """
-    mean, deviation = standard[0], standard[1].clamp_min(LEAST * float(standard[1].median()))
-    count, width = len(train.labels) * len(train.views), len(mean)
-    read = partial(standardised, train.views, train.labels, (mean, deviation))
-    kept = list(read()) if 4 * count * width <= KEPT else None
-    strengths = torch.tensor(penalties)
-    weights = torch.zeros(len(strengths), classes, width)
-    biases = torch.zeros(len(strengths), classes)
+    least = MIN_SHARE_OF_MEDIAN * float(moments.deviation.median())
+    moments = moments._replace(deviation=moments.deviation.clamp_min(least))
+    loss = _LogisticLoss(train, num_classes, moments, penalties)
     solver = torch.optim.LBFGS(
-        [weights, biases], max_iter=ITERATIONS, history_size=10, line_search_fn="strong_wolfe"
+        [loss.weights, loss.biases],
+        max_iter=MAX_ITERATIONS,
+        history_size=10,
+        line_search_fn="strong_wolfe",
     )
-
-    def loss() -> Tensor:
-        weights.grad, biases.grad = weights * strengths[:, None, None], torch.zeros_like(biases)
-        total = float((strengths * weights.square().sum((1, 2))).sum() / 2)
-        for values, those in kept or read():
-            logits = (values @ weights.flatten(0, 1).T).view(-1, *biases.shape) + biases
-            chosen = those[:, None, None].expand(-1, len(strengths), 1)
-            errors = logits.log_softmax(2)
-            total -= float(errors.gather(2, chosen).sum()) / count
-            errors = (
-                errors.exp_().scatter_add_(
-                    2, chosen, torch.full_like(chosen, -1, dtype=torch.float32)
-                )
-                / count
-            )
-            weights.grad += (errors.flatten(1).T @ values).view_as(weights)
-            biases.grad += errors.sum(0)
-        return torch.tensor(total)
-
-    solver.step(loss)  # which sets the gradients itself, and needs no graph
-    weights /= deviation
-    biases -= (weights * mean).sum(2)
-    heads = [Linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    scores = [accuracy(head.logits(val), val.labels) for head in heads]
-    best = int(np.argmax(scores))
+    solver.step(loss)
+    weights = loss.weights / moments.deviation
+    biases = loss.biases - (weights * moments.mean).sum(2)
+    heads = []
+    accuracies = []
+    for weight, bias in zip(weights, biases, strict=True):
+        head = LinearHead(weight, bias)
+        heads.append(head)
+        accuracies.append(accuracy(head.logits(val), val.labels))
+    best = int(np.argmax(accuracies))
     return heads[best], penalties[best]
 
 
-def nearest_mean(train: Features, other: Features, classes: int, standard: Moments) -> Tensor:
-    """Scores [N, C] by the distance to the mean of each class over all views, of standardised features."""
-    sums = torch.zeros(classes, len(standard[0]))
-    for values, those in standardised(train.views, train.labels, standard):
-        sums.index_add_(0, those, values)
-    counts = len(train.views) * np.bincount(train.labels, minlength=classes).clip(1)
+class _LogisticLoss:
+    """Sum of the losses of P logistic regressions, one for each penalty, with its gradients.
+
+    Attributes:
+        weights: float32 [P, C, D], on standardised features.
+        biases: float32 [P, C].
+    """
+
+    def __init__(
+        self,
+        train: Features,
+        num_classes: int,
+        moments: Moments,
+        penalties: Sequence[float],
+    ) -> None:
+        width = len(moments.mean)
+        self.train = train
+        self.moments = moments
+        self.count = len(train.labels) * len(train.views)
+        self.penalties = torch.tensor(penalties)
+        self.weights = torch.zeros(len(penalties), num_classes, width)
+        self.biases = torch.zeros(len(penalties), num_classes)
+        self.cached_blocks: list[tuple[Tensor, Tensor]] | None = None
+        if 4 * self.count * width <= MAX_CACHED_BYTES:
+            self.cached_blocks = list(standardised(train.views, train.labels, moments))
+
+    def __call__(self) -> Tensor:
+        """Return the loss, a scalar, and set the gradients, because no graph is needed."""
+        self.weights.grad = self.weights * self.penalties[:, None, None]
+        self.biases.grad = torch.zeros_like(self.biases)
+        squares = self.weights.square().sum((1, 2))
+        total = float((self.penalties * squares).sum() / 2)
+        for values, labels in self._blocks():
+            flat_logits = values @ self.weights.flatten(0, 1).T
+            logits = flat_logits.view(-1, *self.biases.shape) + self.biases  # [B, P, C]
+            log_shares = logits.log_softmax(2)
+            label_index = labels[:, None, None].expand(-1, len(self.penalties), 1)
+            total -= float(log_shares.gather(2, label_index).sum()) / self.count
+            # The derivative by the logits: the shares, less 1 at the label.
+            minus_one = torch.full_like(label_index, -1, dtype=torch.float32)
+            errors = log_shares.exp_().scatter_add_(2, label_index, minus_one) / self.count
+            self.weights.grad += (errors.flatten(1).T @ values).view_as(self.weights)
+            self.biases.grad += errors.sum(0)
+        return torch.tensor(total)
+
+    def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield blocks of standardised features and labels."""
+        if self.cached_blocks is not None:
+            return iter(self.cached_blocks)
+        return standardised(self.train.views, self.train.labels, self.moments)
+
+
+def nearest_mean(train: Features, other: Features, num_classes: int, moments: Moments) -> Tensor:
+    """Return scores of the classes, float32 [N, C]: minus the distance to the mean of each class.
+
+    Features are standardised, and means are taken over all views.
+    """
+    sums = torch.zeros(num_classes, len(moments.mean))
+    for values, labels in standardised(train.views, train.labels, moments):
+        sums.index_add_(0, labels, values)
+    counts = len(train.views) * np.bincount(train.labels, minlength=num_classes).clip(1)
     means = sums / torch.from_numpy(counts)[:, None]
-    asked = standardised(other.views[:1], other.labels, standard)
-    return torch.cat([-torch.cdist(values, means) for values, _ in asked])
+    scores = []
+    for values, _ in standardised(other.views[:1], other.labels, moments):
+        scores.append(-torch.cdist(values, means))
+    return torch.cat(scores)
 
 
 def nearest_neighbours(
-    train: Features, other: Features, classes: int, standard: Moments
+    train: Features, other: Features, num_classes: int, moments: Moments
 ) -> dict[int, Tensor]:
-    """Votes [N, C] of the most alike training images, `NEIGHBOURS` of them, by the cosine of standardised features.
+    """Return votes of the nearest training images, float32 [N, C], by the number of neighbours.
 
-    Views beyond the images themselves do not vote. Of classes with as many votes the one whose images are more alike is
+    The nearest ones have the largest cosine of standardised features. Only the images themselves
+    vote, not their other views. Of classes with equally many votes the one with larger cosines is
     first.
     """
-    votes: dict[int, list[Tensor]] = {k: [] for k in NEIGHBOURS}
-    for values, _ in standardised(other.views[:1], other.labels, standard):
-        asked, near = F.normalize(values), []
-        for theirs, those in standardised(train.views[:1], train.labels, standard):
-            best = (asked @ F.normalize(theirs).T).topk(min(NEIGHBOURS[-1], len(those)))
-            near.append((best.values, those[best.indices]))
-        likeness, labelled = (torch.cat(parts, 1) for parts in zip(*near, strict=True))
-        likeness, order = likeness.topk(min(NEIGHBOURS[-1], likeness.shape[1]))
-        labelled = labelled.gather(1, order)
-        for k in NEIGHBOURS:
-            weight = 1 + TIE * likeness[:, :k]
-            votes[k].append(
-                torch.zeros(len(values), classes).scatter_add_(1, labelled[:, :k], weight)
-            )
-    return {k: torch.cat(parts) for k, parts in votes.items()}
+    votes: dict[int, list[Tensor]] = {count: [] for count in NEIGHBOURS}
+    for values, _ in standardised(other.views[:1], other.labels, moments):
+        cosines, labels = _nearest_labels(F.normalize(values), train, moments)
+        for count in NEIGHBOURS:
+            weights = 1 + COSINE_WEIGHT * cosines[:, :count]
+            block_votes = torch.zeros(len(values), num_classes)
+            votes[count].append(block_votes.scatter_add_(1, labels[:, :count], weights))
+    return {count: torch.cat(parts) for count, parts in votes.items()}
+
+
+def _nearest_labels(points: Tensor, train: Features, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Return cosines and labels of the nearest training images, [B, K], the nearest first.
+
+    Args:
+        points: Normalised features, float32 [B, D].
+        train: Features of the training images.
+        moments: Moments by which features are standardised.
+    """
+    most = NEIGHBOURS[-1]
+    cosine_blocks = []
+    label_blocks = []
+    for values, labels in standardised(train.views[:1], train.labels, moments):
+        cosines = points @ F.normalize(values).T
+        nearest = cosines.topk(min(most, len(labels)))
+        cosine_blocks.append(nearest.values)
+        label_blocks.append(labels[nearest.indices])
+    candidates = torch.cat(cosine_blocks, 1)
+    nearest = candidates.topk(min(most, candidates.shape[1]))
+    return nearest.values, torch.cat(label_blocks, 1).gather(1, nearest.indices)
 
 
 def few_shot(
-    train: Features, val: Features, test: Features, classes: int, standard: Moments
+    train: Features, val: Features, test: Features, num_classes: int, moments: Moments
 ) -> dict[str, list[float]]:
-    """Accuracies of `logistic` from so many images of each class, drawn anew for each; standardised as all are."""
-    scores: dict[str, list[float]] = {}
+    """Return accuracies of `logistic` from few images of each class, by the number of images.
+
+    Each number is drawn `NUM_DRAWS` times; numbers that a class does not have are left out.
+    Features are standardised by the moments of all images.
+    """
+    least = np.bincount(train.labels, minlength=num_classes).min()
+    accuracies: dict[str, list[float]] = {}
     for shots in SHOTS:
-        if np.bincount(train.labels, minlength=classes).min() < shots:
+        if shots > least:
             break
-        for draw in range(DRAWS):
-            order = np.random.default_rng([shots, draw]).permutation(len(train.labels))
-            rows = np.sort(
-                np.concatenate([order[train.labels[order] == c][:shots] for c in range(classes)])
-            )
-            head, _ = logistic(
-                Features([train.views[0][rows]], train.labels[rows]), val, classes, standard
-            )
-            scores.setdefault(str(shots), []).append(accuracy(head.logits(test), test.labels))
-    return scores
+        accuracies[str(shots)] = []
+        for draw in range(NUM_DRAWS):
+            rows = _draw(train.labels, num_classes, shots, draw)
+            sample = Features([train.views[0][rows]], train.labels[rows])
+            head, _ = logistic(sample, val, num_classes, moments)
+            accuracies[str(shots)].append(accuracy(head.logits(test), test.labels))
+    return accuracies
 
 
-def best(found: dict[Split, Features], classes: int) -> tuple[Linear, dict[str, Any]]:
-    """The best logistic regression, and the accuracies of all heads on the test images, or those held out if none are.
+def _draw(labels: np.ndarray, num_classes: int, shots: int, draw: int) -> np.ndarray:
+    """Return sorted rows of `shots` random images of each class; `draw` is the seed."""
+    order = np.random.default_rng([shots, draw]).permutation(len(labels))
+    rows = []
+    for label in range(num_classes):
+        rows.append(order[labels[order] == label][:shots])
+    return np.sort(np.concatenate(rows))
 
-    Returns:
-        The head, and as shares of 1 `val` (and `test`, `balanced`), `neighbours` (by their number), `means`, `few_shot`
-        (by the images of a class, a list); the `penalty`, the `width` of the features and how many training images
-        `per_class` there are on average.
+
+def evaluate_heads(
+    features: dict[Split, Features], num_classes: int
+) -> tuple[LinearHead, HeadScores]:
+    """Fit all heads on the training images, and return the best logistic regression and all scores.
 
     Raises:
-        UserError: As `moments`.
+        UserError: A feature is NaN or infinite.
     """
-    train, val = found["train"], found["val"]
-    other = found.get("test", val)
-    standard = moments(train)
-    head, penalty = logistic(train, val, classes, standard)
+    train = features["train"]
+    val = features["val"]
+    other = features.get("test", val)
+    moments = compute_moments(train)
+    head, penalty = logistic(train, val, num_classes, moments)
     logits = head.logits(other)
-    right = logits.argmax(1).numpy() == other.labels
-    scores: dict[str, Any] = {
-        "penalty": penalty,
-        "width": len(head.weight[0]),
-        "val": accuracy(head.logits(val), val.labels),
-    }
-    if "test" in found:
-        scores["test"] = accuracy(logits, other.labels)
-    counts = np.bincount(other.labels, minlength=classes)
-    scores["balanced"] = float(
-        (np.bincount(other.labels, right, classes)[counts > 0] / counts[counts > 0]).mean()
+    neighbours = {}
+    for count, votes in nearest_neighbours(train, other, num_classes, moments).items():
+        neighbours[str(count)] = accuracy(votes, other.labels)
+    distances = nearest_mean(train, other, num_classes, moments)
+    scores = HeadScores(
+        penalty=penalty,
+        width=head.weight.shape[1],
+        val=accuracy(head.logits(val), val.labels),
+        test=accuracy(logits, other.labels) if "test" in features else None,
+        balanced=balanced_accuracy(logits, other.labels, num_classes),
+        neighbours=neighbours,
+        means=accuracy(distances, other.labels),
+        few_shot=few_shot(train, val, other, num_classes, moments),
+        per_class=len(train.labels) // num_classes,
     )
-    votes = nearest_neighbours(train, other, classes, standard)
-    scores["neighbours"] = {str(k): accuracy(votes[k], other.labels) for k in votes}
-    scores["means"] = accuracy(nearest_mean(train, other, classes, standard), other.labels)
-    scores["few_shot"] = few_shot(train, val, other, classes, standard)
-    scores["per_class"] = len(train.labels) // classes
     return head, scores
 
 
-def begin_with_logistic(trainer: Trainer, classifier: Any) -> None:
-    """Within a fit, give the network that is fitted the best logistic regression on its backbone's features.
+def set_head(classifier: ImageClassifier, head: LinearHead, images: Tensor) -> None:
+    """Give a network this head. Of several heads, whose logits it averages, the first gets it all.
+
+    Args:
+        classifier: Network in eval mode.
+        head: New head.
+        images: Images, uint8 [B, 3, H, W], on which the logits are compared.
 
     Raises:
-        UserError: As `FeatureExtractor`; or network or data are not of this package.
+        UserError: The logits of the network are not those of its head.
     """
-    data = getattr(trainer, "datamodule", None)
-    if not (isinstance(data, ImageDataModule) and hasattr(classifier, "classifier")):
+    layers = [classifier.network.get_submodule(name) for name in classifier.heads]
+    with torch.no_grad():
+        for layer in layers:
+            for parameter in layer.parameters():
+                parameter.zero_()
+        layers[0].get_parameter("weight").copy_(head.weight * len(layers))
+        layers[0].get_parameter("bias").copy_(head.bias * len(layers))
+        with classifier.features() as passes:
+            logits = classifier(to_float(images).to(classifier.device)).cpu()
+    expected = passes[0] @ head.weight.T + head.bias
+    tolerance = 1e-3 * float(expected.abs().max())
+    if not torch.allclose(logits, expected, rtol=1e-3, atol=tolerance):
         raise UserError(
-            "probe=true needs a TransferClassifier and a data module of this package: leave it out."
+            f"{classifier.backbone} cannot be probed, because it does more with its "
+            f"head's logits: take another."
         )
-    if next(classifier.network.parameters()).dtype != torch.float32:
-        raise UserError(
-            "probe=true needs a network in 32 bits: take precision=32-true, bf16-mixed or 16-mixed."
-        )
-    # In eval mode such a one does not even give what it gives in training.
-    if str(classifier.hparams["weights"]).lower() == "none":
-        raise UserError(
-            "probe=true needs a backbone that has learned something, not weights=none: leave it out."
-        )
+
+
+def compared_images(data: ImageDataModule) -> Tensor:
+    """Return the first validation images, uint8 [B, 3, H, W], for `set_head`."""
+    images = data.images["val"]
+    return torch.from_numpy(images.pixels(np.arange(min(NUM_COMPARED_IMAGES, len(images)))))
+
+
+def begin_with_logistic(
+    trainer: Trainer, classifier: ImageClassifier, data: ImageDataModule
+) -> None:
+    """Within a fit, give a network the best logistic regression on the features of its backbone.
+
+    All processes call this together. Modes (train or eval) stay as they are.
+
+    Raises:
+        UserError: See `FeatureExtractor`, its `compute`, and `set_head`.
+    """
     modes = {module: module.training for module in classifier.modules()}
     extractor = FeatureExtractor(classifier, data, test=False)
-    found, head = extractor.within(trainer), None
+    features = extractor.compute(trainer)
+    fitted: Any = None  # in the other processes, until the first one sends it
     if trainer.is_global_zero:
-        head, _ = logistic(found["train"], found["val"], data.num_classes, moments(found["train"]))
-    extractor.put(trainer.strategy.broadcast(head), found["val"])
+        train = features["train"]
+        fitted = logistic(train, features["val"], data.num_classes, compute_moments(train))
+    head, _ = trainer.strategy.broadcast(fitted)
+    set_head(classifier, head, compared_images(data))
     for module, training in modes.items():
         module.training = training

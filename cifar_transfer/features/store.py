@@ -1,120 +1,162 @@
-"""Features in a file: rows of numbers, and a sum for each batch of rows.
+"""Features on disk: one array for each backbone, split and view, as a `.npy` file.
 
-A batch is there when its sum is. So what a killed process has not written, and what is damaged, is missing when the
-file is opened again, and nothing else.
+An array is written whole: its rows go into a temporary file, which gets the array's name once all
+of them are there. So whatever a killed process leaves behind is never taken for features.
 """
 
 import os
 import re
 import stat
-import time
-import zlib
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import platformdirs
+from lightning.pytorch.strategies import Strategy
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.base.files import make_folder
+from cifar_transfer.base.files import atomic_write, make_folder
 
-NAME = re.compile(r"features-[0-9a-f]{32}\.bin")
-LIMIT_GB = 20.0  # of all such files in a folder
-IN_USE = 3600  # seconds since a file was taken up or written to, within which another process may be at it
+DEFAULT_LIMIT_GB = 20.0  # of all features in a folder, 1e9 bytes each
+FILE_NAME = re.compile(r"features-[0-9a-f]{32}\.npy")
 
 
 def default_folder() -> Path:
-    """Where features are kept, in the user's cache."""
+    """Return the folder of features in the user's cache."""
     return platformdirs.user_cache_path("cifar_transfer") / "features"
 
 
+@dataclass(frozen=True)
 class FeatureFile:
-    """Features of N images in a file that is written batch by batch, by several processes at once.
+    """The file of one array of features, float32 [N, D].
 
     Args:
-        path: The file; made if it is not there, or of another size.
-        count: N.
-        width: D, numbers of each image.
-        dtype: float16 or float32.
-        batch: Images of a batch; the last one may have fewer.
+        path: Where the file is, or will be.
+        count: N, the number of images.
+        width: D, the numbers of each image.
     """
 
-    def __init__(self, path: Path, count: int, width: int, dtype: str, batch: int) -> None:
-        self.path, self.dtype = path, np.dtype(dtype)
-        self.shape = count, width
-        self.batches: Sequence[range] = [
-            range(start, min(start + batch, count)) for start in range(0, count, batch)
-        ]
-        self._row = width * self.dtype.itemsize  # bytes
-        self.bytes = count * self._row + 4 * len(self.batches)
+    path: Path
+    count: int
+    width: int
 
-    def make(self) -> None:
-        """Have the file there, its whole size without a batch, and note that it is used; called by one process."""
-        make_folder(self.path.parent, "--features (by default in the user's cache, XDG_CACHE_HOME)")
-        if not self.path.is_file() or self.path.stat().st_size != self.bytes:
-            with self.path.open("wb") as file:
-                file.truncate(self.bytes)
-        os.utime(self.path)
-
-    def missing(self) -> list[int]:
-        """Numbers of the batches that are not there as they were written."""
-        with self.path.open("rb") as file:
-            file.seek(self.shape[0] * self._row)
-            sums = np.frombuffer(file.read(), np.uint32)
-            file.seek(0)
-            return [
-                n
-                for n, rows in enumerate(self.batches)
-                if _sum(file.read(len(rows) * self._row)) != sums[n]
-            ]
-
-    def write(self, number: int, values: np.ndarray) -> None:
-        """Write a batch, [B, D], and then its sum."""
-        content = np.ascontiguousarray(values, self.dtype).tobytes()
-        # No memory map, on which a full disk would kill the process without a word.
-        with self.path.open("r+b") as file:
-            file.seek(self.batches[number].start * self._row)
-            file.write(content)
-            file.seek(self.shape[0] * self._row + 4 * number)
-            file.write(np.uint32(_sum(content)).tobytes())
+    @property
+    def num_bytes(self) -> int:
+        """Size of the array."""
+        return self.count * self.width * np.dtype(np.float32).itemsize
 
     def read(self) -> np.ndarray:
-        """All rows, [N, D], memory-mapped and not to be changed."""
-        return np.memmap(self.path, self.dtype, "r", shape=self.shape)
+        """Return the array, float32 [N, D], memory-mapped and read-only.
+
+        Raises:
+            OSError: The file is missing or cannot be read.
+            ValueError: The file was cut short, or holds something else.
+        """
+        array = np.lib.format.open_memmap(self.path, mode="r")
+        if array.shape != (self.count, self.width) or array.dtype != np.float32:
+            raise ValueError(f"{self.path} holds an array of {array.dtype} {array.shape}.")
+        return array
+
+    def is_whole(self) -> bool:
+        """Return whether the array can be read."""
+        try:
+            self.read()
+        except (OSError, ValueError):
+            return False
+        return True
+
+    @contextmanager
+    def write(self, strategy: Strategy) -> Iterator[Any]:
+        """Yield the array to be filled, memory-mapped; all processes of a strategy share it.
+
+        The file gets its name when every process has left the context.
+
+        Raises:
+            OSError: The file cannot be written, for example because the disk is full.
+        """
+        with ExitStack() as stack:
+            temporary_name = ""
+            if strategy.is_global_zero:
+                file = stack.enter_context(atomic_write(self.path))
+                self._allocate(file)
+                temporary_name = file.name
+            temporary_name = strategy.broadcast(temporary_name)
+            array = np.lib.format.open_memmap(temporary_name, mode="r+")
+            yield array
+            array.flush()
+            strategy.barrier()  # The first process moves the file once all rows are written.
+        strategy.barrier()  # The other processes read it once it is moved.
+
+    def _allocate(self, file: BinaryIO) -> None:
+        """Write the header and reserve the space of the array.
+
+        A full disk is an `OSError` here. Later, writing to the memory map, it would kill the
+        process (SIGBUS).
+        """
+        header = {"descr": "<f4", "fortran_order": False, "shape": (self.count, self.width)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.flush()
+        num_bytes = file.tell() + self.num_bytes
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        else:  # macOS and Windows
+            file.truncate(num_bytes)
 
 
-def _sum(content: bytes) -> int:
-    return zlib.crc32(content) or 1  # 0 is what a file begins with
+class _StoredFile(NamedTuple):
+    """A file of features that may be removed; sorted, the least recently used comes first."""
+
+    last_used: float  # seconds since 1970
+    num_bytes: int
+    path: Path
 
 
-def make_room(folder: Path, wanted: int, kept: Sequence[Path], limit_gb: float) -> None:
-    """Remove the features that were not used for longest, and not within an hour, for `wanted` bytes more.
+def make_room(folder: Path, files: Collection[FeatureFile], limit_gb: float) -> None:
+    """Make a folder ready for files of features, and remove the least recently used other ones.
 
     Args:
-        folder: Where features are; only files of exactly their form are removed.
-        wanted: Bytes.
-        kept: Files that are in use.
-        limit_gb: Most that all of them may have, 1e9 bytes each.
+        folder: Folder of features, made if it is missing.
+        files: Files that will be read or written. They count as used now.
+        limit_gb: Limit of all features in the folder, 1e9 bytes each.
 
     Raises:
-        UserError: They alone would have more.
+        UserError: The folder cannot be made, or the files alone exceed the limit.
     """
-    if wanted > limit_gb * 1e9:
+    make_folder(folder, "--features (by default in the user's cache, XDG_CACHE_HOME)")
+    limit = limit_gb * 1e9
+    total = sum(file.num_bytes for file in files)
+    if total > limit:
         raise UserError(
-            f"The features would take {wanted / 1e9:.1f} GB in {folder}, more than limit_gb={limit_gb:g}: raise it."
+            f"The features would take {total / 1e9:.1f} GB in {folder}, more than "
+            f"limit_gb={limit_gb:g}: raise it."
         )
-    found = []
-    for path in folder.glob("features-*.bin") if folder.is_dir() else ():
-        with suppress(OSError):  # another process has removed it
-            status = path.lstat()
-            ours = NAME.fullmatch(path.name) and stat.S_ISREG(status.st_mode) and path not in kept
-            if ours and time.time() - status.st_mtime > IN_USE:
-                found.append((status.st_mtime, status.st_size, path))
-    total = wanted + sum(size for _, size, _ in found)
-    for _, size, path in sorted(found):
-        if total <= limit_gb * 1e9:
+    paths = {file.path for file in files}
+    for path in paths:
+        if path.is_file():
+            os.utime(path)
+    others = _stored_files(folder, paths)
+    total += sum(other.num_bytes for other in others)
+    for other in sorted(others):
+        if total <= limit:
             break
-        with suppress(OSError):
-            os.unlink(path)
-        total -= size
+        with suppress(OSError):  # another user's, or already removed by another process
+            other.path.unlink()
+        total -= other.num_bytes
+
+
+def _stored_files(folder: Path, excluded: Collection[Path]) -> list[_StoredFile]:
+    """Return the files of features in a folder, and nothing else that has a similar name."""
+    files = []
+    for path in folder.iterdir():
+        if FILE_NAME.fullmatch(path.name) is None or path in excluded:
+            continue
+        try:
+            status = path.lstat()
+        except FileNotFoundError:  # another process has removed it
+            continue
+        if stat.S_ISREG(status.st_mode):
+            files.append(_StoredFile(status.st_mtime, status.st_size, path))
+    return files

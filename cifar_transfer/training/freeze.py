@@ -56,7 +56,9 @@ from torch import nn
 from cifar_transfer.base.console import say, styled
 from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.primitives import as_primitive
+from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.features import heads
+from cifar_transfer.network.image_classifier import ImageClassifier
 from cifar_transfer.network.stages import HEAD
 from cifar_transfer.training import lightning_internals, schedule
 from cifar_transfer.training.phases import (
@@ -256,7 +258,7 @@ class BackboneFreeze(Callback):
         self._check_plan(trainer)
         is_resumed = trainer.ckpt_path is not None
         if self.probe and not is_resumed and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            heads.begin_with_logistic(trainer, pl_module)
+            _begin_with_logistic(trainer, pl_module)
         names_by_phase = []
         for phase in self.plan:
             names_by_phase.append(self._names_to_train(pl_module, phase, stages))
@@ -525,6 +527,27 @@ class BackboneFreeze(Callback):
                     f"leave it out to continue the run, or begin a new one from its weights with "
                     f"--model.weights=CHECKPOINT."
                 )
+
+
+def _begin_with_logistic(trainer: Trainer, module: LightningModule) -> None:
+    """Give the network of a module the best logistic regression on its backbone's features.
+
+    Raises:
+        UserError: The backbone has learned nothing, or module or data are not of this package.
+    """
+    data = getattr(trainer, "datamodule", None)
+    classifier = getattr(module, "classifier", None)
+    if not isinstance(data, ImageDataModule) or not isinstance(classifier, ImageClassifier):
+        raise UserError(
+            "probe=true needs a TransferClassifier and a data module of this package: leave it out."
+        )
+    # In eval mode an untrained backbone does not even give what it gives in training.
+    if str(module.hparams["weights"]).lower() == "none":
+        raise UserError(
+            "probe=true needs a backbone that has learned something, not weights=none: leave it "
+            "out."
+        )
+    heads.begin_with_logistic(trainer, classifier, data)
 
 
 def _best_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:

@@ -7,10 +7,11 @@ Each function says why it is needed and since which version it was seen to work.
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -122,3 +123,22 @@ def complete_momentum(optimizer: Optimizer) -> None:
             for parameter in group["params"]:
                 state = optimizer.state[parameter]
                 state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+def attach(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> None:
+    """Have a module find its trainer and data as in a run, without running it.
+
+    Only the functions of the trainer (`fit`, `test`, ...) do so. Since Lightning 2.0.
+    """
+    trainer.datamodule = data  # type: ignore[attr-defined]
+    module.trainer = trainer
+
+
+def save_attached(trainer: Trainer, module: LightningModule, path: Path) -> None:
+    """Save a checkpoint, without the state of a run, of a module that is attached.
+
+    `Trainer.save_checkpoint` saves the module that ran last, which is the one that the strategy is
+    connected to. Since Lightning 2.0.
+    """
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path, weights_only=True)
