@@ -1,7 +1,9 @@
-"""Files for other programs give the checkpoint's logits, and say what they take and what their outputs stand for."""
+"""Files for other programs give the checkpoint's logits, and say what they take."""
 
 import json
+import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 
 import pytest
@@ -13,175 +15,272 @@ from safetensors.torch import load_file
 
 from cifar_transfer import TransferClassifier
 from cifar_transfer.base.errors import UserError, one_sentence
-from cifar_transfer.commands import export
+from cifar_transfer.commands.export import export
+from cifar_transfer.inference import exporter
+from cifar_transfer.inference.network_files import NOTES
+from cifar_transfer.training.checkpoint_file import load_classifier
 
 NAMES = ["cat", "dog", "猫"]
-MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
-SIZE, RESIZED = (24, 20), 32
+MEAN = [0.1, 0.2, 0.3]
+STD = [0.4, 0.5, 0.6]
+SIZE = (24, 20)
+SIDE = 32
 
 
-def checkpoint(folder, **options):
-    """A network with statistics of batch-norm, as after training, that has seen images of `SIZE`."""
+def save_checkpoint(folder, size=SIZE, **options):
+    """Write the checkpoint of a network with statistics of batch-norm, as after training."""
     torch.manual_seed(0)
-    model = TransferClassifier(
-        **{"weights": "none", "class_names": NAMES, "normalize": [MEAN, STD]} | options
-    )
-    for _ in range(3):
-        model.network(torch.randn(8, 3, 32, 32))
-    model.geometry = replace(model.geometry, size=SIZE)
+    defaults = {"weights": "none", "class_names": NAMES, "normalize": [MEAN, STD]}
+    module = TransferClassifier(**defaults | options)
+    classifier = module.classifier
+    classifier.set_geometry(replace(classifier.geometry, size=size))
+    side = classifier.geometry.input_side or SIDE
+    with torch.no_grad():
+        for _ in range(3):
+            classifier.network(torch.randn(8, 3, side, side))
     trainer = quiet_trainer()
-    trainer.strategy.connect(model)
-    trainer.save_checkpoint(folder / "best.ckpt")
-    return model.eval()
+    trainer.strategy.connect(module)
+    path = folder / "best.ckpt"
+    trainer.save_checkpoint(path)
+    return path
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """For each of two networks its checkpoint, and itself."""
-    made = {}
+    """The checkpoints of two networks by their names."""
+    checkpoints = {}
     for name in ("resnet18", "lenet5"):
         folder = tmp_path_factory.mktemp(name)
-        made[name] = folder / "best.ckpt", checkpoint(folder, backbone=name, image_size=RESIZED)
-    return made
+        checkpoints[name] = save_checkpoint(folder, backbone=name, image_size=SIDE)
+    return checkpoints
 
 
-def images(batch):
-    return torch.rand(batch, 3, *SIZE, generator=torch.Generator().manual_seed(100 + batch))
-
-
-def prepared(pixels):
-    """What the network itself takes, by torch's own functions."""
-    square = torchvision.transforms.functional.center_crop(pixels, min(SIZE))
+def prepared(images):
+    """Return images as the library's network takes them, by torch's and torchvision's functions."""
+    square = torchvision.transforms.functional.center_crop(images, min(SIZE))
     resized = torch.nn.functional.interpolate(
-        square, size=(RESIZED, RESIZED), mode="bilinear", antialias=True
+        square, size=(SIDE, SIDE), mode="bilinear", antialias=True
     )
     return torchvision.transforms.functional.normalize(resized, MEAN, STD)
 
 
-def assert_agrees(model, network, inside):
+def assert_agrees(checkpoint, network, preprocess):
+    """The network gives the logits of the checkpoint for any number of images."""
+    classifier = load_classifier(checkpoint)
     for batch in (1, 5):
-        pixels = images(batch)
+        images = torch.rand(batch, 3, *SIZE, generator=torch.Generator().manual_seed(100 + batch))
         with torch.no_grad():
-            wanted = model(pixels)
-            torch.testing.assert_close(
-                network(pixels if inside else prepared(pixels)), wanted, atol=1e-4, rtol=1e-4
-            )
+            expected = classifier(images)
+            logits = network(images if preprocess else prepared(images))
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def assert_tells(notes, inside):
+def assert_describes(notes, preprocess):
+    """The notes say all that has to be done to an image."""
     assert notes["class_names"] == NAMES
-    assert (notes.get("mean"), notes.get("std")) == ((None, None) if inside else (MEAN, STD)), (
-        "only if to be applied"
-    )
-    assert (
-        "to cover 20 x 24 pixels; bilinear, antialiased), cut out the centre"
-        in notes["preparation"]
-    )
     assert notes["geometry"]["size"] == list(SIZE)
-    assert ("Subtract the mean" in notes["preparation"]) != inside
-    assert ("32 x 32" in notes["preparation"]) != inside
-    height, width = SIZE if inside else (RESIZED, RESIZED)
-    assert notes["input_shape"] == ["batch", 3, height, width]
-    assert notes["input"].endswith(
-        "in [0, 1]" if inside else "then (x - mean) / std of each channel"
-    )
+    words = notes["preparation"]
+    cover = "to cover 20 x 24 pixels; bilinear, antialiased), cut out the centre"
+    assert cover in words
+    if preprocess:
+        assert "mean" not in notes
+        assert "std" not in notes
+        assert "Subtract the mean" not in words
+        assert "32 x 32" not in words
+        assert notes["input_shape"] == ["batch", 3, *SIZE]
+        assert notes["input"].endswith("in [0, 1]")
+    else:
+        assert notes["mean"] == MEAN
+        assert notes["std"] == STD
+        assert "Subtract the mean" in words
+        assert "32 x 32" in words
+        assert notes["input_shape"] == ["batch", 3, SIDE, SIDE]
+        assert notes["input"].endswith("then (x - mean) / std of each channel")
 
 
 def parsed(metadata):
-    """Metadata that hold JSON where they are no sentences."""
-    return {
-        key: json.loads(value) if value[0] in "[{" else value for key, value in metadata.items()
-    }
+    """Return notes from metadata, which hold JSON where they are no sentences."""
+    notes = {}
+    for key, text in metadata.items():
+        notes[key] = json.loads(text) if text[0] in "[{" else text
+    return notes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "inside"), [("resnet18", True), ("lenet5", False)])
-def test_onnx(trained, tmp_path, name, inside):
+@pytest.mark.parametrize(("name", "preprocess"), [("resnet18", True), ("lenet5", False)])
+def test_onnx(trained, tmp_path, name, preprocess):
     onnxruntime = pytest.importorskip("onnxruntime")
-    path, model = trained[name]
-    difference = export.export(str(path), "onnx", str(tmp_path / "x.onnx"), preprocess=inside)
+    out = tmp_path / "x.onnx"
+    difference = export(str(trained[name]), "onnx", str(out), preprocess=preprocess)
     assert 0 <= difference < 1e-4
     assert [file.name for file in tmp_path.iterdir()] == ["x.onnx"], "the weights are inside"
-    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
-    assert_agrees(
-        model, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), inside
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+
+    def network(images):
+        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+    assert_agrees(trained[name], network, preprocess)
+    assert_describes(parsed(session.get_modelmeta().custom_metadata_map), preprocess)
+
+
+@pytest.mark.parametrize(("name", "preprocess"), [("lenet5", True), ("resnet18", False)])
+def test_torch_export(trained, tmp_path, name, preprocess):
+    out = tmp_path / "x.pt2"
+    export(str(trained[name]), "torch_export", str(out), preprocess=preprocess)
+    extra_files = {NOTES: ""}
+    program = torch.export.load(out, extra_files=extra_files)
+    assert_agrees(trained[name], program.module(), preprocess)
+    assert_describes(json.loads(extra_files[NOTES]), preprocess)
+
+
+def test_a_state_dict_fits_torchvisions_network(trained, capsys):
+    checkpoint = trained["resnet18"]
+    export(str(checkpoint), "state_dict")
+    network = torchvision.models.resnet18(num_classes=3)
+    network.load_state_dict(torch.load(checkpoint.with_name("best.pth"), weights_only=True))
+    assert_agrees(checkpoint, network.eval(), preprocess=False)
+    assert_describes(json.loads(checkpoint.with_name("best.json").read_text()), preprocess=False)
+    assert f"{checkpoint.with_name('best.pth')} (44." in capsys.readouterr().out
+
+
+def test_safetensors_fit_torchvisions_network(trained, tmp_path):
+    out = tmp_path / "x.safetensors"
+    export(str(trained["resnet18"]), "safetensors", str(out))
+    network = torchvision.models.resnet18(num_classes=3)
+    network.load_state_dict(load_file(out))
+    assert_agrees(trained["resnet18"], network.eval(), preprocess=False)
+    with safe_open(out, "pt") as file:
+        assert_describes(parsed(file.metadata()), preprocess=False)
+
+
+# What a user of the library does with an exported file, without this package.
+USER = """
+    import json
+    import sys
+    from pathlib import Path
+
+    import torch
+    from torchvision.transforms.functional import normalize
+
+    name, folder = sys.argv[1:]
+    notes = json.loads(Path(folder, "best.json").read_text())
+    images = torch.load(Path(folder, "images.pt"))
+    if name.startswith("timm/"):
+        import timm
+
+        network = timm.create_model(name.removeprefix("timm/"), num_classes=3)
+    elif name in ("googlenet", "inception_v3"):
+        from torchvision.models import get_model
+
+        network = get_model(name, num_classes=3, aux_logits=False)
+    else:
+        from torchvision.models import get_model
+
+        network = get_model(name, num_classes=3)
+    network.load_state_dict(torch.load(Path(folder, "best.pth"), weights_only=True))
+    with torch.no_grad():
+        logits = network.eval()(normalize(images, notes["mean"], notes["std"]))
+    torch.save(logits, Path(folder, "logits.pt"))
+"""
+FAMILIES = [
+    pytest.param("alexnet", 64, marks=pytest.mark.whole),  # files of hundreds of megabytes
+    pytest.param("convnext_tiny", 64, marks=pytest.mark.slow),
+    pytest.param("densenet121", 64, marks=pytest.mark.slow),
+    pytest.param("efficientnet_b0", 64, marks=pytest.mark.slow),
+    pytest.param("googlenet", 64, marks=pytest.mark.slow),
+    pytest.param("inception_v3", 96, marks=pytest.mark.slow),
+    pytest.param("mnasnet0_5", 64, marks=pytest.mark.slow),
+    pytest.param("mobilenet_v2", 64, marks=pytest.mark.slow),
+    pytest.param("mobilenet_v3_small", 64, marks=pytest.mark.slow),
+    pytest.param("regnet_y_400mf", 64, marks=pytest.mark.slow),
+    pytest.param("resnext50_32x4d", 64, marks=pytest.mark.slow),
+    pytest.param("shufflenet_v2_x0_5", 64, marks=pytest.mark.slow),
+    pytest.param("squeezenet1_1", 64, marks=pytest.mark.slow),
+    pytest.param("swin_t", 64, marks=pytest.mark.slow),
+    pytest.param("vgg11", 64, marks=pytest.mark.whole),
+    pytest.param("vit_b_32", 224, marks=pytest.mark.whole),
+    pytest.param("timm/mobilenetv1_100", 64, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "side"), FAMILIES)
+def test_the_librarys_own_network_gives_the_same_logits_in_a_process_of_its_own(
+    tmp_path, name, side
+):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm", reason="timm is an optional extra")
+    checkpoint = save_checkpoint(tmp_path, (side, side), backbone=name, image_size=side)
+    export(str(checkpoint), "state_dict")
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    torch.save(images, tmp_path / "images.pt")
+    command = [sys.executable, "-c", textwrap.dedent(USER), name, str(tmp_path)]
+    subprocess.run(command, check=True, cwd=tmp_path, env={"PATH": "", "OMP_NUM_THREADS": "1"})
+    with torch.no_grad():
+        expected = load_classifier(checkpoint)(images)
+    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    largest = float(expected.abs().max())
+    torch.testing.assert_close(logits, expected, atol=1e-4 * max(1, largest), rtol=0)
+
+
+def test_statistics_take_over_what_inception_v3_does_to_its_input(tmp_path):
+    """Pixels that its `transform_input` and the statistics make of an image are those of 0.5."""
+    imagenet = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+    checkpoint = save_checkpoint(
+        tmp_path, (96, 96), backbone="inception_v3", image_size=96, normalize=imagenet
     )
-    assert_tells(parsed(session.get_modelmeta().custom_metadata_map), inside)
+    geometry = exporter.library_geometry(load_classifier(checkpoint))
+    assert geometry.mean == pytest.approx([0.5] * 3)
+    assert geometry.std == pytest.approx([0.5] * 3)
 
 
-@pytest.mark.parametrize(("name", "inside"), [("lenet5", True), ("resnet18", False)])
-def test_torch_export(trained, tmp_path, name, inside):
-    path, model = trained[name]
-    export.export(str(path), "torch_export", str(tmp_path / "x.pt2"), preprocess=inside)
-    extra = {export.NOTES: ""}
-    program = torch.export.load(tmp_path / "x.pt2", extra_files=extra)
-    assert_agrees(model, program.module(), inside)
-    assert_tells(json.loads(extra[export.NOTES]), inside)
-
-
-def test_a_file_of_anothers_beside_the_weights_stays(trained, tmp_path):
+def test_a_file_of_somebody_else_beside_the_weights_stays(trained, tmp_path):
     (tmp_path / "x.json").write_text("mine")
-    with pytest.raises(
-        UserError, match=r"x\.json, which goes with .*x\.pth, is there already: name another --out"
-    ):
-        export.export(str(trained["resnet18"][0]), "state_dict", str(tmp_path / "x.pth"))
+    message = r"x\.json, which goes with .*x\.pth, is there already: name another --out"
+    with pytest.raises(UserError, match=message):
+        export(str(trained["resnet18"]), "state_dict", str(tmp_path / "x.pth"))
     assert (tmp_path / "x.json").read_text() == "mine"
 
 
-def test_weights_fit_torchvisions_plain_network(trained, tmp_path, capsys):
-    path, model = trained["resnet18"]
-    export.export(str(path), "state_dict")
-    network = torchvision.models.resnet18(num_classes=3)
-    network.load_state_dict(torch.load(path.with_name("best.pth"), weights_only=True))
-    assert_agrees(model, network.eval(), inside=False)
-    assert_tells(json.loads(path.with_name("best.json").read_text()), inside=False)
-    assert f"{path.with_name('best.pth')} (44." in capsys.readouterr().out
-
-    export.export(str(path), "safetensors", str(tmp_path / "x.safetensors"))
-    network = torchvision.models.resnet18(num_classes=3)
-    network.load_state_dict(load_file(tmp_path / "x.safetensors"))
-    assert_agrees(model, network.eval(), inside=False)
-    with safe_open(tmp_path / "x.safetensors", "pt") as file:
-        assert_tells(parsed(file.metadata()), inside=False)
-
-
 def test_a_file_with_other_logits_is_not_kept(trained, tmp_path, monkeypatch, capsys):
-    path, _ = trained["resnet18"]
-    (tmp_path / "x.pth").write_bytes(b"of an earlier export")
-    monkeypatch.setattr(
-        export, "TOLERANCE", 0.0
-    )  # the checkpoint multiplies matrices where torchvision convolves
+    out = tmp_path / "x.pth"
+    out.write_bytes(b"of an earlier export")
+    # The checkpoint multiplies matrices where torchvision convolves.
+    monkeypatch.setattr(exporter, "TOLERANCE", 0.0)
     with pytest.raises(SystemExit, match=r"^2$"), one_sentence():
-        export.export(str(path), "state_dict", str(tmp_path / "x.pth"))
+        export(str(trained["resnet18"]), "state_dict", str(out))
     assert "gives other logits than the checkpoint" in capsys.readouterr().err
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"of an earlier export"]
 
 
-def test_a_network_that_computes_no_numbers_is_not_exported(trained, tmp_path):
-    path, _ = trained["lenet5"]
-    broken = torch.load(path, weights_only=True)
-    broken["state_dict"]["classifier.network.classifier.0.weight"] *= (
-        1e4  # so that tanh gives 1 and -1
-    )
-    broken["state_dict"]["classifier.network.classifier.2.weight"].sign_().mul_(
-        3e38
-    )  # too large to be added up
+def test_a_network_whose_logits_are_nan_is_not_exported(trained, tmp_path):
+    broken = torch.load(trained["lenet5"], weights_only=True)
+    head = "classifier.network.classifier"
+    broken["state_dict"][f"{head}.0.weight"] *= 1e4  # so that tanh gives 1 and -1
+    # Each is finite, but their sums are not.
+    broken["state_dict"][f"{head}.2.weight"].sign_().mul_(3e38)
     torch.save(broken, tmp_path / "best.ckpt")
     with pytest.raises(UserError, match="by nan"):
-        export.export(str(tmp_path / "best.ckpt"), "state_dict")
+        export(str(tmp_path / "best.ckpt"), "state_dict")
     assert [file.name for file in tmp_path.iterdir()] == ["best.ckpt"]
 
 
-def test_what_cannot_be_is_explained(trained, tmp_path, monkeypatch):
-    path, _ = trained["resnet18"]
+def test_a_place_that_a_file_cannot_have_is_refused(trained, tmp_path):
+    checkpoint = str(trained["resnet18"])
     with pytest.raises(UserError, match=r"best.ckpt cannot be the file .* ends in .pth"):
-        export.export(str(path), "state_dict", str(path))
+        export(checkpoint, "state_dict", checkpoint)
     with pytest.raises(UserError, match="cannot be written"):
-        export.export(str(path), "state_dict", str(tmp_path / "gone" / "x.pth"))
+        export(checkpoint, "state_dict", str(tmp_path / "gone" / "x.pth"))
+
+
+def test_a_package_that_is_missing_is_named(trained, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match="pip install onnxscript"):
-        export.export(str(path), "onnx", str(tmp_path / "x.onnx"))
-    checkpoint(tmp_path, backbone="resnet18", small_images=True)
+        export(str(trained["resnet18"]), "onnx", str(tmp_path / "x.onnx"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_the_librarys_network_cannot_take_are_refused(tmp_path):
+    checkpoint = save_checkpoint(tmp_path, backbone="resnet18", small_images=True)
     with pytest.raises(UserError, match=r"was adapted \(conv1: .*torch_export"):
-        export.export(str(tmp_path / "best.ckpt"), "safetensors")
+        export(str(checkpoint), "safetensors")
     assert [file.name for file in tmp_path.iterdir()] == ["best.ckpt"]

@@ -1,4 +1,4 @@
-"""Configurations of `fit`, drawn at random: each trains with what was given, or is refused in a sentence."""
+"""Random configurations of `fit`: each trains with its options, or is refused in a sentence."""
 
 import io
 import math
@@ -7,6 +7,7 @@ import signal
 import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -22,16 +23,11 @@ from cifar_transfer.training.classifier import TransferClassifier
 from cifar_transfer.training.freeze import BackboneFreeze
 from cifar_transfer.training.report import Report
 
-BASE = [
-    "--trainer.accelerator=cpu",
-    "--report.figures=false",
-    "--model.weights=none",
-    "--trainer.logger=false",
-]
-BASE += ["--trainer.enable_checkpointing=false"]
+TINY = ["--trainer.accelerator=cpu", "--report.figures=false", "--model.weights=none"]
+KEEP_NOTHING = ["--trainer.logger=false", "--trainer.enable_checkpointing=false"]
 NETWORKS = ("lenet5", "shufflenet_v2_x0_5")
 # Values that each option takes, and beside which others are combined.
-OPTIONS = {
+OPTIONS: dict[str, tuple[str, ...]] = {
     "seed_everything": ("0", "1", "4294967295"),
     "model.backbone": NETWORKS,
     "model.weights": ("none",),
@@ -101,7 +97,7 @@ OPTIONS = {
     "trainer.profiler": ("null",),
     "trainer.default_root_dir": ("runs", "null"),
 }
-OWN = {  # of each data module
+OPTIONS_OF_DATA: dict[str, dict[str, tuple[str, ...]]] = {
     "ShapesDataModule": {
         "data.task": ("upstream", "downstream"),
         "data.train_images": ("40", "50"),
@@ -115,104 +111,96 @@ OWN = {  # of each data module
     },
     "CIFAR10DataModule": {"data.root": ("cifar",), "data.url": ("null", "http://127.0.0.1:9/x")},
 }
-NASTY = (
-    *(
-        "",
-        " ",
-        "nan",
-        ".nan",
-        "inf",
-        ".inf",
-        "-.inf",
-        "-1",
-        "-0.5",
-        "-0.0",
-        "0",
-        "0.3",
-        "1",
-        "1.0",
-        "1.5",
-        "2",
-        "17",
-    ),
-    *(
-        "1e9",
-        "1e400",
-        "1e-400",
-        "1000000000",
-        "9007199254740993",
-        "18446744073709551616",
-        "-9223372036854775809",
-    ),
-    *(
-        "100000",
-        "4001",
-        "65537",
-        "true",
-        "false",
-        "yes",
-        "null",
-        "None",
-        "none",
-        "foo",
-        "auto",
-        "native",
-        "weights",
-        "*",
-    ),
-    *(
-        "[]",
-        "[1]",
-        "[1, 2]",
-        "[-1]",
-        "[0, 32]",
-        "[nan]",
-        "['a']",
-        "[[]]",
-        "[null]",
-        "{}",
-        "{a: 1}",
-        "{class_path: foo}",
-    ),
-    *(
-        "[[0.5, 0.5, 0.5], [0, 1, 1]]",
-        "[[nan, 0, 0], [1, 1, 1]]",
-        "[[0, 0, 0], [nan, 1, 1]]",
-        "[[a, b, c], [1, 1, 1]]",
-    ),
-    *(
-        "os.system",
-        "../..",
-        "/dev/null",
-        "/dev/null/nowhere",
-        "a\nb",
-        "é",
-        "猫",
-        "%s",
-        "'",
-        '"',
-        "[",
-        "{",
-        ": :",
-        "!!python/object",
-        "&a",
-    ),
-    *(
-        '["("]',
-        '["^nothing$"]',
-        '["network"]',
-        "0x10",
-        "1_000",
-        "010",
-        "1:30",
-        "2020-01-01",
-        "+5",
-        "٣",
-        "1,5",
-        "1e-3 ",
-    ),
+# Texts that are numbers to some, and at the edges of what an option takes.
+NUMBERS = (
+    "nan",
+    ".nan",
+    "inf",
+    ".inf",
+    "-.inf",
+    "-1",
+    "-0.5",
+    "-0.0",
+    "0",
+    "0.3",
+    "1",
+    "1.0",
+    "1.5",
+    "2",
+    "17",
+    "4001",
+    "65537",
+    "100000",
+    "1000000000",
+    "1e9",
+    "1e400",
+    "1e-400",
+    "9007199254740993",
+    "18446744073709551616",
+    "-9223372036854775809",
+    "0x10",
+    "1_000",
+    "010",
+    "1:30",
+    "2020-01-01",
+    "+5",
+    "٣",
+    "1,5",
+    "1e-3 ",
 )
-TEXTS = st.one_of(
+WORDS = (
+    "",
+    " ",
+    "true",
+    "false",
+    "yes",
+    "null",
+    "None",
+    "none",
+    "foo",
+    "auto",
+    "native",
+    "weights",
+    "*",
+    "os.system",
+    "../..",
+    "/dev/null",
+    "/dev/null/nowhere",
+    "a\nb",
+    "é",
+    "猫",
+    "%s",
+    "'",
+    '"',
+    "[",
+    "{",
+    ": :",
+    "!!python/object",
+    "&a",
+)
+COLLECTIONS = (
+    "[]",
+    "[1]",
+    "[1, 2]",
+    "[-1]",
+    "[0, 32]",
+    "[nan]",
+    "['a']",
+    "[[]]",
+    "[null]",
+    "{}",
+    "{a: 1}",
+    "{class_path: foo}",
+    "[[0.5, 0.5, 0.5], [0, 1, 1]]",
+    "[[nan, 0, 0], [1, 1, 1]]",
+    "[[0, 0, 0], [nan, 1, 1]]",
+    "[[a, b, c], [1, 1, 1]]",
+    '["("]',
+    '["^nothing$"]',
+    '["network"]',
+)
+NASTY = (*NUMBERS, *WORDS, *COLLECTIONS)
+ANY_TEXT = st.one_of(
     st.sampled_from(NASTY),
     st.integers(-(2**70), 2**70).map(str),
     st.integers(-3, 40).map(str),
@@ -220,30 +208,67 @@ TEXTS = st.one_of(
     st.floats(-1, 2).map(repr),
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8),
 )
-KINDS = tuple(OWN)
+# Values from which to which an option is valid, but takes more than a test should: memory, or
+# processes.
+TOO_LARGE = {
+    "model.image_size": (100, 4000),
+    "data.decode_size": (100, 4000),
+    "data.train_images": (3000, 10**6),
+    "data.test_images": (3000, 10**6),
+    "data.num_workers": (3, 512),
+    "trainer.devices": (2, math.inf),
+    "trainer.num_nodes": (2, math.inf),
+}
+
+
+class Configuration(NamedTuple):
+    """The name of a data module, and texts of options by their names."""
+
+    data: str
+    options: dict[str, str]
+
+    def arguments(self):
+        """Return a command line, with what the data module needs."""
+        arguments = [f"--data={self.data}"]
+        if "model.backbone" not in self.options:
+            arguments.append("--model.backbone=lenet5")
+        for name, values in OPTIONS_OF_DATA[self.data].items():
+            if name not in self.options:
+                arguments.append(f"--{name}={values[0]}")
+        for name, value in self.options.items():
+            arguments.append(f"--{name}={value}")
+        return arguments
+
+    def is_too_large(self):
+        for name, (low, high) in TOO_LARGE.items():
+            if low <= as_number(self.options.get(name, "null")) <= high:
+                return True
+        return False
+
+
+def as_number(text):
+    """Return the number that YAML reads, to which 1:30 is 90; NaN if it is none."""
+    try:
+        return float(yaml.safe_load(text))
+    except (ValueError, TypeError, yaml.YAMLError):
+        return math.nan
 
 
 @st.composite
 def configurations(draw):
-    """A data module, and options of which some have values that may be anything."""
-    kind = draw(st.sampled_from((*KINDS, "ShapesDataModule", "ShapesDataModule")))
-    known = OPTIONS | OWN[kind]
-    names = draw(st.lists(st.sampled_from(sorted(known)), min_size=1, max_size=5, unique=True))
-    wild = draw(st.sampled_from((1, 1, 1, 0, 2)))
-    values = {
-        name: draw(TEXTS if at < wild else st.sampled_from(known[name]))
-        for at, name in enumerate(names)
-    }
-    return kind, values
+    """A few options, of which none, one or two have values that may be anything."""
+    data = draw(st.sampled_from((*OPTIONS_OF_DATA, "ShapesDataModule", "ShapesDataModule")))
+    values = OPTIONS | OPTIONS_OF_DATA[data]
+    names = draw(st.lists(st.sampled_from(sorted(values)), min_size=1, max_size=5, unique=True))
+    nasty = draw(st.sampled_from((1, 1, 1, 0, 2)))
+    options = {}
+    for number, name in enumerate(names):
+        texts = ANY_TEXT if number < nasty else st.sampled_from(values[name])
+        options[name] = draw(texts)
+    return Configuration(data, options)
 
 
-TRAINER = ("max_epochs", "limit_train_batches", "limit_val_batches", "num_sanity_val_steps")
-TRAINER += (
-    "log_every_n_steps",
-    "accumulate_grad_batches",
-    "gradient_clip_val",
-    "check_val_every_n_epoch",
-)
+CONFIGURATIONS = configurations().filter(lambda configuration: not configuration.is_too_large())
 
 
 class Started(Exception):
@@ -251,112 +276,156 @@ class Started(Exception):
 
 
 @contextmanager
-def seconds(limit):
-    def late(*_):
-        raise TimeoutError(f"no answer after {limit} s")
+def time_limit(seconds):
+    def fail(*_):
+        raise TimeoutError(f"no answer after {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(limit)
+    handler = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
     try:
         yield
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
 
 
-def attempt(kind, values):
-    """What comes of a configuration.
+class Outcome(NamedTuple):
+    """The value that a command returned, or the lines on stderr if it was refused."""
 
-    Returns:
-        The command line's objects if training would begin, or else what is printed on stderr.
-    """
-    first = [f"--data={kind}"] + [
-        f"--{name}={OWN[kind][name][0]}" for name in OWN[kind] if name not in values
-    ]
-    first += [] if "model.backbone" in values else ["--model.backbone=lenet5"]
-    said, cli, status = io.StringIO(), None, None
+    value: object
+    errors: list[str]
+
+
+def run(command):
+    """Call a function as a command. It must end well or be refused, within a minute."""
+    printed = io.StringIO()
     with (
-        redirect_stderr(said),
+        redirect_stderr(printed),
         redirect_stdout(io.StringIO()),
         warnings.catch_warnings(),
-        seconds(60),
+        time_limit(60),
     ):
         warnings.simplefilter("ignore")
         try:
             with one_sentence():
-                cli = FitCLI(
-                    [*BASE, *first, *(f"--{name}={value}" for name, value in values.items())]
-                )
-                cli.trainer.fit(cli.model, cli.datamodule)
-        except Started:
-            pass
+                return Outcome(command(), [])
         except SystemExit as end:
             status = end.code
-    assert status in (None, 2)
-    return said.getvalue() if status else cli
+    assert status == 2
+    return Outcome(None, printed.getvalue().splitlines())
 
 
-def kept(cli, name):
-    """What became of an option; KeyError where no object says so."""
-    where, _, rest = name.partition(".")
-    if where == "data":
-        return operator.attrgetter(rest)(cli.datamodule)
-    if where == "model":
-        return cli.model.hparams[rest]
-    if where == "seed_everything":
+def start_training(configuration):
+    """Return the objects of the command line if training would begin, or else errors."""
+
+    def command():
+        cli = FitCLI([*TINY, *KEEP_NOTHING, *configuration.arguments()])
+        with suppress(Started):
+            cli.trainer.fit(cli.model, cli.datamodule)
+        return cli
+
+    return run(command)
+
+
+def assert_one_sentence(lines, max_chars):
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1, lines
+    assert len(errors[0]) < max_chars
+    assert not any("Traceback" in line for line in lines)
+    return errors[0]
+
+
+# Options of the Trainer that are attributes of it, too.
+TRAINER_ATTRIBUTES = (
+    "max_epochs",
+    "limit_train_batches",
+    "limit_val_batches",
+    "num_sanity_val_steps",
+    "log_every_n_steps",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "check_val_every_n_epoch",
+)
+
+
+def value_of(cli, name):
+    """Return what became of an option.
+
+    Raises:
+        LookupError: No object says so.
+    """
+    group, _, name_in_group = name.partition(".")
+    if group == "data":
+        return operator.attrgetter(name_in_group)(cli.datamodule)
+    if group == "model":
+        return cli.model.hparams[name_in_group]
+    if group == "seed_everything":
         return cli.datamodule.seed
-    if where in ("freeze", "report"):
-        kind = {"freeze": BackboneFreeze, "report": Report}[where]
-        return getattr(
-            next(callback for callback in cli.trainer.callbacks if isinstance(callback, kind)), rest
-        )
-    if rest in TRAINER and not cli.trainer.fast_dev_run:
-        return getattr(cli.trainer, rest)
-    raise KeyError(name)
+    if group in ("freeze", "report"):
+        kind = BackboneFreeze if group == "freeze" else Report
+        for callback in cli.trainer.callbacks:
+            if isinstance(callback, kind):
+                return getattr(callback, name_in_group)
+    if name_in_group in TRAINER_ATTRIBUTES and not cli.trainer.fast_dev_run:
+        return getattr(cli.trainer, name_in_group)
+    raise LookupError(name)
 
 
 def means(text, value):
-    """Whether a text is a way to write a value."""
+    """Return whether a text is a way to write a value."""
     with suppress(yaml.YAMLError, ValueError):
-        read = yaml.safe_load(text)
-        if read == value and isinstance(read, bool) == isinstance(value, bool):
+        loaded = yaml.safe_load(text)
+        if loaded == value and isinstance(loaded, bool) == isinstance(value, bool):
             return True
     if value is None:
         return text.strip() in ("None", "none")
     if isinstance(value, bool):
         return False
     if isinstance(value, int | float):
+        # 1e-3 is text to YAML.
         with suppress(ValueError):
-            return value == float(
-                text.strip(" '").replace(".inf", "inf")
-            )  # also 1e-3, which is text to YAML
+            return value == float(text.strip(" '").replace(".inf", "inf"))
         return False
-    return str(value) in (text, text.strip(" ")) or (
-        isinstance(value, Path) and value == Path(text)
-    )
+    if isinstance(value, Path):
+        return value == Path(text)
+    return str(value) in (text, text.strip(" "))
 
 
-def too_large(values):
-    """Valid, but it would take more memory or processes than a test should."""
+# What null leaves to the data, the weights or Lightning.
+CHOSEN_FOR_NULL = (
+    "model.num_classes",
+    "model.normalize",
+    "trainer.num_sanity_val_steps",
+    "trainer.log_every_n_steps",
+)
+# Values that become others: Lightning's word for all; and ten, the default, is less in a short run.
+REPLACED = {("trainer.num_sanity_val_steps", "-1"), ("trainer.log_every_n_steps", "010")}
 
-    def number(name):
-        try:
-            return float(yaml.safe_load(values.get(name, "null")))  # to which 1:30 is 90
-        except (ValueError, TypeError, yaml.YAMLError):
-            return math.nan
 
-    sizes = {
-        "model.image_size": (100, 4000),
-        "data.decode_size": (100, 4000),
-        "data.train_images": (3000, 10**6),
-    }
-    sizes |= {
-        "data.test_images": (3000, 10**6),
-        "trainer.devices": (2, math.inf),
-        "trainer.num_nodes": (2, math.inf),
-    }
-    sizes |= {"data.num_workers": (3, 512)}
-    return any(low <= number(name) <= high for name, (low, high) in sizes.items())
+def may_become_another_value(name, text):
+    if (name, text) in REPLACED:
+        return True
+    if name in CHOSEN_FOR_NULL or name.startswith("trainer.limit_"):
+        with suppress(yaml.YAMLError):
+            return yaml.safe_load(text) is None
+    return False
+
+
+def assert_trains_as_told_or_is_refused(configuration):
+    outcome = start_training(configuration)
+    if outcome.errors:
+        assert_one_sentence(outcome.errors, max_chars=500)
+        return
+    for name, text in configuration.options.items():
+        if may_become_another_value(name, text):
+            continue
+        with suppress(LookupError):
+            value = value_of(outcome.value, name)
+            assert means(text, value), (name, text, value)
+
+
+def stop_training(module):
+    raise Started
 
 
 @pytest.fixture(scope="module")
@@ -365,47 +434,13 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     write_images(folder / "photos" / "train", 12)
     write_images(folder / "photos" / "test", 3, seed=1)
-    for split, count in (("train", 3), ("test", 1)):
-        write_images(folder / "cifar" / split, count, classes=CLASSES, seed=count)
+    write_images(folder / "cifar" / "train", 3, classes=CLASSES, seed=3)
+    write_images(folder / "cifar" / "test", 1, classes=CLASSES, seed=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("sys.argv", ["fit"])
-        patch.setattr(TransferClassifier, "on_train_start", start)
+        patch.setattr(TransferClassifier, "on_train_start", stop_training)
         yield folder
-
-
-def start(model):
-    raise Started
-
-
-# What null leaves to the data, the weights or Lightning.
-CHOSEN = (
-    "model.num_classes",
-    "model.normalize",
-    "trainer.num_sanity_val_steps",
-    "trainer.log_every_n_steps",
-)
-# Lightning's word for all; and ten, which is the default, is less in a short run.
-OTHERWISE = {("trainer.num_sanity_val_steps", "-1"), ("trainer.log_every_n_steps", "010")}
-
-
-def trains_as_given_or_says_why_not(kind, values):
-    outcome = attempt(kind, values)
-    if isinstance(outcome, str):
-        errors = [line for line in outcome.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1, outcome
-        assert len(errors[0]) < 500
-        assert "Traceback" not in outcome
-        return
-    for name, text in values.items():
-        if name in CHOSEN or name.startswith("trainer.limit_"):
-            with suppress(yaml.YAMLError):
-                if yaml.safe_load(text) is None:
-                    continue  # as the data or the weights have it, or all batches
-        if (name, text) in OTHERWISE:
-            continue
-        with suppress(KeyError):
-            assert means(text, kept(outcome, name)), (name, text, kept(outcome, name))
 
 
 SETTINGS = settings(
@@ -418,87 +453,72 @@ SETTINGS = settings(
 
 
 @settings(SETTINGS, max_examples=40)
-@given(configurations().filter(lambda drawn: not too_large(drawn[1])))
-def test_a_sample_of_configurations(place, drawn):
-    trains_as_given_or_says_why_not(*drawn)
+@given(CONFIGURATIONS)
+def test_a_sample_of_configurations(place, configuration):
+    assert_trains_as_told_or_is_refused(configuration)
 
 
 # What ends a run earlier, or takes longer than a test should.
-SHORT = (
+NOT_TO_THE_END = (
     "trainer.fast_dev_run",
     "trainer.max_epochs",
     "trainer.default_root_dir",
     "model.warmup_epochs",
 )
-KNOWN = {
-    name: texts for name, texts in (OPTIONS | OWN["ShapesDataModule"]).items() if name not in SHORT
-}
+TO_THE_END = OPTIONS | OPTIONS_OF_DATA["ShapesDataModule"]
+for option in NOT_TO_THE_END:
+    del TO_THE_END[option]
 TRAIN_START = TransferClassifier.on_train_start
 
 
 @st.composite
 def many_options(draw):
-    """Of most options a value that it takes."""
-    names = draw(st.lists(st.sampled_from(sorted(KNOWN)), min_size=15, max_size=40, unique=True))
-    return {name: draw(st.sampled_from(KNOWN[name])) for name in names}
+    """Values of many options, each one that the option takes."""
+    names = st.lists(st.sampled_from(sorted(TO_THE_END)), min_size=15, max_size=40, unique=True)
+    options = {}
+    for name in draw(names):
+        options[name] = draw(st.sampled_from(TO_THE_END[name]))
+    return options
 
 
-@settings(
-    SETTINGS, max_examples=12, phases=[Phase.generate]
-)  # to look for a smaller failure takes minutes
-@given(values=many_options())
-def test_a_sample_trains_an_epoch_and_is_tested(place, values):
+# To look for a smaller failure would take minutes.
+@settings(SETTINGS, max_examples=12, phases=[Phase.generate])
+@given(options=many_options())
+def test_a_sample_trains_an_epoch_and_is_tested(place, options):
     """With checkpoints and a logger, to the end of the command."""
-    values = {
-        "model.backbone": "lenet5",
-        "data.train_images": "40",
-        "data.test_images": "10",
-    } | values
-    args = [
-        *BASE[:3],
-        "--data=ShapesDataModule",
-        "--trainer.max_epochs=1",
-        "--trainer.default_root_dir=runs",
-    ]
-    said, outcome, status = io.StringIO(), None, 0
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        redirect_stderr(said),
-        redirect_stdout(io.StringIO()),
-        seconds(60),
-    ):
+    configuration = Configuration("ShapesDataModule", options)
+    end = ["--trainer.max_epochs=1", "--trainer.default_root_dir=runs"]
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TransferClassifier, "on_train_start", TRAIN_START)
-        warnings.simplefilter("ignore")
-        try:
-            with one_sentence():
-                outcome = fit([*args, *(f"--{name}={value}" for name, value in values.items())])
-        except SystemExit as end:
-            status = end.code
-    assert status == (0 if outcome else 2)
-    if outcome is None:
-        errors = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1, said.getvalue()
+        outcome = run(lambda: fit([*TINY, *end, *configuration.arguments()]))
+    if outcome.errors:
+        assert_one_sentence(outcome.errors, max_chars=500)
         return
-    tested = values.get("trainer.limit_test_batches") != "0"
-    assert outcome.scores.keys() == {"best/val_acc", *(["best/test_acc"] if tested else [])}
-    assert all(0 <= score <= 1 for score in outcome.scores.values())
-    assert outcome.best.is_file()
+    expected = {"best/val_acc"}
+    if options.get("trainer.limit_test_batches") != "0":
+        expected.add("best/test_acc")
+    assert outcome.value.scores.keys() == expected
+    assert all(0 <= score <= 1 for score in outcome.value.scores.values())
+    assert outcome.value.best.is_file()
 
 
 @pytest.mark.whole
 @settings(SETTINGS, max_examples=4000)
-@given(configurations().filter(lambda drawn: not too_large(drawn[1])))
-def test_thousands_of_configurations(place, drawn):
-    trains_as_given_or_says_why_not(*drawn)
+@given(CONFIGURATIONS)
+def test_thousands_of_configurations(place, configuration):
+    assert_trains_as_told_or_is_refused(configuration)
 
 
 @pytest.mark.whole
 def test_every_option_with_every_nasty_value(place):
-    for kind, own in OWN.items():
-        for name in own if kind != "ShapesDataModule" else OPTIONS | own:
+    for data, options in OPTIONS_OF_DATA.items():
+        if data == "ShapesDataModule":
+            options = OPTIONS | options
+        for name in options:
             for value in NASTY:
-                if not too_large({name: value}):
-                    trains_as_given_or_says_why_not(kind, {name: value})
+                configuration = Configuration(data, {name: value})
+                if not configuration.is_too_large():
+                    assert_trains_as_told_or_is_refused(configuration)
 
 
 REFUSED = [
@@ -546,9 +566,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)
 def test_what_makes_no_sense_is_refused_before_training(place, name, value):
-    said = attempt("ShapesDataModule", {name: value})
-    assert isinstance(said, str), "it trains"
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert len(errors[0]) < 400
-    assert name.split(".")[-1] in errors[0]
+    outcome = start_training(Configuration("ShapesDataModule", {name: value}))
+    assert outcome.errors, "it trains"
+    error = assert_one_sentence(outcome.errors, max_chars=400)
+    assert name.split(".")[-1] in error

@@ -1,4 +1,4 @@
-"""The package where it is installed, away from the project's folder: built, put into an empty folder, used."""
+"""The package where it is installed, away from the project's folder: built, installed, and used."""
 
 import os
 import shutil
@@ -12,103 +12,91 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_{}(sys.argv[1]))"
+SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
 
 
-def done(command, folder, **environment):
-    environment = (
-        os.environ | {"PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"} | environment
+def output(command, folder, **environment):
+    """Run a command in a folder, and return what it prints."""
+    environment |= {"PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    process = subprocess.run(
+        [str(word) for word in command],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
     )
-    ended = subprocess.run(
-        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
-    return ended.stdout
+    assert process.returncode == 0, f"{command}\n{process.stdout}\n{process.stderr}"
+    return process.stdout
 
 
-def files(folder):
-    found = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
-    return {
-        name: path.read_bytes() for name, path in found.items() if "__pycache__" not in name.parts
-    }
+def contents(folder):
+    """Return the bytes of all files below a folder by their paths, but for compiled ones."""
+    files = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            files[path.relative_to(folder)] = path.read_bytes()
+    return files
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Two folders that nothing else is in: with the wheel, and with what the sdist builds."""
+    """Two folders with nothing but the package: from the wheel, and from the sdist."""
     place = tmp_path_factory.mktemp("place")
+    copy = place / "copy"
     for name in ("cifar_transfer", "configs", "tests"):
-        shutil.copytree(
-            ROOT / name, place / "copy" / name, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, place / "copy")
-    builds = [[sys.executable, "-c", BUILD.format(kind), place] for kind in ("wheel", "sdist")]
-    built = [done(build, place / "copy").split()[-1] for build in builds]
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-index",
-        "--no-build-isolation",
-        "--target",
-    ]
-    for name in built:
-        done([*pip, place / f"from {name}", place / name], place)
-    return [place / f"from {name}" for name in built]
+        shutil.copy(ROOT / name, copy)
+    folders = []
+    for kind in ("wheel", "sdist"):
+        printed = output([sys.executable, "-c", BUILD.format(kind), place], copy)
+        archive = place / printed.split()[-1]
+        folder = place / f"from {kind}"
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
+        output([*pip, "--no-build-isolation", "--target", folder, archive], place)
+        folders.append(folder)
+    return folders
 
 
-def test_wheel_and_sdist_install_the_same_and_all_of_it(installed):
-    wheel, sdist = map(files, installed)
-    recorded = {
-        name: text for name, text in wheel.items() if name.name in ("RECORD", "direct_url.json")
-    }
+def test_wheel_and_sdist_install_the_same(installed):
+    wheel, sdist = (contents(folder) for folder in installed)
     assert wheel.keys() == sdist.keys()
-    assert all(wheel[name] == sdist[name] for name in wheel.keys() - recorded.keys())
-    package = {
-        name.relative_to("cifar_transfer"): text
-        for name, text in wheel.items()
-        if name.parts[0] == "cifar_transfer"
-    }
-    recipes = {
-        name.relative_to("configs"): text
-        for name, text in package.items()
-        if name.parts[0] == "configs"
-    }
-    assert recipes == files(ROOT / "configs")
-    assert {name: text for name, text in package.items() if name.parts[0] != "configs"} == files(
-        ROOT / "cifar_transfer"
-    )
-    assert not any(name.parts[0] == "tests" for name in wheel)
+    for path in wheel:
+        if path.name not in ("RECORD", "direct_url.json"):  # which name the archive
+            assert wheel[path] == sdist[path], path
 
 
-PYTHON, FEW = (
-    [sys.executable, "-m"],
-    [*TINY, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"],
-)
+def test_the_whole_package_is_installed_and_no_tests(installed):
+    package = contents(installed[0] / "cifar_transfer")
+    recipes = contents(installed[0] / "cifar_transfer" / "configs")
+    assert recipes == contents(ROOT / "configs")
+    code = {path: content for path, content in package.items() if path.parts[0] != "configs"}
+    assert code == contents(ROOT / "cifar_transfer")
+    assert not (installed[0] / "tests").exists()
 
 
 @pytest.mark.slow
-def test_it_is_used_from_a_folder_of_its_own(installed, tmp_path):
-    place, program = (
-        {"PYTHONPATH": str(installed[0])},
-        [sys.executable, installed[0] / "bin" / "cifar-transfer"],
-    )
+def test_it_works_in_any_folder(installed, tmp_path):
+    place = {"PYTHONPATH": str(installed[0])}
     where = [sys.executable, "-c", "import cifar_transfer; print(cifar_transfer.__file__)"]
-    assert done(where, tmp_path, **place) == f"{installed[0] / 'cifar_transfer' / '__init__.py'}\n"
-    assert "test accuracy" in done([*program, "fit", "--config", "fast", *FEW], tmp_path, **place)
+    package = installed[0] / "cifar_transfer" / "__init__.py"
+    assert output(where, tmp_path, **place) == f"{package}\n"
+
+    script = [sys.executable, installed[0] / "bin" / "cifar-transfer"]
+    printed = output([*script, "fit", "--config", "fast", *TINY, *SHORT], tmp_path, **place)
+    assert "test accuracy" in printed
     config = (tmp_path / "lightning_logs" / "version_0" / "config.yaml").read_text()
     assert "schedule: linear" in config, "that of the recipe"
+
     Image.new("RGB", (40, 30)).save(tmp_path / "photo.png")
-    assert "photo.png" in done(
-        [*PYTHON, "cifar_transfer", "predict", "photo.png"], tmp_path, **place
-    )
+    module = [sys.executable, "-m", "cifar_transfer"]
+    assert "photo.png" in output([*module, "predict", "photo.png"], tmp_path, **place)
 
 
 @pytest.mark.whole
-def test_the_demo_runs_anywhere(installed, tmp_path):
-    few = [option for option in FEW if not option.startswith("--model.weights")]
-    said = done([*PYTHON, "cifar_transfer", "demo", *few], tmp_path, PYTHONPATH=str(installed[0]))
-    assert "from scratch, 12 epochs" in said
+def test_the_demo_works_in_any_folder(installed, tmp_path):
+    options = [option for option in TINY if not option.startswith("--model.weights")]
+    command = [sys.executable, "-m", "cifar_transfer", "demo", *options, *SHORT]
+    printed = output(command, tmp_path, PYTHONPATH=str(installed[0]))
+    assert "from scratch, 12 epochs" in printed

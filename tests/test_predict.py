@@ -1,4 +1,4 @@
-"""Prediction: which files are found, what is printed, and the same from Python."""
+"""Prediction: which files are taken, what is printed, and the same from Python. Also features."""
 
 import csv
 import io
@@ -11,7 +11,6 @@ from dataclasses import replace
 from itertools import count
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import quiet_trainer, write_images
@@ -20,65 +19,76 @@ from PIL import Image
 from cifar_transfer import Classifier, TransferClassifier
 from cifar_transfer.base.errors import UserError, one_sentence
 from cifar_transfer.commands.embed import main as embed
-from cifar_transfer.commands.predict import main
+from cifar_transfer.commands.predict import main as predict
 from cifar_transfer.data.geometry import to_float
 from cifar_transfer.data.images import read_image
-from cifar_transfer.inference.sources import find
+from cifar_transfer.inference.sources import image_files
 from cifar_transfer.results.plots import DPI
 
 NAMES = ["cat", "飞机", "$5 or $6", "a longer name"]
+BEST = "lightning_logs/version_0/checkpoints/best.ckpt"
+SIZE = (32, 32)
 
 
-def save(model, path):
-    """A checkpoint as Lightning writes it, without training."""
+def save(module, path):
+    """Write a checkpoint as Lightning does, without training."""
     trainer = quiet_trainer()
-    trainer.strategy.connect(model)
+    trainer.strategy.connect(module)
     path.parent.mkdir(parents=True)
     trainer.save_checkpoint(path)
 
 
+def set_size(module, size):
+    """Let a network have been trained on images of a size."""
+    classifier = module.classifier
+    classifier.set_geometry(replace(classifier.geometry, size=size))
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A folder with a run of a LeNet-5 whose predictions differ much from image to image, and images."""
+def place(tmp_path_factory):
+    """A folder with images, and the run of a LeNet-5 that tells them apart."""
     folder = tmp_path_factory.mktemp("predict")
     torch.manual_seed(0)
-    model = TransferClassifier("lenet5", "none", class_names=NAMES)
-    model.network.classifier[-1].weight.data *= 20
-    model.geometry = replace(model.geometry, size=(32, 32))
-    save(model, folder / "lightning_logs" / "version_0" / "checkpoints" / "best.ckpt")
+    module = TransferClassifier("lenet5", "none", class_names=NAMES)
+    module.network.classifier[-1].weight.data *= 20
+    set_size(module, SIZE)
+    save(module, folder / BEST)
     write_images(folder / "photos", 4, size=(50, 40), classes=("b", "a"))
     pixels = np.random.default_rng(1).integers(0, 256, (33, 70, 4), dtype=np.uint8)
-    for name, image in {
+    images = {
         "palette.gif": Image.fromarray(pixels[..., :3]).convert("P"),
         "alpha.png": Image.fromarray(pixels),
         "grey.webp": Image.fromarray(pixels[..., 0]),
         "sixteen.png": Image.fromarray(pixels[..., 0].astype(np.uint16) * 257),
         "cmyk.jpg": Image.fromarray(pixels, mode="CMYK"),
-    }.items():
+    }
+    for name, image in images.items():
         image.save(folder / name)
     (folder / "broken.png").write_bytes((folder / "alpha.png").read_bytes()[:500])
     return folder
 
 
 @pytest.fixture(scope="module")
-def classifier(run):
-    return Classifier.load(
-        run / "lightning_logs" / "version_0" / "checkpoints" / "best.ckpt", "cpu"
-    )
+def classifier(place):
+    return Classifier.load(place / BEST, "cpu")
 
 
 @pytest.fixture
-def here(run, monkeypatch):
-    monkeypatch.chdir(run)
-    return run
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place
 
 
-def found(*names):
-    refused = []
-    return list(find(names, refused.append)), [str(error) for error in refused]
+def files_of(*names):
+    """Return the files that names stand for, and the sentences of errors."""
+    errors = []
+    files = list(image_files(names, errors.append))
+    return files, [str(error) for error in errors]
 
 
-def test_files_folders_patterns_and_lists_are_found(tmp_path, monkeypatch):
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of empty files, which is the current one."""
     monkeypatch.chdir(tmp_path)
     for name in (
         "d/b/2.png",
@@ -95,83 +105,119 @@ def test_files_folders_patterns_and_lists_are_found(tmp_path, monkeypatch):
         path.touch()
     (tmp_path / "d" / "b" / "circle").symlink_to(tmp_path / "d" / "b")
     (tmp_path / "empty").mkdir()
-    folder = ["d/a/x/3.webp", "d/b/1.JPG", "d/b/2.png", "d/z.png"]
-    assert found("d") == (folder, [])
-    assert found("d/*") == ([*folder[:3], "d/labels.txt", "d/z.png"], []), (
-        "as the shell and then a folder"
-    )
-    assert found("d/a/**/*.webp", "[5].png", "gone.png") == (
-        ["d/a/x/3.webp", "[5].png", "gone.png"],
-        [],
-    )
-    assert found("d/a/**") == (["d/a/x/3.webp"], [])
+    return tmp_path
+
+
+def test_a_folder_stands_for_all_images_below_it(folder):
+    files, errors = files_of("d")
+    assert files == ["d/a/x/3.webp", "d/b/1.JPG", "d/b/2.png", "d/z.png"]
+    assert errors == []
+
+
+def test_a_pattern_stands_for_what_a_shell_would_find(folder):
+    files, errors = files_of("d/*")
+    assert files == ["d/a/x/3.webp", "d/b/1.JPG", "d/b/2.png", "d/labels.txt", "d/z.png"]
+    assert errors == []
+    assert files_of("d/a/**/*.webp") == (["d/a/x/3.webp"], [])
+    assert files_of("d/a/**") == (["d/a/x/3.webp"], [])
+
+
+def test_a_file_stands_for_itself_whether_it_exists_or_not(folder):
+    assert files_of("[5].png", "gone.png") == (["[5].png", "gone.png"], [])
+
+
+def test_standard_input_is_a_list_of_names(folder, monkeypatch):
     listed = io.TextIOWrapper(io.BytesIO(b"d/a\r\n\nwith space .png\ncaf\xe9.png\n"))
     monkeypatch.setattr("sys.stdin", listed)
-    assert found("-") == (["d/a/x/3.webp", "with space .png", os.fsdecode(b"caf\xe9.png")], [])
-    paths, refused = found("https://example.org/a.png", "d/*.bmp", "empty", "[5].png")
-    assert paths == ["[5].png"]
-    for part, sentence in zip(
-        ("is a URL.*download it first", "matches no file", "has no images"), refused, strict=True
-    ):
-        assert re.search(part, sentence)
+    files, errors = files_of("-")
+    assert files == ["d/a/x/3.webp", "with space .png", os.fsdecode(b"caf\xe9.png")]
+    assert errors == []
+
+
+def test_a_name_that_stands_for_nothing_is_an_error(folder):
+    files, errors = files_of("https://example.org/a.png", "d/*.bmp", "empty", "[5].png")
+    assert files == ["[5].png"]
+    url, pattern, empty = errors
+    assert re.search("is a URL.*download it first", url)
+    assert "matches no file" in pattern
+    assert "has no images" in empty
 
 
 def test_json_agrees_with_the_network_for_images_of_every_mode(here, classifier, capsys):
-    images = [
+    names = [
         "photos/a/000.png",
         "palette.gif",
         "alpha.png",
         "grey.webp",
         "sixteen.png",
         "cmyk.jpg",
-        "photos",
     ]
-    assert main([*images, "--format=json", "--top_k=9", "--batch_size=3", "--accelerator=cpu"]) == 0
+    options = ["--format=json", "--top_k=9", "--batch_size=3", "--accelerator=cpu"]
+    assert predict([*names, "photos", *options]) == 0
     printed = capsys.readouterr()
     predictions = json.loads(printed.out)
-    assert "lightning_logs/version_0/checkpoints/best.ckpt" in printed.err
-    paths = [*images[:-1], *(f"photos/{c}/{i:03d}.png" for c in "ab" for i in range(4))]
-    assert [prediction["image"] for prediction in predictions] == paths
-    batch = torch.stack([torch.from_numpy(read_image(path, (32, 32))) for path in paths])
+    assert BEST in printed.err
+    files = [*names]
+    for class_name in "ab":
+        files += [f"photos/{class_name}/{number:03d}.png" for number in range(4)]
+    assert [prediction["image"] for prediction in predictions] == files
+
+    images = to_float(torch.stack([torch.from_numpy(read_image(file, SIZE)) for file in files]))
+    module = TransferClassifier.load_from_checkpoint(BEST).eval()
     with torch.no_grad():
-        expected = classifier.model(to_float(batch)).softmax(1)
-        model = TransferClassifier.load_from_checkpoint(
-            "lightning_logs/version_0/checkpoints/best.ckpt"
-        ).eval()
-        assert torch.equal(model(to_float(batch)).softmax(1), expected), "to the bit"
-    assert expected.argmax(1).unique().numel() > 1, "a test that can tell images apart"
+        expected = classifier.model(images).softmax(1)
+        assert torch.equal(module(images).softmax(1), expected), "to the bit"
+    assert expected.argmax(1).unique().numel() > 1, "the images are told apart"
     for prediction, row in zip(predictions, expected, strict=True):
-        assert [p for _, p in prediction["classes"]] == pytest.approx(
-            row.sort(descending=True).values.tolist(), abs=1e-5
-        )
+        shares = [share for _, share in prediction["classes"]]
+        assert shares == pytest.approx(row.sort(descending=True).values.tolist(), abs=1e-5)
         assert prediction["classes"][0][0] == NAMES[int(row.argmax())]
 
 
-def test_table_and_csv_say_what_json_says(here, capsys):
-    printed = {}
-    for kind in ("json", "table", "csv"):
-        assert main(["photos", "--top_k=2", f"--format={kind}"]) == 0
-        printed[kind] = capsys.readouterr().out
-    predictions = json.loads(printed["json"])
-    rows = list(csv.DictReader(io.StringIO(printed["csv"])))
-    assert [
-        (row["image"], int(row["rank"]), row["class"], float(row["probability"])) for row in rows
-    ] == [
-        (prediction["image"], rank, name, share)
-        for prediction in predictions
-        for rank, (name, share) in enumerate(prediction["classes"], 1)
-    ]
-    lines = printed["table"].splitlines()
+@pytest.fixture
+def predicted(here, capsys):
+    """Two classes of each photo, as the JSON has them, and a function for the other formats."""
+
+    def run(kind):
+        assert predict(["photos", "--top_k=2", f"--format={kind}"]) == 0
+        return capsys.readouterr().out
+
+    return json.loads(run("json")), run
+
+
+def test_csv_says_what_json_says(predicted):
+    predictions, run = predicted
+    rows = []
+    for row in csv.DictReader(io.StringIO(run("csv"))):
+        rows.append((row["image"], row["rank"], row["class"], float(row["probability"])))
+    expected = []
+    for prediction in predictions:
+        for rank, (name, share) in enumerate(prediction["classes"], 1):
+            expected.append((prediction["image"], str(rank), name, share))
+    assert rows == expected
+
+
+def test_the_table_says_what_json_says(predicted):
+    predictions, run = predicted
+    lines = run("table").splitlines()
     for line, prediction in zip(lines, predictions, strict=True):
-        assert line.split("%")[-1] == f"  {prediction['image']}"
-        assert [part.split()[-1] for part in line.split("%")[:-1]] == [
-            f"{100 * p:.1f}" for _, p in prediction["classes"]
-        ]
-    wide = [sum(2 if "一" <= c <= "龥" else 1 for c in line.rpartition("%")[0]) for line in lines]
-    assert len(set(wide)) == 1, "columns line up, and a Chinese letter takes two"
+        *classes, file = line.split("%")
+        assert file == f"  {prediction['image']}"
+        shares = [text.split()[-1] for text in classes]
+        assert shares == [f"{100 * share:.1f}" for _, share in prediction["classes"]]
 
 
-def test_what_cannot_be_read_is_named_and_skipped(here, capsys):
+def test_the_columns_of_the_table_line_up(predicted):
+    _, run = predicted
+    widths = set()
+    for line in run("table").splitlines():
+        columns = line.rpartition("%")[0]
+        chinese_letters = re.findall("[一-龥]", columns)
+        widths.add(len(columns) + len(chinese_letters))  # a Chinese letter takes two columns
+    assert len(widths) == 1
+
+
+def test_an_image_that_cannot_be_read_is_named_and_left_out(here, capsys):
     images = [
         "broken.png",
         "photos/a/000.png",
@@ -179,12 +225,10 @@ def test_what_cannot_be_read_is_named_and_skipped(here, capsys):
         "https://example.org/a.png",
         "photos/a/001.png",
     ]
-    assert main([*images, "--format=json", "--batch_size=2"]) == 1
+    assert predict([*images, "--format=json", "--batch_size=2"]) == 1
     printed = capsys.readouterr()
-    assert [prediction["image"] for prediction in json.loads(printed.out)] == [
-        "photos/a/000.png",
-        "photos/a/001.png",
-    ]
+    files = [prediction["image"] for prediction in json.loads(printed.out)]
+    assert files == ["photos/a/000.png", "photos/a/001.png"]
     errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3
     for part in (
@@ -193,46 +237,52 @@ def test_what_cannot_be_read_is_named_and_skipped(here, capsys):
         "example.org/a.png is a URL",
     ):
         assert sum(part in error for error in errors) == 1
-    assert main(["gone.png", "--format=json"]) == 1
+    assert predict(["gone.png", "--format=json"]) == 1
     assert json.loads(capsys.readouterr().out) == []
 
 
-def test_a_list_of_any_length_is_read_only_two_batches_ahead(run, classifier):
+def test_a_list_of_any_length_is_read_only_two_batches_ahead(place, classifier):
     taken = count()
-    endless = (str(run / "alpha.png") for _ in taken)
+    endless = (str(place / "alpha.png") for _ in taken)
     predictions = classifier.stream(endless, batch_size=5)
     for _ in range(11):
         next(predictions)
     assert next(taken) <= 20
 
 
-def test_without_a_checkpoint_the_newest_runs_is_taken(run, tmp_path, monkeypatch, capsys):
+def test_without_a_checkpoint_that_of_the_newest_run_is_taken(place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"--ckpt, or train with python -m cifar_transfer\.fit"):
-        main(["x.png"])
-    for number, age in (("2", 10), ("10", 20), ("9", 30)):
-        path = tmp_path / "lightning_logs" / f"version_{number}" / "checkpoints" / "best.ckpt"
+    with pytest.raises(UserError, match=r"--ckpt, or train with python -m cifar_transfer fit"):
+        predict(["x.png"])
+    for version, age in (("2", 10), ("10", 20), ("9", 30)):
+        path = tmp_path / "lightning_logs" / f"version_{version}" / "checkpoints" / "best.ckpt"
         path.parent.mkdir(parents=True)
-        path.write_bytes(
-            (run / "lightning_logs" / "version_0" / "checkpoints" / "best.ckpt").read_bytes()
-        )
+        path.write_bytes((place / BEST).read_bytes())
         os.utime(path, (1e9 - age, 1e9 - age))
-    assert main([str(run / "alpha.png")]) == 0
+    assert predict([str(place / "alpha.png")]) == 0
     assert "lightning_logs/version_2/checkpoints/best.ckpt" in capsys.readouterr().err
 
 
-def test_one_image_has_one_answer_in_whatever_form_it_comes(run, classifier):
-    pixels = np.asarray(Image.open(run / "photos" / "a" / "000.png"))
+def test_an_image_has_the_same_classes_in_whatever_form_it_comes(place, classifier):
+    path = place / "photos" / "a" / "000.png"
+    pixels = np.asarray(Image.open(path))
     tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-    path = run / "photos" / "a" / "000.png"
     expected = classifier.predict(path)
-    assert [type(part) for part in expected[0]] == [str, float]
+    name, share = expected[0]
+    assert type(name) is str
+    assert type(share) is float
     assert sum(share for _, share in expected) == pytest.approx(1)
-    for image in (str(path), Image.open(path), pixels, tensor, tensor / 255):
+    forms = (str(path), path.read_bytes(), Image.open(path), pixels, tensor, tensor / 255)
+    for image in forms:
         assert classifier.predict(image) == expected
-    several = classifier.predict([run / "alpha.png", pixels], top_k=1)
-    assert [len(row) for row in several] == [1, 1]
-    assert several[1][0] == (expected[0][0], pytest.approx(expected[0][1], abs=1e-5))
+
+
+def test_several_images_have_a_list_each(place, classifier):
+    path = place / "photos" / "a" / "000.png"
+    [(name, share)] = classifier.predict(path, top_k=1)
+    first, second = classifier.predict([place / "alpha.png", path], top_k=1)
+    assert len(first) == 1
+    assert second == [(name, pytest.approx(share, abs=1e-5))]
     assert classifier.predict([]) == []
 
 
@@ -243,6 +293,7 @@ def test_one_image_has_one_answer_in_whatever_form_it_comes(run, classifier):
         (np.zeros((3, 8, 8), np.uint8), r"ndarray uint8 \(3, 8, 8\)"),
         (np.zeros((8, 0, 3), np.uint8), r"\(8, 0, 3\)"),
         (torch.zeros(8, 8, 3), "Tensor torch.float32"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), "Tensor torch.int64"),
         (torch.full((3, 8, 8), 255.0), "floats in"),
         (torch.full((3, 8, 8), float("nan")), "floats in"),
         (7, "not this int"),
@@ -265,32 +316,28 @@ def test_what_is_no_image_is_refused(classifier, image, part):
         (["--explain=alpha.png"], "cannot be made a folder"),
         (["--ckpt=gone.ckpt"], "gone.ckpt does not exist"),
         (["--ckpt=alpha.png"], "cannot be read as a checkpoint"),
+        (["--ckpt=lightning_logs/version_0"], "a run keeps its own in RUN/checkpoints/best.ckpt"),
     ],
 )
-def test_mistakes_get_a_sentence(here, capsys, options, message):
+def test_a_mistake_in_the_options_gets_a_sentence(here, capsys, options, message):
     with pytest.raises(SystemExit, match=r"^2$"), one_sentence():
-        main(["photos", *options])
+        predict(["photos", *options])
     printed = capsys.readouterr()
     assert printed.out == ""
     assert message in printed.err.splitlines()[-1]
 
 
-def test_a_list_comes_in_and_a_reader_may_leave(here, tmp_path):
-    """The command itself, between a file and a pipe."""
-    command = [
-        sys.executable,
-        "-m",
-        "cifar_transfer",
-        "predict",
-        "-",
-        "--format=csv",
-        "--batch_size=2",
-    ]
+def test_whoever_reads_the_output_may_leave(here, tmp_path):
+    """The command itself, between a file with a list and a pipe."""
     (tmp_path / "list").write_text("photos/a/000.png\n" * 100_000)
-    timed = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
+    arguments = ["predict", "-", "--format=csv", "--batch_size=2"]
     with (tmp_path / "list").open() as listed, (tmp_path / "errors").open("w") as errors:
         process = subprocess.Popen(
-            command, stdin=listed, stdout=subprocess.PIPE, stderr=errors, env=timed
+            [sys.executable, "-m", "cifar_transfer", *arguments],
+            stdin=listed,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"},
         )
     with process:
         assert process.stdout.readline() == b"image,rank,class,probability\n"
@@ -298,166 +345,144 @@ def test_a_list_comes_in_and_a_reader_may_leave(here, tmp_path):
     errors = (tmp_path / "errors").read_text()
     assert "Traceback" not in errors
     assert "version_0" in errors
-    imported = {
-        line.rpartition("|")[2].strip()
-        for line in errors.splitlines()
-        if line.startswith("import time:")
-    }
+    imported = set()
+    for line in errors.splitlines():
+        if line.startswith("import time:"):
+            imported.add(line.rpartition("|")[2].strip())
     assert "torchvision" in imported
-    assert not imported & {"lightning", "torchmetrics", "matplotlib", "tensorboard"}, (
-        "which take seconds"
-    )
+    slow = {"lightning", "torchmetrics", "matplotlib", "tensorboard"}
+    assert not imported & slow, "which take seconds"
 
 
-def test_figure_and_heat_maps_are_written(here, tmp_path, capsys):
-    options = [
-        "--top_k=2",
-        f"--figure={tmp_path / 'f.png'}",
-        f"--explain={tmp_path / 'new' / 'maps'}",
-    ]
-    assert main(["photos/a/003.png", "broken.png", "alpha.png", *options]) == 1
-    assert sorted(path.name for path in (tmp_path / "new" / "maps").iterdir()) == [
-        "00001-003.png",
-        "00002-alpha.png",
-    ]
-    for path in (tmp_path / "f.png", *(tmp_path / "new" / "maps").iterdir()):
+def test_a_figure_and_heat_maps_are_drawn(here, tmp_path):
+    figure = tmp_path / "f.png"
+    maps = tmp_path / "new" / "maps"
+    options = ["--top_k=2", f"--figure={figure}", f"--explain={maps}"]
+    assert predict(["photos/a/003.png", "broken.png", "alpha.png", *options]) == 1
+    assert sorted(path.name for path in maps.iterdir()) == ["00001-003.png", "00002-alpha.png"]
+    for path in (figure, *maps.iterdir()):
         with Image.open(path) as picture:
             assert picture.width >= 4 * DPI
             assert np.asarray(picture.convert("L")).std() > 5, "not an empty page"
 
 
+@pytest.mark.parametrize("images", ["photos", "photos/a/000.png"])
+def test_a_figure_does_not_replace_an_image(here, images):
+    image = here / "photos" / "a" / "000.png"
+    before = image.read_bytes()
+    with pytest.raises(UserError, match="is one of the images, and would replace it"):
+        predict([images, f"--figure={image}"])
+    assert image.read_bytes() == before
+
+
 def test_features_are_what_comes_into_the_head(here, classifier, tmp_path, capsys):
     images = ["photos/b", "broken.png", "alpha.png", "gone.png", "photos/a"]
-    files = [tmp_path / "features.npz", tmp_path / "features.parquet"]
-    for file in files:
-        assert embed([*images, f"--out={file}", "--batch_size=3"]) == 1
-    told = capsys.readouterr().err
-    assert all(
-        told.count(part) == 2
-        for part in ("broken.png cannot be decoded", "gone.png does not exist")
-    )
-    names = (
-        [f"photos/b/{i:03d}.png" for i in range(4)]
-        + ["alpha.png"]
-        + [f"photos/a/{i:03d}.png" for i in range(4)]
-    )
-    batch = torch.stack([torch.from_numpy(read_image(name, (32, 32))) for name in names])
-    head, seen = classifier.model.network.classifier[-1], []
-    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    out = tmp_path / "features.npz"
+    assert embed([*images, f"--out={out}", "--batch_size=3"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("broken.png cannot be decoded") == 1
+    assert printed.err.count("gone.png does not exist") == 1
+    assert printed.out == f"9 images, 84 features each: {out}\n"
+
+    names = [f"photos/b/{number:03d}.png" for number in range(4)]
+    names.append("alpha.png")
+    names += [f"photos/a/{number:03d}.png" for number in range(4)]
+    batch = torch.stack([torch.from_numpy(read_image(name, SIZE)) for name in names])
+    head = classifier.model.network.classifier[-1]
+    head_inputs = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: head_inputs.append(inputs[0]))
     with torch.no_grad():
         logits = classifier.model(to_float(batch))
     hook.remove()
-    expected = [NAMES[label] for label in logits.argmax(1).tolist()]
-    with np.load(files[0], allow_pickle=False) as arrays:
+    with np.load(out, allow_pickle=False) as arrays:
         assert sorted(arrays) == ["features", "names", "predicted"]
         assert arrays["names"].tolist() == names
-        assert arrays["predicted"].tolist() == expected
+        assert arrays["predicted"].tolist() == [NAMES[label] for label in logits.argmax(1)]
         assert arrays["features"].dtype == np.float32
-        np.testing.assert_allclose(arrays["features"], seen[0].numpy(), rtol=1e-4, atol=1e-5)
-        columns = pq.read_table(files[1]).to_pydict()
-        assert columns == {
-            name: arrays[name].tolist() for name in ("names", "features", "predicted")
-        }
+        np.testing.assert_allclose(arrays["features"], head_inputs[0], rtol=1e-4, atol=1e-5)
 
 
-def test_the_projector_shows_each_image_among_its_features(here, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("cifar_transfer.commands.embed.PROJECTED", 5)
-    strange = tmp_path / "tab\tand\nline.png"
-    strange.write_bytes((here / "alpha.png").read_bytes())
-    options = [
-        f"--out={tmp_path / 'f.npz'}",
-        f"--projector={tmp_path / 'new' / 'board'}",
-        "--batch_size=2",
-    ]
-    assert embed([str(strange), "broken.png", "photos", *options]) == 1
-    told = capsys.readouterr().out
-    assert f"tensorboard --logdir {tmp_path / 'new' / 'board'}" in told
-    kept = np.load(tmp_path / "f.npz")
-    [points] = (tmp_path / "new" / "board").rglob("tensors.tsv")
-    np.testing.assert_allclose(np.loadtxt(points, delimiter="\t"), kept["features"][:5], rtol=1e-5)
-    heading, *lines = points.with_name("metadata.tsv").read_text().splitlines()
-    assert heading == "class\timage"
-    names = [rf"{tmp_path}/tab\tand\nline.png", *kept["names"][1:5]]
-    assert lines == [f"{c}\t{name}" for c, name in zip(kept["predicted"][:5], names, strict=True)]
-    with Image.open(points.with_name("sprite.png")) as sprite:
-        assert sprite.size == (3 * 32, 3 * 32)
-        shown = np.asarray(sprite)[:32, 32:64]
-    np.testing.assert_allclose(shown, read_image(names[1], (32, 32)).transpose(1, 2, 0), atol=1)
-    config = (tmp_path / "new" / "board" / "projector_config.pbtxt").read_text()
-    assert str(points.relative_to(tmp_path / "new" / "board")) in config
-    with pytest.raises(UserError, match="board is there already: name a new folder"):
-        embed(["photos", *options])
-    with pytest.raises(
-        UserError, match=r"alpha\.png is no folder: name another place with --projector"
-    ):
-        embed(["photos", options[0], f"--projector={here / 'alpha.png' / 'board'}"])
-
-
-def test_the_projector_takes_images_that_are_high(here, tmp_path, classifier):
-    portrait = tmp_path / "runs" / "portrait.ckpt"
-    model = TransferClassifier("lenet5", "none", class_names=NAMES, image_size=32)
-    model.geometry = replace(model.geometry, size=(60, 40))
-    save(model, portrait)
-    options = [
-        f"--out={tmp_path / 'f.npz'}",
-        f"--projector={tmp_path / 'board'}",
-        f"--ckpt={portrait}",
-    ]
-    assert embed(["photos", *options]) == 0
-    [sprite] = (tmp_path / "board").rglob("sprite.png")
-    with Image.open(sprite) as picture:
-        assert picture.size == (3 * 32, 3 * 32)
-        seen = np.asarray(picture)[:32, :32]
-    assert seen[:, :21].std() > 5
-    assert seen[:, 21:].max() == 0
-    with pytest.raises(UserError, match="is there already: name a new folder"):
-        embed(["photos", f"--out={tmp_path / 'e.npz'}", f"--projector={tmp_path / 'e.npz'}"])
-
-
-@pytest.mark.parametrize("images", ["photos", "photos/a/000.png"])
-def test_a_figure_does_not_replace_an_image(here, tmp_path, images):
-    before = (here / "photos" / "a" / "000.png").read_bytes()
-    with pytest.raises(UserError, match="is one of the images, and would replace it"):
-        main([images, f"--figure={here / 'photos' / 'a' / '000.png'}"])
-    assert (here / "photos" / "a" / "000.png").read_bytes() == before
-
-
-def test_a_folder_is_no_checkpoint(here):
-    with pytest.raises(
-        UserError, match=r"version_0 is a folder: a run keeps its own in RUN/checkpoints/best\.ckpt"
-    ):
-        main(["alpha.png", "--ckpt=lightning_logs/version_0"])
-
-
-def test_a_name_that_is_no_text_is_escaped_in_parquet_and_whole_in_npz(here, tmp_path):
+def test_features_of_an_image_whose_name_is_no_text(here, tmp_path):
     image = tmp_path / os.fsdecode(b"caf\xe9.png")
     image.write_bytes((here / "alpha.png").read_bytes())
-    for file in (tmp_path / "f.npz", tmp_path / "f.parquet"):
-        assert embed([str(image), f"--out={file}"]) == 0
-    assert np.load(tmp_path / "f.npz")["names"].tolist() == [str(image)]
-    assert pq.read_table(tmp_path / "f.parquet")["names"].to_pylist() == [
-        f"{tmp_path}/caf\\udce9.png"
-    ]
+    out = tmp_path / "f.npz"
+    assert embed([str(image), f"--out={out}"]) == 0
+    assert np.load(out)["names"].tolist() == [str(image)]
 
 
-def test_features_that_cannot_be_written_are_refused_before_and_what_was_there_stays(
-    here, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("out", ["f.csv", "gone/f.npz", "folder.npz"])
+def test_a_file_for_features_that_cannot_be_written_is_refused_at_once(here, tmp_path, out):
     (tmp_path / "folder.npz").mkdir()
-    for out in ("f.csv", "gone/f.npz", "folder.npz"):
-        with pytest.raises(
-            UserError, match=r"--out .*: name a file that ends in \.npz or \.parquet, in a folder"
-        ):
-            embed(["photos", f"--out={tmp_path / out}", "--ckpt=gone.ckpt"])
-    file = tmp_path / "f.npz"
-    file.write_text("before")
+    message = r"--out .*: name a file that ends in \.npz, in a folder that exists"
+    with pytest.raises(UserError, match=message):
+        embed(["photos", f"--out={tmp_path / out}", "--ckpt=gone.ckpt"])
+
+
+def test_a_file_of_features_stays_if_there_are_no_new_ones(here, tmp_path, monkeypatch):
+    out = tmp_path / "f.npz"
+    out.write_text("before")
     with pytest.raises(UserError, match=r"gone\.ckpt does not exist"):
-        embed(["photos", f"--out={file}", "--ckpt=gone.ckpt"])
-    assert embed(["gone.png", f"--out={file}"]) == 1
+        embed(["photos", f"--out={out}", "--ckpt=gone.ckpt"])
+    assert embed(["gone.png", f"--out={out}"]) == 1
     monkeypatch.setattr(np, "savez", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError, match="division"):
-        embed(["photos", f"--out={file}"])
-    assert file.read_text() == "before"
-    monkeypatch.setattr("cifar_transfer.commands.embed.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install pyarrow, or name a file that ends in \.npz"):
-        embed(["photos", f"--out={tmp_path / 'f.parquet'}"])
+        embed(["photos", f"--out={out}"])
+    assert out.read_text() == "before"
+
+
+def test_the_projector_has_a_point_and_a_picture_for_each_image(
+    here, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("cifar_transfer.inference.embeddings.MAX_PROJECTED_IMAGES", 5)
+    strange = tmp_path / "tab\tand\nline.png"
+    strange.write_bytes((here / "alpha.png").read_bytes())
+    board = tmp_path / "new" / "board"
+    options = [f"--out={tmp_path / 'f.npz'}", f"--projector={board}", "--batch_size=2"]
+    assert embed([str(strange), "broken.png", "photos", *options]) == 1
+    assert f"tensorboard --logdir {board}" in capsys.readouterr().out
+
+    arrays = np.load(tmp_path / "f.npz")
+    [points] = board.rglob("tensors.tsv")
+    features = arrays["features"][:5]
+    np.testing.assert_allclose(np.loadtxt(points, delimiter="\t"), features, rtol=1e-5)
+    config = (board / "projector_config.pbtxt").read_text()
+    assert str(points.relative_to(board)) in config
+
+    heading, *lines = points.with_name("metadata.tsv").read_text().splitlines()
+    assert heading == "class\timage"
+    names = [rf"{tmp_path}/tab\tand\nline.png", *arrays["names"][1:5]]
+    for line, class_name, name in zip(lines, arrays["predicted"][:5], names, strict=True):
+        assert line == f"{class_name}\t{name}"
+
+    with Image.open(points.with_name("sprite.png")) as sprite:
+        assert sprite.size == (3 * 32, 3 * 32)
+        second_picture = np.asarray(sprite)[:32, 32:64]
+    expected = read_image(names[1], SIZE).transpose(1, 2, 0)
+    np.testing.assert_allclose(second_picture, expected, atol=1)
+
+
+def test_the_projectors_folder_must_be_new(here, tmp_path):
+    out = tmp_path / "f.npz"
+    (tmp_path / "board").mkdir()
+    for folder in (tmp_path / "board", out):
+        with pytest.raises(UserError, match="is there already: name a new folder"):
+            embed(["photos", f"--out={out}", f"--projector={folder}"])
+    message = r"alpha\.png is no folder: name another place with --projector"
+    with pytest.raises(UserError, match=message):
+        embed(["photos", f"--out={out}", f"--projector={here / 'alpha.png' / 'board'}"])
+
+
+def test_the_projector_takes_images_that_are_higher_than_wide(here, tmp_path):
+    portrait = tmp_path / "runs" / "portrait.ckpt"
+    module = TransferClassifier("lenet5", "none", class_names=NAMES, image_size=32)
+    set_size(module, (60, 40))
+    save(module, portrait)
+    board = tmp_path / "board"
+    options = [f"--out={tmp_path / 'f.npz'}", f"--projector={board}", f"--ckpt={portrait}"]
+    assert embed(["photos", *options]) == 0
+    [sprite] = board.rglob("sprite.png")
+    with Image.open(sprite) as picture:
+        assert picture.size == (3 * 32, 3 * 32)
+        first_picture = np.asarray(picture)[:32, :32]
+    assert first_picture[:, :21].std() > 5
+    assert first_picture[:, 21:].max() == 0

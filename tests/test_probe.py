@@ -388,7 +388,7 @@ def test_the_checkpoint_has_the_accuracy_of_the_probe(probed, monkeypatch):
     images = ShapesDataModule(train_images=200, test_images=50).load("test")
     classifier = Classifier.load(CHECKPOINT, "cpu")
     predictions = classifier.predict(list(torch.from_numpy(images.pixels(np.arange(50)))))
-    predicted = [classifier.names.index(classes[0][0]) for classes in predictions]
+    predicted = [classifier.class_names.index(classes[0][0]) for classes in predictions]
     assert np.mean(predicted == images.labels) == pytest.approx(result["test"], abs=1e-7)
     assert f"{100 * result['test']:.2f}" in done.stdout
     assert CHECKPOINT in done.stdout

@@ -25,27 +25,28 @@ from PIL import Image
 from test_bad_images import encoded, png_of
 from torch import nn
 
-from cifar_transfer import Classifier, TransferClassifier
+from cifar_transfer import Classifier
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.commands.serve import main
 from cifar_transfer.inference import page
+from cifar_transfer.network.image_classifier import ImageClassifier, NetworkOptions
 
 NAMES = ["<img src=x onerror=alert(1)>red", "蓝色", "green"]
-SEND = {"Content-Type": page.KIND}
+SEND = {"Content-Type": page.CONTENT_TYPE}
 
 
 @pytest.fixture(scope="module")
 def classifier():
     """A network that counts red, blue and green pixels."""
-    model = TransferClassifier(
-        "lenet5", "none", class_names=NAMES, normalize=[[0.0] * 3, [1.0] * 3]
-    ).eval()
+    statistics = [[0.0] * 3, [1.0] * 3]
+    options = NetworkOptions("lenet5", "none", class_names=NAMES, normalize=statistics)
+    model = ImageClassifier(options)
     colour = nn.Conv2d(3, 3, 1, bias=False)
     colour.weight.data = torch.tensor([[4.0, -2, -2], [-2, -2, 4], [-2, 4, -2]])[..., None, None]
     model.network = nn.Sequential(
         colour, nn.ReLU(), nn.AvgPool2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
-    model.geometry = replace(model.geometry, size=(32, 48))
+    model.set_geometry(replace(model.geometry, size=(32, 48)))
     return Classifier(model, "cpu")
 
 
@@ -66,16 +67,14 @@ def server(classifier, run):
 
 
 def ask(server, method, path, body=None, headers=SEND):
-    """Status, headers, and what is said."""
+    """Send a request, and return the status, the headers and the content of the reply."""
     with closing(http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)) as connection:
         connection.request(method, path, body, headers)
         reply = connection.getresponse()
         content = reply.read()
-    return (
-        reply.status,
-        reply.headers,
-        json.loads(content) if reply.headers["Content-Type"].endswith("json") else content,
-    )
+    if reply.headers["Content-Type"].endswith("json"):
+        content = json.loads(content)
+    return reply.status, reply.headers, content
 
 
 def red(size=(60, 40)):
@@ -102,7 +101,7 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("content", IMAGES.values(), ids=IMAGES)
-def test_the_answer_is_that_of_predict_for_the_file(server, classifier, tmp_path, content):
+def test_the_page_gives_the_classes_that_predict_gives(server, classifier, tmp_path, content):
     (tmp_path / "image").write_bytes(content)
     status, _, answer = ask(server, "POST", "/predict", content)
     assert status == 200
@@ -115,7 +114,8 @@ def test_the_answer_is_that_of_predict_for_the_file(server, classifier, tmp_path
     [
         (
             b"",
-            r"The file cannot be decoded as an image \(Pillow knows no such image\): take another one\.",
+            r"The file cannot be decoded as an image \(Pillow knows no such image\): "
+            r"take another one\.",
         ),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", ".*Pillow knows no such image"),
         (IMAGES["png"][:-60], "The file cannot be decoded"),
@@ -123,7 +123,7 @@ def test_the_answer_is_that_of_predict_for_the_file(server, classifier, tmp_path
     ],
     ids=["empty", "SVG", "broken", "huge"],
 )
-def test_what_is_no_image_gets_a_sentence(server, content, sentence):
+def test_a_file_that_is_no_image_gets_a_sentence(server, content, sentence):
     status, _, answer = ask(server, "POST", "/predict", content)
     assert status == 400
     assert re.match(sentence, answer["error"])
@@ -153,14 +153,17 @@ def test_what_is_no_image_gets_a_sentence(server, content, sentence):
         ("POST", "/predict", {**SEND, "Transfer-Encoding": "chunked"}, 411),
     ],
 )
-def test_requests_of_others_and_without_bounds_are_refused_before_they_are_read(
+def test_a_request_of_another_site_or_without_bounds_is_refused_before_it_is_read(
     server, method, path, headers, status
 ):
-    """Nothing is sent after the headers, so that an answer means that nothing more was waited for."""
+    """Nothing is sent after the headers, so a reply means that the server waited for no more."""
+    lines = [f"{method} {path} HTTP/1.1"]
+    for name, value in ({"Host": "127.0.0.1"} | headers).items():
+        lines.append(f"{name}: {value}")
     with socket.create_connection(server.server_address, 30) as connection:
-        lines = [f"{name}: {value}" for name, value in ({"Host": "127.0.0.1"} | headers).items()]
-        connection.sendall("\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode())
-        head, _, body = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
+        reply = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, body = reply.partition(b"\r\n\r\n")
     assert int(head.split()[1]) == status
     assert b"nosniff" in head
     assert bool(body) == (method != "HEAD")
@@ -171,107 +174,126 @@ def test_a_page_of_this_server_may_ask_it(server):
     assert ask(server, "POST", "/predict", IMAGES["png"], SEND | own)[0] == 200
 
 
-def test_an_open_server_takes_any_name_but_no_other_origin(classifier, tmp_path):
+def test_a_server_that_others_can_reach_has_any_name_but_refuses_another_origin(
+    classifier, tmp_path
+):
     with serving(classifier, tmp_path / "run/checkpoints/best.ckpt", "0.0.0.0") as server:
-        assert (
-            ask(server, "GET", "/about", headers={"Host": "gpu7:80", "Origin": "http://gpu7:80"})[0]
-            == 200
-        )
-        assert (
-            ask(
-                server,
-                "GET",
-                "/about",
-                headers={"Host": "gpu7:80", "Origin": "http://evil.example"},
-            )[0]
-            == 403
-        )
+        same_origin = {"Host": "gpu7:80", "Origin": "http://gpu7:80"}
+        assert ask(server, "GET", "/about", headers=same_origin)[0] == 200
+        other_origin = {"Host": "gpu7:80", "Origin": "http://evil.example"}
+        assert ask(server, "GET", "/about", headers=other_origin)[0] == 403
 
 
-def test_nothing_but_the_pages_own_script_and_style_is_allowed(server):
+def test_a_browser_may_use_nothing_but_the_pages_own_script_and_style(server):
     _, headers, content = ask(server, "GET", "/")
     rules = dict(rule.split(" ", 1) for rule in headers["Content-Security-Policy"].split("; "))
-    assert rules["default-src"] == rules["frame-ancestors"] == "'none'"
+    assert rules["default-src"] == "'none'"
+    assert rules["frame-ancestors"] == "'none'"
     for tag in ("script", "style"):
         inline = content.split(f"<{tag}>".encode())[1].split(f"</{tag}>".encode())[0]
-        assert (
-            rules[f"{tag}-src"]
-            == f"'sha256-{base64.b64encode(hashlib.sha256(inline).digest()).decode()}'"
-        )
-    assert not any(word in content for word in (b"http:", b"https:", b"innerHTML"))
+        digest = base64.b64encode(hashlib.sha256(inline).digest()).decode()
+        assert rules[f"{tag}-src"] == f"'sha256-{digest}'"
+    for word in (b"http:", b"https:", b"innerHTML"):
+        assert word not in content
 
 
-def test_slow_clients_do_not_hold_others_up_and_are_cut_off(server, monkeypatch):
-    begun = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: {}\r\nContent-Length: 9\r\n\r\nabc"
+UNFINISHED = (
+    "POST /predict HTTP/1.1\r\n"
+    "Host: localhost\r\n"
+    f"Content-Type: {page.CONTENT_TYPE}\r\n"
+    "Content-Length: 9\r\n"
+    "\r\n"
+    "abc"
+)
+
+
+def free_places(server):
+    """Take all places for connections that are free, and return how many there were."""
+    places = 0
+    while server.places.acquire(timeout=1):
+        places += 1
+    return places
+
+
+def test_slow_clients_do_not_hold_others_up(server):
     slow = [socket.create_connection(server.server_address, 30) for _ in range(5)]
     for connection in slow:
-        connection.sendall(begun.format(page.KIND).encode())
+        connection.sendall(UNFINISHED.encode())
     assert ask(server, "POST", "/predict", IMAGES["png"])[0] == 200
     slow[0].shutdown(socket.SHUT_WR)
     assert b"400" in slow[0].recv(100)
+    for connection in slow:
+        connection.close()
+
+
+def test_a_connection_is_cut_off_after_a_time(server, monkeypatch):
     monkeypatch.setattr(page._Request, "timeout", None)  # so that nothing else ends a connection
-    monkeypatch.setattr(page, "MOST_SECONDS", 0.1)
+    monkeypatch.setattr(page, "MAX_CONNECTION_SECONDS", 0.1)
     with socket.create_connection(server.server_address, 30) as late:
         late.sendall(b"GET / HT")
         assert late.recv(100) == b""
-    monkeypatch.setattr(page, "MOST_SECONDS", 60)
-    for connection in slow:
-        connection.close()
-    places = 0
-    while server.places.acquire(timeout=1):  # each that is left has been given back
-        places += 1
-    assert places == page.MOST_CONNECTIONS
+
+
+def test_one_connection_too_many_is_refused(server):
+    places = free_places(server)
+    assert places == page.MAX_CONNECTIONS, "earlier connections have left their places"
     with socket.create_connection(server.server_address, 30) as one_more:
-        assert one_more.recv(100) == b"", "all are taken"
+        assert one_more.recv(100) == b""
     for _ in range(places):
         server.places.release()
     assert ask(server, "GET", "/")[0] == 200
 
 
-def test_an_address_that_cannot_be_listened_at_is_a_sentence(server, classifier, tmp_path):
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        ("nowhere.invalid", "as --host a name or address of this machine"),
+        (f"{'a' * 64}.example", r"cannot be at port 0 of a{64}.example \(no name\): name another"),
+    ],
+    ids=["unknown", "too long"],
+)
+def test_a_host_that_it_cannot_listen_at_is_an_error(classifier, tmp_path, host, message):
+    with pytest.raises(UserError, match=message):
+        page.Page(tmp_path, classifier, host, 0)
+
+
+def test_a_port_that_is_taken_is_an_error(server, classifier, tmp_path):
     taken = server.server_address[1]
-    with pytest.raises(
-        UserError, match=f"cannot be at port {taken} of 127.0.0.1 .* name another --port, or 0"
-    ):
+    message = f"cannot be at port {taken} of 127.0.0.1 .* name another --port, or 0"
+    with pytest.raises(UserError, match=message):
         page.Page(tmp_path, classifier, "127.0.0.1", taken)
-    with pytest.raises(UserError, match="as --host a name or address of this machine"):
-        page.Page(tmp_path, classifier, "nowhere.invalid", 0)
     with pytest.raises(UserError, match="port is 70000: take 0 to 65535"):
         main(["--port=70000"])
-    with pytest.raises(
-        UserError, match=r"cannot be at port 0 of a{64}.example \(no name\): name another --port"
-    ):
-        page.Page(tmp_path, classifier, f"{'a' * 64}.example", 0)
 
 
-def test_the_command_takes_the_newest_run_and_its_images_and_ctrl_c_ends_it(
-    run, monkeypatch, capfd
-):
-    said, about = io.StringIO(), {}
+def test_the_command_serves_the_newest_run_until_ctrl_c(run, monkeypatch, capfd):
+    printed = io.StringIO()
+    about = {}
 
     def visit():
         try:
-            while not (line := said.getvalue()).endswith("\n"):
+            while not printed.getvalue().endswith("\n"):
                 time.sleep(0.01)
-            with urllib.request.urlopen(f"{line.split()[0]}about", timeout=30) as reply:
+            url = printed.getvalue().split()[0]
+            with urllib.request.urlopen(f"{url}about", timeout=30) as reply:
                 about.update(json.load(reply))
         finally:
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.chdir(run)
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # what runs in the background ignores it
+    # A process in the background may ignore the signal.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with redirect_stdout(said):
+        with redirect_stdout(printed):
             threading.Thread(target=visit).start()
             main(["--port=0", "--accelerator=cpu"])
     finally:
-        signal.signal(signal.SIGINT, before)
-    assert "version_0/checkpoints/best.ckpt" in said.getvalue()
+        signal.signal(signal.SIGINT, handler)
+    assert "version_0/checkpoints/best.ckpt" in printed.getvalue()
     assert about["network"] == "shufflenet_v2_x0_5"
     assert len(about["examples"]) > 2
-    assert all(image.startswith("data:image/png;base64,") for _, image in about["examples"])
+    for _, image in about["examples"]:
+        assert image.startswith("data:image/png;base64,")
     assert capfd.readouterr() == ("", "")
 
 
@@ -288,61 +310,72 @@ def chromium():
     library = pytest.importorskip(
         "playwright.sync_api", reason="playwright, which drives Chromium, is not installed"
     )
-    if not (
-        path := shutil.which("chromium")
-        or shutil.which("chromium-browser")
-        or shutil.which("google-chrome")
-    ):
+    paths = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+    paths = [path for path in paths if path]
+    if not paths:
         pytest.skip("no Chromium is at hand")
     with library.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=paths[0], args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
-def test_a_browser_shows_the_class_of_a_dropped_image_and_a_sentence_for_a_broken_one(
-    chromium, server, monkeypatch
-):
-    shown, addresses, faults = chromium.new_page(), [], []
-    shown.on("request", lambda request: addresses.append(request.url))
-    shown.on("pageerror", lambda fault: faults.append(str(fault)))
-    shown.on("dialog", lambda dialog: faults.append(dialog.message))
+class Visit:
+    """The page in a browser, and what it asks for and complains about."""
 
-    def drop(name, content):
-        shown.evaluate(DROP, [name, base64.b64encode(content).decode()])
-        shown.wait_for_selector("body:not(.busy)")
-        parts = ("name", "error", "classes", "none")
-        return {
-            part: shown.inner_text(f"#{part}") for part in parts if shown.is_visible(f"#{part}")
-        }
+    def __init__(self, browser, server):
+        self.tab = browser.new_page()
+        self.addresses = []
+        self.faults = []
+        self.tab.on("request", lambda request: self.addresses.append(request.url))
+        self.tab.on("pageerror", lambda fault: self.faults.append(str(fault)))
+        self.tab.on("dialog", lambda dialog: self.faults.append(dialog.message))
+        self.tab.goto(server.url)
 
-    shown.goto(server.url)
-    first = drop("<b>car</b>.png", IMAGES["png"])
-    assert first["name"] == "<b>car</b>.png"
-    assert first["classes"].startswith(NAMES[0]), "as text"
-    assert first.keys() == {"name", "classes"}
-    assert (
-        shown.evaluate("document.querySelector('#classes div div').getBoundingClientRect().width")
-        > 20
-    )
-    assert shown.evaluate("[seen.naturalWidth, seen.naturalHeight, heat.naturalWidth]") == [
-        48,
-        32,
-        48,
-    ]
-    broken = drop("broken.png", IMAGES["png"][:-60])
-    assert broken.keys() == {"name", "error"}
-    assert broken["error"].startswith("The file cannot be decoded as an image")
-    assert broken["error"].endswith("take another one.")
+    def drop(self, name, content):
+        """Drop a file, and return the parts of the page that are then visible."""
+        self.tab.evaluate(DROP, [name, base64.b64encode(content).decode()])
+        self.tab.wait_for_selector("body:not(.busy)")
+        visible = {}
+        for part in ("name", "error", "classes", "none"):
+            if self.tab.is_visible(f"#{part}"):
+                visible[part] = self.tab.inner_text(f"#{part}")
+        return visible
 
-    def none(*_):
+
+@pytest.fixture
+def visit(chromium, server):
+    visit = Visit(chromium, server)
+    yield visit
+    assert visit.faults == []
+    for address in visit.addresses:
+        assert address.startswith((server.url, "blob:", "data:"))
+
+
+def test_a_browser_shows_the_class_of_a_dropped_image(visit):
+    visible = visit.drop("<b>car</b>.png", IMAGES["png"])
+    assert visible.keys() == {"name", "classes"}
+    assert visible["name"] == "<b>car</b>.png"
+    assert visible["classes"].startswith(NAMES[0]), "as text"
+    first_bar = "document.querySelector('#classes div div')"
+    assert visit.tab.evaluate(f"{first_bar}.getBoundingClientRect().width") > 20
+    sizes = visit.tab.evaluate("[seen.naturalWidth, seen.naturalHeight, heat.naturalWidth]")
+    assert sizes == [48, 32, 48]
+
+
+def test_a_browser_shows_a_sentence_for_a_broken_image(visit):
+    visible = visit.drop("broken.png", IMAGES["png"][:-60])
+    assert visible.keys() == {"name", "error"}
+    assert visible["error"].startswith("The file cannot be decoded as an image")
+    assert visible["error"].endswith("take another one.")
+
+
+def test_a_browser_shows_why_an_example_has_no_heat_map(visit, monkeypatch):
+    def heat_map(*_):
         raise UserError("There is no heat map of it.")
 
-    monkeypatch.setattr(page, "heat_map", none)
-    shown.locator("#examples button").first.click()
-    shown.wait_for_selector("#result:not([hidden])")
-    assert shown.inner_text("#none") == "There is no heat map of it."
-    assert not shown.is_visible("#heat")
-    assert faults == []
-    assert {address.partition(":")[0] for address in addresses} <= {"http", "blob", "data"}
-    assert all(address.startswith((server.url, "blob:", "data:")) for address in addresses)
+    monkeypatch.setattr(page, "heat_map", heat_map)
+    visit.tab.locator("#examples button").first.click()
+    visit.tab.wait_for_selector("#result:not([hidden])")
+    assert visit.tab.inner_text("#none") == "There is no heat map of it."
+    assert not visit.tab.is_visible("#heat")

@@ -1,4 +1,4 @@
-"""Loss and accuracy of a checkpoint: `python -m cifar_transfer evaluate --ckpt FILE [--split val]`."""
+"""Loss and accuracy of a checkpoint: `python -m cifar_transfer evaluate --ckpt FILE`."""
 
 import os
 import sys
@@ -16,18 +16,20 @@ from cifar_transfer.base import console
 from cifar_transfer.base.files import CONFIG
 from cifar_transfer.cli.parsers import Parser
 from cifar_transfer.data import splits
-from cifar_transfer.data.module import EarlierRun
-from cifar_transfer.results.predictions import FIGURES_FOLDER
+from cifar_transfer.data.module import EarlierRun, ImageDataModule
+from cifar_transfer.results.predictions import FIGURES_FOLDER, Predictions
 from cifar_transfer.training.checkpoint_file import read_checkpoint
 from cifar_transfer.training.collect_predictions import CollectPredictions
 from cifar_transfer.training.evaluation import MirroredAccuracy, evaluate_checkpoint, load_data
 from cifar_transfer.training.final_report import publish_predictions
 from cifar_transfer.training.progress_bar import OneLineProgressBar
 
+Split = Literal["test", "val"]
+
 
 def evaluate(
     ckpt: str,
-    split: Literal["test", "val"] = "test",
+    split: Split = "test",
     root: str | None = None,
     accelerator: str = "auto",
     devices: int = 1,
@@ -46,55 +48,89 @@ def evaluate(
         devices: As in Lightning's Trainer.
         precision: As in Lightning's Trainer.
         mirrored: Also predict from each image and its mirror image together, for twice the time.
-        leave_out: A file of images, as `fit --data.leave_out` takes it: score all images, and also all but these.
-        figures: Draw confusion, reliability and mistakes into the folder `figures` of the checkpoint's run, and into
-            the run's TensorBoard; for a checkpoint outside a run, beside it.
+        leave_out: A file of images, as `fit --data.leave_out` takes it: score all images, and also
+            all but these.
+        figures: Draw confusion, reliability and mistakes into the folder `figures` of the
+            checkpoint's run, and into the run's TensorBoard; for a checkpoint outside a run, beside
+            it.
 
     Returns:
-        `test/loss` and `test/acc`, or `val/loss` and `val/acc`. Where classes are unequal also `test/balanced_accuracy`
-        and `test/macro_f1`, the mean recall and F1 of the classes that have images. With `mirrored` also
-        `test/mirrored_acc`, and with `leave_out` also `test/acc_without`. All but the loss are shares of 1.
+        `test/loss` and `test/acc`, or `val/loss` and `val/acc`. Where classes are unequal also
+        `test/balanced_accuracy` and `test/macro_f1`, the mean recall and F1 of the classes that
+        have images. With `mirrored` also `test/mirrored_acc`, and with `leave_out` also
+        `test/acc_without`. All but the loss are shares of 1.
     """
     console.hush()
     checkpoint = read_checkpoint(ckpt)
-    overrides = {"root": root} if root else {}
-    data = load_data(checkpoint, **overrides | ({"leave_out": None} if leave_out else {}))
+    data = _load_data(ckpt, checkpoint, root, leave_out)
+    collect = CollectPredictions()
+    callbacks: list[Callback] = []
+    if figures or leave_out:
+        callbacks.append(collect)
+    if mirrored:
+        callbacks.append(MirroredAccuracy(data.num_classes))
+    trainer = _trainer(accelerator, devices, precision)
+    scores = evaluate_checkpoint(trainer, ckpt, data, split, callbacks)
+    predictions = collect.predictions  # of all processes, in the first one
+    if predictions is not None and leave_out:
+        rows = splits.rows_left(data.names, leave_out)[split]
+        scores[f"{split}/acc_without"] = float(predictions.correct[rows].float().mean())
+    if trainer.is_global_zero:
+        _print_scores(scores)
+    if predictions is not None and figures:
+        _draw(ckpt, split, predictions, checkpoint["global_step"])
+    return scores
+
+
+def _load_data(
+    ckpt: str, checkpoint: dict[str, Any], root: str | None, leave_out: str | None
+) -> ImageDataModule:
+    """Return the data of a checkpoint's run, split as in the run, with all images."""
+    overrides: dict[str, Any] = {}
+    if root:
+        overrides["root"] = root
+    if leave_out:
+        overrides["leave_out"] = None
+    data = load_data(checkpoint, **overrides)
     data.continue_from(EarlierRun(record=splits.read(ckpt)))
-    collected = CollectPredictions() if figures or leave_out else None
-    given: Any = {
+    return data
+
+
+def _trainer(accelerator: str, devices: int, precision: str) -> Trainer:
+    on_terminal = sys.stdout.isatty()
+    options: dict[str, Any] = {  # which Lightning checks
         "accelerator": accelerator,
         "devices": devices,
         "precision": precision,
-    }  # Lightning checks them
-    given |= {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": (terminal := sys.stdout.isatty()),
     }
-    trainer = Trainer(**given, callbacks=[OneLineProgressBar()] if terminal else [])
-    callbacks: list[Callback] = [collected] if collected else []
-    if mirrored:
-        callbacks.append(MirroredAccuracy(data.num_classes))
-    results = evaluate_checkpoint(trainer, ckpt, data, split, callbacks)
-    if leave_out and collected and collected.predictions:  # of the first process
-        said, rows = collected.predictions, splits.rows_left(data.names, leave_out)[split]
-        results[f"{split}/acc_without"] = float(
-            (said.predicted == said.labels)[rows].float().mean()
-        )
-    if trainer.is_global_zero:
-        for name, value in results.items():
-            print(f"{name} {value:.4f}" if name.endswith("loss") else f"{name}  {value:.2%}")
-        if collected and collected.predictions and figures:
-            folder = Path(ckpt).absolute().parent
-            run = folder.parent if (folder.parent / CONFIG).is_file() else None
-            with SummaryWriter(str(run)) if run else nullcontext() as board:
-                publish_predictions(
-                    run or folder, split, collected.predictions, board, checkpoint["global_step"]
-                )
-            print(f"figures  {os.path.relpath(run or folder)}/{FIGURES_FOLDER}/{split}-*.png")
-    return results
+    return Trainer(
+        **options,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=on_terminal,
+        callbacks=[OneLineProgressBar()] if on_terminal else [],
+    )
+
+
+def _print_scores(scores: dict[str, float]) -> None:
+    for name, value in scores.items():
+        if name.endswith("loss"):
+            print(f"{name} {value:.4f}")
+        else:
+            print(f"{name}  {value:.2%}")
+
+
+def _draw(ckpt: str, split: Split, predictions: Predictions, step: int) -> None:
+    """Draw predictions into the folder of the checkpoint's run, or else beside the checkpoint."""
+    folder = Path(ckpt).absolute().parent
+    is_in_run = (folder.parent / CONFIG).is_file()
+    if is_in_run:
+        folder = folder.parent
+    with SummaryWriter(str(folder)) if is_in_run else nullcontext() as board:
+        publish_predictions(folder, split, predictions, board, step)
+    print(f"figures  {os.path.relpath(folder)}/{FIGURES_FOLDER}/{split}-*.png")
 
 
 def main(args: Sequence[str]) -> None:
     """Parse the options and evaluate."""
-    auto_cli(evaluate, args=[*args], as_positional=False, parser_class=Parser)
+    auto_cli(evaluate, args=list(args), as_positional=False, parser_class=Parser)

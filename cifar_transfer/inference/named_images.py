@@ -1,4 +1,4 @@
-"""What the commands that look at images share: which images, by which checkpoint, and what cannot be read."""
+"""What `predict` and `embed` share: the images that a command line names, and their checkpoint."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,56 +11,35 @@ from cifar_transfer.base.errors import UserError
 from cifar_transfer.cli.parsers import Parser
 from cifar_transfer.data.images import MAX_MEGAPIXELS
 from cifar_transfer.inference.predictor import Classifier
-from cifar_transfer.inference.sources import find
+from cifar_transfer.inference.sources import image_files
 from cifar_transfer.results.predictions import ImagePrediction
 from cifar_transfer.training.checkpoint_file import newest_checkpoint
 
 
-class NamedImages:
-    """The images that a command line names, and the checkpoint that looks at them.
-
-    Attributes:
-        refused: How many could not be read; each is named on stderr.
-
-    Raises:
-        UserError: An unfit checkpoint or option.
-    """
-
-    def __init__(self, options: Namespace) -> None:
-        if options.ckpt is None:
-            options.ckpt = newest_checkpoint()
-            print(f"The newest run's checkpoint: {options.ckpt}", file=sys.stderr)
-        self.options, self.refused = options, 0
-        self.classifier = Classifier.load(options.ckpt, options.accelerator, options.max_megapixels)
-
-    def predictions(self, top_k: int) -> Iterator[ImagePrediction]:
-        """As of `Classifier.stream`."""
-        sources = find(self.options.images, self._refuse)
-        return self.classifier.stream(sources, top_k, self.options.batch_size, self._refuse)
-
-    def _refuse(self, error: UserError) -> None:
-        self.refused += 1
-        tqdm.write(f"error: {error}", file=sys.stderr)
-
-    def shown(
-        self, predictions: Iterable[ImagePrediction], printed: bool
-    ) -> Iterator[ImagePrediction]:
-        """Pass predictions on with a bar on the terminal, unless they are `printed` there, which is progress enough."""
-        names = self.options.images
-        hidden = not sys.stderr.isatty() or (printed and sys.stdout.isatty())
-        total = None if hidden or "-" in names else sum(1 for _ in find(names, lambda error: None))
-        yield from tqdm(predictions, total=total, unit=" images", delay=2, disable=hidden)
-
-
 def add_options(parser: Parser) -> None:
-    """Have a parser know the options of `NamedImages`."""
-    add = parser.add_argument
-    images = "Files, folders, patterns ('photos/**/*.jpg'); - reads them from standard input, one a line."
-    add("images", nargs="+", metavar="IMAGE", help=images)
-    add("--ckpt", help="Checkpoint; without, the best of the newest run in lightning_logs/.")
-    add("--batch_size", type=int, default=64, help="Images that the network sees at once.")
-    add("--accelerator", default="auto", help="auto takes a GPU where there is one; cpu, gpu.")
-    add(
+    """Add the options of `NamedImages` to a parser."""
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="Files, folders, patterns ('photos/**/*.jpg'); "
+        "- reads them from standard input, one a line.",
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="Images that the network sees at once."
+    )
+    add_classifier_options(parser)
+
+
+def add_classifier_options(parser: Parser) -> None:
+    """Add the options of `Classifier.load` to a parser."""
+    parser.add_argument(
+        "--ckpt", help="Checkpoint; without, the best of the newest run in lightning_logs/."
+    )
+    parser.add_argument(
+        "--accelerator", default="auto", help="auto takes a GPU where there is one; cpu, gpu."
+    )
+    parser.add_argument(
         "--max_megapixels",
         type=float,
         default=MAX_MEGAPIXELS,
@@ -68,9 +47,77 @@ def add_options(parser: Parser) -> None:
     )
 
 
-def check_file(option: str, path: Path, *endings: str) -> None:
-    """Refuse, by a `UserError`, a file to write that has another ending or no folder."""
-    if path.suffix not in endings or not path.parent.is_dir() or path.is_dir():
+class NamedImages:
+    """The images that a command line names, and the classifier that looks at them.
+
+    Args:
+        options: Options of `add_options`.
+
+    Attributes:
+        ckpt: The checkpoint.
+        classifier: The classifier of the checkpoint.
+        num_predicted: How many images were predicted so far.
+        num_unreadable: How many could not be read so far. Each is named on stderr.
+
+    Raises:
+        UserError: The checkpoint or an option is unfit.
+    """
+
+    def __init__(self, options: Namespace) -> None:
+        if options.ckpt is None:
+            self.ckpt = newest_checkpoint()
+            print(f"The newest run's checkpoint: {self.ckpt}", file=sys.stderr)
+        else:
+            self.ckpt = Path(options.ckpt)
+        self.classifier = Classifier.load(self.ckpt, options.accelerator, options.max_megapixels)
+        self.num_predicted = 0
+        self.num_unreadable = 0
+        self._names = options.images
+        self._batch_size = options.batch_size
+
+    def predictions(self, top_k: int) -> Iterator[ImagePrediction]:
+        """Yield a prediction for each image that can be read, with up to `top_k` classes."""
+        files = image_files(self._names, self._report)
+        for prediction in self.classifier.stream(files, top_k, self._batch_size, self._report):
+            self.num_predicted += 1
+            yield prediction
+
+    def _report(self, error: UserError) -> None:
+        self.num_unreadable += 1
+        tqdm.write(f"error: {error}", file=sys.stderr)
+
+    def with_progress(
+        self, predictions: Iterable[ImagePrediction], printed: bool
+    ) -> Iterator[ImagePrediction]:
+        """Yield predictions with a progress bar on stderr, if that is a terminal.
+
+        Args:
+            predictions: The predictions.
+            printed: Whether they are printed. On a terminal that is progress enough.
+        """
+        hidden = not sys.stderr.isatty() or (printed and sys.stdout.isatty())
+        total = None if hidden else self._count()
+        yield from tqdm(predictions, total=total, unit=" images", delay=2, disable=hidden)
+
+    def _count(self) -> int | None:
+        """Return the number of named files; None if they are listed on standard input."""
+        if "-" in self._names:
+            return None
+        return sum(1 for _ in image_files(self._names, lambda error: None))
+
+
+def check_output_file(option: str, path: Path, ending: str) -> None:
+    """Refuse a file to write that has another ending, or whose folder does not exist.
+
+    Args:
+        option: The option that names the file.
+        path: The file.
+        ending: The ending that it must have, such as ".png".
+
+    Raises:
+        UserError: The file is refused.
+    """
+    if path.suffix != ending or not path.parent.is_dir() or path.is_dir():
         raise UserError(
-            f"{option} {path}: name a file that ends in {' or '.join(endings)}, in a folder that exists."
+            f"{option} {path}: name a file that ends in {ending}, in a folder that exists."
         )

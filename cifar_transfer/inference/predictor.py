@@ -1,8 +1,8 @@
-"""A trained checkpoint as a function from images to names: `Classifier.load(CHECKPOINT).predict(IMAGE)`."""
+"""A trained checkpoint as a function from images to names of classes, see `Classifier`."""
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice, pairwise
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,24 +19,24 @@ from cifar_transfer.results.predictions import ImagePrediction
 from cifar_transfer.training.checkpoint_file import load_classifier
 
 Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor
-Prediction = tuple[str, float]
-Refuse = Callable[[UserError], object]
+ClassShare = tuple[str, float]  # the name of a class and its probability
+Batch = list[tuple[Picture, Future[np.ndarray]]]  # pictures, and their pixels once they are decoded
 
 
 class Classifier:
-    """A trained network with its classes' names.
+    """A trained network that classifies pictures of any size.
 
     Args:
-        model: As `load_classifier` gives it; put into eval mode, on the device.
-        accelerator: "auto" for a GPU where there is one, "gpu" (or its kind, "cuda", "mps"), or "cpu".
-        max_megapixels: A file of more million pixels is refused, before it is decoded.
+        model: The trained network. It is put into eval mode, on the device.
+        accelerator: "auto" for a GPU if there is one, "gpu" (or its kind, "cuda", "mps"), or "cpu".
+        max_megapixels: A file with more million pixels is refused before it is decoded.
 
     Attributes:
-        names: Of the classes, in the order of the network's outputs.
-        size: Height and width in pixels of the images trained on, to which each image is brought.
+        class_names: Names of the classes, in the order of the network's outputs.
+        size: Height and width in pixels to which each picture is brought, those of training.
 
     Raises:
-        UserError: There is no such accelerator, or a limit that is not positive.
+        UserError: There is no such accelerator, or the limit is not positive.
 
     Example::
 
@@ -53,35 +53,46 @@ class Classifier:
         check("max_megapixels", max_megapixels, lambda x: x > 0, "a positive number")
         self.max_megapixels = max_megapixels
         self.model = model.eval().to(_device(accelerator))
-        self.names: list[str] = model.class_names
+        self.class_names = model.class_names
         self.size = model.geometry.size
 
     @classmethod
     def load(
         cls, ckpt: str | Path, accelerator: str = "auto", max_megapixels: float = MAX_MEGAPIXELS
     ) -> "Classifier":
-        """That of a checkpoint of `fit`; a `UserError` says that it is missing, damaged or none."""
+        """Load the classifier of a checkpoint.
+
+        Args:
+            ckpt: A checkpoint of `fit`.
+            accelerator: As for `Classifier`.
+            max_megapixels: As for `Classifier`.
+
+        Raises:
+            UserError: The file is missing, damaged or not a checkpoint of this project.
+        """
         return cls(load_classifier(ckpt), accelerator, max_megapixels)
 
     @overload
-    def predict(self, images: Picture, top_k: int = 5) -> list[Prediction]: ...
+    def predict(self, images: Picture, top_k: int = 5) -> list[ClassShare]: ...
     @overload
     def predict(
         self, images: list[Any] | tuple[Any, ...], top_k: int = 5
-    ) -> list[list[Prediction]]: ...
-    def predict(self, images: Any, top_k: int = 5) -> list[Prediction] | list[list[Prediction]]:
-        """The likeliest classes of one image or of several, each resized to cover `size` and the centre cut out.
+    ) -> list[list[ClassShare]]: ...
+    def predict(self, images: Any, top_k: int = 5) -> list[ClassShare] | list[list[ClassShare]]:
+        """Return the likeliest classes of one picture or of several.
+
+        Each picture is resized to cover `size`, and its centre is cut out.
 
         Args:
-            images: A file, or the bytes in one, a PIL image of any mode, a uint8 array [H, W, 3], a tensor [3, H, W] of
-                uint8 or of floats in [0, 1], all RGB; or a list of these.
-            top_k: How many classes to give, or all if there are fewer.
+            images: A file, the bytes of a file, a PIL image of any mode, a uint8 array [H, W, 3],
+                or a tensor [3, H, W] of uint8 or of floats in [0, 1], all RGB; or a list of these.
+            top_k: Number of classes to return, if there are so many.
 
         Returns:
-            Names with probabilities in [0, 1], the likeliest first; for a list, such a list for each image.
+            Names with probabilities in [0, 1], the likeliest first. For a list, a list of these.
 
         Raises:
-            UserError: Anything else, or a file that is no image.
+            UserError: A picture is of another kind, or a file cannot be read as an image.
         """
         if isinstance(images, list | tuple):
             return [prediction.classes for prediction in self.stream(images, top_k)]
@@ -92,85 +103,127 @@ class Classifier:
         images: Iterable[Picture],
         top_k: int = 5,
         batch_size: int = 64,
-        refuse: Refuse | None = None,
+        on_error: Callable[[UserError], object] | None = None,
     ) -> Iterator[ImagePrediction]:
-        """Predictions in the order of the images, however many these are: two batches are in memory.
+        """Yield predictions in the order of the pictures. Two batches are in memory at a time.
 
         Args:
-            images: As in `predict`, with `top_k`.
-            batch_size: Images that the network sees at once.
-            refuse: Called with the reason for an image that cannot be read, which is then left out.
+            images: Pictures as for `predict`; there may be any number of them.
+            top_k: Number of classes to return, if there are so many.
+            batch_size: Number of pictures that the network sees at once.
+            on_error: Called with the error of a picture that cannot be read, which is then left
+                out. None raises the error.
 
         Raises:
-            UserError: `top_k` or `batch_size` is less than 1; or, without `refuse`, an image that cannot be read.
+            UserError: `top_k` or `batch_size` is less than 1, or see `on_error`.
         """
-        for name, value in (("top_k", top_k), ("batch_size", batch_size)):
-            check(name, value, lambda n: n >= 1, "1 or more")
+        check("top_k", top_k, lambda n: n >= 1, "1 or more")
+        check("batch_size", batch_size, lambda n: n >= 1, "1 or more")
+        images = iter(images)
         with ThreadPoolExecutor(cores()) as pool:
-            reading = (
-                (image, pool.submit(_pixels, image, self.size, self.max_megapixels))
-                for image in images
-            )
-            batches = iter(lambda: list(islice(reading, batch_size)), [])
-            # Threads decode the next batch while the network looks at this one.
-            for batch, _ in pairwise(chain(batches, [[]])):
-                sources, shown = [], []
-                for source, future in batch:
-                    try:
-                        shown.append(future.result())
-                        sources.append(source)
-                    except UserError as error:
-                        if refuse is None:
-                            raise
-                        refuse(error)
-                if shown:
-                    yield from map(
-                        ImagePrediction, sources, shown, self._classes(np.stack(shown), top_k)
-                    )
+            batch = self._start_decoding(pool, images, batch_size)
+            while batch:
+                # Threads decode the next batch while the network looks at this one.
+                next_batch = self._start_decoding(pool, images, batch_size)
+                yield from self._predict_batch(batch, top_k, on_error)
+                batch = next_batch
+
+    def _start_decoding(
+        self, pool: ThreadPoolExecutor, images: Iterator[Picture], batch_size: int
+    ) -> Batch:
+        batch = []
+        for image in islice(images, batch_size):
+            batch.append((image, pool.submit(_decode, image, self.size, self.max_megapixels)))
+        return batch
+
+    def _predict_batch(
+        self, batch: Batch, top_k: int, on_error: Callable[[UserError], object] | None
+    ) -> Iterator[ImagePrediction]:
+        sources = []
+        arrays = []
+        for source, future in batch:
+            try:
+                pixels = future.result()
+            except UserError as error:
+                if on_error is None:
+                    raise
+                on_error(error)
+                continue
+            sources.append(source)
+            arrays.append(pixels)
+        if arrays:
+            classes = self._likeliest_classes(np.stack(arrays), top_k)
+            yield from map(ImagePrediction, sources, arrays, classes)
 
     @torch.inference_mode()
-    def _classes(self, pixels: np.ndarray, top_k: int) -> list[list[Prediction]]:
+    def _likeliest_classes(self, pixels: np.ndarray, top_k: int) -> list[list[ClassShare]]:
         images = to_float(torch.from_numpy(pixels).to(self.model.device))
-        best = self.model(images).softmax(1).topk(min(top_k, len(self.names)))
-        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [[(self.names[i], share) for i, share in zip(*row, strict=True)] for row in rows]
+        probabilities = self.model(images).softmax(1)
+        shares, labels = probabilities.topk(min(top_k, len(self.class_names)))
+        rows = []
+        for row_labels, row_shares in zip(labels.tolist(), shares.tolist(), strict=True):
+            names = [self.class_names[label] for label in row_labels]
+            rows.append(list(zip(names, row_shares, strict=True)))
+        return rows
 
 
-def _pixels(image: Picture, size: Size, max_megapixels: float) -> np.ndarray:
-    """Any picture as uint8 [3, H, W] of a size, RGB."""
+def _decode(image: Picture, size: Size, max_megapixels: float) -> np.ndarray:
+    """Return any picture as uint8 [3, H, W] of a size, RGB."""
     if isinstance(image, str | Path | bytes):
         return read_image(image, size, max_megapixels)
-    given = image
-    if isinstance(image, Tensor) and image.ndim == 3 and len(image) == 3:
-        image = image.detach().cpu()
-        if image.is_floating_point() and bool(((image >= 0) & (image <= 1)).all()):
-            image = (255 * image).round().byte()
-        if image.dtype == torch.uint8:
-            image = image.permute(1, 2, 0).numpy()
-    if (
-        isinstance(image, np.ndarray)
-        and image.dtype == np.uint8
-        and image.shape[2:] == (3,)
-        and image.size
-    ):
-        image = Image.fromarray(np.ascontiguousarray(image))
-    if isinstance(image, Image.Image):
-        return to_pixels(image, size)
-    what = [
-        type(given).__name__,
-        *(str(getattr(given, part)) for part in ("dtype", "shape") if hasattr(given, part)),
-    ]
-    raise UserError(
-        f"An image is a path, a PIL image, a uint8 array [H, W, 3] or a tensor [3, H, W] of uint8 or of floats in "
-        f"[0, 1], not this {' '.join(what)}."
+    if isinstance(image, Tensor):
+        picture = _from_tensor(image)
+    elif isinstance(image, np.ndarray):
+        picture = _from_array(image)
+    elif isinstance(image, Image.Image):
+        picture = image
+    else:
+        picture = None
+    if picture is None:
+        raise _not_a_picture(image)
+    return to_pixels(picture, size)
+
+
+def _from_tensor(image: Tensor) -> Image.Image | None:
+    """Return a tensor [3, H, W] of uint8 or of floats in [0, 1] as a PIL image, else None."""
+    if image.ndim != 3 or len(image) != 3:
+        return None
+    image = image.detach().cpu()
+    if image.is_floating_point():
+        if not bool(((image >= 0) & (image <= 1)).all()):
+            return None
+        image = (255 * image).round().byte()
+    return _from_array(image.permute(1, 2, 0).numpy())
+
+
+def _from_array(image: np.ndarray) -> Image.Image | None:
+    """Return a uint8 array [H, W, 3] as a PIL image, else None."""
+    if image.dtype != np.uint8 or image.shape[2:] != (3,) or image.size == 0:
+        return None
+    return Image.fromarray(np.ascontiguousarray(image))
+
+
+def _not_a_picture(image: Any) -> UserError:
+    words = [type(image).__name__]
+    for attribute in ("dtype", "shape"):
+        if hasattr(image, attribute):
+            words.append(str(getattr(image, attribute)))
+    return UserError(
+        "An image is a path, a PIL image, a uint8 array [H, W, 3] or a tensor [3, H, W] of uint8 "
+        f"or of floats in [0, 1], not this {' '.join(words)}."
     )
 
 
 def _device(accelerator: str) -> torch.device:
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found and accelerator in ("auto", "gpu", found.type):
-        return found
+    """Return the device of an accelerator's name.
+
+    Raises:
+        UserError: There is no such accelerator.
+    """
+    available = torch.accelerator.current_accelerator(check_available=True)
+    if available and accelerator in ("auto", "gpu", available.type):
+        return available
     if accelerator in ("auto", "cpu"):
         return torch.device("cpu")
-    kinds = f"auto, cpu or {found.type}" if found else "auto, cpu"
-    raise UserError(f"There is no accelerator {accelerator!r} here: take {kinds}.")
+    choices = f"auto, cpu or {available.type}" if available else "auto, cpu"
+    raise UserError(f"There is no accelerator {accelerator!r} here: take {choices}.")

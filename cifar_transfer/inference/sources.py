@@ -1,4 +1,4 @@
-"""Image files as a command line names them: files, folders, patterns, and `-` for a list on standard input."""
+"""Image files as a command line names them: files, folders, patterns, and `-` for a list."""
 
 import glob
 import os
@@ -12,45 +12,56 @@ from cifar_transfer.data.images import EXTENSIONS, images_below
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
-def find(names: Iterable[str], refuse: Callable[[UserError], None]) -> Iterator[str]:
-    """The files behind names, found while they are asked for, so that a list may be endless.
+def image_files(names: Iterable[str], on_error: Callable[[UserError], None]) -> Iterator[str]:
+    """Yield the files that names stand for, while they are asked for: a list may be endless.
 
     Args:
-        names: Files, taken as they are, even if they do not exist; folders, for all images anywhere below them, sorted;
-            patterns with `*`, `?`, `[...]` and `**`, for shells that do not expand them; "-" for names on standard
-            input, one a line.
-        refuse: Called with the reason where a name stands for nothing.
+        names: Files, which need not exist; folders, for all images anywhere below them, sorted;
+            patterns with `*`, `?`, `[...]` and `**`, for shells that do not expand them; "-" for
+            names on standard input, one a line.
+        on_error: Called with the reason if a name stands for nothing.
     """
     for name in names:
         if name == "-":
-            # In bytes, because a file's name need not be text.
-            lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
-            yield from find((line for line in lines if line.strip()), refuse)
+            yield from image_files(_names_on_stdin(), on_error)
         elif _URL.match(name):
-            refuse(
+            on_error(
                 UserError(
-                    f"{name} is a URL, and only files are read: download it first, and name the file."
+                    f"{name} is a URL, and only files are read: "
+                    "download it first, and name the file."
                 )
             )
         elif os.path.isdir(name):
-            path = None
-            for path in images_below(name, refuse):
-                yield path
-            if path is None:
-                refuse(
-                    UserError(
-                        f"{name} has no images, not below it either ({' '.join(EXTENSIONS)})."
-                    )
-                )
+            yield from _in_folder(name, on_error)
         elif glob.has_magic(name) and not os.path.lexists(name):
-            # `**` has matched what is in the folders that it matched.
-            matches = [
-                m
-                for m in glob.iglob(name, recursive=True)
-                if "**" not in name or not os.path.isdir(m)
-            ]
-            if not matches:
-                refuse(UserError(f"{name} matches no file."))
-            yield from find(sorted(matches), refuse)
+            yield from image_files(_matches(name, on_error), on_error)
         else:
             yield name
+
+
+def _names_on_stdin() -> Iterator[str]:
+    for line in sys.stdin.buffer:  # bytes, because the name of a file need not be text
+        name = os.fsdecode(line.rstrip(b"\r\n"))
+        if name.strip():
+            yield name
+
+
+def _in_folder(folder: str, on_error: Callable[[UserError], None]) -> Iterator[str]:
+    is_empty = True
+    for path in images_below(folder, on_error):
+        is_empty = False
+        yield path
+    if is_empty:
+        endings = " ".join(EXTENSIONS)
+        on_error(UserError(f"{folder} has no images, not below it either ({endings})."))
+
+
+def _matches(pattern: str, on_error: Callable[[UserError], None]) -> list[str]:
+    """Return the files and folders that match a pattern, sorted."""
+    matches = sorted(glob.iglob(pattern, recursive=True))
+    if "**" in pattern:
+        # It also matches what is in the folders.
+        matches = [match for match in matches if not os.path.isdir(match)]
+    if not matches:
+        on_error(UserError(f"{pattern} matches no file."))
+    return matches

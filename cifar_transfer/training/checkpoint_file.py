@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from cifar_transfer.base.errors import UserError, first_line
 from cifar_transfer.base.files import LOGS
@@ -90,9 +91,9 @@ def load_classifier(path: str | Path) -> ImageClassifier:
         classifier = ImageClassifier.from_description(
             NetworkDescription.from_checkpoint(checkpoint)
         )
-        state = {}
-        for name, value in checkpoint["state_dict"].items():
-            state[name.removeprefix(CLASSIFIER_PREFIX)] = value
+        state = checkpoint["state_dict"]
+        # It keeps the state's metadata, without which MNASNet takes no weights.
+        consume_prefix_in_state_dict_if_present(state, CLASSIFIER_PREFIX)
         classifier.load_state_dict(state)
     except UserError:
         raise

@@ -1,0 +1,95 @@
+"""Predictions for images as text: a table for people, JSON or CSV for programs.
+
+Each function yields text as soon as there is a prediction, so that memory does not grow.
+"""
+
+import csv
+import io
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from cifar_transfer.base.text import printable
+from cifar_transfer.results.predictions import ImagePrediction
+
+# Characters that steer a terminal, and that JSON leaves as they are.
+CONTROL_CHARACTERS = re.compile("[\x7f-\x9f]")
+# A cell that begins so may be run as a formula: https://owasp.org/www-community/attacks/CSV_Injection
+FORMULA_STARTS = ("=", "+", "-", "@")
+Format = Callable[[Iterable[ImagePrediction], Sequence[str]], Iterator[str]]
+
+
+def as_table(predictions: Iterable[ImagePrediction], class_names: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each image: classes with probabilities in columns, then the image.
+
+    Args:
+        predictions: Predictions.
+        class_names: Names of all classes. The columns are as wide as the longest.
+    """
+    shown_names = {name: printable(name) for name in class_names}
+    width = max(_terminal_columns(name) for name in shown_names.values())
+    for prediction in predictions:
+        columns = []
+        for name, share in prediction.classes:
+            shown_name = shown_names[name]
+            padding = " " * (width - _terminal_columns(shown_name))
+            columns.append(f"{padding}{shown_name} {share:6.1%}")
+        columns.append(printable(str(prediction.source)))
+        yield "  ".join(columns) + "\n"
+
+
+def _terminal_columns(text: str) -> int:
+    """Return how many columns of a terminal a text takes: Chinese letters two, accents none."""
+    columns = 0
+    for character in text:
+        if unicodedata.combining(character):
+            continue
+        is_wide = unicodedata.east_asian_width(character) in "WF"
+        columns += 2 if is_wide else 1
+    return columns
+
+
+def as_json(predictions: Iterable[ImagePrediction], class_names: Sequence[str]) -> Iterator[str]:
+    """Yield one array with a line for each image.
+
+    A line is `{"image": FILE, "classes": [[NAME, PROBABILITY], ...]}`.
+    """
+    is_first = True
+    for prediction in predictions:
+        classes = [(name, round(share, 6)) for name, share in prediction.classes]
+        line = json.dumps({"image": prediction.source, "classes": classes}, ensure_ascii=False)
+        line = CONTROL_CHARACTERS.sub(_json_escape, line)
+        yield f"[\n{line}" if is_first else f",\n{line}"
+        is_first = False
+    yield "[]\n" if is_first else "\n]\n"
+
+
+def _json_escape(match: re.Match[str]) -> str:
+    return f"\\u{ord(match[0]):04x}"
+
+
+def as_csv(predictions: Iterable[ImagePrediction], class_names: Sequence[str]) -> Iterator[str]:
+    """Yield a heading, and a row for each class of each image."""
+    yield _csv_lines([("image", "rank", "class", "probability")])
+    for prediction in predictions:
+        image = _csv_cell(prediction.source)
+        rows = []
+        for rank, (name, share) in enumerate(prediction.classes, 1):
+            rows.append((image, str(rank), _csv_cell(name), f"{share:.6f}"))
+        yield _csv_lines(rows)
+
+
+def _csv_lines(rows: Iterable[Sequence[str]]) -> str:
+    lines = io.StringIO()
+    csv.writer(lines, lineterminator="\n").writerows(rows)
+    return lines.getvalue()
+
+
+def _csv_cell(text: str) -> str:
+    """Return a text in one line, with a quote before what a spreadsheet would run as a formula."""
+    line = printable(text)
+    return f"'{line}" if line.startswith(FORMULA_STARTS) else line
+
+
+FORMATS: dict[str, Format] = {"table": as_table, "json": as_json, "csv": as_csv}
