@@ -1,3 +1,5 @@
+"""Augmentation of a batch: each operation and their distribution, compared with torchvision's."""
+
 from dataclasses import replace
 from itertools import permutations
 
@@ -33,7 +35,7 @@ OFF = {
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small tensors gain nothing from threads, and lose much where other programs want the cores."""
+    """Small tensors gain nothing from threads, and lose much if other programs use the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -41,7 +43,10 @@ def one_thread():
 
 
 def pictures(count: int, height: int = 32, width: int = 32, darkest: int = 0) -> Tensor:
-    """Different colour gradients with an off-centre rectangle and a little noise, uint8 [count, 3, H, W]."""
+    """Return colour gradients with an off-centre rectangle and a little noise.
+
+    All are different; uint8 [count, 3, H, W].
+    """
     generator = torch.Generator().manual_seed(7)
     y = torch.linspace(0, 1, height)[:, None]
     x = torch.linspace(0, 1, width)
@@ -55,7 +60,7 @@ def pictures(count: int, height: int = 32, width: int = 32, darkest: int = 0) ->
 
 
 def parameters(count: int, **changes: Tensor) -> Parameters:
-    """Parameters that change nothing, but for `changes`."""
+    """Return parameters that change nothing, but for `changes`."""
     nothing = Parameters(
         shift=torch.zeros(count, 2, dtype=torch.int64),
         flip=torch.zeros(count, dtype=torch.bool),
@@ -68,14 +73,13 @@ def parameters(count: int, **changes: Tensor) -> Parameters:
 
 
 def crop(image: Tensor, down: int, right: int, mode: str) -> Tensor:
-    """What torchvision cuts out of an image padded by 4, this far below and right of its middle."""
-    return functional.crop(
-        functional.pad(image, [4], padding_mode=mode), 4 + down, 4 + right, *image.shape[1:]
-    )
+    """Return what torchvision cuts out of an image padded by 4, off its middle."""
+    padded = functional.pad(image, [4], padding_mode=mode)
+    return functional.crop(padded, 4 + down, 4 + right, *image.shape[1:])
 
 
 def one_by_one(images: Tensor, given: Parameters, mode: str = "constant") -> Tensor:
-    """What torchvision makes of each image, one operation after the other."""
+    """Return what torchvision makes of each image, one operation after the other."""
     results = []
     for k, image in enumerate(images.float() / 255):
         image = crop(image, *given.shift[k].tolist(), mode)
@@ -262,7 +266,7 @@ def test_seed_decides():
 
 
 def test_nothing_is_read_back_from_the_device():
-    # A tensor on "meta" has no values, so that to read one, which on a GPU means to wait for it, is an error.
+    # A tensor on "meta" has no values: to read one, which on a GPU means to wait, is an error.
     images = torch.empty(16, 3, 32, 32, dtype=torch.uint8, device="meta")
     assert Augment()(images).device.type == "meta"
 
@@ -317,7 +321,10 @@ def test_strong_factors_are_not_negative():
 
 
 def describe(images: Tensor) -> dict[str, Tensor]:
-    """Numbers of each image that between them feel every operation; images float [B, 3, H, W]."""
+    """Return figures of each image, of which each operation changes some.
+
+    Images are float [B, 3, H, W].
+    """
     red, green, blue = images.unbind(1)
     black = (images.amax(1) < 4 / 255).float()
     half = images.shape[-1] // 2
@@ -338,7 +345,10 @@ def describe(images: Tensor) -> dict[str, Tensor]:
 
 
 def distance(first: Tensor, second: Tensor) -> float:
-    """The Kolmogorov-Smirnov statistic: the largest difference between two samples' distribution functions."""
+    """Return the Kolmogorov-Smirnov statistic.
+
+    It is the largest difference between the distribution functions of two samples.
+    """
     both = torch.cat((first, second)).sort().values
     shares = [
         torch.searchsorted(sample.sort().values, both, right=True) / len(sample)
@@ -350,7 +360,7 @@ def distance(first: Tensor, second: Tensor) -> float:
 def test_results_are_distributed_as_torchvisions():
     torch.manual_seed(10)
     count = 1500
-    # One picture over and over, so that all that differs is the augmentation, and no black but what it brings.
+    # One picture over and over, so that only the augmentation differs, without black of its own.
     picture = pictures(1, darkest=40)
     pipeline = transforms.Compose(
         [
@@ -375,7 +385,7 @@ def test_results_are_distributed_as_torchvisions():
             name
         )
         assert distance(result[name], expected[name]) < bound, name
-    # The comparison can tell: without one of the operations, some number is distributed otherwise.
+    # Without any one of the operations, some figure is distributed otherwise.
     for name in OFF:
         without = describe(Augment(**{name: 0})(images))
         assert max(distance(without[key], expected[key]) for key in expected) > bound, name

@@ -1,4 +1,4 @@
-"""Files that are no images, images as they come from phones and scanners, folders as people keep them."""
+"""Damaged files, images as phones and scanners write them, and folders as people keep them."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.text import printable
 from cifar_transfer.commands.fit import fit
 from cifar_transfer.commands.predict import main
-from cifar_transfer.data import exact_duplicates as duplicates
+from cifar_transfer.data import exact_duplicates
 from cifar_transfer.data.images import MAX_MEGAPIXELS, images_below, read_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -32,14 +32,14 @@ FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
 
 
 def encoded(image, kind, **options):
-    """The image as a file's bytes."""
+    """Return the image as the bytes of a file."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
 def png_of(width, height):
-    """The beginning of a PNG file that claims to be so large; what follows would be its pixels."""
+    """Return the beginning of a PNG file that claims a size, without its pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     ends = struct.pack(">I", zlib.crc32(header)) + struct.pack(">I", 1000) + b"IDAT" + b"x" * 1000
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + ends
@@ -67,16 +67,18 @@ UNREADABLE = {
 def test_a_file_that_is_no_image_is_named_in_one_sentence(tmp_path, content):
     path = tmp_path / "cat.jpg"
     path.write_bytes(content)
-    said = rf"^{re.escape(str(path))} cannot be decoded as an image .*mend or remove it\.$"
-    with pytest.raises(UserError, match=said) as error:
+    message = rf"^{re.escape(str(path))} cannot be decoded as an image .*mend or remove it\.$"
+    with pytest.raises(UserError, match=message) as error:
         read_image(path)
     assert str(error.value).count(str(path)) == 1
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_whatever_is_wrong_with_a_file_it_is_an_image_or_a_sentence(tmp_path, kind):
-    """A hundred damaged files: bytes flipped, cut out, doubled, zeroed."""
-    whole, chance, refused = encoded(PHOTO, kind), random.Random(0), []
+def test_a_damaged_file_is_decoded_or_refused_in_a_sentence(tmp_path, kind):
+    """A hundred damaged files: bytes are replaced, cut out, doubled or zeroed."""
+    whole = encoded(PHOTO, kind)
+    chance = random.Random(0)
+    refused = []
     for _ in range(100):
         content = bytearray(whole)
         for _ in range(chance.randint(1, 4)):
@@ -94,7 +96,7 @@ def test_whatever_is_wrong_with_a_file_it_is_an_image_or_a_sentence(tmp_path, ki
             refused.append(str(error))
         else:
             assert (image.shape, image.dtype) == ((3, 32, 32), np.uint8)
-    assert len(refused) > 3, "damage that damages"
+    assert len(refused) > 3, "some of the damage matters"
     assert all(message.startswith(str(path)) for message in refused)
 
 
@@ -111,7 +113,7 @@ def test_the_contents_tell_the_format_not_the_name(tmp_path):
     assert np.array_equal(read_image(tmp_path / "a.jpg").transpose(1, 2, 0), PIXELS)
 
 
-def test_cmyk_sixteen_bit_and_animations_are_read_for_what_they_show(tmp_path):
+def test_cmyk_sixteen_bit_images_and_animations_are_read_as_they_look(tmp_path):
     frames = [PHOTO, PHOTO.rotate(180)]
     sixteen = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)
     for name, content, wanted, close in (
@@ -145,7 +147,7 @@ def test_cmyk_sixteen_bit_and_animations_are_read_for_what_they_show(tmp_path):
 
 
 def turned(orientation):
-    """An image as a camera held otherwise stores it, whose upright form is `PHOTO`, and the note of that."""
+    """Return `PHOTO` as a camera that is held otherwise stores it, and its EXIF data."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # numbers of Pillow's Transpose
@@ -164,7 +166,7 @@ def test_images_are_turned_upright_in_training_and_prediction(tmp_path, kind):
     images = ready(tmp_path, val_fraction=0.5).load("train")
     seen = images.__getitems__([2, *range(3, 10)])[0].numpy().transpose(0, 2, 3, 1).astype(int)
     assert np.abs(seen - np.asarray(PHOTO)).max() <= (8 if kind == "JPEG" else 0)
-    classifier = Classifier(TransferClassifier("lenet5", "none"), "cpu")
+    classifier = Classifier(TransferClassifier("lenet5", "none").classifier, "cpu")
     given = Image.open(tmp_path / "train" / "cat" / "6.png")
     shown = [
         next(classifier.stream([image])).pixels
@@ -178,7 +180,7 @@ def test_images_are_turned_upright_in_training_and_prediction(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_an_exif_that_cannot_be_read_says_nothing(tmp_path, kind):
+def test_an_exif_that_cannot_be_read_is_ignored(tmp_path, kind):
     for number, exif in enumerate(
         (b"rubbish", b"MM\0*\xff\xff\xff\xff", b"II*\0\x08\0\0\0\x09\0\x12")
     ):
@@ -196,28 +198,23 @@ def test_a_decompression_bomb_is_refused_undecoded_and_the_limit_can_be_raised(t
             match=rf"{side}\.png has more than 100 million pixels: .*raise max_megapixels",
         ):
             read_image(path)
-        with pytest.raises(
-            UserError, match="cannot be decoded"
-        ):  # it was tried, and there is nothing in it
+        with pytest.raises(UserError, match="cannot be decoded"):  # there are no pixels in it
             read_image(path, max_megapixels=401)
-        with pytest.raises(
-            UserError, match="has more than 100 million"
-        ):  # somebody else's limit is not ours
+        with pytest.raises(UserError, match="has more than 100 million"):  # the limit is back
             read_image(path)
     assert MAX_MEGAPIXELS == 100
     write_images(tmp_path / "train", 3, size=(50, 40))
     with pytest.raises(UserError, match=r"train/cat/000\.png has more than 0\.001 million pixels"):
         ready(tmp_path, max_megapixels=0.001)
     assert len(ready(tmp_path, max_megapixels=0.002).load("train")) == 6
-    small = Classifier(TransferClassifier("lenet5", "none"), "cpu", max_megapixels=0.001)
+    small = Classifier(TransferClassifier("lenet5", "none").classifier, "cpu", max_megapixels=0.001)
     with pytest.raises(UserError, match="max_megapixels"):
         small.predict(tmp_path / "train" / "cat" / "000.png")
 
 
 def test_an_image_of_one_row_is_not_blown_up(tmp_path):
-    Image.new("RGB", (60_000, 1), "red").save(
-        tmp_path / "row.png"
-    )  # in full it would become 3 thousand million pixels
+    # Enlarged as a whole it would have 3 thousand million pixels.
+    Image.new("RGB", (60_000, 1), "red").save(tmp_path / "row.png")
     assert read_image(tmp_path / "row.png", (224, 224)).reshape(3, -1).mean(1).tolist() == [
         255,
         0,
@@ -280,14 +277,14 @@ def test_a_class_without_images_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["cached", "on the fly"])
-def test_images_in_training_and_test_alike_are_counted(tmp_path, monkeypatch, where):
-    monkeypatch.setattr(duplicates, "BEGINNING", 64)  # of files as small as these
+def test_images_in_both_training_and_test_are_counted(tmp_path, monkeypatch, where):
+    monkeypatch.setattr(exact_duplicates, "BEGINNING_BYTES", 64)  # because the files are small
     write_images(tmp_path / "train", 8)
     write_images(tmp_path / "test", 8, seed=1)
     for number in (2, 5, 6):
         content = (tmp_path / "train" / "cat" / f"00{number}.png").read_bytes()
         (tmp_path / "test" / "dog" / f"00{number}.png").write_bytes(content)
-    for split in ("train", "test"):  # of one size, and different at the end only
+    for split in ("train", "test"):  # two files of one size that differ at their end only
         content = bytearray(encoded(Image.fromarray(PIXELS).resize((32, 32)), "BMP"))
         content[-1] = split == "test"
         (tmp_path / split / "cat" / "x.bmp").write_bytes(content)
@@ -297,10 +294,10 @@ def test_images_in_training_and_test_alike_are_counted(tmp_path, monkeypatch, wh
             UserWarning, match="3 of 17 test images are also among those of training"
         ) as seen:
             ready(tmp_path, **options)
-        said = [str(warning.message) for warning in seen if "among those" in str(warning.message)]
-        assert len(said) == 1
-        assert f"{tmp_path}/test/dog/002.png is {tmp_path}/train/cat/002.png; " in said[0]
-        assert said[0].count("train/cat") == 2
+        messages = [str(warning.message) for warning in seen]
+        (message,) = [message for message in messages if "among those" in message]
+        assert f"{tmp_path}/test/dog/002.png is {tmp_path}/train/cat/002.png; " in message
+        assert message.count("train/cat") == 2
 
 
 STRANGE = (
@@ -317,7 +314,7 @@ STRANGE = (
 
 
 def predicted(*options):
-    """What `predict` writes to its standard output, which takes any name as its own does."""
+    """Return what `predict` writes to standard output, in which any name can be written."""
     written = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
     with redirect_stdout(written):
         main(["my photos/test", *options])

@@ -1,10 +1,11 @@
-"""Decoded images on disk: damaged, unwritable, without room, and wanted by two processes at once."""
+"""The cache of decoded images: damaged, unwritable, on a full disk, and shared by two processes."""
 
 import ctypes
 import os
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from cifar_transfer import ImageFolderDataModule
 from cifar_transfer.data.cache import CACHE_FOLDER, cached
 from cifar_transfer.data.images import ArrayImages
 
-# Sets up a data module on the folder `photos`, and prints whether images are decoded anew each time, and their sum.
+# Sets up a data module on the folder `photos`, and prints whether its images are decoded each time
+# that they are read, and the sum of their pixels.
 SETUP = """
 import sys, warnings
 from cifar_transfer import ImageFolderDataModule
@@ -30,7 +32,7 @@ print(train.on_the_fly, int(train.__getitems__(range(len(train)))[0].sum()))
 
 
 def start(folder, before="", **options):
-    """The above, in a process of its own."""
+    """Start `SETUP` in a process of its own."""
     environment = os.environ | options.pop("env", {})
     code = SETUP.format(before=before)
     return subprocess.Popen(
@@ -58,9 +60,15 @@ def ready(root):
     return data.load("train")
 
 
-def everything(images):
+def all_images(images):
+    """Return a copy of all pixels and labels."""
     pixels, labels = images.__getitems__(range(len(images)))
     return pixels.numpy().copy(), labels.numpy().copy()
+
+
+def assert_equal_images(images, expected):
+    assert np.array_equal(images[0], expected[0])
+    assert np.array_equal(images[1], expected[1])
 
 
 def flip(at):
@@ -115,28 +123,27 @@ DAMAGE = {
 def test_a_damaged_cache_is_noticed_and_made_again(tmp_path, monkeypatch, ending, damage):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "train", 10)
-    whole = everything(ready(tmp_path))
+    whole = all_images(ready(tmp_path))
     (path,) = (tmp_path / CACHE_FOLDER).glob(f"*.{ending}")
     stamp = os.stat(path)
     damage(path)
-    if path.exists():  # as if by the disk, not by a program
+    if path.exists():  # damaged by the disk, which does not change the time
         os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     with pytest.warns(UserWarning, match="are damaged, and are made again"):
-        again = everything(ready(tmp_path))
-    assert all(np.array_equal(*pair) for pair in zip(whole, again, strict=True))
+        made_again = all_images(ready(tmp_path))
+    assert_equal_images(made_again, whole)
     assert not (tmp_path / "bomb-went-off").exists()
-    assert all(
-        np.array_equal(*pair) for pair in zip(whole, everything(ready(tmp_path)), strict=True)
-    )
+    with warnings.catch_warnings(action="error"):
+        assert_equal_images(all_images(ready(tmp_path)), whole)
 
 
 def test_every_byte_before_the_pixels_may_be_damaged(tmp_path):
-    """None of them ends otherwise than in the images as they are."""
+    """Whichever byte of the header is damaged, the images are right."""
     array = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8), dtype=np.uint8)
     labels = np.arange(4)
     for at in range(128):
         images = cached(tmp_path, "x", 0, lambda: ArrayImages(array, labels))
-        assert np.array_equal(everything(images)[0], array), at
+        assert np.array_equal(all_images(images)[0], array), at
         (path,) = (tmp_path / CACHE_FOLDER).glob("*.npy")
         flip(at)(path)
 
@@ -145,19 +152,19 @@ def test_every_byte_before_the_pixels_may_be_damaged(tmp_path):
 def test_without_room_for_the_cache_images_are_decoded_on_the_fly(tmp_path):
     write_images(tmp_path / "photos" / "train", 40)  # 80 * 3072 bytes
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
-    on_the_fly, total, said = finish(start(tmp_path, full))
+    on_the_fly, total, stderr = finish(start(tmp_path, full))
     assert on_the_fly
-    assert "not cached but decoded anew in each epoch" in said
-    assert "File too large" in said
-    left = sorted(path.name for path in (tmp_path / "photos" / CACHE_FOLDER).iterdir())
-    assert left in ([], ["train.lock"])
+    assert "not cached but decoded anew in each epoch" in stderr
+    assert "File too large" in stderr
+    remaining = sorted(path.name for path in (tmp_path / "photos" / CACHE_FOLDER).iterdir())
+    assert remaining in ([], ["train.lock"])
     with_room = ready(tmp_path / "photos")
     assert not with_room.on_the_fly
-    assert everything(with_room)[0].sum() == total
+    assert all_images(with_room)[0].sum() == total
 
 
 def without_privileges():
-    """Also root is then bound by the modes of files, from the next program on."""
+    """Have the modes of files bind root too, from the next program on."""
     ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
 
 
@@ -171,15 +178,15 @@ def test_a_folder_that_cannot_be_written_is_read(tmp_path, home):
     for path in (folder / "photos", folder / "home"):
         path.chmod(0o777 if path.name == "home" and home == "writable" else 0o555)
     env = {"XDG_CACHE_HOME": str(folder / "home"), "HOME": str(folder / "home")}
-    on_the_fly, _, said = finish(start(folder, env=env, preexec_fn=without_privileges))
+    on_the_fly, _, stderr = finish(start(folder, env=env, preexec_fn=without_privileges))
     assert on_the_fly == (home == "read-only")
-    assert ("neither photos nor the user's cache can be written" in said) == (home == "read-only")
+    assert ("neither photos nor the user's cache can be written" in stderr) == (home == "read-only")
     assert bool(list((folder / "home").rglob("train-*.npy"))) == (home == "writable")
     assert not (folder / "photos" / CACHE_FOLDER).exists()
 
 
 @pytest.mark.slow
-def test_of_two_processes_one_decodes(tmp_path):
+def test_only_one_of_two_processes_decodes(tmp_path):
     write_images(tmp_path / "photos" / "train", 60)
     witness = """
 write = cache._write
@@ -187,7 +194,7 @@ def witnessed(*args):
     with open("decodes", "a") as file:
         file.write("one\\n")
     import time
-    time.sleep(0.5)  # for the other to come
+    time.sleep(0.5)  # until the other process waits
     write(*args)
 cache._write = witnessed
 """

@@ -1,4 +1,4 @@
-"""A network is not continued or evaluated on classes of other names or in another order: its labels would be wrong."""
+"""A run is not continued or evaluated on other classes: the labels would be wrong."""
 
 import shutil
 
@@ -42,8 +42,8 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, trained):
-    """A copy of it, in which the cats are called pumas, so that the dogs come first."""
+def renamed(tmp_path, monkeypatch, trained):
+    """A copy of it, whose cats are called pumas, so that the dogs come first."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     for split in ("train", "test"):
@@ -55,18 +55,18 @@ BOTH = "other classes than the network was trained for: the network cat, dog; th
 
 
 @pytest.mark.parametrize("how", [f"--resume={RUN}", f"--ckpt_path={BEST}"])
-def test_a_run_does_not_continue_with_other_classes(here, how):
-    with untouched(here / RUN / "checkpoints"), pytest.raises(UserError, match=BOTH):
+def test_a_run_does_not_continue_with_other_classes(renamed, how):
+    with untouched(renamed / RUN / "checkpoints"), pytest.raises(UserError, match=BOTH):
         fit([*JOB, how, "--trainer.max_epochs=2"])
 
 
-def test_a_checkpoint_is_not_evaluated_on_other_classes(here):
-    with untouched(here / "lightning_logs"), pytest.raises(UserError, match=BOTH):
+def test_a_checkpoint_is_not_evaluated_on_other_classes(renamed):
+    with untouched(renamed / "lightning_logs"), pytest.raises(UserError, match=BOTH):
         evaluate(BEST, accelerator="cpu")
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_python_is_told_the_same(here, named):
+def test_python_refuses_other_classes_too(renamed, named):
     data = ImageFolderDataModule("photos", val_fraction=0.4)
     model = TransferClassifier(
         "lenet5", "none", 2, data.class_names if named else None, image_size=32
@@ -77,7 +77,7 @@ def test_python_is_told_the_same(here, named):
         quiet_trainer().test(model, data, ckpt_path=BEST)
 
 
-def test_a_loaded_model_is_not_tested_on_other_classes(here):
+def test_a_loaded_model_is_not_tested_on_other_classes(renamed):
     model = TransferClassifier.load_from_checkpoint(BEST)
     with pytest.raises(UserError, match=BOTH):
         quiet_trainer().test(model, ImageFolderDataModule("photos"))
@@ -93,7 +93,7 @@ def test_names_given_in_another_order_are_refused_before_training(trained):
         quiet_trainer(max_epochs=1).fit(model, data)
 
 
-def test_of_long_lists_the_message_has_what_differs():
+def test_the_message_for_long_lists_has_what_differs():
     names = [f"class {i:03d}" for i in range(200)]
     check_classes(names, list(names))
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Batches of several processes and of resumed epochs: who reads which image, and when there are too few."""
+"""Batches of several processes and of resumed epochs: which process reads which image."""
 
 from itertools import chain
 
@@ -27,7 +27,7 @@ DDP = [
 
 
 def numbered(count):
-    """Images of 2 x 3 pixels whose labels are their numbers."""
+    """Return images of 2 x 3 pixels whose labels are their numbers."""
     return ArrayImages(np.zeros((count, 3, 2, 3), np.uint8), np.arange(count))
 
 
@@ -76,11 +76,11 @@ def test_a_process_needs_an_image_to_evaluate_and_two_to_train():
     images = {"train": numbered(8), "val": numbered(4), "test": numbered(3)}
     check_processes(images, 3)
     check_processes({"val": numbered(1), "test": numbered(1)}, 1)
-    for world, said in (
+    for world, message in (
         (4, "3 test images .* 4 processes, of which each needs 1"),
         (5, "8 train .* each needs 2"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             check_processes(images, world)
     with pytest.raises(UserError, match="1 train images are too few for 1 process"):
         check_processes({"train": numbered(1)}, 1)

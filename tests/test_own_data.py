@@ -1,4 +1,4 @@
-"""Data modules and arrays of one's own: what does not fit is said before training, and a resume checks what it must."""
+"""Data modules and arrays of a user's own: what does not fit is refused before training."""
 
 import shutil
 
@@ -15,22 +15,21 @@ from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.images import Images
 
 
-def drawn(count, side=32):
+def noise(count, side=32):
     return np.random.default_rng(0).integers(0, 256, (count, 3, side, side), dtype=np.uint8)
 
 
 class Fruit(ImageDataModule):
-    """As in the README: it records no options itself."""
+    """The data module of the README, which has no options of its own."""
 
     class_names = ("apple", "pear", "plum")
     test_side = 32
 
     def load(self, split):
-        if split != "val":
-            return ArrayImages(
-                drawn(60, self.test_side if split == "test" else 32), np.arange(60) % 3
-            )
-        return None
+        if split == "val":
+            return None
+        side = self.test_side if split == "test" else 32
+        return ArrayImages(noise(60, side), np.arange(60) % 3)
 
 
 def fitted(data, epochs, ckpt_path=None, folder=None):
@@ -41,7 +40,7 @@ def fitted(data, epochs, ckpt_path=None, folder=None):
     return best.last_model_path
 
 
-def test_a_resumed_run_of_own_data_keeps_its_validation_images(tmp_path):
+def test_a_resumed_run_of_a_users_own_data_keeps_its_validation_images(tmp_path):
     last = fitted(Fruit(batch_size=8), 1, folder=tmp_path)
     assert torch.load(last, weights_only=True)["datamodule_hyper_parameters"]["val_fraction"] == 0.1
     fitted(Fruit(batch_size=8), 2, last, tmp_path / "same")
@@ -52,7 +51,7 @@ def test_a_resumed_run_of_own_data_keeps_its_validation_images(tmp_path):
             fitted(Fruit(batch_size=8, **other), 2, last, tmp_path / "other")
 
 
-def test_a_module_of_ones_own_may_have_options_of_the_same_names(tmp_path):
+def test_a_users_own_module_may_have_options_of_the_same_names(tmp_path):
     class Mine(LightningModule):
         def __init__(self, batch_size=1, seed="mine"):
             super().__init__()
@@ -72,17 +71,17 @@ def test_a_module_of_ones_own_may_have_options_of_the_same_names(tmp_path):
     ("array", "labels", "match"),
     [
         (
-            drawn(6) / np.float32(255),
+            noise(6) / np.float32(255),
             [0, 1] * 3,
             r"Images are uint8 \[N, 3, H, W\], RGB, .*, not float32 \[1, 3, 32, 32\]",
         ),
-        (drawn(6).astype(np.uint16) * 257, [0, 1] * 3, "not uint16"),
-        (drawn(6).transpose(0, 2, 3, 1), [0, 1] * 3, r"not uint8 \[1, 32, 32, 3\]"),
-        (drawn(6)[:, :1], [0, 1] * 3, r"not uint8 \[1, 1, 32, 32\]"),
-        (drawn(6), np.array([0, 1] * 3) * 0.99, r"Labels are whole numbers, .* not float64 \[6\]"),
-        (drawn(6), np.eye(6, dtype=int), r"Labels are .* not int64 \[6, 6\]"),
-        (drawn(6), [0, 1, 0], "There are 6 images and 3 labels: give one for each"),
-        (drawn(6), [0, 1] * 4, "There are 6 images and 8 labels"),
+        (noise(6).astype(np.uint16) * 257, [0, 1] * 3, "not uint16"),
+        (noise(6).transpose(0, 2, 3, 1), [0, 1] * 3, r"not uint8 \[1, 32, 32, 3\]"),
+        (noise(6)[:, :1], [0, 1] * 3, r"not uint8 \[1, 1, 32, 32\]"),
+        (noise(6), np.array([0, 1] * 3) * 0.99, r"Labels are whole numbers, .* not float64 \[6\]"),
+        (noise(6), np.eye(6, dtype=int), r"Labels are .* not int64 \[6, 6\]"),
+        (noise(6), [0, 1, 0], "There are 6 images and 3 labels: give one for each"),
+        (noise(6), [0, 1] * 4, "There are 6 images and 8 labels"),
     ],
     ids=[
         "floats",
@@ -106,10 +105,10 @@ def test_arrays_of_another_form_are_refused_before_training(array, labels, match
         )
 
 
-def test_tensors_are_taken_as_arrays_are():
-    images = ArrayImages(torch.from_numpy(drawn(4)), torch.tensor([0, 1, 1, 0]))
+def test_tensors_may_take_the_place_of_arrays():
+    images = ArrayImages(torch.from_numpy(noise(4)), torch.tensor([0, 1, 1, 0]))
     batch, labels = images.__getitems__([2, 0])
-    assert torch.equal(batch, torch.from_numpy(drawn(4))[[2, 0]])
+    assert torch.equal(batch, torch.from_numpy(noise(4))[[2, 0]])
     assert labels.tolist() == [1, 0]
     assert len(Images(np.array([]))) == 0
 

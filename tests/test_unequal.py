@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections import Counter
 from itertools import chain
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from cifar_transfer.training.classifier import class_scores
 from cifar_transfer.training.loss import LossOptions, TrainingLoss
 from cifar_transfer.training.resume import compare
 
-SHAPES = {"drop": 1, "tee": 3, "flower": 5}  # and their places among all
+SHAPES = {"drop": 1, "tee": 3, "flower": 5}  # and their labels among all
 JOB = [
     "--model.backbone=lenet5",
     "--model.weights=none",
@@ -39,10 +38,12 @@ JOB = [
     "--trainer.accelerator=cpu",
 ]
 JOB += ["--report.figures=false", "--data=ImageFolderDataModule", "--data.batch_size=16"]
+LAST = f"{RUN}/checkpoints/last.ckpt"
+BATCH_SIZE = 4  # of the tests of the sampler
 
 
 def write_shapes(folder, counts, seed=0):
-    """An image folder with so many drawn images of each of `SHAPES`."""
+    """Write an image folder with some drawn images of each of `SHAPES`."""
     images, labels = draw("downstream", 10 * max(counts), seed)
     for name, count in zip(SHAPES, counts, strict=True):
         (folder / name).mkdir(parents=True)
@@ -60,7 +61,7 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["fit"])
 
@@ -76,26 +77,24 @@ def test_balanced_weights_are_those_of_scikit_learn(caplog, photos):
     data.setup()
     counts = np.bincount(data.images["train"].labels)
     assert counts.sum() < 156, "held-out images do not count"
-    torch.testing.assert_close(
-        data.loss_weights(), torch.tensor(counts.sum() / (3 * counts), dtype=torch.float32)
-    )
-    assert (
-        f"Classes of {counts[1]} (flower) to {counts[0]} (drop) training images, with weights from 0."
-        in caplog.text
-    )
+    expected = torch.tensor(counts.sum() / (3 * counts), dtype=torch.float32)
+    torch.testing.assert_close(data.loss_weights(), expected)
+    message = f"Classes of {counts[1]} (flower) to {counts[0]} (drop) training images, with weights"
+    assert message in caplog.text
 
 
 def test_given_weights_keep_their_ratios_and_have_a_mean_of_one_over_the_images_drawn(photos):
     for sampler in (None, "balanced"):
         data = ImageFolderDataModule(str(photos), class_weights=[1, 10, 4], sampler=sampler)
         data.setup()
-        weights, labels = data.loss_weights(), data.images["train"].labels
+        weights = data.loss_weights()
+        labels = data.images["train"].labels
         torch.testing.assert_close(weights / weights[0], torch.tensor([1.0, 10.0, 4.0]))
         mean = weights.mean() if sampler else weights[labels].mean()
         assert float(mean) == pytest.approx(1, abs=1e-6)
 
 
-def test_unequal_classes_are_pointed_out_with_what_helps(caplog, photos):
+def test_a_message_tells_of_unequal_classes_and_of_the_remedies(caplog, photos):
     data = ImageFolderDataModule(str(photos))
     data.setup()
     assert data.loss_weights() is None
@@ -108,7 +107,7 @@ def test_unequal_classes_are_pointed_out_with_what_helps(caplog, photos):
     assert "makes up" not in caplog.text
 
 
-def test_a_step_is_the_mean_over_images_of_each_with_its_weight(photos):
+def test_the_loss_of_a_step_is_the_mean_of_the_weighted_losses_of_its_images(photos):
     data = ImageFolderDataModule(str(photos), class_weights="balanced", batch_size=16)
     model = TransferClassifier("lenet5", "none", num_classes=3)
     quiet_trainer(max_steps=0).fit(model, data)
@@ -123,66 +122,70 @@ def test_a_step_is_the_mean_over_images_of_each_with_its_weight(photos):
     assert torch.equal(model.loss.class_weights, weights)
 
 
-def epochs(count, world, labels, batch_size=4):
-    """Rows that each process reads in each epoch."""
+def rows_of_epochs(count, world_size, labels):
+    """Return for each epoch the rows that each process reads with the balanced sampler."""
     images = ArrayImages(np.zeros((len(labels), 3, 1, 1), np.uint8), np.array(labels))
-    loaders = [
-        training_loader(Shard(images, 0, rank, world), batch_size, seed=3, balanced=True)
-        for rank in range(world)
-    ]
-    read = []
+    loaders = []
+    for rank in range(world_size):
+        shard = Shard(images, rank=rank, world_size=world_size)
+        loaders.append(training_loader(shard, BATCH_SIZE, seed=3, balanced=True))
+    epochs = []
     for epoch in range(count):
         for loader in loaders:
             loader.sampler.set_epoch(epoch)
-        read.append([list(chain(*loader.batch_sampler)) for loader in loaders])
-    return read
+        epochs.append([list(chain(*loader.batch_sampler)) for loader in loaders])
+    return epochs
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+def assert_drawn_equally_often(rows, labels):
+    """Check that classes, and images of a class, are drawn equally often, up to one."""
+    draws_of_images = np.bincount(rows, minlength=len(labels))
+    draws_of_classes = np.bincount(labels[rows])
+    assert np.ptp(draws_of_classes) <= 1
+    for label in range(labels.max() + 1):
+        assert np.ptp(draws_of_images[labels == label]) <= 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("sizes", [(40, 7, 3), (9, 1, 13), (5, 5, 7, 2)])
-def test_each_class_and_of_a_class_each_image_is_drawn_equally_often(world, sizes):
+def test_classes_and_images_of_a_class_are_drawn_equally_often(world_size, sizes):
     labels = np.random.default_rng(0).permutation(np.repeat(range(len(sizes)), sizes))
-    total = Counter()
-    for shards in epochs(5, world, labels):
-        each = -(-len(labels) // world)
-        each -= each % 4 == 1  # as without the sampler, a batch of one is left out
-        assert [len(shard) for shard in shards] == [each] * world
-        rows = np.array([*chain(*shards)])
-        for counts in (
-            Counter(rows.tolist()),
-            total := total + Counter(rows.tolist()),
-        ):  # in an epoch, and over epochs
-            seen = [
-                [counts[row] for row in np.flatnonzero(labels == label)]
-                for label in range(len(sizes))
-            ]
-            assert np.ptp([sum(of_class) for of_class in seen]) <= 1
-            assert all(max(of_class) - min(of_class) <= 1 for of_class in seen)
+    num_samples = -(-len(labels) // world_size)
+    if num_samples % BATCH_SIZE == 1:  # a batch of one is left out, as without the sampler
+        num_samples -= 1
+    rows_so_far = []
+    for shards in rows_of_epochs(5, world_size, labels):
+        assert [len(shard) for shard in shards] == [num_samples] * world_size
+        rows = list(chain(*shards))
+        rows_so_far += rows
+        assert_drawn_equally_often(rows, labels)
+        assert_drawn_equally_often(rows_so_far, labels)
 
 
-def test_processes_share_the_order_of_one_which_is_another_in_each_epoch():
+def test_processes_share_the_order_of_one_process_which_differs_from_epoch_to_epoch():
     labels = np.repeat([0, 1], [20, 4])
-    alone, shared = epochs(2, 1, labels), epochs(2, 2, labels)
+    alone = rows_of_epochs(2, 1, labels)
+    shared = rows_of_epochs(2, 2, labels)
     for (whole,), shards in zip(alone, shared, strict=True):
         assert [*chain(*zip(*shards, strict=True))] == whole
-    assert alone == epochs(2, 1, labels), "it follows from the seed"
+    assert alone == rows_of_epochs(2, 1, labels), "the order follows from the seed"
     assert alone[0] != alone[1]
-    assert not np.diff(labels[alone[0][0]]).all(), "classes come in no order"
+    assert not np.diff(labels[alone[0][0]]).all(), "the classes are shuffled"
 
 
 @pytest.mark.parametrize(
     "option", [{"sampler": "balanced"}, {"class_weights": "balanced"}, {"class_weights": [1] * 10}]
 )
-def test_a_class_without_training_images_is_refused(here, tmp_path, option):
+def test_a_class_without_training_images_is_refused(in_tmp_path, tmp_path, option):
     ((name, value),) = option.items()
     job = [*JOB[:-2], "--data=ShapesDataModule", "--data.train_images=8", "--data.test_images=9"]
-    job += ["--data.val_fraction=0"]  # of a single image none is held out
+    job += ["--data.val_fraction=0"]  # a single image of a class is never held out
     with (
         untouched(tmp_path),
         pytest.raises(UserError, match=f"{name} needs .* every class: add some of .*, or leave"),
     ):
         fit([*job, f"--data.{name}={value}"])
-    fit([*job, "--trainer.max_epochs=1"])  # which is trained without
+    fit([*job, "--trainer.max_epochs=1"])  # without the option it trains
 
 
 @pytest.mark.parametrize(
@@ -207,19 +210,19 @@ def test_a_class_without_training_images_is_refused(here, tmp_path, option):
         ),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_a_sentence(options, words):
+def test_options_that_make_no_sense_are_refused_in_a_sentence(options, words):
     with pytest.raises(UserError, match=words):
         shapes(**options).loss_weights()
 
 
-def test_a_change_on_resuming_is_said_and_within_an_epoch_other_images_are_refused():
+def test_a_resume_tells_of_changes_and_refuses_other_images_within_an_epoch():
     saved = {"data.class_weights": None, "data.sampler": None}
     for name, effect in (
         ("data.class_weights", "the training loss is another"),
         ("data.sampler", "draws other images"),
     ):
-        (said,) = compare(saved, saved | {name: "balanced"}, within_epoch=False, unfrozen=False)
-        assert effect in said
+        (message,) = compare(saved, saved | {name: "balanced"}, within_epoch=False, unfrozen=False)
+        assert effect in message
     with pytest.raises(UserError, match="sampler=balanced would skip images of the epoch"):
         compare(saved, saved | {"data.sampler": "balanced"}, within_epoch=True, unfrozen=False)
     assert compare(saved, saved | {"data.class_weights": [1.0]}, within_epoch=True, unfrozen=False)
@@ -233,31 +236,33 @@ def test_a_run_that_is_stopped_and_resumed_is_one_never_stopped(tmp_path, photos
         "--data.class_weights=[1, 2, 0.5]",
     ]
     job += ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=1"]
-    folders = [tmp_path / "whole", tmp_path / "stopped"]
-    step, steps = TransferClassifier.training_step, []
+    whole = tmp_path / "whole"
+    stopped = tmp_path / "stopped"
+    whole.mkdir()
+    stopped.mkdir()
+    monkeypatch.setattr("sys.argv", ["fit"])
+    monkeypatch.chdir(whole)
+    fit(job)
 
-    def stop(self, batch, batch_idx):
+    training_step = TransferClassifier.training_step
+    steps = []
+
+    def stop_in_the_second_epoch(self, batch, batch_idx):
         steps.append(batch_idx)
         if len(steps) == 13:  # of nine an epoch
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batch, batch_idx)
+        return training_step(self, batch, batch_idx)
 
-    monkeypatch.setattr("sys.argv", ["fit"])
-    for folder, way in zip(folders, (step, stop), strict=True):
-        folder.mkdir()
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(TransferClassifier, "training_step", way)
-        if way is step:
-            fit(job)
+    monkeypatch.chdir(stopped)
+    monkeypatch.setattr(TransferClassifier, "training_step", stop_in_the_second_epoch)
     with pytest.raises(SystemExit, match="143"):
         fit(job)
-    monkeypatch.setattr(TransferClassifier, "training_step", step)
-    with untouched(folders[1]), pytest.raises(UserError, match="sampler=None would skip images"):
+    monkeypatch.setattr(TransferClassifier, "training_step", training_step)
+    with untouched(stopped), pytest.raises(UserError, match="sampler=None would skip images"):
         fit([f"--resume={RUN}", "--data.sampler=null"])
     fit([f"--resume={RUN}"])
-    assert_same_weights(*(folder / RUN / "checkpoints/last.ckpt" for folder in folders))
-    whole, resumed = (curves(folder / RUN) for folder in folders)
-    assert whole["train/loss"] == resumed["train/loss"]
+    assert_same_weights(whole / LAST, stopped / LAST)
+    assert curves(whole / RUN)["train/loss"] == curves(stopped / RUN)["train/loss"]
 
 
 @pytest.mark.slow
@@ -313,9 +318,10 @@ def test_scores_by_class_are_those_of_torchmetrics_and_leave_out_classes_without
             torch.testing.assert_close(scores[name], by_class[classes].mean())
 
 
-def test_reports_count_classes_alike_where_they_are_unequal(here, photos, capsys):
+def test_reports_count_classes_alike_where_they_are_unequal(in_tmp_path, photos, capsys):
     outcome = fit([*JOB, f"--data.root={photos}", "--trainer.max_epochs=2"])
-    said, result = capsys.readouterr().out, json.loads(Path(RUN, "result.json").read_text())
+    output = capsys.readouterr().out
+    result = json.loads(Path(RUN, "result.json").read_text())
     assert {
         f"best/{split}_{name}"
         for split in ("val", "test")
@@ -333,14 +339,13 @@ def test_reports_count_classes_alike_where_they_are_unequal(here, photos, capsys
             result[f"best/test_{name}"] == found[f"test/{name}"] == pytest.approx(value, abs=1e-6)
         )
         assert f"test/{name}  {value:.2%}\n" in printed
-        assert re.search(
-            rf"^test {name.replace('_', ' ').replace('f1', 'F1')} +{value:.2%}$", said, re.MULTILINE
-        )
+        label = name.replace("_", " ").replace("f1", "F1")
+        assert re.search(rf"^test {label} +{value:.2%}$", output, re.MULTILINE)
         assert curves(RUN)[f"test/{name}"][0][1] == pytest.approx(value, abs=1e-6)
     assert found["test/acc"] != found["test/balanced_accuracy"]
 
 
-def test_reports_of_equal_classes_do_not_repeat_the_accuracy(here, tmp_path, capsys):
+def test_reports_of_equal_classes_do_not_repeat_the_accuracy(in_tmp_path, tmp_path, capsys):
     write_shapes(tmp_path / "photos/train", (20, 20, 20))
     write_shapes(tmp_path / "photos/test", (5, 5, 5), seed=1)
     outcome = fit([*JOB, "--data.root=photos", "--data.val_fraction=0.3", "--trainer.max_epochs=1"])
@@ -354,20 +359,18 @@ def test_reports_of_equal_classes_do_not_repeat_the_accuracy(here, tmp_path, cap
     assert "macro" not in capsys.readouterr().out
 
 
-def test_rare_classes_are_told_better(tmp_path):
-    """Drawn images, the brighter the rarer their class, but overlapping, so that how many there are decides."""
+def test_rare_classes_are_recognised_better(tmp_path):
+    """The rarer a class, the brighter its images; classes overlap, so that their sizes matter."""
     rng = np.random.default_rng(0)
     for split, counts in (("train", (600, 30, 15)), ("test", (150, 150, 150))):
         images, _ = draw("downstream", sum(counts), counts[0])
-        for number, (label, pixels) in enumerate(
-            zip(np.repeat(range(3), counts), images, strict=True)
-        ):
-            brighter = (
-                (0.3 * pixels + rng.normal(60 + 40 * label, 35)).clip(0, 255).astype(np.uint8)
-            )
+        labels = np.repeat(range(3), counts)
+        for number, label in enumerate(labels):
+            brightness = rng.normal(60 + 40 * label, 35)
+            pixels = (0.3 * images[number] + brightness).clip(0, 255).astype(np.uint8)
             path = tmp_path / split / "abc"[label] / f"{number:03}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(brighter).save(path)
+            Image.fromarray(pixels).save(path)
     still = Augment(padding=0, brightness=0, contrast=0, saturation=0, hue=0, degrees=0)
     accuracies = []
     for option in ({}, {"class_weights": "balanced"}, {"sampler": "balanced"}):
@@ -376,7 +379,6 @@ def test_rare_classes_are_told_better(tmp_path):
         model = TransferClassifier("lenet5", "none", num_classes=3, lr=0.003)
         trainer = quiet_trainer(max_epochs=6, limit_val_batches=0)
         trainer.fit(model, data)
-        accuracies.append(
-            trainer.test(model, data, verbose=False)[0]["test/acc"]
-        )  # balanced, as the test is
+        (scores,) = trainer.test(model, data, verbose=False)
+        accuracies.append(scores["test/acc"])  # balanced, because the test images are
     assert min(accuracies[1:]) > accuracies[0] + 0.1, accuracies

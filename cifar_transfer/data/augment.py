@@ -132,14 +132,18 @@ class Augment:
         Raises:
             UserError: An image is too small to be mirrored at its edge so far out.
         """
+        if self.padding_mode == "reflect":
+            self._check_padding(images)
+        return augment(images, self.draw(len(images)), self.padding_mode)
+
+    def _check_padding(self, images: Tensor) -> None:
         height, width = images.shape[-2:]
         max_padding = min(height, width) - 1
-        if self.padding_mode == "reflect" and self.padding > max_padding:
+        if self.padding > max_padding:
             raise UserError(
                 f"The augmentation's padding is {self.padding}, but images of {width} x {height} "
                 f"pixels reflect at most {max_padding}."
             )
-        return augment(images, self.draw(len(images)), self.padding_mode)
 
     def draw(self, count: int) -> Parameters:
         """Draw the parameters of `count` images from torch's global CPU generator."""
