@@ -14,9 +14,9 @@ from conftest import TINY, run_fit, untouched, write_images
 
 from cifar_transfer.base.errors import one_sentence
 from cifar_transfer.commands import predict
-from cifar_transfer.commands.compare import write as write_comparison
 from cifar_transfer.commands.export import export
 from cifar_transfer.commands.figures import figures
+from cifar_transfer.results.comparison import ComparedNetwork, write_comparison
 
 RUN = "lightning_logs/version_0"
 JOB = [option for option in TINY if not option.startswith("--model.backbone")]
@@ -84,11 +84,9 @@ def no_file_beyond(size):
 
 def of_commands(run, images, out):
     """What commands write, by name, and the calls that do it."""
-    best, rows = (
-        run / RUN / "checkpoints" / "best.ckpt",
-        [{"backbone": "a", "label": "a", "scratch": True}],
-    )
-    rows[0] |= {"best/val_acc": 0.5, "parameters": 1, "seconds": 1, "images_per_second": 1}
+    best = run / RUN / "checkpoints" / "best.ckpt"
+    result = {"best/val_acc": 0.5, "parameters": 1, "seconds": 1, "images_per_second": 1}
+    network = ComparedNetwork("a", "a", scratch=True, result=result)
     shown = [str(images), f"--ckpt={best}", "--accelerator=cpu"]
     return {
         "best.pth": lambda: export(str(best), "state_dict", str(out / "best.pth")),
@@ -96,7 +94,7 @@ def of_commands(run, images, out):
         "best.pt2": lambda: export(str(best), "torch_export", str(out / "best.pt2")),
         "top.png": lambda: predict.main([*shown, f"--figure={out / 'top.png'}"]),
         "maps/00001-000.png": lambda: predict.main([*shown, f"--explain={out / 'maps'}"]),
-        "comparison.png": lambda: write_comparison(rows, out),
+        "comparison.png": lambda: write_comparison([network], out),
         "figures/epochs.png": lambda: figures(str(out)),
     }
 

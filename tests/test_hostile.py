@@ -28,13 +28,13 @@ from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.text import without_password
 from cifar_transfer.cli.fit_cli import FitCLI
 from cifar_transfer.cli.recipes import check_recipe
-from cifar_transfer.commands import predict
 from cifar_transfer.commands.figures import figures
 from cifar_transfer.commands.fit import fit
 from cifar_transfer.data import cifar, loading
 from cifar_transfer.data.cache import CACHE_FOLDER, cached
 from cifar_transfer.data.images import ArrayImages, read_image, read_size
 from cifar_transfer.data.loading import workers_within
+from cifar_transfer.inference.formats import FORMATS
 from cifar_transfer.network.dense_conv import DenseConv2d
 from cifar_transfer.results import plots
 from cifar_transfer.results.predictions import ImagePrediction, Predictions
@@ -261,7 +261,7 @@ def test_no_name_steers_a_terminal_forges_a_row_or_is_executed():
     source = "folder/\x1b]0;title\x07\nfile.png"
     prediction = ImagePrediction(source, None, [(name, 0.1) for name in ESCAPES])
     texts = {}
-    for name, form in predict.FORMATS.items():
+    for name, form in FORMATS.items():
         texts[name] = "".join(form([prediction], ESCAPES))
         assert not set(texts[name]) & CONTROL_CHARACTERS
     assert texts["table"].count("\n") == 1
