@@ -17,6 +17,8 @@ from lightning.pytorch.strategies import FSDPStrategy
 
 from cifar_transfer import Augment, BackboneFreeze, Phase, ShapesDataModule, TransferClassifier
 from cifar_transfer.base.errors import UserError
+from cifar_transfer.training import freeze as freeze_file
+from cifar_transfer.training.phases import stages_of
 
 
 def make(**model):
@@ -305,6 +307,20 @@ def test_a_resumed_fit_refuses_a_changed_option(tmp_path):
     changed = BackboneFreeze(unfreeze_epoch=2)
     with pytest.raises(UserError, match=r"freeze\.unfreeze_epoch=2 differs from 1"):
         fit(tmp_path, changed, 3, ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
+def test_the_plans_in_the_documentation_of_the_file_are_those_that_are_made():
+    module = TransferClassifier("resnet18", "none")
+    examples = re.findall(
+        r"^    (BackboneFreeze\(.*?\))(?: +#.*)?\n((?: {8,}.*\n)+)",
+        freeze_file.__doc__,
+        re.MULTILINE,
+    )
+    assert len(examples) == 4
+    names = {"BackboneFreeze": BackboneFreeze, "Phase": Phase}
+    for call, plan in examples:
+        freeze = eval(call, names)
+        assert freeze._make_plan(module, stages_of(module)) == eval(plan.strip(), names), call
 
 
 def test_everything_trains_when_the_last_phase_has_begun(tmp_path):

@@ -32,6 +32,7 @@ everything. What happens when, in `Trainer.fit`::
         <validation>
             on_validation_end           # note the value that later phases wait for
         on_train_epoch_end          # count the epochs without a better value
+        state_dict                  # with each checkpoint: the phase, the count, the options
     teardown                    # give the module back as it was, also on_exception
 
 Why not Lightning's `BaseFinetuning`: it unfreezes parameters that `DistributedDataParallel` was not
@@ -207,9 +208,8 @@ class BackboneFreeze(Callback):
         """Set the state of a fit to its beginning."""
         self.plan: list[Phase] = []
         self.phase = 0
-        # Best monitored value in this phase, epochs since then, and the value of this epoch.
-        self._best_score = math.inf if self.mode == "min" else -math.inf
-        self._wait_count = 0
+        self._forget_values()
+        # Monitored value of this epoch, once it is validated.
         self._epoch_score: float | None = None
         # Number of the phase in which each parameter and buffer begins to train, by name; and the
         # same of the parameters that require a gradient outside of this callback.
@@ -219,6 +219,13 @@ class BackboneFreeze(Callback):
         self._modules_in_eval: set[nn.Module] = set()
         # Phases that have begun and are not printed yet.
         self._phases_to_print: list[Phase] = []
+
+    def _forget_values(self) -> None:
+        """Forget the monitored values: those of one phase do not compare with those of another."""
+        self._best_score = math.inf
+        if self.mode == "max":
+            self._best_score = -math.inf
+        self._wait_count = 0  # epochs since the best value
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit, and refuse a strategy before it shards the parameters."""
@@ -267,7 +274,9 @@ class BackboneFreeze(Callback):
             if parameter.requires_grad:
                 self._trainable[parameter] = self._first_phases[name]
         if 0 not in self._trainable.values():
-            what = f"frozen={self.frozen}" if self.frozen else "The first phase"
+            what = "The first phase"
+            if self.frozen is not None:
+                what = f"frozen={self.frozen}"
             raise UserError(
                 f"{what} freezes every parameter, also the head's, so nothing would train: name "
                 f"fewer."
@@ -305,13 +314,14 @@ class BackboneFreeze(Callback):
 
     def _gradual_plan(self, stages: list[str]) -> list[Phase]:
         """Return a phase for each stage, of an epoch each, from the head down to the stem."""
-        plan = [Phase([HEAD])]
         backbone = stages[:-1]
-        for epoch, stage in enumerate(reversed(backbone), start=1):
-            # With the stem begins also what is in no stage, in a module around the network.
-            train = EVERYTHING if stage == backbone[0] else stage
-            lr = self.unfrozen_lr if epoch == 1 else None  # which the later phases keep
-            plan.append(Phase([train], epoch=epoch, lr=lr))
+        if not backbone:
+            return [Phase([EVERYTHING])]
+        # With the stem begins also what is in no stage, in a module around the network.
+        names = [*reversed(backbone[1:]), EVERYTHING]
+        plan = [Phase([HEAD]), Phase(names[:1], epoch=1, lr=self.unfrozen_lr)]
+        for epoch, name in enumerate(names[1:], start=2):
+            plan.append(Phase([name], epoch=epoch))  # at the rate of the phase before
         return plan
 
     def _check_plan(self, trainer: Trainer) -> None:
@@ -401,8 +411,7 @@ class BackboneFreeze(Callback):
                 self.phase = number
         begun = self.plan[current + 1 : self.phase + 1]
         if begun:
-            self._best_score = math.inf if self.mode == "min" else -math.inf
-            self._wait_count = 0
+            self._forget_values()
         return begun
 
     def _require_gradients(self, trainer: Trainer, module: LightningModule) -> None:
@@ -438,9 +447,11 @@ class BackboneFreeze(Callback):
         """Print the phases that have begun, as late as this to stand in the table of epochs."""
         if not self._phases_to_print:
             return
-        later = self.plan[self.phase + 1 :]
+        next_phase = None
+        if not self.everything_trains:
+            next_phase = self.plan[self.phase + 1]
+        epochs = describe_epochs(trainer.current_epoch, next_phase, trainer.max_epochs)
         is_first = self._phases_to_print[0] is self.plan[0]
-        epochs = describe_epochs(later, trainer.current_epoch, trainer.max_epochs)
         training = describe_training(self._phases_to_print, is_first)
         count = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         say(trainer, styled(f"{epochs}: {training}, {count:,} parameters train.", CYAN))
@@ -501,7 +512,7 @@ class BackboneFreeze(Callback):
 
     @property
     def everything_trains(self) -> bool:
-        """Whether the last phase has begun, so that everything trains that ever will."""
+        """True once the last phase has begun, so that everything trains that ever will."""
         return self.phase == len(self.plan) - 1
 
     def phase_at(self, epoch: int) -> int | None:
@@ -564,7 +575,9 @@ def _load_best_weights(trainer: Trainer, module: LightningModule) -> None:
     All processes take those of the first, because others may see other files.
     """
     callback = _best_checkpoint(trainer)
-    path = callback.best_model_path if callback is not None else ""
+    if callback is None:
+        return
+    path = callback.best_model_path  # "" before the first checkpoint
     weights = None
     if path and trainer.is_global_zero:
         weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]

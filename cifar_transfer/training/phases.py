@@ -75,7 +75,9 @@ class Phase:
 
 
 def _is_list_of_text(value: Any) -> bool:
-    return isinstance(value, list) and value != [] and all(isinstance(x, str) for x in value)
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(text, str) for text in value)
 
 
 def check_patterns(option: str, patterns: Sequence[str]) -> None:
@@ -208,11 +210,11 @@ def matching_names(module: nn.Module, patterns: Sequence[str]) -> set[str]:
     prefix = _network_prefix(module)
     names = set()
     for name in named_tensors(module):
-        spellings = [name]
+        alias = name
         if prefix and name.startswith(prefix):
-            spellings.append("network." + name.removeprefix(prefix))
+            alias = "network." + name.removeprefix(prefix)
         for pattern in patterns:
-            if any(re.match(pattern, spelling) for spelling in spellings):
+            if re.match(pattern, name) or re.match(pattern, alias):
                 names.add(name)
     return names
 
@@ -336,23 +338,22 @@ def explain_never_trained(
     return sentences
 
 
-def describe_epochs(later: Sequence[Phase], epoch: int, max_epochs: int | None) -> str:
+def describe_epochs(epoch: int, next_phase: Phase | None, max_epochs: int | None) -> str:
     """Return the epochs of a phase as people count them: "Epoch 1", "Epochs 6 to 40".
 
     Args:
-        later: Phases that come after it.
-        epoch: Epoch in which it begins, from 0.
+        epoch: Epoch in which the phase begins, from 0.
+        next_phase: Phase that comes after it, if there is one.
         max_epochs: Epochs of the run; None or -1 if they are not limited.
     """
     first = counted(epoch)
     last = math.inf
     if max_epochs is not None and max_epochs > 0:
         last = max_epochs
-    if later:
-        next_epoch = later[0].epoch  # counted from 1, the last epoch before it
-        if next_epoch is None:
+    if next_phase is not None:
+        if next_phase.epoch is None:
             return f"From epoch {first}"
-        last = min(last, next_epoch)
+        last = min(last, next_phase.epoch)  # the next phase begins with the epoch after it
     if last == math.inf:
         return f"From epoch {first}"
     if last == first:
@@ -367,7 +368,9 @@ def describe_training(phases: Sequence[Phase], is_first: bool) -> str:
         phases: Phases that begin in the same epoch.
         is_first: Whether they begin the run.
     """
-    names = [name for phase in phases for name in phase.train]
+    names = []
+    for phase in phases:
+        names.extend(phase.train)
     if EVERYTHING in names:
         text = "everything"
     elif names == [ALL_BUT_FROZEN]:
