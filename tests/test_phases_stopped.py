@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -43,33 +42,39 @@ def moments(how, steps):
     """Return the steps at which a run ends, counted from where it continues.
 
     A killed run continues from the start of its epoch, a stopped one from where it was.
+
+    Args:
+        how: "mid-step" for a kill, "told to stop" for a stop.
+        steps: Optimizer steps in an epoch.
     """
     middle = steps // 2
     if how == "told to stop":
-        return [1, middle - 1, steps - middle] * EPOCHS if middle > 1 else [1, steps - 1] * EPOCHS
-    return [
-        1,
-        middle,
-        steps,
-        *chain.from_iterable([steps + 1, middle, steps] for _ in range(EPOCHS - 1)),
-    ]
+        if middle > 1:
+            return [1, middle - 1, steps - middle] * EPOCHS
+        return [1, steps - 1] * EPOCHS
+    first_epoch = [1, middle, steps]
+    later_epoch = [steps + 1, middle, steps]
+    return first_epoch + later_epoch * (EPOCHS - 1)
 
 
-def same(one, other, where=""):
-    """Which parts of two checkpoints differ: weights, average, optimizer, schedule, phase."""
+def differing_parts(one, other, name=""):
+    """Return the names of the parts of two checkpoints that differ."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        return [name for key in one for name in same(one[key], other[key], f"{where}/{key}")]
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        pairs = enumerate(zip(one, other, strict=True))
-        return [name for place, pair in pairs for name in same(*pair, f"{where}/{place}")]
-    return (
-        []
-        if (torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other)
-        else [where]
-    )
+        pairs = [(f"{name}/{key}", one[key], other[key]) for key in one]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = [(f"{name}/{index}", one[index], other[index]) for index in range(len(one))]
+    elif isinstance(one, torch.Tensor):
+        return [] if torch.equal(one, other) else [name]
+    else:
+        return [] if one == other else [name]
+    parts = []
+    for part, *values in pairs:
+        parts += differing_parts(*values, part)
+    return parts
 
 
-def ends_alike(folder, how, variant, processes, count=None):
+def assert_ends_alike(folder, how, variant, processes, count=None):
+    """Compare a run that is ended at its first `count` moments with one that is not."""
     options, steps = VARIANTS[variant]
     times = moments(how, steps)[:count]
     options = [
@@ -81,29 +86,33 @@ def ends_alike(folder, how, variant, processes, count=None):
     if processes > 1:
         options += [f"--trainer.devices={processes}", f"--data.train_images={200 * processes}"]
         if how == "told to stop":  # they agree on it in every tenth step, so epochs have 30
-            options, times = [*options, "--data.batch_size=6"], [5] * (8 if steps == 6 else 3)
-    whole, part = folder / "whole", folder / "part"
-    for each in (whole, part):
-        each.mkdir()
+            options.append("--data.batch_size=6")
+            times = [5] * (8 if steps == 6 else 3)
+    whole = folder / "whole"
+    whole.mkdir()
     run_fit(whole, *options)
-    resumed = options
+    part = folder / "part"
+    part.mkdir()
+    expect = -signal.SIGKILL if how == "mid-step" else 128 + signal.SIGTERM
     for step in times:
-        expect = -signal.SIGKILL if how == "mid-step" else 128 + signal.SIGTERM
-        run_fit(part, how, step, *resumed, module="killed_job", expect=expect)
-        resumed = ["--resume=lightning_logs/version_0"]
-    run_fit(part, *resumed)
-    one, other = (torch.load(each / LAST, weights_only=True) for each in (whole, part))
-    parts = ["state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"]
-    parts += [key for key in ("current_model_state", "averaged_steps") if key in one]
-    for key in parts:
-        assert same(one[key], other[key]) == [], key
-    assert same(*(state["callbacks"]["BackboneFreeze"] for state in (one, other))) == []
-    assert one["callbacks"]["BackboneFreeze"]["phase"] == EPOCHS - 1
+        run_fit(part, how, step, *options, module="killed_job", expect=expect)
+        options = ["--resume=lightning_logs/version_0"]
+    run_fit(part, *options)
+
+    one = torch.load(whole / LAST, weights_only=True)
+    other = torch.load(part / LAST, weights_only=True)
+    keys = ["state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"]
+    keys += [key for key in ("current_model_state", "averaged_steps") if key in one]
+    for key in keys:
+        assert differing_parts(one[key], other[key]) == [], key
+    freeze = one["callbacks"]["BackboneFreeze"]
+    assert differing_parts(freeze, other["callbacks"]["BackboneFreeze"]) == []
+    assert freeze["phase"] == EPOCHS - 1
 
 
 @pytest.mark.slow
 def test_stopped_again_and_again_with_an_average_ends_alike(tmp_path):
-    ends_alike(tmp_path, "told to stop", "adamw, cosine, layer decay, average", 1, count=5)
+    assert_ends_alike(tmp_path, "told to stop", "adamw, cosine, layer decay, average", 1, count=5)
 
 
 @pytest.mark.whole
@@ -113,8 +122,6 @@ def test_stopped_again_and_again_with_an_average_ends_alike(tmp_path):
 def test_at_any_moment_of_any_phase_a_run_may_be_killed_or_stopped(
     tmp_path, monkeypatch, how, variant, processes
 ):
-    here = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join(here)
-    )  # a second process is started by `python -m killed_job`
-    ends_alike(tmp_path, how, variant, processes)
+    # A second process is started by `python -m killed_job`.
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    assert_ends_alike(tmp_path, how, variant, processes)

@@ -1,6 +1,7 @@
 """`BackboneFreeze` under every schedule of torch: it keeps its curve, or is refused by name."""
 
 import copy
+from functools import partial
 
 import pytest
 from lightning import seed_everything
@@ -12,26 +13,41 @@ from torch.optim.swa_utils import SWALR
 from cifar_transfer import BackboneFreeze, Phase
 from cifar_transfer.base.errors import UserError
 
+
+def falling(step):
+    return 1 - step / 40
+
+
+def always(step):
+    return 0.98
+
+
+def sequential(optimizer):
+    parts = [schedules.LinearLR(optimizer, 0.1, 1, 6), schedules.CosineAnnealingLR(optimizer, 12)]
+    return schedules.SequentialLR(optimizer, parts, [6])
+
+
+def chained(optimizer):
+    parts = [schedules.LinearLR(optimizer, 0.1, 1, 6), schedules.ExponentialLR(optimizer, 0.97)]
+    return schedules.ChainedScheduler(parts)
+
+
 SCHEDULES = {
-    "LambdaLR": lambda o: schedules.LambdaLR(o, lambda step: 1 - step / 40),
-    "MultiplicativeLR": lambda o: schedules.MultiplicativeLR(o, lambda step: 0.98),
-    "StepLR": lambda o: schedules.StepLR(o, 5),
-    "MultiStepLR": lambda o: schedules.MultiStepLR(o, [2, 9]),
-    "ConstantLR": lambda o: schedules.ConstantLR(o, 0.5, 9),
-    "LinearLR": lambda o: schedules.LinearLR(o, 0.1, 1, 9),
-    "ExponentialLR": lambda o: schedules.ExponentialLR(o, 0.97),
-    "PolynomialLR": lambda o: schedules.PolynomialLR(o, 20, 2.0),
-    "CosineAnnealingLR": lambda o: schedules.CosineAnnealingLR(o, 20),
-    "CosineAnnealingWarmRestarts": lambda o: schedules.CosineAnnealingWarmRestarts(o, 5),
-    "CyclicLR": lambda o: schedules.CyclicLR(o, 1e-3, 1e-2, 4),
-    "OneCycleLR": lambda o: schedules.OneCycleLR(o, 1e-2, total_steps=20),
-    "SequentialLR": lambda o: schedules.SequentialLR(
-        o, [schedules.LinearLR(o, 0.1, 1, 6), schedules.CosineAnnealingLR(o, 12)], [6]
-    ),
-    "ChainedScheduler": lambda o: schedules.ChainedScheduler(
-        [schedules.LinearLR(o, 0.1, 1, 6), schedules.ExponentialLR(o, 0.97)]
-    ),
-    "SWALR": lambda o: SWALR(o, 5e-3, 6),
+    "LambdaLR": partial(schedules.LambdaLR, lr_lambda=falling),
+    "MultiplicativeLR": partial(schedules.MultiplicativeLR, lr_lambda=always),
+    "StepLR": partial(schedules.StepLR, step_size=5),
+    "MultiStepLR": partial(schedules.MultiStepLR, milestones=[2, 9]),
+    "ConstantLR": partial(schedules.ConstantLR, factor=0.5, total_iters=9),
+    "LinearLR": partial(schedules.LinearLR, start_factor=0.1, end_factor=1, total_iters=9),
+    "ExponentialLR": partial(schedules.ExponentialLR, gamma=0.97),
+    "PolynomialLR": partial(schedules.PolynomialLR, total_iters=20, power=2.0),
+    "CosineAnnealingLR": partial(schedules.CosineAnnealingLR, T_max=20),
+    "CosineAnnealingWarmRestarts": partial(schedules.CosineAnnealingWarmRestarts, T_0=5),
+    "CyclicLR": partial(schedules.CyclicLR, base_lr=1e-3, max_lr=1e-2, step_size_up=4),
+    "OneCycleLR": partial(schedules.OneCycleLR, max_lr=1e-2, total_steps=20),
+    "SequentialLR": sequential,
+    "ChainedScheduler": chained,
+    "SWALR": partial(SWALR, swa_lr=5e-3, anneal_epochs=6),
 }
 
 
@@ -45,18 +61,16 @@ def test_every_schedule_of_torch_keeps_its_curve_and_leads_to_the_phases_rate(na
         return SGD(parts, 0.01, momentum=0.9)
 
     seed_everything(0)
-    whole, plan = (
-        Net(optimizer=groups, schedule=SCHEDULES[name]),
-        [Phase(["head"]), Phase(["backbone"], 1, lr=1e-4)],
-    )
-    plain = fit(copy.deepcopy(whole), BackboneFreeze(0), 4)
-    watch = fit(copy.deepcopy(whole), BackboneFreeze(phases=[*plan, Phase(["all"], 2, lr=5e-5)]), 4)
-    for step, (rates, before) in enumerate(zip(watch.rates, plain.rates, strict=True)):
+    module = Net(optimizer=groups, schedule=SCHEDULES[name])
+    same_module = copy.deepcopy(module)
+    plan = [Phase(["head"]), Phase(["backbone"], 1, lr=1e-4), Phase(["all"], 2, lr=5e-5)]
+    plain = fit(module, BackboneFreeze(0), 4)
+    watch = fit(same_module, BackboneFreeze(phases=plan), 4)
+    for step, (rates, plain_rates) in enumerate(zip(watch.rates, plain.rates, strict=True)):
         share = (1, 0.01, 0.005, 0.005, 0.005)[step // STEPS]
-        assert rates == pytest.approx([before[0] * share, before[1]], rel=1e-9), step
-    assert max(before[0] for before in plain.rates) <= 0.01 * (1 + 1e-9), (
-        "which is where it leads up to"
-    )
+        assert rates == pytest.approx([plain_rates[0] * share, plain_rates[1]], rel=1e-9), step
+    highest = max(plain_rates[0] for plain_rates in plain.rates)
+    assert highest <= 0.01 * (1 + 1e-9), "which is where it leads up to"
 
 
 def test_a_plateau_takes_the_rate_and_starts_afresh():
@@ -70,11 +84,9 @@ def test_a_plateau_takes_the_rate_and_starts_afresh():
             return loss
 
         def configure_optimizers(self):
-            made = self.make(self)
-            return {
-                "optimizer": made,
-                "lr_scheduler": {"scheduler": plateau(made), "monitor": "loss"},
-            }
+            optimizer = self.make(self)
+            config = {"scheduler": plateau(optimizer), "monitor": "loss"}
+            return {"optimizer": optimizer, "lr_scheduler": config}
 
     rates = [rates[0] for rates in fit(Loss(), freeze(2), 4).rates[::STEPS]]
     assert rates == pytest.approx([1e-2, 1e-2, 1e-4, 1e-4, 1e-5])
