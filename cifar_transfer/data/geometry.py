@@ -1,4 +1,4 @@
-"""How an image of any size becomes the network's input. No other module knows.
+"""The way of an image of any size into the network. No other module knows it.
 
     file -> upright, RGB -> resized to cover `size`, the centre cut out: uint8, once, by Pillow
          -> float in [0, 1] -> resized to `input_side` on the device -> normalised -> network

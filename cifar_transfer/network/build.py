@@ -83,7 +83,7 @@ def build_backbone(
     network, heads = build_with_head(name, num_classes, initialise=not pretrained.state)
     if pretrained.state:
         _shape_like_weights(network, name, weights_name, pretrained, small_images)
-        reason_to_drop_head = _compare_classes(pretrained.saved, class_names)
+        reason_to_drop_head = _compare_classes(pretrained.description, class_names)
         weights.load(network, pretrained.state, heads, weights_name, reason_to_drop_head)
     changes = adapt(network, side, patch_size, small_images)
     DenseConv2d.convert(network)
@@ -93,7 +93,7 @@ def build_backbone(
         image_size=side,
         normalize=_statistics(pretrained, published),
         changes=changes,
-        pretraining=pretrained.saved,
+        pretraining=pretrained.description,
     )
 
 
@@ -103,8 +103,8 @@ def _resolve_image_size(
     """Return the side of the images in pixels, None if unknown. "native" is looked up."""
     if not isinstance(image_size, str):
         return image_size
-    if pretrained.saved:
-        geometry = pretrained.saved["geometry"]
+    if pretrained.description:
+        geometry = pretrained.description["geometry"]
         return geometry["input_side"] or min(geometry["size"])
     if published is not None:
         return published.native_side
@@ -214,16 +214,16 @@ def _shape_like_weights(
     Raises:
         UserError: The weights are those of a checkpoint of another network, or need `small_images`.
     """
-    saved = pretrained.saved
-    if saved:
-        if catalog.split(saved["backbone"])[0] != catalog.split(name)[0]:
-            raise UserError(f"{weights_name} holds a {saved['backbone']}, not a {name}.")
-        if saved["small_images"] and not small_images:
+    description = pretrained.description
+    if description:
+        if catalog.split(description["backbone"])[0] != catalog.split(name)[0]:
+            raise UserError(f"{weights_name} holds a {description['backbone']}, not a {name}.")
+        if description["small_images"] and not small_images:
             raise UserError(
                 f"{weights_name} was trained with small_images=true: ask for it here too."
             )
-        trained_side = saved["geometry"]["input_side"]
-        adapt(network, trained_side, saved["patch_size"], saved["small_images"])
+        trained_side = description["geometry"]["input_side"]
+        adapt(network, trained_side, description["patch_size"], description["small_images"])
         return
     positions = pretrained.state.get("encoder.pos_embedding")
     if isinstance(network, models.VisionTransformer) and positions is not None:
@@ -233,9 +233,9 @@ def _shape_like_weights(
         adapt(network, grid * network.patch_size)
 
 
-def _compare_classes(saved: Mapping[str, Any], class_names: Sequence[str] | None) -> str:
+def _compare_classes(description: Mapping[str, Any], class_names: Sequence[str] | None) -> str:
     """Return why the head of a checkpoint is not wanted, "" if nothing is known against it."""
-    trained_names = saved.get("class_names")
+    trained_names = description.get("class_names")
     if not trained_names or not class_names:
         return ""
     if list(trained_names) == list(class_names):
@@ -245,8 +245,8 @@ def _compare_classes(saved: Mapping[str, Any], class_names: Sequence[str] | None
 
 def _statistics(pretrained: Pretrained, published: Weights | None) -> list[list[float]] | None:
     """Return the means and deviations that the weights were trained with, None if unknown."""
-    if pretrained.saved:
-        geometry = pretrained.saved["geometry"]
+    if pretrained.description:
+        geometry = pretrained.description["geometry"]
         return [list(geometry["mean"]), list(geometry["std"])]
     if published is not None:
         return [list(published.mean), list(published.std)]

@@ -1,4 +1,4 @@
-"""What there is to say of a backbone before one trains it: a row for a table, and a closer look."""
+"""A summary of a backbone before it is trained: a row of a table, and a closer look."""
 
 from dataclasses import dataclass
 

@@ -23,11 +23,18 @@ MAX_KEYS_SHOWN = 5
 
 
 class Pretrained(NamedTuple):
-    """Weights, and what their source says of them."""
+    """Weights, and what their source says of them.
 
-    state: State  # tensors by the network's own names
-    saved: dict[str, Any]  # options of the run that wrote a checkpoint of this project, else empty
-    published: catalog.Weights | None  # the library's entry, if the library published them
+    Attributes:
+        state: Tensors by the network's own names. Empty for "none".
+        description: Description of the network whose checkpoint holds the weights, as
+            `NetworkDescription` stores it. Empty if they are no checkpoint of this project.
+        published: The library's entry, if the library published the weights.
+    """
+
+    state: State
+    description: dict[str, Any]
+    published: catalog.Weights | None
 
 
 def read(name: str, weights: str) -> Pretrained:
@@ -51,8 +58,8 @@ def read(name: str, weights: str) -> Pretrained:
         return Pretrained(state, {}, entry)
     path = Path(weights).expanduser()
     if path.is_file():
-        state, saved = read_weights(path)
-        return Pretrained(state, saved, None)
+        state, description = read_weights(path)
+        return Pretrained(state, description, None)
     raise _unknown_weights(name, weights, list(entries))
 
 
