@@ -17,26 +17,28 @@ if TYPE_CHECKING:
     from cifar_transfer.training.freeze import BackboneFreeze as BackboneFreeze
     from cifar_transfer.training.phases import Phase as Phase
 
-# Imported when first used: a command that needs no network should not wait for torch.
-_ROOMS = {
-    "ArrayImages": "data.images",
-    "Augment": "data.augment",
-    "BackboneFreeze": "training.freeze",
-    "CIFAR10DataModule": "data.cifar",
-    "Classifier": "inference.predictor",
-    "ImageDataModule": "data.module",
-    "ImageFolderDataModule": "data.folder",
-    "Phase": "training.phases",
-    "ShapesDataModule": "data.shapes",
-    "TransferClassifier": "training.classifier",
+# Modules of the public names. They are imported when they are first used, because a command that
+# needs no network should not wait for torch.
+_MODULES = {
+    "ArrayImages": "cifar_transfer.data.images",
+    "Augment": "cifar_transfer.data.augment",
+    "BackboneFreeze": "cifar_transfer.training.freeze",
+    "CIFAR10DataModule": "cifar_transfer.data.cifar",
+    "Classifier": "cifar_transfer.inference.predictor",
+    "ImageDataModule": "cifar_transfer.data.module",
+    "ImageFolderDataModule": "cifar_transfer.data.folder",
+    "Phase": "cifar_transfer.training.phases",
+    "ShapesDataModule": "cifar_transfer.data.shapes",
+    "TransferClassifier": "cifar_transfer.training.classifier",
 }
-__all__ = [*_ROOMS]
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    module = import_module(_MODULES[name])
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

@@ -52,7 +52,7 @@ def all_runs(folder: Path) -> list[Path]:
 
 
 def finished_runs(folder: Path) -> list[Path]:
-    """Return those runs of `all_runs` that have a result, the oldest first."""
+    """Return the runs of `all_runs` that have a result, the oldest first."""
     return [run for run in all_runs(folder) if (run / RESULT).is_file()]
 
 

@@ -48,7 +48,7 @@ def run(command: str, args: Sequence[str] | None = None) -> NoReturn:
 
     Args:
         command: One of `COMMANDS`.
-        args: Its options; None takes those of this process.
+        args: Its options; None takes the arguments of this process.
     """
     if args is None:
         args = sys.argv[1:]

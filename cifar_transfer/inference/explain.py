@@ -65,7 +65,7 @@ def _spatial_layers(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield activations and gradients, both [C, h, w], of each layer that has positions.
 
-    The last layer is the first. The gradients are those of the likeliest class.
+    They begin with the last layer. The gradients are of the logit of the likeliest class.
     """
     outputs: list[Tensor] = []
 

@@ -93,7 +93,7 @@ def _any_batch_size() -> tuple[dict[int, Any]]:
 
 
 def _as_texts(notes: dict[str, Any]) -> dict[str, str]:
-    """Return notes as texts, those that are none as JSON."""
+    """Return notes as texts. What is no text becomes JSON."""
     texts = {}
     for key, note in notes.items():
         texts[key] = note if isinstance(note, str) else json.dumps(note, ensure_ascii=False)

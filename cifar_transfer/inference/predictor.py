@@ -33,7 +33,7 @@ class Classifier:
 
     Attributes:
         class_names: Names of the classes, in the order of the network's outputs.
-        size: Height and width in pixels to which each picture is brought, those of training.
+        size: Height and width of the training images in pixels, to which each picture is brought.
 
     Raises:
         UserError: There is no such accelerator, or the limit is not positive.
