@@ -1,7 +1,7 @@
 """A web server on this machine that misbehaves on request.
 
-The first part of a path chooses the behaviour, the rest the file: of `BrokenServer(files={"/name": b"..."})`, `/name`
-is served well, `/stall/name` as `stall` below says, and so on for each method of `Behaviours`.
+The first part of a path chooses the behaviour, the rest the file: `BrokenServer({"/name": b"..."})`
+serves `/name` well, `/stall/name` as `stall` below says, and so on for each method of `Behaviours`.
 """
 
 import socket
@@ -15,17 +15,25 @@ from typing import Self
 
 
 class BrokenServer:
-    """Serve `files` (path to content) from a free port of 127.0.0.1 while used as a context manager.
+    """Serve files from a free port of 127.0.0.1 while used as a context manager.
 
-    `hits` counts the requests by path. Leaving the context ends every answer under way and waits for it.
+    Leaving the context ends every answer under way and waits for it.
+
+    Args:
+        files: Content of the files by path.
+        slow_rate: Bytes per second of `/slow`.
+
+    Attributes:
+        hits: Number of requests by path.
     """
 
     def __init__(self, files: Mapping[str, bytes], slow_rate: float = 20_000) -> None:
         self.files = dict(files)
-        self.slow_rate = slow_rate  # bytes per second of /slow
+        self.slow_rate = slow_rate
         self.hits: Counter[str] = Counter()
         self.closing = threading.Event()
-        self._server = _Server(("127.0.0.1", 0), type("Handler", (Behaviours,), {"site": self}))
+        handler = type("Handler", (Behaviours,), {"site": self})
+        self._server = _Server(("127.0.0.1", 0), handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
 
     def url(self, path: str) -> str:
@@ -68,15 +76,15 @@ class Behaviours(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.site.hits[self.path] += 1
-        _, first, *rest = self.path.split("/")
+        files = self.site.files
+        _, behaviour, *rest = self.path.split("/")
+        name = "/" + "/".join(rest)
         if self.path.endswith("/refused"):
             self.send_error(407)  # of a proxy that knows nobody
-        elif self.path in self.site.files:
-            self.ok(self.site.files[self.path])
-        elif (
-            data := self.site.files.get("/" + "/".join(rest))
-        ) is not None and first in BEHAVIOURS:
-            BEHAVIOURS[first](self, data)
+        elif self.path in files:
+            self.ok(files[self.path])
+        elif name in files and behaviour in BEHAVIOURS:
+            BEHAVIOURS[behaviour](self, files[name])
         else:
             self.send_error(404)
 

@@ -24,8 +24,9 @@ JOB = [
 COMMAND = [sys.executable, "-m", "cifar_transfer.fit"]
 
 
-def limited(folder, size, *options):
-    """`fit` where no file can grow beyond `size` bytes, as where the disk has no more room."""
+def fit_with_file_limit(folder, max_bytes, *options):
+    """Run `fit` where no file can grow beyond a size, as where the disk is full."""
+    limits = (max_bytes, max_bytes)
     return subprocess.run(
         [*COMMAND, *options],
         cwd=folder,
@@ -33,38 +34,39 @@ def limited(folder, size, *options):
         text=True,
         stdin=subprocess.DEVNULL,
         timeout=120,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
     )
 
 
 @pytest.mark.slow
 def test_no_room_for_a_checkpoint_keeps_the_one_before_and_the_run_continues(tmp_path):
     """Unfrozen, the optimizer's state makes a checkpoint of 4 MB of one of 1.4 MB."""
-    whole_run, folder = tmp_path / "whole", tmp_path / "full"
+    whole_run = tmp_path / "whole"
+    folder = tmp_path / "full"
     whole_run.mkdir()
     folder.mkdir()
     run_fit(whole_run, *JOB)
-    done = limited(folder, 2_000_000, *JOB)
+    done = fit_with_file_limit(folder, 2_000_000, *JOB)
     assert done.returncode == 2, done.stderr
     error = done.stderr.splitlines()[-1]
     assert error.startswith("error: The checkpoint ")
     assert error.endswith("cannot be written (File too large); the one before is kept.")
     assert "Traceback" not in done.stderr
     assert torch.load(folder / LAST, weights_only=True)["epoch"] == 0
-    assert sorted(path.name for path in (folder / LAST).parent.iterdir()) == [
-        "best.ckpt",
-        "last.ckpt",
-    ]
+    names = [path.name for path in (folder / LAST).parent.iterdir()]
+    assert sorted(names) == ["best.ckpt", "last.ckpt"]
     run_fit(folder, f"--resume={RUN}")
     assert_same_weights(folder / LAST, whole_run / LAST)
 
 
 @pytest.mark.slow
 def test_no_room_for_the_curves_ends_the_run_with_a_sentence(tmp_path):
-    done = limited(tmp_path, 6000, *JOB, "--trainer.enable_checkpointing=false")
+    options = [*JOB, "--trainer.enable_checkpointing=false"]
+    done = fit_with_file_limit(tmp_path, 6000, *options)
     assert done.returncode == 2, done.stderr
-    assert "File too large" in done.stderr.splitlines()[-1]
-    assert f"--resume {RUN}" in done.stderr.splitlines()[-1]
+    error = done.stderr.splitlines()[-1]
+    assert "File too large" in error
+    assert f"--resume {RUN}" in error
     assert "Traceback" not in done.stderr
 
 
@@ -89,27 +91,22 @@ def test_a_full_disk_in_earnest(tmp_path):
 
 @pytest.mark.whole
 def test_two_runs_that_start_at_once_have_two_folders(tmp_path):
-    job = [*COMMAND, *JOB, "--trainer.max_epochs=1"]
-    runs = [
-        subprocess.Popen(
-            [*job, f"--model.lr={rate}"],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+    processes = []
+    for rate in (0.001, 0.002):
+        command = [*COMMAND, *JOB, "--trainer.max_epochs=1", f"--model.lr={rate}"]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        for rate in (0.001, 0.002)
-    ]
-    said = [run.communicate()[0].decode() for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], said
+        processes.append(process)
+    outputs = [process.communicate()[0].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
     folders = sorted((tmp_path / "lightning_logs").iterdir())
     assert [folder.name for folder in folders] == ["version_0", "version_1"]
     for folder in folders:
-        assert {"config.yaml", "checkpoints", "result.json"} <= {
-            path.name for path in folder.iterdir()
-        }
-        assert len({path.name.split(".")[5] for path in folder.glob("events.*")}) == 1, (
-            "of one process"
-        )
+        names = {path.name for path in folder.iterdir()}
+        assert {"config.yaml", "checkpoints", "result.json"} <= names
+        writers = {path.name.split(".")[5] for path in folder.glob("events.*")}
+        assert len(writers) == 1, "process that wrote the event files"
         assert json.loads((folder / "result.json").read_text())["epochs"] == 1
 
 
@@ -138,20 +135,23 @@ def test_two_writers_of_one_file_do_not_share_a_temporary_file(tmp_path):
 
 
 def test_what_a_killed_writer_has_left_is_removed_and_nothing_else(tmp_path):
-    path, left, other = (
-        tmp_path / "a.txt",
-        ".a.txt.0123456789abcdef.partial",
-        ".b.txt.0123456789abcdef.partial",
-    )
-    kept = [other, ".a.txt.partial", ".a.txt.mine.partial", ".a.txt.0123456789abcdef.partial.txt"]
-    for name in (left, *kept):
+    path = tmp_path / "a.txt"
+    abandoned = ".a.txt.0123456789abcdef.partial"
+    abandoned_by_another = ".b.txt.0123456789abcdef.partial"
+    others = [".a.txt.partial", ".a.txt.mine.partial", ".a.txt.0123456789abcdef.partial.txt"]
+    all_names = [abandoned, abandoned_by_another, *others]
+    for name in all_names:
         (tmp_path / name).touch()
     with atomic_write(path):
-        assert (tmp_path / left).exists(), "its writer may be alive"
-    for name in (left, *kept):
+        assert (tmp_path / abandoned).exists(), "its writer may be alive"
+    for name in all_names:
         os.utime(tmp_path / name, (0, 0))
     with atomic_write(path):
         pass
-    assert sorted(found.name for found in tmp_path.iterdir()) == sorted(["a.txt", *kept])
+    assert names_in(tmp_path) == sorted(["a.txt", abandoned_by_another, *others])
     remove_partial(tmp_path)
-    assert sorted(found.name for found in tmp_path.iterdir()) == sorted(["a.txt", *kept[1:]])
+    assert names_in(tmp_path) == sorted(["a.txt", *others])
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())

@@ -8,7 +8,9 @@ import re
 import select
 import struct
 import termios
+import threading
 import time
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +19,8 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
 
 from cifar_transfer import BackboneFreeze, Phase
-from cifar_transfer.base.console import say
+from cifar_transfer.base.console import duration, hush, say, styled
+from cifar_transfer.data import images
 from cifar_transfer.results.terminal import EpochRow, EpochTable
 from cifar_transfer.training.progress_bar import OneLineProgressBar
 from cifar_transfer.training.report import Report
@@ -28,42 +31,47 @@ BAR = re.compile(r"[█▏▎▍▌▋▊▉]")
 
 
 def drawn(written):
-    """All that was drawn, piece by piece, and the lines that stay."""
-    pieces, lines = [], []
-    for line in re.sub(r"\x1b\[\d*m", "", written).replace("\r\n", "\n").split("\n"):
+    """Return every piece of text that was drawn, and the lines that stay."""
+    without_styles = re.sub(r"\x1b\[\d*m", "", written).replace("\r\n", "\n")
+    pieces = []
+    lines = []
+    for line in without_styles.split("\n"):
         shown = ""
         for piece in line.split("\r"):
             shown = piece + shown[len(piece) :]
             pieces.append(piece)
         lines.append(shown.rstrip())
-    assert not re.search(r"[\x00-\x08\x0b-\x1f]", "".join(pieces)), (
-        "nothing moves the cursor to other lines"
-    )
+    moves = re.search(r"[\x00-\x08\x0b-\x1f]", "".join(pieces))
+    assert not moves, "the cursor stays in its line"
     return pieces, lines
 
 
-def on_terminal(folder, columns, *options, command=None, expect=0):
-    """What `fit` or another command writes to a terminal of so many columns."""
-    module = "cifar_transfer" if command else "cifar_transfer.fit"
-    options = (command, *options) if command else options
+def on_terminal(folder, columns, *options):
+    """Return what `fit` writes to a terminal of so many columns."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     (folder / "out").symlink_to(os.ttyname(slave))
     (folder / "err").touch()
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")
-    }
+    environment = dict(os.environ)
+    environment.pop("COLUMNS", None)
+    environment.pop("NO_COLOR", None)
     environment |= {"RUN_FIT": f"{folder}{os.sep}", "TERM": "xterm"}
-    process = FORKS.Process(target=run_module, args=(folder, module, options, environment))
+    args = (folder, "cifar_transfer.fit", options, environment)
+    process = FORKS.Process(target=run_module, args=args)
     process.start()
     written = b""
-    while (alive := process.is_alive()) or select.select([master], [], [], 0)[0]:
-        if select.select([master], [], [], 0.2 * alive)[0]:
+    while process.is_alive() or has_text(master, 0):
+        if has_text(master, 0.2):
             written += os.read(master, 65536)
     os.close(slave)
     os.close(master)
-    assert process.exitcode == expect, (folder / "err").read_text()
+    assert process.exitcode == 0, (folder / "err").read_text()
     return written.decode()
+
+
+def has_text(descriptor, seconds):
+    readable, _, _ = select.select([descriptor], [], [], seconds)
+    return bool(readable)
 
 
 @pytest.mark.slow
@@ -73,40 +81,40 @@ def test_a_run_at_80_columns_and_its_continuation_in_a_pipe(tmp_path):
     pieces, lines = drawn(written)
     assert max(map(len, pieces)) < 80, "no line wraps"
     form = r"epoch 4/4 [█▏▎▍▌▋▊▉ ]{20,40} \d+%  loss \d\.\d{3}  \d+ images/s  \d\d:\d\d left *"
-    assert any(re.fullmatch(form, piece) for piece in pieces), [
-        piece for piece in pieces if "4/4" in piece
-    ]
+    last_epoch = [piece for piece in pieces if "4/4" in piece]
+    assert any(re.fullmatch(form, piece) for piece in last_epoch), last_epoch
     assert any(piece.startswith("test ") for piece in pieces)
     assert not any("?" in piece for piece in pieces), "nothing is said of what is not known yet"
-    table = lines[lines.index(HEADING) + 1 :][:6]
-    assert table[0] == "Epochs 1 to 2: backbone frozen, 10,250 parameters train."
-    assert table[3] == "Epochs 3 to 4: everything at rate 0.0001, 352,042 parameters train."
-    epochs = [row for row in table if not row.startswith("Epoch")]
-    assert [row.split()[0] for row in epochs] == ["1/4", "2/4", "3/4", "4/4"], (
-        "and no bar is left between them"
-    )
-    assert ["> " in row for row in epochs] == [True, True, False, False], (
-        "how long others take is not known before"
-    )
-    best = 0.0
-    for row in epochs:
-        accuracy = float(re.findall(r"([\d.]+)%", row)[1])
-        assert (" *" in row) == (accuracy > best), table
-        best = max(best, accuracy)
-    assert not [line for line in lines if BAR.search(line)], "it leaves nothing behind"
+    assert not any(BAR.search(line) for line in lines), "the bar leaves nothing behind"
     assert "\x1b[32m" in written
     assert f"run            {RUN}" in lines
+    start = lines.index(HEADING) + 1
+    table = lines[start : start + 6]
+    assert table[0] == "Epochs 1 to 2: backbone frozen, 10,250 parameters train."
+    assert table[3] == "Epochs 3 to 4: everything at rate 0.0001, 352,042 parameters train."
+    rows = [line for line in table if not line.startswith("Epoch")]
+    assert [row.split()[0] for row in rows] == ["1/4", "2/4", "3/4", "4/4"]
+    # How long unfrozen epochs take is not known before.
+    assert ["> " in row for row in rows] == [True, True, False, False]
+    best = 0.0
+    for row in rows:
+        accuracy = val_accuracy(row)
+        assert (" *" in row) == (accuracy > best), table
+        best = max(best, accuracy)
     done = run_fit(tmp_path, "--resume", RUN, "--trainer.max_epochs=5")
     continued = done.stdout.splitlines()
-    at = continued.index(HEADING)
-    assert continued[at - 1] == f"The best validation accuracy so far: {best:.2f}%."
-    assert continued[at + 1] == "Epoch 5: everything at rate 0.0001, 352,042 parameters train."
-    accuracy = float(re.findall(r"([\d.]+)%", continued[at + 2])[1])
-    assert (" *" in continued[at + 2]) == (accuracy > best)
+    start = continued.index(HEADING)
     assert continued.count(HEADING) == 1
-    assert not re.search(r"[^\S\n ]|[^\x20-\x7e\n]", done.stdout), (
-        "plain lines, without control characters"
-    )
+    assert continued[start - 1] == f"The best validation accuracy so far: {best:.2f}%."
+    assert continued[start + 1] == "Epoch 5: everything at rate 0.0001, 352,042 parameters train."
+    row = continued[start + 2]
+    assert (" *" in row) == (val_accuracy(row) > best)
+    assert not re.search(r"[^\S\n ]|[^\x20-\x7e\n]", done.stdout), "no control characters"
+
+
+def val_accuracy(row):
+    """Return the validation accuracy in a line of the table, in per cent."""
+    return float(re.findall(r"([\d.]+)%", row)[1])
 
 
 class Terminal(io.StringIO):
@@ -114,41 +122,103 @@ class Terminal(io.StringIO):
         return True
 
 
-def trainer(**others):
-    state = SimpleNamespace(fn="fit", stage=RunningStage.TRAINING)
-    usual = {"sanity_checking": False, "world_size": 8, "state": state}
-    usual |= {"max_epochs": 40, "max_steps": -1, "current_epoch": 39}
-    usual |= {
-        "num_training_batches": 10**6,
-        "is_global_zero": True,
-        "callbacks": [],
-        "checkpoint_callbacks": [],
-    }
-    return SimpleNamespace(**usual | {"progress_bar_metrics": {"train/loss": 2.345}} | others)
-
-
-@pytest.mark.parametrize("columns", [20, 40, 80, 160])
-@pytest.mark.parametrize("plain", [True, False])
-def test_the_bar_never_wraps_and_lines_do_not_tear_it(monkeypatch, columns, plain):
+def take_terminal(monkeypatch, columns=80):
+    """Return a terminal that is standard output for the rest of a test."""
     terminal = Terminal()
     monkeypatch.setattr("sys.stdout", terminal)
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("NO_COLOR", "1") if plain else monkeypatch.delenv("NO_COLOR", raising=False)
-    bar, owner = OneLineProgressBar(), trainer()
-    bar.setup(owner, nn.Module(), "fit")
-    for number in range(2):
-        bar.on_train_batch_start(owner, nn.Module(), (None, range(1024)), number)
-        time.sleep(0.11)
-    say(owner, "said amid an epoch")
-    bar.on_train_batch_start(owner, nn.Module(), (None, range(1024)), 2)
-    bar.on_train_epoch_end(owner, nn.Module())
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return terminal
+
+
+def trainer(**others):
+    """Return what a bar and a table ask of a Trainer in the last of 40 epochs."""
+    values = {
+        "sanity_checking": False,
+        "world_size": 8,
+        "state": SimpleNamespace(fn="fit", stage=RunningStage.TRAINING),
+        "max_epochs": 40,
+        "max_steps": -1,
+        "current_epoch": 39,
+        "num_training_batches": 10**6,
+        "is_global_zero": True,
+        "callbacks": [],
+        "checkpoint_callbacks": [],
+        "progress_bar_metrics": {"train/loss": 2.345},
+    }
+    return SimpleNamespace(**values | others)
+
+
+def draw_bar(owner):
+    """Draw a bar for three batches with a line in between."""
+    bar = OneLineProgressBar()
+    module = nn.Module()
+    batch = (None, range(1024))
+    bar.setup(owner, module, "fit")
+    for index in range(2):
+        bar.on_train_batch_start(owner, module, batch, index)
+        time.sleep(0.11)  # a bar is drawn ten times a second
+    say(owner, "amid an epoch")
+    bar.on_train_batch_start(owner, module, batch, 2)
+    bar.on_train_epoch_end(owner, module)
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80, 160])
+def test_the_bar_never_wraps_and_lines_do_not_tear_it(monkeypatch, columns):
+    terminal = take_terminal(monkeypatch, columns)
+    draw_bar(trainer())
     pieces, lines = drawn(terminal.getvalue())
     assert max(map(len, pieces)) < min(columns, 80)
-    assert [line for line in lines if line] == ["said amid an epoch"]
-    assert ("\x1b" in terminal.getvalue()) != plain
-    shown = "".join(pieces)
-    assert columns < 40 or ("loss 2.345" in shown and re.search(r"\d{4,6} images", shown))
+    assert [line for line in lines if line] == ["amid an epoch"]
+    text = "".join(pieces)
+    if columns >= 40:
+        assert "loss 2.345" in text
+        assert re.search(r"\d{4,6} images", text)
+
+
+@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_colours_are_left_out_where_they_are_not_welcome(monkeypatch, variable, value):
+    terminal = take_terminal(monkeypatch)
+    draw_bar(trainer())
+    assert "\x1b[32m" in terminal.getvalue()
+    assert styled("x", 36) == "\x1b[36mx\x1b[0m"
+    terminal = take_terminal(monkeypatch)
+    monkeypatch.setenv(variable, value)
+    draw_bar(trainer())
+    assert "\x1b" not in terminal.getvalue()
+    assert styled("x", 36) == "x"
+
+
+def test_a_disabled_bar_draws_nothing(monkeypatch):
+    terminal = take_terminal(monkeypatch)
+    bar = OneLineProgressBar()
+    bar.disable()
+    bar.on_train_batch_start(trainer(), nn.Module(), (None, range(8)), 0)
+    assert terminal.getvalue() == ""
+    bar.enable()
+    bar.on_train_batch_start(trainer(), nn.Module(), (None, range(8)), 0)
+    assert "epoch 40/40" in terminal.getvalue()
+    bar.on_train_epoch_end(trainer(), nn.Module())
+
+
+def test_warnings_of_this_package_are_printed_without_their_place(monkeypatch):
+    monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)
+    monkeypatch.setattr("threading.excepthook", threading.excepthook)
+    with warnings.catch_warnings():
+        hush()
+        ours = warnings.formatwarning("a fault", UserWarning, images.__file__, 1)
+        theirs = warnings.formatwarning("a fault", UserWarning, pytest.__file__, 1)
+    assert ours == "warning: a fault\n"
+    assert theirs != "warning: a fault\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h")],
+)
+def test_durations_are_in_the_unit_that_people_use(seconds, text):
+    assert duration(seconds) == text
 
 
 def row(**others):
@@ -209,9 +279,8 @@ def test_the_time_left_knows_what_comes_and_claims_nothing_that_was_not_seen():
     assert left(freeze, [(0, 10.0), (1, 30.0), (1, 30.0)], 3) == ["> 20 s", "30 s", ""]
     freeze.plan = [Phase(["all"])]
     epochs = [(0, 10.0), (0, 10.0), (0, 30.0), (0, 30.0)]
-    assert left(freeze, epochs, 4, (32, 48)) == ["> 30 s", "> 20 s", "30 s", ""], (
-        "larger images take longer"
-    )
+    # Larger images take longer.
+    assert left(freeze, epochs, 4, (32, 48)) == ["> 30 s", "> 20 s", "30 s", ""]
 
 
 @pytest.mark.parametrize("limits", [{"max_epochs": -1}, {"max_epochs": None}, {"max_steps": 100}])
