@@ -124,7 +124,7 @@ class TransferClassifier(LightningModule):
         heads: Names of the layers of `network` that tell the classes apart.
         stages: Names of the network's parameters and buffers by stage, from stem to head.
         image_sizes: The callback that chooses the side of training images, or None.
-        ema: The callback that averages the weights, or None.
+        weight_average: The callback that averages the weights, or None.
 
     Raises:
         UserError: Unknown names, unfit weights, contradicting class counts, or an option that is
@@ -216,7 +216,7 @@ class TransferClassifier(LightningModule):
         self.stages = find_stages(self.network, self.heads)
         self.loss = TrainingLoss(self.loss_options)
         self.image_sizes = None if train_sizes is None else ImageSizes(train_sizes)
-        self.ema = None if ema is None else ExponentialMovingAverage(ema)
+        self.weight_average = None if ema is None else ExponentialMovingAverage(ema)
         self._statistics_are_chosen = normalize is not None
         self._size_is_known = False
         self._classes_are_unequal = False
@@ -256,7 +256,7 @@ class TransferClassifier(LightningModule):
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Return the callbacks that the options `train_sizes` and `ema` ask for."""
-        callbacks = (self.image_sizes, self.ema)
+        callbacks = (self.image_sizes, self.weight_average)
         return [callback for callback in callbacks if callback is not None]
 
     def setup(self, stage: str) -> None:
@@ -565,8 +565,8 @@ class TransferClassifier(LightningModule):
         """Add what prediction needs to know of the network, and what a resume needs."""
         checkpoint[VERSION_KEY] = __version__
         checkpoint[NETWORK_KEY] = self.classifier.description.to_primitives()
-        if self.ema is not None:
-            self.ema.add_to_checkpoint(checkpoint)
+        if self.weight_average is not None:
+            self.weight_average.add_to_checkpoint(checkpoint)
         if not is_fitting(self):
             return
         train_states = {}
