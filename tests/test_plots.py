@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from cifar_transfer import ShapesDataModule, TransferClassifier
-from cifar_transfer.data import splits
+from cifar_transfer.data.splits import Splits
 from cifar_transfer.results import gallery, plots, run_figures
 from cifar_transfer.results.plots import Curve, Phases, RunCurves
 from cifar_transfer.results.predictions import ImagePrediction, Predictions
@@ -209,10 +209,22 @@ def test_markup_and_long_names_are_drawn_as_they_are():
     for figure in figures.values():
         assert_nothing_is_cut_off(figure)
     letters = lettering(names)
-    assert [letters.texts[name].replace(r"\$", "$") for name in names] == names
+    assert [letters.text(name).replace(r"\$", "$") for name in names] == names
     labels = figures["test-classes"].axes[0].get_yticklabels()
     drawn = [label.get_text().replace(r"\$", "$") for label in labels]
     assert sorted(drawn) == sorted([*names[:-1], "x" * 39 + "…"])
+
+
+def test_the_note_on_letters_fits_below_the_narrowest_figures():
+    pixels = np.zeros((3, 8, 8), np.uint8)
+    shown = ImagePrediction("a.png", pixels, [("\U000f0000", 1.0)])
+    for figure in (
+        gallery.gallery([shown], 1),
+        gallery.heated(shown, np.zeros((8, 8))),
+        plots.grid(pixels[None], [["\U000f0000"]], "heading"),
+    ):
+        assert "apt install" in figure.get_supxlabel()
+        assert_nothing_is_cut_off(figure)
 
 
 def test_curves_are_in_order_of_steps_though_the_clock_was_set_back(tmp_path):
@@ -266,7 +278,8 @@ def write_events_of_five_epochs(run):
 def test_the_first_phase_is_shaded_also_by_iteration_and_the_test_named_where_it_validates(
     tmp_path,
 ):
-    splits.write(tmp_path, {"train": ["train/a/1"], "val": ["test/a/1"], "test": ["test/a/1"]})
+    names = {"train": ["train/a/1"], "val": ["test/a/1"], "test": ["test/a/1"]}
+    Splits(names, rows={}, val_source="test").write(tmp_path)
     write_events_of_five_epochs(tmp_path)
     figures = draw_curves(tmp_path)
     for name, begins in (("epochs", (2.5, 4.5)), ("iterations", (12.5, 24.5))):
@@ -285,13 +298,13 @@ def test_the_first_phase_is_shaded_also_by_iteration_and_the_test_named_where_it
 )
 def test_what_never_trains_is_shaded_to_the_end(stem, head, label):
     x = np.arange(4.0) + 1
-    rates = {"stem": Curve(x, np.full(4, stem)), "head": Curve(x, np.full(4, head))}
+    rates = {"stem": np.full(4, stem), "head": np.full(4, head)}
     curves = RunCurves(trainable_parameters=Curve(x, np.full(4, 10.0)), stage_rates=rates)
     assert run_figures.frozen_phases(curves) == Phases(label, [4])
 
 
 def test_nothing_is_shaded_where_everything_trains():
     x = np.arange(4.0) + 1
-    rates = {"stem": Curve(x, np.ones(4)), "head": Curve(x, np.ones(4))}
+    rates = {"stem": np.ones(4), "head": np.ones(4)}
     curves = RunCurves(trainable_parameters=Curve(x, np.full(4, 10.0)), stage_rates=rates)
     assert run_figures.frozen_phases(curves).begins == []

@@ -1,7 +1,6 @@
 """Figures speak the language of the run, whatever fonts there are."""
 
 import re
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -20,12 +19,17 @@ from cifar_transfer.results.words import language, lettering
 
 CIFAR10 = tuple(words.CHINESE.cifar10_classes)
 X = np.arange(6.0) + 1
+CURVE = Curve(X, X.round(-1))
 CURVES = RunCurves(
-    **{
-        field.name: Curve(X, X.round(-1))
-        for field in fields(RunCurves)
-        if "stage" not in field.name
-    }
+    step_loss=CURVE,
+    step_accuracy=CURVE,
+    step_val_loss=CURVE,
+    step_val_accuracy=CURVE,
+    train_loss=CURVE,
+    train_accuracy=CURVE,
+    val_loss=CURVE,
+    val_accuracy=CURVE,
+    learning_rate=CURVE,
 )
 PRIVATE_USE = "\U000f0000"  # a letter that no font has
 
@@ -160,13 +164,15 @@ def of_another_font():
 
 def test_a_name_is_drawn_with_the_font_that_has_its_letters_or_with_their_numbers(of_another_font):
     letters = lettering(["cat", of_another_font])
-    assert letters.texts == {"cat": "cat", of_another_font: of_another_font}
+    assert letters.text("cat") == "cat"
+    assert letters.text(of_another_font) == of_another_font
     assert letters.note == ""
     assert letters.families[0] == fonts.DEFAULT_FAMILY
     assert "STIXGeneral" in letters.families
     letters = lettering(["cat", f"{PRIVATE_USE}é"])
-    assert list(letters.texts.values()) == ["cat", r"\U000f0000é"]
-    assert "No font has some letters of the names" in letters.note
+    assert letters.text("cat") == "cat"
+    assert letters.text(f"{PRIVATE_USE}é") == r"\U000f0000é"
+    assert "No font has some of the letters" in letters.note
     assert "apt install" in letters.note
 
 

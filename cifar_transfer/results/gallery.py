@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from cifar_transfer.base.text import printable
 from cifar_transfer.results.plots import SKY, add_note, show_image
 from cifar_transfer.results.predictions import MAX_GALLERY_IMAGES, ImagePrediction
-from cifar_transfer.results.words import class_name, lettering, word
+from cifar_transfer.results.words import Lettering, class_name, lettering, word
 
 MAX_BARS = 10  # classes of an image
 BAR_BACKGROUND = "#EEEEEE"
@@ -36,18 +37,9 @@ def gallery(predictions: Sequence[ImagePrediction], count: int) -> Figure:
         count: How many images there are; if more than are drawn, a heading says so.
     """
     predictions = predictions[:MAX_GALLERY_IMAGES]
-    texts = []
-    for prediction in predictions:
-        classes = [class_name(name) for name, _ in prediction.classes[:MAX_BARS]]
-        texts.append([_file_text(prediction), *classes])
-    letters = lettering(text for image_texts in texts for text in image_texts)
-
-    cells = []
-    for file, *classes in texts:
-        lines = [_wrap(letters.texts[file], FILE_CHARS)]
-        lines += [_wrap(letters.texts[name], CLASS_CHARS) for name in classes]
-        cells.append(lines)
-    most_lines = max(_height_in_lines(lines) for lines in cells)
+    letters = lettering(chain.from_iterable(map(_names_in, predictions)))
+    cells = [_cell_lines(prediction, letters) for prediction in predictions]
+    most_lines = max(map(_height_in_lines, cells))
     cell_height = max(1.2, LINE_INCHES * most_lines)
     columns = _columns(len(predictions))
     rows = math.ceil(len(predictions) / columns)
@@ -66,8 +58,7 @@ def gallery(predictions: Sequence[ImagePrediction], count: int) -> Figure:
         show_image(left, prediction.pixels)
         left.set_anchor("NE")
         right.set(xlim=(0, 1), ylim=(cell_height / LINE_INCHES, 0))
-        probabilities = [probability for _, probability in prediction.classes]
-        _draw_bars(right, lines, probabilities, letters.families)
+        _draw_bars(right, lines, prediction, letters.families)
     add_note(figure, letters)
     return figure
 
@@ -80,14 +71,26 @@ def _columns(num_images: int) -> int:
     return 1
 
 
+def _names_in(prediction: ImagePrediction) -> list[str]:
+    """Return the name of the file, then those of the classes that have a bar."""
+    classes = [class_name(name) for name, _ in prediction.classes[:MAX_BARS]]
+    return [_file_text(prediction), *classes]
+
+
+def _cell_lines(prediction: ImagePrediction, letters: Lettering) -> list[list[str]]:
+    """Return the lines of each of these names."""
+    file, *classes = map(letters.text, _names_in(prediction))
+    return [_wrap(file, FILE_CHARS), *(_wrap(name, CLASS_CHARS) for name in classes)]
+
+
 def _height_in_lines(texts: Sequence[Sequence[str]]) -> float:
-    return sum(len(lines) + BAR_GAP for lines in texts)
+    return sum(map(len, texts)) + BAR_GAP * len(texts)
 
 
 def _draw_bars(
     axes: Axes,
     texts: Sequence[Sequence[str]],
-    probabilities: Sequence[float],
+    prediction: ImagePrediction,
     families: list[str],
 ) -> None:
     """Draw the file's name and below it a bar for each class.
@@ -97,14 +100,14 @@ def _draw_bars(
     Args:
         axes: Where to draw.
         texts: Lines of the file's name, then of each class.
-        probabilities: Those of the classes.
+        prediction: Prediction with the probabilities of the classes.
         families: Fonts of the texts.
     """
     file_lines, *class_texts = texts
     height = len(file_lines) + BAR_GAP
     _draw_text(axes, file_lines, height / 2, FILE_COLOUR, families)
     top = height
-    for lines, probability in zip(class_texts, probabilities, strict=False):
+    for lines, (_, probability) in zip(class_texts, prediction.classes, strict=False):
         height = len(lines) + BAR_GAP
         middle = top + height / 2
         axes.barh(middle, 1, height - BAR_MARGIN, color=BAR_BACKGROUND)
@@ -140,8 +143,8 @@ def heated(prediction: ImagePrediction, heat: np.ndarray) -> Figure:
     name = class_name(name)
     file = _file_text(prediction)
     letters = lettering([name, file])
-    title = _wrap(f"{letters.texts[name]}   {probability:.1%}", HEATED_TITLE_CHARS)
-    file_lines = _wrap(letters.texts[file], HEATED_FILE_CHARS)
+    title = _wrap(f"{letters.text(name)}   {probability:.1%}", HEATED_TITLE_CHARS)
+    file_lines = _wrap(letters.text(file), HEATED_FILE_CHARS)
     subtitle = word("nothing speaks for it here")
     if heat.any():
         subtitle = word("what speaks for it")

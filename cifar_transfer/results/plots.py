@@ -6,6 +6,7 @@ can tell apart.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,8 +72,8 @@ class RunCurves:
         learning_rate: Learning rate at the end of each epoch.
         trainable_parameters: How many parameters train.
         steps: How many steps the run has made by the end of each epoch.
-        stage_rates: Learning rate of each stage of the network, from stem to head; 0 while it is
-            frozen.
+        stage_rates: Learning rates of each stage of the network by epoch, float64 [N], from stem to
+            head; 0 while it is frozen.
     """
 
     step_loss: Curve | None = None
@@ -86,7 +87,7 @@ class RunCurves:
     learning_rate: Curve | None = None
     trainable_parameters: Curve | None = None
     steps: Curve | None = None
-    stage_rates: dict[str, Curve] = field(default_factory=dict)
+    stage_rates: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Phases(NamedTuple):
@@ -300,9 +301,8 @@ def rates_by_stage(rates: np.ndarray, stages: Sequence[str]) -> Figure:
     axes.set_title(word("Learning rate by stage at the end of each epoch (grey: 0)"))
     colorbar = figure.colorbar(image, ax=axes, pad=0.01)
     if len(distinct_rates) <= MAX_COLORBAR_TICKS:
-        colorbar.set_ticks(
-            distinct_rates.tolist(), labels=[f"{rate:.2g}" for rate in distinct_rates]
-        )
+        colorbar.set_ticks(distinct_rates.tolist())
+        colorbar.ax.yaxis.set_major_formatter("{x:.2g}")
     colorbar.minorticks_off()
     return figure
 
@@ -321,17 +321,17 @@ def confusion(predictions: Predictions, split: str = "test") -> Figure:
     counts = all_counts[cells]
     images_of_class = np.maximum(all_counts.sum(1, keepdims=True), 1)
     shares = (all_counts / images_of_class)[cells]
-    letters = lettering(predictions.names[row] for row in classes)
-    names = [shortened(letters.texts[predictions.names[row]]) for row in classes]
+    names, letters = _names_of(predictions, classes)
 
+    longest = max(map(_width, names))
     numbered = len(classes) <= MAX_NUMBERED_CLASSES
     if numbered:
         font_size = 9
-        name_inches = LETTER_INCHES * max(_width(name) for name in names)
+        name_inches = LETTER_INCHES * longest
         matrix_inches = max(2.4, 0.42 * len(classes))
     else:
         font_size = 5
-        name_inches = SMALL_LETTER_INCHES * max(_width(name) for name in names)
+        name_inches = SMALL_LETTER_INCHES * longest
         matrix_inches = 0.13 * len(classes)
     rotation = 0
     if name_inches * len(classes) > matrix_inches:
@@ -356,6 +356,14 @@ def confusion(predictions: Predictions, split: str = "test") -> Figure:
     figure.suptitle(_confusion_title(predictions, split, len(classes)))
     add_note(figure, letters)
     return figure
+
+
+def _names_of(predictions: Predictions, classes: np.ndarray) -> tuple[list[str], Lettering]:
+    """Return texts to draw for some of the classes, and how to draw them."""
+    names = [predictions.names[number] for number in classes]
+    letters = lettering(names)
+    texts = [shortened(letters.text(name)) for name in names]
+    return texts, letters
 
 
 def _width(name: str) -> float:
@@ -402,8 +410,7 @@ def per_class(predictions: Predictions) -> Figure:
     recall = hits / np.maximum(images, 1)
     f1 = 2 * hits / np.maximum(predicted + images, 1)
     order = np.argsort(f1, kind="stable")[:MAX_CLASSES]
-    letters = lettering(predictions.names[row] for row in order)
-    names = [shortened(letters.texts[predictions.names[row]]) for row in order]
+    names, letters = _names_of(predictions, order)
 
     figure = Figure(figsize=(7, 0.9 + 0.24 * len(order)), layout="constrained")
     axes = figure.subplots()
@@ -411,10 +418,10 @@ def per_class(predictions: Predictions) -> Figure:
     axes.barh(lines, 100 * f1[order], color=BLUE, alpha=0.3, height=0.8)
     axes.set_yticks(lines, names, family=letters.families)
     # Bars end at 100; the columns of the table are to their right.
-    _add_column(axes, 116, word("precision"), [f"{100 * precision[row]:.1f}" for row in order])
-    _add_column(axes, 136, word("recall"), [f"{100 * recall[row]:.1f}" for row in order])
-    _add_column(axes, 156, "F1", [f"{100 * f1[row]:.1f}" for row in order])
-    _add_column(axes, 176, word("images"), [f"{images[row]}" for row in order])
+    _add_column(axes, 116, word("precision"), 100 * precision[order], ".1f")
+    _add_column(axes, 136, word("recall"), 100 * recall[order], ".1f")
+    _add_column(axes, 156, "F1", 100 * f1[order], ".1f")
+    _add_column(axes, 176, word("images"), images[order], "d")
     axes.set(xlim=(0, 180), ylim=(len(order) - 0.4, -1.6), xticks=[0, 50, 100])
     axes.set_xlabel("F1 (%)", loc="left")
     axes.spines[:].set_visible(False)
@@ -428,11 +435,11 @@ def per_class(predictions: Predictions) -> Figure:
     return figure
 
 
-def _add_column(axes: Axes, x: float, heading: str, cells: Sequence[str]) -> None:
+def _add_column(axes: Axes, x: float, heading: str, values: np.ndarray, form: str) -> None:
     """Write a column of a table, aligned to the right at `x`."""
     axes.text(x, -1, heading, ha="right", va="center", weight="bold")
-    for line, cell in enumerate(cells):
-        axes.text(x, line, cell, ha="right", va="center")
+    for line, value in enumerate(values):
+        axes.text(x, line, format(value, form), ha="right", va="center")
 
 
 def reliability(predictions: Predictions, num_bins: int = CALIBRATION_BINS) -> Figure:
@@ -453,17 +460,17 @@ def reliability(predictions: Predictions, num_bins: int = CALIBRATION_BINS) -> F
     _finish(upper, "", "accuracy")
 
     bars = lower.bar(edges, bins.counts, width, align="edge", color=GREY, edgecolor="w")
-    lower.bar_label(bars, [_count_label(count) for count in bins.counts], fontsize=7, padding=1)
+    lower.bar_label(bars, fmt=_count_label, fontsize=7, padding=1)
     lower.margins(y=0.15)
     lower.set_xlim(0, 1)
     _finish(lower, "confidence", "images")
     return figure
 
 
-def _count_label(count: int) -> str:
+def _count_label(count: float) -> str:
     if count == 0:
         return ""
-    return f"{count:,}"
+    return f"{count:,.0f}"
 
 
 def grid(images: np.ndarray, titles: Sequence[Sequence[str]], heading: str) -> Figure:
@@ -478,8 +485,8 @@ def grid(images: np.ndarray, titles: Sequence[Sequence[str]], heading: str) -> F
     """
     columns = _grid_columns(len(images))
     rows = len(images) // columns
-    letters = lettering(line for lines in titles for line in lines)
-    title_lines = max((len(lines) for lines in titles), default=0)
+    letters = lettering(chain.from_iterable(titles))
+    title_lines = max(map(len, titles), default=0)
     width = max(4.0, 1.35 * columns)
     height = 0.5 + rows * (1.3 + 0.17 * title_lines)
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -487,7 +494,7 @@ def grid(images: np.ndarray, titles: Sequence[Sequence[str]], heading: str) -> F
     grid_axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, pixels, lines in zip(grid_axes, images, titles, strict=False):
         show_image(axes, pixels)
-        title = "\n".join(shortened(letters.texts[line], MAX_TITLE_CHARS) for line in lines)
+        title = "\n".join(shortened(letters.text(line), MAX_TITLE_CHARS) for line in lines)
         axes.set_title(title, fontsize=8, family=letters.families, pad=3)
     add_note(figure, letters)
     return figure

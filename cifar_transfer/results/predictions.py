@@ -75,7 +75,7 @@ class Predictions:
 
     @property
     def correct(self) -> Tensor:
-        """Whether each image is predicted correctly, bool [N]."""
+        """Correctness of each prediction, bool [N]."""
         return self.predicted == self.labels
 
     def confusion(self) -> np.ndarray:

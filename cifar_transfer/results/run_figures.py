@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 from cifar_transfer.data.geometry import pixels
 from cifar_transfer.results import plots
@@ -28,10 +29,8 @@ def read_scalars(run: Path) -> dict[str, Curve]:
         # A step may have been logged twice: the later value counts. Sorted, because a clock that
         # was set back puts the file of a resumed run before that of its beginning.
         values = {event.step: event.value for event in events.Scalars(tag)}
-        steps = sorted(values)
-        x = np.array(steps, np.float64)
-        y = np.array([values[step] for step in steps], np.float64)
-        curves[tag] = Curve(x, y)
+        points = np.array(sorted(values.items()), np.float64)
+        curves[tag] = Curve(points[:, 0], points[:, 1])
     return curves
 
 
@@ -47,7 +46,7 @@ def curve_figures(curves: RunCurves, val_name: str = "validation") -> dict[str, 
     if curves.learning_rate is not None:
         figures["epochs"] = plots.epochs(curves, phases, val_name)
     if curves.stage_rates:
-        rates = np.array([curve.y for curve in curves.stage_rates.values()])
+        rates = np.stack(list(curves.stage_rates.values()))
         figures["stages"] = plots.rates_by_stage(rates, list(curves.stage_rates))
     if curves.step_loss is not None:
         phases_in_steps = Phases(phases.first, _steps_after(curves.steps, phases.begins))
@@ -65,7 +64,7 @@ def frozen_phases(curves: RunCurves) -> Phases:
         return Phases("backbone frozen", [])
     increases = np.diff(parameters.y) > 0
     begins = (np.flatnonzero(increases) + 1).tolist()
-    first_rates = np.array([curve.y[0] for curve in curves.stage_rates.values()])
+    first_rates = np.array([rates[0] for rates in curves.stage_rates.values()])
     if not begins and first_rates.any() and not first_rates.all():
         begins = [len(parameters.y)]
     backbone_rates = first_rates[:-1]  # the head is the last stage
@@ -78,7 +77,8 @@ def _steps_after(steps: Curve | None, epochs: Sequence[float]) -> list[float]:
     """Return how many steps the run had made by the end of each of these epochs, counted from 1."""
     if steps is None:
         return []
-    return [float(steps.y[int(epoch) - 1]) for epoch in epochs]
+    rows = np.array(epochs, np.int64) - 1
+    return steps.y[rows].tolist()
 
 
 def prediction_figures(predictions: Predictions, split: str) -> dict[str, Figure]:
@@ -90,20 +90,21 @@ def prediction_figures(predictions: Predictions, split: str) -> dict[str, Figure
         f"{split}-classes": plots.per_class(predictions),
         f"{split}-reliability": plots.reliability(predictions),
     }
-    rows = predictions.rows
-    images = predictions.images.numpy()
-    correct = predictions.correct[rows].numpy()
-    titles = [_image_title(predictions, row) for row in rows.tolist()]
+    correct = predictions.correct[predictions.rows]
     for name, heading, selected in (
         ("mistakes", "The most confident mistakes", ~correct),
         ("correct", "Correct", correct),
     ):
         if selected.any():
-            selected_titles = [titles[place] for place in np.flatnonzero(selected)]
-            figures[f"{split}-{name}"] = plots.grid(
-                images[selected], selected_titles, word(heading)
-            )
+            figures[f"{split}-{name}"] = _image_grid(predictions, selected, word(heading))
     return figures
+
+
+def _image_grid(predictions: Predictions, selected: Tensor, heading: str) -> Figure:
+    """Draw some of the images that are kept; `selected` is bool [K]."""
+    images = predictions.images[selected].numpy()
+    titles = [_image_title(predictions, row) for row in predictions.rows[selected].tolist()]
+    return plots.grid(images, titles, heading)
 
 
 def _image_title(predictions: Predictions, row: int) -> list[str]:

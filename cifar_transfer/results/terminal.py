@@ -106,7 +106,10 @@ def time_left(
     """
     if not upcoming:
         return ""
-    total = sum(seconds_of.get(kind, seconds) for kind in upcoming)
-    if all(kind in seconds_of for kind in upcoming):
-        return duration(total)
-    return f"> {duration(total)}"
+    total = 0.0
+    bound = ""
+    for kind in upcoming:
+        if kind not in seconds_of:
+            bound = "> "
+        total += seconds_of.get(kind, seconds)
+    return f"{bound}{duration(total)}"

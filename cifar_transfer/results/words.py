@@ -86,9 +86,10 @@ CHINESE = Vocabulary(
         "nothing speaks for it here": "此处无支持该类别之处",
         "none": "无",
         "most": "最强",
-        "No font has some letters of the names: their Unicode numbers are shown ({hint}).": (
-            "没有字体包含名称中的某些字符: 以其 Unicode 编号显示 ({hint})"
+        "No font has some of the letters: their Unicode numbers are shown.": (
+            "某些字符没有字体: 以其 Unicode 编号显示。"
         ),
+        "More fonts: {command}": "更多字体: {command}",
     },
     cifar10_classes={
         "airplane": "飞机",
@@ -175,34 +176,34 @@ def language_of(run: Path) -> str:
 
 @dataclass(frozen=True)
 class Lettering:
-    """Text to draw for names that come from users.
+    """How names that users have given are drawn.
 
     Attributes:
-        texts: Text for each name.
-        families: Fonts for these texts.
-        note: A sentence to draw below the figure if letters were replaced, else "".
+        families: Fonts for these names.
+        note: Two short lines to draw below the figure if letters were replaced, else "".
     """
 
-    texts: Mapping[str, str]
     families: list[str]
     note: str
+    _replacements: Mapping[int, str]  # by the number of a letter
+
+    def text(self, name: str) -> str:
+        """Return the text to draw for a name."""
+        return printable(name).translate(self._replacements)
 
 
 def lettering(names: Iterable[str]) -> Lettering:
-    r"""Return what to draw for names of any script.
+    r"""Return how to draw names of any script.
 
     A letter that no font has becomes its escape, such as `\u732b`.
     """
-    printable_names = {name: printable(name) for name in names}
-    missing = missing_letters("".join(printable_names.values()))
-    escapes = {letter: letter.encode("unicode_escape").decode() for letter in missing}
-    escapes["$"] = r"\$"  # a dollar sign alone would begin a formula
-    replacements = str.maketrans(escapes)
-    texts = {name: text.translate(replacements) for name, text in printable_names.items()}
+    replacements = {ord("$"): r"\$"}  # a dollar sign alone would begin a formula
+    missing = missing_letters(printable("".join(names)))
+    for letter in missing:
+        replacements[ord(letter)] = letter.encode("unicode_escape").decode()
     note = ""
     if missing:
-        note = word(
-            "No font has some letters of the names: their Unicode numbers are shown ({hint}).",
-            hint=ALL_FONTS,
-        )
-    return Lettering(texts, installed_families(), note)
+        explanation = word("No font has some of the letters: their Unicode numbers are shown.")
+        hint = word("More fonts: {command}", command=ALL_FONTS)
+        note = f"{explanation}\n{hint}"
+    return Lettering(installed_families(), note, replacements)

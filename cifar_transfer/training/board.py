@@ -1,4 +1,4 @@
-"""What a run adds to TensorBoard beside its curves: pictures, a graph, and a page of charts."""
+"""Pictures, a graph and a page of charts: what TensorBoard shows of a run beside its curves."""
 
 import warnings
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What a run leaves at its end: `result.json`, its scores in the loggers, and its figures."""
+"""The end of a run: `result.json`, its scores in the loggers, and its figures."""
 
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def read_curves(run: Path) -> RunCurves:
     stage_rates = {}
     for name, curve in scalars.items():
         if name.startswith(STAGE_RATE_PREFIX):
-            stage_rates[name.removeprefix(STAGE_RATE_PREFIX)] = curve
+            stage_rates[name.removeprefix(STAGE_RATE_PREFIX)] = curve.y
     return RunCurves(
         step_loss=scalars.get("train/loss"),
         step_accuracy=scalars.get("train/acc_step"),

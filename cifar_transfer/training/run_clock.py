@@ -1,4 +1,4 @@
-"""How long a run takes, and how many images it trains on a second."""
+"""Time that a run takes, and images a second that it trains on."""
 
 import time
 from typing import Any
