@@ -181,3 +181,17 @@ def test_an_attached_module_is_saved_with_its_data_after_another_one_ran(tmp_pat
     torch.testing.assert_close(checkpoint["state_dict"], dict(model.state_dict()))
     assert checkpoint["datamodule_hyper_parameters"] == {"root": "photos"}
     assert "optimizer_states" not in checkpoint
+
+
+@pytest.mark.parametrize(
+    ("options", "temporary"),
+    [
+        ({"devices": 1}, False),
+        ({"devices": 2, "strategy": "ddp"}, False),
+        ({"devices": 2, "strategy": "ddp_spawn"}, True),
+        ({"devices": 2, "strategy": "ddp_notebook"}, True),
+    ],
+)
+def test_processes_that_end_with_a_function_are_known(options, temporary):
+    trainer = quiet_trainer(**options)
+    assert lightning_internals.has_temporary_processes(trainer) == temporary

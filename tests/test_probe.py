@@ -18,8 +18,10 @@ from cifar_transfer.base.errors import UserError
 from cifar_transfer.commands import probe
 from cifar_transfer.commands.evaluate import evaluate
 from cifar_transfer.features import extract as extraction
-from cifar_transfer.features import heads
+from cifar_transfer.features import heads, standardise
 from cifar_transfer.features.extract import FeatureExtractor, Features, extract_features
+from cifar_transfer.features.new_head import set_head
+from cifar_transfer.features.standardise import compute_moments
 from cifar_transfer.features.store import FeatureFile, make_room
 from cifar_transfer.network.image_classifier import ImageClassifier, NetworkOptions
 from cifar_transfer.training import lightning_internals
@@ -197,7 +199,7 @@ def test_old_features_make_room_and_nothing_else_is_removed(tmp_path):
 @pytest.fixture
 def drawn(monkeypatch):
     """Features of four classes of unequal size, read in blocks of seven images."""
-    monkeypatch.setattr(heads, "BLOCK_IMAGES", 7)
+    monkeypatch.setattr(standardise, "BLOCK_IMAGES", 7)
     rng = np.random.default_rng(0)
     scales = [1, 10, 0.1, 1, 1, 1]
     centres = 0.7 * rng.normal(size=(4, 6)) * scales
@@ -212,7 +214,7 @@ def drawn(monkeypatch):
 
 def test_logistic_regression_is_at_its_minimum(drawn):
     train, val, _ = drawn
-    mean, deviation = moments = heads.compute_moments(train)
+    mean, deviation = moments = compute_moments(train)
     values = torch.from_numpy(train.views[0])
     torch.testing.assert_close(mean, values.mean(0))
     torch.testing.assert_close(deviation, values.std(0, correction=0))
@@ -231,7 +233,7 @@ def test_logistic_regression_is_at_its_minimum(drawn):
 
 def test_features_that_do_not_fit_into_memory_give_the_same_head(drawn, monkeypatch):
     train, val, _ = drawn
-    moments = heads.compute_moments(train)
+    moments = compute_moments(train)
     cached, _ = heads.logistic(train, val, 4, moments)
     monkeypatch.setattr(heads, "MAX_CACHED_BYTES", 0)
     read_again, _ = heads.logistic(train, val, 4, moments)
@@ -245,14 +247,14 @@ def test_a_feature_that_is_nearly_always_the_same_gets_no_large_weight(drawn):
     train = Features([np.hstack([train.views[0], rare_feature])], train.labels)
     zeros = np.zeros((len(val.labels), 1), np.float32)
     val = Features([np.hstack([val.views[0], zeros])], val.labels)
-    head, _ = heads.logistic(train, val, 4, heads.compute_moments(train))
+    head, _ = heads.logistic(train, val, 4, compute_moments(train))
     largest = head.weight[:, :-1].abs().max()
     assert head.weight[:, -1].abs().max() < 10 * largest
 
 
 def test_the_penalty_is_the_best_on_the_validation_images(drawn):
     train, val, _ = drawn
-    moments = heads.compute_moments(train)
+    moments = compute_moments(train)
     head, best_penalty = heads.logistic(train, val, 4, moments)
     accuracies = []
     for penalty in heads.PENALTIES:
@@ -266,7 +268,7 @@ def test_the_penalty_is_the_best_on_the_validation_images(drawn):
 
 def test_neighbours_and_means_are_those_of_plain_loops(drawn):
     train, _, test = drawn
-    mean, deviation = moments = heads.compute_moments(train)
+    mean, deviation = moments = compute_moments(train)
     votes = heads.nearest_neighbours(train, test, 4, moments)
     scores = heads.nearest_mean(train, test, 4, moments)
     train_points = (train.views[0] - mean.numpy()) / deviation.numpy()
@@ -301,7 +303,7 @@ def test_few_shots_draw_as_many_images_of_each_class(drawn, monkeypatch):
         return logistic(sample, *rest)
 
     monkeypatch.setattr(heads, "logistic", noted)
-    accuracies = heads.few_shot(train, val, test, 4, heads.compute_moments(train))
+    accuracies = heads.few_shot(train, val, test, 4, compute_moments(train))
     least = np.bincount(train.labels).min()
     assert list(accuracies) == [str(shots) for shots in heads.SHOTS if shots <= least]
     assert len(accuracies) > 1
@@ -316,7 +318,7 @@ def test_features_that_are_not_finite_are_refused(drawn):
     values = train.views[0].copy()
     values[3, 2] = np.inf
     with pytest.raises(UserError, match="are NaN or infinite: take other weights"):
-        heads.compute_moments(train._replace(views=[values]))
+        compute_moments(train._replace(views=[values]))
 
 
 def random_head(width):
@@ -334,7 +336,7 @@ def test_a_network_gives_the_logits_of_its_new_head(network, size):
     model = untrained(network, size)
     images = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8)
     head = random_head(model.network.get_submodule(model.heads[0]).in_features)
-    heads.set_head(model, head, images)
+    set_head(model, head, images)
     with torch.inference_mode(), model.features() as passes:
         logits = model(images / 255)
         expected = passes[0] @ head.weight.T + head.bias
@@ -346,7 +348,7 @@ def test_a_network_that_does_more_with_its_logits_is_refused():
     model.network.fc.register_forward_hook(lambda module, inputs, logits: logits.relu())
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     with pytest.raises(UserError, match="does more with its head's logits"):
-        heads.set_head(model, random_head(1024), images)
+        set_head(model, random_head(1024), images)
 
 
 def test_a_head_that_is_not_linear_is_refused(tmp_path):
@@ -489,6 +491,7 @@ def layer_of(state, name):
         (["--out=FILE"], ".* is no folder: name another place with --out=FOLDER"),
         (["--limit_gb=nan"], "--limit_gb is nan: take a positive number"),
         (["--trainer.precision=bf16-true"], "precision=bf16-true converts the weights"),
+        (["--trainer.strategy=ddp_spawn"], "strategy=ddp_spawn starts processes that end"),
         ([f"{NETWORK}=none"], "Two of the backbones have one name"),
     ],
 )

@@ -24,7 +24,8 @@ from cifar_transfer.base.files import LOGS, RESULT, write_json
 from cifar_transfer.base.text import markdown
 from cifar_transfer.cli.features_cli import Extraction, extract, parser
 from cifar_transfer.cli.recipes import RECIPE_FILE, check_recipe
-from cifar_transfer.features import heads
+from cifar_transfer.features.heads import LinearHead, evaluate_heads
+from cifar_transfer.features.new_head import sample_images, set_head
 from cifar_transfer.network.contestant import Contestant, parse_contestants
 from cifar_transfer.results import probe_table
 from cifar_transfer.results.probe_table import ProbeResult
@@ -116,7 +117,7 @@ def probe(
     if trainer.is_global_zero:
         fitted = _fit_heads(backbone.label, extraction)
     head, result = trainer.strategy.broadcast(fitted)
-    heads.set_head(extraction.model.classifier, head, heads.compared_images(data))
+    set_head(extraction.model.classifier, head, sample_images(data))
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     lightning_internals.save_attached(trainer, extraction.model, folder / CHECKPOINT)
     if trainer.is_global_zero:
@@ -126,10 +127,10 @@ def probe(
     return result
 
 
-def _fit_heads(label: str, extraction: Extraction) -> tuple[heads.LinearHead, ProbeResult]:
+def _fit_heads(label: str, extraction: Extraction) -> tuple[LinearHead, ProbeResult]:
     """Return the best head, and the scores of all."""
     start = time.monotonic()
-    head, scores = heads.evaluate_heads(extraction.features, extraction.data.num_classes)
+    head, scores = evaluate_heads(extraction.features, extraction.data.num_classes)
     result = ProbeResult(
         label=label,
         precision=extraction.trainer.precision,

@@ -1,7 +1,7 @@
 """Features: what a frozen backbone gives its head for each image, computed once and kept on disk.
 
-    images (uint8) -> device -> float32 in [0, 1] -> a view -> network in eval mode -> input of the
-    head
+    images (uint8) -> device -> float32 in [0, 1] -> a view -> network in eval mode
+        -> input of its head: the features
 
 Features are float32. The network computes them in the precision of the Trainer (`bf16-mixed`
 autocasts, `32-true` does not).
@@ -73,8 +73,8 @@ class FeatureExtractor:
         classifier: Network, which is put into eval mode and otherwise stays as it is.
         data: Images.
         folder: Where the features are kept; None: `store.default_folder`.
-        views: Number of views of each training image: the image, its mirror image, augmented
-        images.
+        views: Number of views of each training image: the image itself, its mirror image, and
+            augmented images.
         limit_gb: Limit of all features in the folder, 1e9 bytes each.
         test: Whether to compute features of the test images too.
 
@@ -129,14 +129,15 @@ class FeatureExtractor:
         parts = self._parts(trainer.precision)
         if trainer.is_global_zero:
             make_room(self.folder, [part.file for part in parts], self.limit_gb)
-        # The first process decides for all, because files may come and go meanwhile.
-        is_missing = trainer.strategy.broadcast([not part.file.is_whole() for part in parts])
-        missing = [part for part, absent in zip(parts, is_missing, strict=True) if absent]
+        # The first process decides for all, because other programs may add and remove files.
+        is_whole = trainer.strategy.broadcast([part.file.is_whole() for part in parts])
         arrays = {}
-        # Mapped at once: what is mapped stays readable if another process removes the file.
-        for part in parts:
-            if part not in missing:
-                arrays[part] = part.file.read()
+        missing = []
+        for part, array_is_whole in zip(parts, is_whole, strict=True):
+            if array_is_whole:
+                arrays[part] = part.file.read()  # now: what is mapped stays if the file is removed
+            else:
+                missing.append(part)
         self.computed = sum(part.file.count for part in missing)
         if missing:
             total = sum(part.file.count for part in parts)
@@ -232,7 +233,8 @@ def extract_features(
     """Return the features of each split, outside a fit.
 
     Args:
-        trainer: Starts the processes. Each of them calls this function.
+        trainer: Starts the processes, which must not end with the test (as those of ddp_spawn).
+            Each of them calls this function.
         extractor: Network and images.
         settle: Settles the geometry of the network. Called once the data are set up.
 
@@ -265,7 +267,7 @@ class _ExtractionModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Set up the data, and settle the geometry of the network by them."""
-        self.extractor.data.trainer = self.trainer
+        self.extractor.data.trainer = self.trainer  # as Lightning does with a data module
         self.extractor.data.setup()
         self.settle()
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from cifar_transfer.data.splits import Split
 from cifar_transfer.features import heads
 from cifar_transfer.features.extract import Features
+from cifar_transfer.features.standardise import compute_moments, standardised
 
 NUM_FOLDS = 5  # of the cross-validation
 PROJECTED_WIDTH = (
@@ -78,7 +79,7 @@ def out_of_sample_probabilities(features: Mapping[Split, Features], num_classes:
     """
     train = features["train"]
     val = features["val"]
-    moments = heads.compute_moments(train)
+    moments = compute_moments(train)
     head, penalty = heads.logistic(train, val, num_classes, moments)
     logits = {}
     for split, split_features in features.items():
@@ -170,14 +171,14 @@ def nearest_images(features: Mapping[Split, Features]) -> Neighbours:
 
 def _projected(features: Mapping[Split, Features]) -> Tensor:
     """Return standardised features of all images, projected to unit vectors, float32 [N, P]."""
-    moments = heads.compute_moments(features["train"])
+    moments = compute_moments(features["train"])
     width = len(moments.mean)
     generator = torch.Generator().manual_seed(0)
     projection = torch.randn(width, min(width, PROJECTED_WIDTH), generator=generator)
     points = []
     for split_features in features.values():
         first_view = split_features.views[:1]
-        for values, _ in heads.standardised(first_view, split_features.labels, moments):
+        for values, _ in standardised(first_view, split_features.labels, moments):
             points.append(F.normalize(values @ projection))
     return torch.cat(points)
 

@@ -1,25 +1,17 @@
-"""Heads on features: what the frozen features of a backbone tell of the classes.
-
-Features are read in blocks, so that memory is bounded however many images there are.
-"""
+"""Heads on features: what the frozen features of a backbone tell of the classes."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning import Trainer
 from torch import Tensor
 
-from cifar_transfer.base.errors import UserError
-from cifar_transfer.data.geometry import to_float
-from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split
-from cifar_transfer.features.extract import FeatureExtractor, Features
-from cifar_transfer.network.image_classifier import ImageClassifier
+from cifar_transfer.features.extract import Features
+from cifar_transfer.features.standardise import Moments, blocks, compute_moments, standardised
 
-BLOCK_IMAGES = 16384  # that are in memory at once
 # Standardised features are kept in memory up to this size, because they are read many times.
 MAX_CACHED_BYTES = 2**32
 # Weights of half the squared weights, beside the mean cross-entropy. All are tried at once.
@@ -28,13 +20,11 @@ MAX_ITERATIONS = 100  # of L-BFGS
 NEIGHBOURS = (1, 5, 20)
 SHOTS = (1, 5, 10, 50)  # training images of each class
 NUM_DRAWS = 5  # of images for each number of shots
-MIN_DEVIATION = 1e-6  # of a feature
 # Least deviation for logistic regression, as a share of the median one. A feature that is nearly
 # always 0 would get a weight of hundreds, which fine-tuning does not survive.
 MIN_SHARE_OF_MEDIAN = 0.2
 # Weight of a cosine beside a vote: twenty of them are less than one vote.
 COSINE_WEIGHT = 1e-3
-NUM_COMPARED_IMAGES = 16  # on which the logits of a new head are compared
 
 
 class LinearHead(NamedTuple):
@@ -54,13 +44,6 @@ class LinearHead(NamedTuple):
         for values in blocks(features.views[0]):
             parts.append(values @ self.weight.T + self.bias)
         return torch.cat(parts)
-
-
-class Moments(NamedTuple):
-    """Mean and deviation of each feature, float32 [D]."""
-
-    mean: Tensor
-    deviation: Tensor
 
 
 class HeadScores(NamedTuple):
@@ -87,48 +70,6 @@ class HeadScores(NamedTuple):
     means: float
     few_shot: dict[str, list[float]]
     per_class: int
-
-
-def blocks(values: np.ndarray) -> Iterator[Tensor]:
-    """Yield the rows of an array in blocks, float32 [B, D]."""
-    for start in range(0, len(values), BLOCK_IMAGES):
-        yield torch.from_numpy(np.array(values[start : start + BLOCK_IMAGES], np.float32))
-
-
-def standardised(
-    views: Sequence[np.ndarray], labels: np.ndarray, moments: Moments
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield blocks of standardised features, float32 [B, D], and of labels, int64 [B]."""
-    all_labels = torch.from_numpy(labels)
-    for view in views:
-        label_blocks = all_labels.split(BLOCK_IMAGES)
-        for values, block_labels in zip(blocks(view), label_blocks, strict=True):
-            yield (values - moments.mean) / moments.deviation, block_labels
-
-
-def compute_moments(train: Features) -> Moments:
-    """Return mean and deviation of each feature over all views.
-
-    Raises:
-        UserError: A feature is NaN or infinite.
-    """
-    sums = torch.zeros((), dtype=torch.float64)
-    sums_of_squares = torch.zeros((), dtype=torch.float64)
-    for view in train.views:
-        for values in blocks(view):
-            sums = sums + values.double().sum(0)
-            sums_of_squares = sums_of_squares + values.double().square().sum(0)
-    count = len(train.views) * len(train.labels)
-    mean = sums / count
-    mean_of_squares = sums_of_squares / count
-    if not mean_of_squares.isfinite().all():
-        raise UserError(
-            "The features of this backbone are NaN or infinite: take other weights, or "
-            "--model.normalize=weights."
-        )
-    variance = (mean_of_squares - mean**2).clamp_min(0)
-    deviation = variance.sqrt().clamp_min(MIN_DEVIATION)
-    return Moments(mean.float(), deviation.float())
 
 
 def accuracy(logits: Tensor, labels: np.ndarray) -> float:
@@ -234,7 +175,7 @@ class _LogisticLoss:
         return standardised(self.train.views, self.train.labels, self.moments)
 
 
-def nearest_mean(train: Features, other: Features, num_classes: int, moments: Moments) -> Tensor:
+def nearest_mean(train: Features, queries: Features, num_classes: int, moments: Moments) -> Tensor:
     """Return scores of the classes, float32 [N, C]: minus the distance to the mean of each class.
 
     Features are standardised, and means are taken over all views.
@@ -245,13 +186,13 @@ def nearest_mean(train: Features, other: Features, num_classes: int, moments: Mo
     counts = len(train.views) * np.bincount(train.labels, minlength=num_classes).clip(1)
     means = sums / torch.from_numpy(counts)[:, None]
     scores = []
-    for values, _ in standardised(other.views[:1], other.labels, moments):
+    for values, _ in standardised(queries.views[:1], queries.labels, moments):
         scores.append(-torch.cdist(values, means))
     return torch.cat(scores)
 
 
 def nearest_neighbours(
-    train: Features, other: Features, num_classes: int, moments: Moments
+    train: Features, queries: Features, num_classes: int, moments: Moments
 ) -> dict[int, Tensor]:
     """Return votes of the nearest training images, float32 [N, C], by the number of neighbours.
 
@@ -260,7 +201,7 @@ def nearest_neighbours(
     first.
     """
     votes: dict[int, list[Tensor]] = {count: [] for count in NEIGHBOURS}
-    for values, _ in standardised(other.views[:1], other.labels, moments):
+    for values, _ in standardised(queries.views[:1], queries.labels, moments):
         cosines, labels = _nearest_labels(F.normalize(values), train, moments)
         for count in NEIGHBOURS:
             weights = 1 + COSINE_WEIGHT * cosines[:, :count]
@@ -331,81 +272,23 @@ def evaluate_heads(
     """
     train = features["train"]
     val = features["val"]
-    other = features.get("test", val)
+    queries = features.get("test", val)
     moments = compute_moments(train)
     head, penalty = logistic(train, val, num_classes, moments)
-    logits = head.logits(other)
+    logits = head.logits(queries)
     neighbours = {}
-    for count, votes in nearest_neighbours(train, other, num_classes, moments).items():
-        neighbours[str(count)] = accuracy(votes, other.labels)
-    distances = nearest_mean(train, other, num_classes, moments)
+    for count, votes in nearest_neighbours(train, queries, num_classes, moments).items():
+        neighbours[str(count)] = accuracy(votes, queries.labels)
+    mean_scores = nearest_mean(train, queries, num_classes, moments)
     scores = HeadScores(
         penalty=penalty,
         width=head.weight.shape[1],
         val=accuracy(head.logits(val), val.labels),
-        test=accuracy(logits, other.labels) if "test" in features else None,
-        balanced=balanced_accuracy(logits, other.labels, num_classes),
+        test=accuracy(logits, queries.labels) if "test" in features else None,
+        balanced=balanced_accuracy(logits, queries.labels, num_classes),
         neighbours=neighbours,
-        means=accuracy(distances, other.labels),
-        few_shot=few_shot(train, val, other, num_classes, moments),
+        means=accuracy(mean_scores, queries.labels),
+        few_shot=few_shot(train, val, queries, num_classes, moments),
         per_class=len(train.labels) // num_classes,
     )
     return head, scores
-
-
-def set_head(classifier: ImageClassifier, head: LinearHead, images: Tensor) -> None:
-    """Give a network this head. Of several heads, whose logits it averages, the first gets it all.
-
-    Args:
-        classifier: Network in eval mode.
-        head: New head.
-        images: Images, uint8 [B, 3, H, W], on which the logits are compared.
-
-    Raises:
-        UserError: The logits of the network are not those of its head.
-    """
-    layers = [classifier.network.get_submodule(name) for name in classifier.heads]
-    with torch.no_grad():
-        for layer in layers:
-            for parameter in layer.parameters():
-                parameter.zero_()
-        layers[0].get_parameter("weight").copy_(head.weight * len(layers))
-        layers[0].get_parameter("bias").copy_(head.bias * len(layers))
-        with classifier.features() as passes:
-            logits = classifier(to_float(images).to(classifier.device)).cpu()
-    expected = passes[0] @ head.weight.T + head.bias
-    tolerance = 1e-3 * float(expected.abs().max())
-    if not torch.allclose(logits, expected, rtol=1e-3, atol=tolerance):
-        raise UserError(
-            f"{classifier.backbone} cannot be probed, because it does more with its "
-            f"head's logits: take another."
-        )
-
-
-def compared_images(data: ImageDataModule) -> Tensor:
-    """Return the first validation images, uint8 [B, 3, H, W], for `set_head`."""
-    images = data.images["val"]
-    return torch.from_numpy(images.pixels(np.arange(min(NUM_COMPARED_IMAGES, len(images)))))
-
-
-def begin_with_logistic(
-    trainer: Trainer, classifier: ImageClassifier, data: ImageDataModule
-) -> None:
-    """Within a fit, give a network the best logistic regression on the features of its backbone.
-
-    All processes call this together. Modes (train or eval) stay as they are.
-
-    Raises:
-        UserError: See `FeatureExtractor`, its `compute`, and `set_head`.
-    """
-    modes = {module: module.training for module in classifier.modules()}
-    extractor = FeatureExtractor(classifier, data, test=False)
-    features = extractor.compute(trainer)
-    fitted: Any = None  # in the other processes, until the first one sends it
-    if trainer.is_global_zero:
-        train = features["train"]
-        fitted = logistic(train, features["val"], data.num_classes, compute_moments(train))
-    head, _ = trainer.strategy.broadcast(fitted)
-    set_head(classifier, head, compared_images(data))
-    for module, training in modes.items():
-        module.training = training

@@ -58,7 +58,7 @@ from cifar_transfer.base.console import say, styled
 from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.data.module import ImageDataModule
-from cifar_transfer.features import heads
+from cifar_transfer.features.new_head import begin_with_logistic
 from cifar_transfer.network.image_classifier import ImageClassifier
 from cifar_transfer.network.stages import HEAD
 from cifar_transfer.training import lightning_internals, schedule
@@ -558,7 +558,7 @@ def _begin_with_logistic(trainer: Trainer, module: LightningModule) -> None:
             "probe=true needs a backbone that has learned something, not weights=none: leave it "
             "out."
         )
-    heads.begin_with_logistic(trainer, classifier, data)
+    begin_with_logistic(trainer, classifier, data)
 
 
 def _best_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:

@@ -14,6 +14,7 @@ import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -142,3 +143,11 @@ def save_attached(trainer: Trainer, module: LightningModule, path: Path) -> None
     """
     trainer.strategy.connect(module)
     trainer.save_checkpoint(path, weights_only=True)
+
+
+def has_temporary_processes(trainer: Trainer) -> bool:
+    """Return whether processes of a trainer end with each of its functions, as with `ddp_spawn`.
+
+    What they have computed is lost with them, unless it is in a file. Since Lightning 2.0.
+    """
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
