@@ -75,14 +75,16 @@ def parameters(count: int, **changes: Tensor) -> Parameters:
 def crop(image: Tensor, down: int, right: int, mode: str) -> Tensor:
     """Return what torchvision cuts out of an image padded by 4, off its middle."""
     padded = functional.pad(image, [4], padding_mode=mode)
-    return functional.crop(padded, 4 + down, 4 + right, *image.shape[1:])
+    height, width = image.shape[1:]
+    return functional.crop(padded, 4 + down, 4 + right, height, width)
 
 
 def one_by_one(images: Tensor, given: Parameters, mode: str = "constant") -> Tensor:
     """Return what torchvision makes of each image, one operation after the other."""
     results = []
     for k, image in enumerate(images.float() / 255):
-        image = crop(image, *given.shift[k].tolist(), mode)
+        down, right = given.shift[k].tolist()
+        image = crop(image, down, right, mode)
         if given.flip[k]:
             image = functional.hflip(image)
         brightness, contrast, saturation = given.factors[k].tolist()

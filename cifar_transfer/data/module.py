@@ -12,6 +12,7 @@ Lightning calls, in this order: `prepare_data` (once a machine), `setup` (each p
 `state_dict` (each checkpoint).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,7 @@ class ImageDataModule(LightningDataModule):
         self.save_hyperparameters(stored, logger=bool(options))
 
     @property
-    def class_names(self) -> list[str]:
+    def class_names(self) -> Sequence[str]:
         """Names of the classes in the order of the labels, known before any image is read."""
         raise NotImplementedError
 
@@ -412,7 +413,7 @@ class ImageDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Begin the epoch after the batches that were trained on before the checkpoint."""
         if self.trainer and self.trainer.training:  # Lightning also restores for a test
-            self.continue_from(EarlierRun(first_batch=state_dict["first_batch"]))
+            self._earlier = replace(self._earlier, first_batch=state_dict["first_batch"])
 
     def shard(self, split: Split) -> Shard:
         """Return what this process reads of a split.
