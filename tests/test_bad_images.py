@@ -73,6 +73,7 @@ def test_a_file_that_is_no_image_is_named_in_one_sentence(tmp_path, content):
     assert str(error.value).count(str(path)) == 1
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_damaged_file_is_decoded_or_refused_in_a_sentence(tmp_path, kind):
     """A hundred damaged files: bytes are replaced, cut out, doubled or zeroed."""
@@ -179,6 +180,7 @@ def test_images_are_turned_upright_in_training_and_prediction(tmp_path, kind):
     assert np.array_equal(*shown), "also where the image comes from Python"
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_an_exif_that_cannot_be_read_is_ignored(tmp_path, kind):
     for number, exif in enumerate(
@@ -188,6 +190,7 @@ def test_an_exif_that_cannot_be_read_is_ignored(tmp_path, kind):
         assert read_image(tmp_path / f"{number}.jpg").shape == (3, 24, 40)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as `images` does
 def test_a_decompression_bomb_is_refused_undecoded_and_the_limit_can_be_raised(tmp_path):
     sides = {"between Pillow's warning and its error": 12_000, "above both": 20_000}
     for side in sides.values():
@@ -270,7 +273,7 @@ def test_a_class_without_images_is_named(tmp_path):
         path.rename(path.with_suffix(".txt"))
     with pytest.raises(UserError, match=r"train has no images of cow \(\.jpg .*remove the class"):
         ready(tmp_path)
-    write_images(tmp_path / "test", 2)
+    write_images(tmp_path / "test", 2, seed=1)
     for path in (tmp_path / "train" / "cow").iterdir():
         path.rename(path.with_suffix(".png"))
     assert len(ready(tmp_path).images["test"]) == 4, "a test may lack a class"

@@ -137,6 +137,7 @@ def test_a_damaged_cache_is_noticed_and_made_again(tmp_path, monkeypatch, ending
         assert_equal_images(all_images(ready(tmp_path)), whole)
 
 
+@pytest.mark.filterwarnings("ignore:The decoded images in")
 def test_every_byte_before_the_pixels_may_be_damaged(tmp_path):
     """Whichever byte of the header is damaged, the images are right."""
     array = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8), dtype=np.uint8)

@@ -40,6 +40,7 @@ def fitted(data, epochs, ckpt_path=None, folder=None):
     return best.last_model_path
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the runs have folders of their own
 def test_a_resumed_run_of_a_users_own_data_keeps_its_validation_images(tmp_path):
     last = fitted(Fruit(batch_size=8), 1, folder=tmp_path)
     assert torch.load(last, weights_only=True)["datamodule_hyper_parameters"]["val_fraction"] == 0.1
@@ -51,6 +52,9 @@ def test_a_resumed_run_of_a_users_own_data_keeps_its_validation_images(tmp_path)
             fitted(Fruit(batch_size=8, **other), 2, last, tmp_path / "other")
 
 
+@pytest.mark.filterwarnings(
+    "ignore:You passed in a `val_dataloader`"
+)  # the module has no such step
 def test_a_users_own_module_may_have_options_of_the_same_names(tmp_path):
     class Mine(LightningModule):
         def __init__(self, batch_size=1, seed="mine"):
@@ -64,7 +68,10 @@ def test_a_users_own_module_may_have_options_of_the_same_names(tmp_path):
         def configure_optimizers(self):
             return torch.optim.Adam(self.parameters())
 
-    quiet_trainer(max_epochs=1, logger=TensorBoardLogger(tmp_path)).fit(Mine(), Fruit(batch_size=8))
+    trainer = quiet_trainer(max_epochs=1, logger=TensorBoardLogger(tmp_path), log_every_n_steps=1)
+    trainer.fit(Mine(), Fruit(batch_size=8))
+    (options,) = tmp_path.rglob("hparams.yaml")
+    assert "seed: mine" in options.read_text()
 
 
 @pytest.mark.parametrize(
