@@ -18,7 +18,7 @@ from cifar_transfer.network.weights_download import published_file
 from cifar_transfer.network.weights_file import State, read_weights
 
 # Keys of the auxiliary heads of GoogLeNet and Inception v3, which are built without them.
-AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+AUXILIARY_PREFIXES = ("aux1.", "aux2.", "AuxLogits.")
 MAX_KEYS_SHOWN = 5
 
 
@@ -115,7 +115,7 @@ def load(
     head_prefixes = tuple(f"{head}." for head in heads)
     problems = {
         "missing": _without(result.missing_keys, head_prefixes, other_shapes),
-        "unknown": _without(result.unexpected_keys, AUXILIARY),
+        "unknown": _without(result.unexpected_keys, AUXILIARY_PREFIXES),
         "of another shape": other_shapes,
     }
     descriptions = [f"{problem}: {_some(keys)}" for problem, keys in problems.items() if keys]
