@@ -111,37 +111,43 @@ def test_a_plateau_is_reset_as_it_resets_itself(mode, epochs):
     assert vars(plateau) == vars(expected)
 
 
-def wrapped_parameters(trainer):
-    """Names of the parameters whose gradients the wrapper averages."""
-    wrapper = trainer.strategy.model
-    assert isinstance(wrapper, DistributedDataParallel)
-    parameters, _ = wrapper._build_params_for_reducer()
-    names = {parameter: name for name, parameter in trainer.lightning_module.named_parameters()}
-    return {names[parameter] for parameter in parameters}
+class Frozen(Model):
+    """A module that freezes its bias after it was wrapped, and then has itself wrapped or not."""
 
-
-class Wrapped(Model):
-    """A module that freezes its bias after it was wrapped."""
+    def __init__(self, wrap):
+        super().__init__()
+        self.wrap = wrap
 
     def on_train_start(self):
-        self.before = wrapped_parameters(self.trainer)
+        before = self.trainer.strategy.model
+        assert isinstance(before, DistributedDataParallel)
         self.layer.bias.requires_grad_(False)
-        lightning_internals.wrap_again(self.trainer, self)
-        self.after = wrapped_parameters(self.trainer)
+        if self.wrap:
+            lightning_internals.wrap_again(self.trainer, self)
+        after = self.trainer.strategy.model
+        assert isinstance(after, DistributedDataParallel)
+        assert (after is not before) == self.wrap
+        assert after.module is self
 
 
-def test_a_wrapper_registers_what_requires_a_gradient_when_it_is_made(monkeypatch):
+@pytest.fixture
+def one_process(monkeypatch):
+    """A process group of one process, in which wrapped modules train."""
     for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)  # Lightning sets them; they are removed after the test
-    model = Wrapped()
-    trainer = quiet_trainer(strategy="ddp", devices=1, max_steps=1, limit_val_batches=0)
-    try:
-        trainer.fit(model)
-    finally:
-        torch.distributed.destroy_process_group()
-    assert model.before == {"layer.weight", "layer.bias"}
-    assert model.after == {"layer.weight"}
+    yield quiet_trainer(strategy="ddp", devices=1, max_steps=2, limit_val_batches=0)
+    torch.distributed.destroy_process_group()
+
+
+def test_a_wrapper_waits_for_gradients_of_what_was_trainable_when_it_was_made(one_process):
+    with pytest.raises(RuntimeError, match="parameters that were not used"):
+        one_process.fit(Frozen(wrap=False))
+
+
+def test_a_module_is_wrapped_again_without_what_is_frozen(one_process):
+    one_process.fit(Frozen(wrap=True))
+    assert one_process.global_step == 2
 
 
 def test_a_module_that_was_not_wrapped_is_not_wrapped_again():

@@ -117,6 +117,20 @@ def test_a_phase_waits_until_the_figure_of_the_one_before_no_longer_improves(
     assert [len(stages) for stages in watch.stages] == [1, 1, 1, 1, 2, 2, 6, 6]
 
 
+def test_a_resumed_run_has_waited_as_long_as_the_run_that_was_stopped(tmp_path):
+    plan = [Phase(["head"]), Phase(["all"], patience=2)]
+    figures = [3.0, 1.0, 2.0, 2.0, 2.0]
+
+    def run(figures, **options):
+        freeze = BackboneFreeze(phases=plan, monitor="figure")
+        keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        return fit(tmp_path, freeze, 5, keep, Say(figures), **options)[0].stages
+
+    assert [len(stages) for stages in run(figures)] == [1, 1, 1, 1, 6]
+    rest = run(figures[3:], ckpt_path=tmp_path / "epoch=2.ckpt")
+    assert [len(stages) for stages in rest] == [1, 6]
+
+
 def test_a_later_phase_with_an_epoch_does_not_wait_for_the_one_before(tmp_path):
     plan = [Phase(["head"]), Phase(["conv5"], patience=9), Phase(["stage4"], epoch=2)]
     watch, _ = fit(tmp_path, BackboneFreeze(phases=plan), 3)
