@@ -80,13 +80,14 @@ def live_options():
 
 def describe(command):
     docstring = inspect.getdoc(import_module(f"cifar_transfer.commands.{command}"))
-    first, *paragraphs = docstring.split("\n\n")
-    title, usage = re.match(r"(.*): `python -m cifar_transfer[. ]([^`]*)`", first).groups()
+    title, usage, *paragraphs = docstring.split("\n\n")
+    usage = re.fullmatch(r" +python -m cifar_transfer[. ](.*)", usage)[1]
     text = []
     for paragraph in paragraphs:
         is_table = paragraph.startswith(" ")
         text.append(paragraph if is_table else " ".join(paragraph.split()))
     groups, silent = list_options(command)
+    title = title.removesuffix(".")
     return {"title": title, "usage": usage, "text": text, "groups": groups, "silent": silent}
 
 

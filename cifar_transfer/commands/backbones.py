@@ -1,4 +1,9 @@
-"""List the backbones: `python -m cifar_transfer backbones [PATTERN|--detail NAME]`."""
+"""List the backbones.
+
+    python -m cifar_transfer backbones [PATTERN|--detail NAME]
+
+Without a pattern, torchvision's networks and LeNet-5 are listed.
+"""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,6 @@
-"""Backbones under one recipe: `python -m cifar_transfer compare NAME[=WEIGHTS]... [fit options]`.
+"""Several backbones under one recipe.
+
+    python -m cifar_transfer compare NAME[=WEIGHTS]... [options of fit]
 
 Each backbone is trained by a `fit` in a process of its own, one after another. The same command
 continues after a stop: it skips what is done, and tries again what failed. All other options are

@@ -1,4 +1,6 @@
-"""Transfer learning in a minute or two, without data and network: `python -m cifar_transfer demo`.
+"""Transfer learning in a minute or two, without data and network.
+
+    python -m cifar_transfer demo [options of fit]
 
 ResNet18 is pretrained on one task of drawn shapes. Then it learns another task, with 40 images a
 class, once from these weights with the freeze schedule and once from scratch. All three are runs of

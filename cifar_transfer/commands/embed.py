@@ -1,4 +1,6 @@
-"""Features of images for other tools: `python -m cifar_transfer embed IMAGE... --out FILE.npz`.
+"""Features of images for other tools.
+
+    python -m cifar_transfer embed IMAGE... --out FILE.npz
 
 FILE.npz holds arrays: `names` of the images, `features`, float32 [N, D], what comes into the head,
 and `predicted`, their classes. `--projector FOLDER` has TensorBoard show the images as points. An

@@ -1,4 +1,9 @@
-"""Loss and accuracy of a checkpoint: `python -m cifar_transfer evaluate --ckpt FILE`."""
+"""Loss and accuracy of a checkpoint.
+
+    python -m cifar_transfer evaluate --ckpt FILE [--split val]
+
+The scores are those of exactly the weights in the file, on the data of its run.
+"""
 
 import os
 import sys

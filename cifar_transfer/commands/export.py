@@ -1,4 +1,6 @@
-"""A trained network for other programs: `python -m cifar_transfer export --ckpt FILE --to onnx`.
+"""A trained network for other programs.
+
+    python -m cifar_transfer export --ckpt FILE --to onnx
 
 Weights alone (`state_dict`, `safetensors`) are those of the library's own network. A graph (`onnx`,
 `torch_export`) needs none of this project's code and takes any number of images at once. Each file

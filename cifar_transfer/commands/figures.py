@@ -1,4 +1,9 @@
-"""Figures of a run, drawn again from its files: `python -m cifar_transfer figures RUN`."""
+"""Figures of a run, drawn again from its files.
+
+    python -m cifar_transfer figures RUN
+
+These are the curves, even while the run goes on, and the predictions that it has kept.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Train, validate, checkpoint, test and report: `python -m cifar_transfer.fit [--config FILE] [options]`.
+"""Train, validate, checkpoint, test and report.
+
+    python -m cifar_transfer.fit [--config FILE] [options]
 
 Without options it is the whole recipe: ResNet18 with ImageNet weights on CIFAR-10, 5 epochs with a frozen backbone and
 35 without, then the test with the best checkpoint. What people change first:

@@ -1,4 +1,6 @@
-"""The likeliest classes of images: `python -m cifar_transfer predict FILE|FOLDER|PATTERN|-...`.
+"""The likeliest classes of images.
+
+    python -m cifar_transfer predict FILE|FOLDER|PATTERN|-... [--ckpt FILE]
 
 An image that cannot be read is named on stderr and left out. The exit status is then 1.
 """

@@ -1,4 +1,10 @@
-"""A page that classifies images dropped on it: `python -m cifar_transfer serve [--ckpt FILE]`."""
+"""A page that classifies the images dropped on it.
+
+    python -m cifar_transfer serve [--ckpt FILE] [--port 7860]
+
+The page shows the likeliest classes and where in the image the network sees the first of them.
+Files are read as `predict` reads them.
+"""
 
 from collections.abc import Sequence
 from contextlib import suppress
