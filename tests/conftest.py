@@ -111,14 +111,14 @@ def assert_same_weights(one, other):
 
 
 def curves(run):
-    """Scalars of a run: (step, value) by tag."""
+    """Scalars of a run: (step, value) by name; of what was logged twice, the later one."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    tags = events.Tags()["scalars"]
-    return {
-        NAMES.get(tag, tag): [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in tags
-    }
+    scalars = {}
+    for tag in events.Tags()["scalars"]:
+        values = {event.step: event.value for event in events.Scalars(tag)}
+        scalars[NAMES.get(tag, tag)] = sorted(values.items())
+    return scalars
 
 
 @contextmanager

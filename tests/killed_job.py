@@ -12,8 +12,8 @@ from cifar_transfer.base import files
 from cifar_transfer.cli.fit_cli import FitCLI
 from cifar_transfer.commands.fit import fit
 from cifar_transfer.data import cache
+from cifar_transfer.training import logger, schedule
 from cifar_transfer.training import run as runs
-from cifar_transfer.training import schedule
 
 
 def at(owner, name, left, when=lambda *args: True, number=signal.SIGKILL):
@@ -56,11 +56,12 @@ MOMENTS = {
     "decoding": lambda n: at(cache.tqdm, "update", n),
     "writing the configuration": lambda n: moving(n, runs.CONFIG),
     "mid-step": lambda n: at(TransferClassifier, "optimizer_step", n),  # of any optimizer
+    "Ctrl-C": lambda n: at(TransferClassifier, "optimizer_step", n, number=signal.SIGINT),
     "told to stop": lambda n: at(TransferClassifier, "optimizer_step", n, number=signal.SIGTERM),
     "half of best.ckpt": lambda n: half_written(n, "best.ckpt"),
     "half of last.ckpt": lambda n: half_written(n, "last.ckpt"),
     "moving last.ckpt": lambda n: moving(n, "last.ckpt"),
-    "trimming the curves": lambda n: at(runs, "trim_events", n),
+    "trimming the curves": lambda n: at(logger, "trim_metrics", n),
     "unfreezing": lambda n: at(schedule, "start_afresh", n),
     "validation": lambda n: at(
         TransferClassifier,

@@ -294,7 +294,7 @@ def test_another_average_on_resuming_is_refused(tmp_path, monkeypatch, undisturb
     shutil.copytree(undisturbed / "lightning_logs", "lightning_logs")
     with (
         untouched(tmp_path),
-        pytest.raises(UserError, match=r"would score other weights .* was written with 0\.7"),
+        pytest.raises(UserError, match=r"model\.ema=.* differs from 0\.7"),
     ):
         fit([f"--resume={RUN}", f"--model.ema={decay}", "--trainer.max_epochs=4"])
 

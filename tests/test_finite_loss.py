@@ -1,7 +1,8 @@
-"""Losses that are NaN or infinite, and a frozen backbone that teaches nothing."""
+"""Losses that are NaN or infinite, and a head that learns nothing from a frozen backbone."""
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import quiet_trainer, weights
@@ -11,7 +12,12 @@ from lightning.pytorch.plugins import MixedPrecision
 from cifar_transfer import ShapesDataModule, TransferClassifier
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.commands.fit import fit
-from cifar_transfer.training.loss_guard import SCALED, Guard
+from cifar_transfer.training.loss_guard import (
+    MAX_SCALED_OVERFLOWS,
+    LossGuard,
+    blind_loss,
+    has_learned_nothing,
+)
 
 LENET = [
     "--model.backbone=lenet5",
@@ -28,53 +34,48 @@ CHECKPOINTS = "lightning_logs/version_0/checkpoints"
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_loss_that_is_no_number_ends_the_run_with_its_step_and_the_checkpoints_whole(
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_checkpoints_whole(
     tmp_path, monkeypatch, value
 ):
-    """In the second of six steps an epoch: neither a line of the log nor the end of an epoch is near."""
+    """In the second of six steps of an epoch: no line of the log and no end of an epoch is near."""
     monkeypatch.chdir(tmp_path)
     real = TransferClassifier.training_step
-    monkeypatch.setattr(
-        TransferClassifier,
-        "training_step",
-        lambda self, *batch: real(self, *batch) * (value if self.global_step == 13 else 1),
-    )
-    with pytest.raises(
-        UserError,
-        match=r"training loss of step 13 is NaN or infinite \(epoch 3, learning rate 0.002\)",
-    ):
+
+    def training_step(self, batch, batch_idx):
+        loss = real(self, batch, batch_idx)
+        return loss * value if self.global_step == 13 else loss
+
+    monkeypatch.setattr(TransferClassifier, "training_step", training_step)
+    words = r"training loss of step 13 is NaN or infinite \(epoch 3, learning rate 0.002\)"
+    with pytest.raises(UserError, match=words):
         fit([*LENET, "--trainer.max_epochs=5", "--model.lr=2e-3"])
     for name in ("best", "last"):
-        assert torch.load(f"{CHECKPOINTS}/{name}.ckpt", weights_only=True)["epoch"] <= 1
-        assert all(
-            tensor.isfinite().all() for tensor in weights(f"{CHECKPOINTS}/{name}.ckpt").values()
-        )
+        path = f"{CHECKPOINTS}/{name}.ckpt"
+        assert torch.load(path, weights_only=True)["epoch"] <= 1
+        assert all(tensor.isfinite().all() for tensor in weights(path).values())
     monkeypatch.setattr(TransferClassifier, "training_step", real)
-    assert fit(["--resume=lightning_logs/version_0"]).scores["best/test_acc"] > 0, (
-        "and the run continues"
-    )
+    outcome = fit(["--resume=lightning_logs/version_0"])
+    assert outcome.scores["best/test_acc"] > 0, "and the run continues"
 
 
-def test_a_validation_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
+def test_a_validation_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    real = TransferClassifier._evaluate
+    real = TransferClassifier.validation_step
 
-    def evaluate(self, batch, *rest, **options):
-        return real(
-            self,
-            (batch[0] * (torch.nan if self.current_epoch == 1 else 1), batch[1]),
-            *rest,
-            **options,
-        )
+    def validation_step(self, batch, batch_idx):
+        images, labels = batch
+        if self.current_epoch == 1:
+            images = images * torch.nan
+        return real(self, (images, labels), batch_idx)
 
-    monkeypatch.setattr(TransferClassifier, "_evaluate", evaluate)
+    monkeypatch.setattr(TransferClassifier, "validation_step", validation_step)
     with pytest.raises(UserError, match="validation loss of epoch 2 is NaN or infinite"):
         fit([*LENET, "--trainer.max_epochs=3"])
     assert torch.load(f"{CHECKPOINTS}/last.ckpt", weights_only=True)["epoch"] == 0
 
 
 class Overflow(Callback):
-    """Losses that are none for some steps, as an overflow in half precision makes them."""
+    """Losses of the first steps that are NaN, as an overflow in half precision makes them."""
 
     def __init__(self, steps):
         self.steps = steps
@@ -85,7 +86,7 @@ class Overflow(Callback):
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_what_the_scaler_of_half_precision_sees_to_is_left_to_it(tmp_path, monkeypatch, scaled):
+def test_the_gradient_scaler_may_skip_some_steps(tmp_path, monkeypatch, scaled):
     """Its scale is far too high at first, so that gradients overflow, and so do some losses."""
     monkeypatch.chdir(tmp_path)
     data = ShapesDataModule(train_images=400, test_images=50, batch_size=10)
@@ -93,34 +94,29 @@ def test_what_the_scaler_of_half_precision_sees_to_is_left_to_it(tmp_path, monke
 
     def trainer(overflows):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+        plugins = [MixedPrecision("16-mixed", "cpu", scaler)] if scaled else []
         return quiet_trainer(
-            max_epochs=1,
-            plugins=[MixedPrecision("16-mixed", "cpu", scaler)] if scaled else [],
-            callbacks=[Overflow(overflows), Guard()],
+            max_epochs=1, plugins=plugins, callbacks=[Overflow(overflows), LossGuard()]
         )
 
+    most = 1
     if scaled:
-        trainer(SCALED - 1).fit(model, data)
+        most = MAX_SCALED_OVERFLOWS
+        trainer(most - 1).fit(model, data)
         assert all(value.isfinite().all() for value in model.state_dict().values())
-        with pytest.raises(UserError, match="training loss of step 0 is NaN or infinite"):
-            trainer(SCALED).fit(model, data)
-    else:
-        with pytest.raises(UserError, match="training loss of step 0 is NaN or infinite"):
-            trainer(1).fit(model, data)
+    with pytest.raises(UserError, match="training loss of step 0 is NaN or infinite"):
+        trainer(most).fit(model, data)
 
 
 @pytest.mark.parametrize("dead", [True, False])
-def test_a_frozen_backbone_that_teaches_nothing_is_told(tmp_path, monkeypatch, dead):
+def test_a_head_that_learns_nothing_is_warned_of(tmp_path, monkeypatch, dead):
     monkeypatch.chdir(tmp_path)
     fit([*LENET, "--trainer.max_epochs=10", "--model.lr=3e-3"])
-    state = weights(f"{CHECKPOINTS}/last.ckpt")
-    torch.save(
-        {
-            name.removeprefix("classifier.network."): value * (not dead)
-            for name, value in state.items()
-        },
-        "w.pth",
-    )
+    state = {
+        name.removeprefix("classifier.network."): value * (not dead)
+        for name, value in weights(f"{CHECKPOINTS}/last.ckpt").items()
+    }
+    torch.save(state, "w.pth")
     options = [
         "--model.weights=w.pth",
         "--freeze.unfreeze_epoch=2",
@@ -131,4 +127,25 @@ def test_a_frozen_backbone_that_teaches_nothing_is_told(tmp_path, monkeypatch, d
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         fit([*LENET, *options])
-    assert any("taught the head nothing" in str(warning.message) for warning in seen) == dead
+    assert any("has learned nothing" in str(warning.message) for warning in seen) == dead
+
+
+LABELS = np.repeat([0, 1, 3], [500, 300, 200])  # no image of class 2
+
+
+def test_the_loss_of_a_blind_head_is_the_entropy_of_the_classes():
+    assert blind_loss(LABELS) == pytest.approx(1.0297, abs=1e-4)
+    assert blind_loss(np.arange(10)) == pytest.approx(np.log(10))
+
+
+@pytest.mark.parametrize(
+    ("loss", "accuracy", "nothing"),
+    [
+        (1.05, 0.50, True),
+        (1.05, 0.53, True),  # by chance
+        (1.05, 0.80, False),  # a loss of another scale, as with label smoothing
+        (0.90, 0.50, False),
+    ],
+)
+def test_loss_and_accuracy_must_both_say_that_a_head_has_learned_nothing(loss, accuracy, nothing):
+    assert has_learned_nothing(loss, accuracy, LABELS) == nothing

@@ -4,15 +4,24 @@ import copy
 import csv
 from pathlib import Path
 
+import jsonargparse
 import pytest
 import torch
 from conftest import quiet_trainer
+from lightning import LightningDataModule
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.profilers import SimpleProfiler
 from torch import nn
+from torch.distributed import DistBackendError
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, lr_scheduler
 
+from cifar_transfer.cli import parser_messages
 from cifar_transfer.training import lightning_internals
 
 
@@ -201,3 +210,225 @@ def test_an_attached_module_is_saved_with_its_data_after_another_one_ran(tmp_pat
 def test_processes_that_end_with_a_function_are_known(options, temporary):
     trainer = quiet_trainer(**options)
     assert lightning_internals.has_temporary_processes(trainer) == temporary
+
+
+class Saves(Callback):
+    """A callback that moves the profiler, and saves after the second step of each epoch."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def setup(self, trainer, module, stage):
+        lightning_internals.move_profiler(trainer, Path(trainer.log_dir), self.folder)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}.ckpt")
+
+
+@pytest.fixture
+def fitted(tmp_path):
+    """Two epochs of three steps, saved amid each epoch and at the end of the best."""
+    saves = Saves(tmp_path)
+    best = ModelCheckpoint(tmp_path, "best", monitor="train_loss", enable_version_counter=False)
+    trainer = quiet_trainer(
+        max_steps=6,
+        limit_train_batches=3,
+        limit_val_batches=1,
+        profiler=SimpleProfiler(filename="times"),
+        callbacks=[saves, best],
+    )
+    trainer.fit(LoggedModel())
+    return best
+
+
+class LoggedModel(BoringModel):
+    """A module that logs its loss."""
+
+    def training_step(self, batch, batch_idx):
+        step = super().training_step(batch, batch_idx)
+        self.log("train_loss", step["loss"])
+        return step
+
+
+def test_the_profiler_writes_into_the_folder_that_it_is_moved_to(fitted, tmp_path):
+    assert (tmp_path / "fit-times.txt").is_file()
+
+
+def test_a_checkpoint_tells_whether_its_epoch_was_over(fitted, tmp_path):
+    def ended(name):
+        checkpoint = torch.load(tmp_path / name, weights_only=True)
+        return lightning_internals.ended_epoch(checkpoint)
+
+    assert not ended("0.ckpt")
+    assert ended("best.ckpt")
+
+
+class Steps(Callback):
+    """A callback that notes the epoch and the batch of each step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.steps.append((trainer.current_epoch, batch_idx))
+
+
+class EndsEarly(Callback):
+    """A callback that saves the epoch in which `max_steps` ends the fit."""
+
+    def __init__(self, path, leave_open):
+        self.path = path
+        self.leave_open = leave_open
+
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        if self.leave_open:
+            lightning_internals.leave_epoch_open(checkpoint)
+
+    def on_train_epoch_end(self, trainer, module):
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize(("leave_open", "first"), [(True, (1, 1)), (False, (2, 0))])
+def test_an_epoch_that_is_left_open_goes_on(tmp_path, leave_open, first):
+    """Lightning by itself begins with the next one."""
+    path = tmp_path / "last.ckpt"
+    options = {"limit_train_batches": 3, "limit_val_batches": 0}
+    quiet_trainer(max_steps=4, callbacks=[EndsEarly(path, leave_open)], **options).fit(Model())
+    steps = Steps()
+    quiet_trainer(max_epochs=3, callbacks=[steps], **options).fit(Model(), ckpt_path=path)
+    assert steps.steps[0] == first
+
+
+def test_the_state_of_a_model_checkpoint_moves_with_its_folder(fitted, tmp_path):
+    best = fitted
+    elsewhere = tmp_path / "elsewhere"
+    state = lightning_internals.moved_checkpoints(best.state_dict(), str(elsewhere))
+    moved = ModelCheckpoint(elsewhere, "best", monitor="train_loss")
+    with pytest.warns(UserWarning, match="The dirpath has changed"):
+        moved.load_state_dict(best.state_dict())
+    assert moved.best_model_score is None
+    moved.load_state_dict(state)
+    assert moved.best_model_score == best.best_model_score
+    assert moved.best_model_path == str(elsewhere / "best.ckpt")
+    assert list(moved.best_k_models) == [moved.best_model_path]
+
+
+def test_a_silent_experiment_takes_all_calls():
+    experiment = lightning_internals.silent_experiment()
+    assert experiment.add_scalar("loss", 1.0, 0) is None
+    assert experiment.flush() is None
+
+
+def test_half_precision_alone_scales_losses():
+    scaled = quiet_trainer(plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))])
+    assert lightning_internals.has_gradient_scaler(scaled)
+    for precision in ("32-true", "bf16-mixed"):
+        assert not lightning_internals.has_gradient_scaler(quiet_trainer(precision=precision))
+
+
+@pytest.fixture
+def slurm(monkeypatch):
+    """The environment of a SLURM job of one process."""
+    for name in ("PROCID", "LOCALID", "NODEID", "JOB_ID"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_JOB_NAME", "fit")
+
+
+def test_an_evaluation_in_a_slurm_job_leaves_the_weights_as_they_are(tmp_path, slurm):
+    """Lightning by itself takes those of a requeued fit."""
+    options = {"limit_val_batches": 1, "default_root_dir": tmp_path}
+    trainer = quiet_trainer(max_steps=1, **options)
+    trainer.fit(Model())
+    trainer.save_checkpoint(tmp_path / "hpc_ckpt_1.ckpt")
+    model = Model()
+    weights = copy.deepcopy(model.state_dict())
+    trainer = quiet_trainer(**options)
+    with lightning_internals.without_requeued_state(trainer):
+        trainer.validate(model, verbose=False)
+    assert torch.equal(model.state_dict()["layer.weight"], weights["layer.weight"])
+    trainer.validate(model, verbose=False)
+    assert not torch.equal(model.state_dict()["layer.weight"], weights["layer.weight"])
+
+
+def test_lightning_has_no_handler_that_requeues_outside_of_slurm():
+    assert lightning_internals.requeue_handler() is None
+
+
+def test_lightning_has_a_handler_that_requeues_a_slurm_job(slurm):
+    class Witness(Callback):
+        def on_train_start(self, trainer, module):
+            self.handler = lightning_internals.requeue_handler()
+
+    witness = Witness()
+    trainer = quiet_trainer(
+        max_steps=1, limit_val_batches=0, callbacks=[witness], plugins=[SLURMEnvironment()]
+    )
+    trainer.fit(Model())
+    assert callable(witness.handler)
+
+
+def test_an_error_of_gloo_or_nccl_tells_of_a_lost_process():
+    of_gloo = RuntimeError(
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed"
+    )
+    assert lightning_internals.is_lost_process(of_gloo)
+    assert lightning_internals.is_lost_process(DistBackendError("NCCL error"))
+    assert not lightning_internals.is_lost_process(RuntimeError("out of memory"))
+
+
+def test_the_processor_says_whether_it_has_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert lightning_internals.has_native_bfloat16()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
+    assert not lightning_internals.has_native_bfloat16()
+    monkeypatch.undo()
+    flags = Path("/proc/cpuinfo").read_text()
+    has_flag = "avx512_bf16" in flags or "amx_bf16" in flags
+    assert lightning_internals.has_native_bfloat16() == has_flag
+
+
+@pytest.fixture
+def parser():
+    class Parser(LightningArgumentParser):
+        def error(self, message, ex=None):
+            raise ValueError(message)
+
+    parser = Parser()
+    parser.add_argument("--lr", type=float)
+    parser.add_class_arguments(ModelCheckpoint, "keep")
+    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+    return parser
+
+
+def refused(parser, *args):
+    with pytest.raises(ValueError, match=r"[a-z]") as error:
+        parser.parse_args(list(args))
+    return str(error.value)
+
+
+def test_jsonargparse_names_an_option_that_it_does_not_know(parser):
+    assert parser_messages.unknown_option(refused(parser, "--lx=3")) == "--lx"
+    assert parser_messages.unknown_option(refused(parser, "--lr=fast")) is None
+
+
+def test_jsonargparse_names_a_key_that_it_does_not_know(parser):
+    assert parser_messages.unknown_key(refused(parser, '--keep={"monitr": 3}')) == "monitr"
+    message = refused(parser, "--data=LightningDataModule", "--data.batch_siz=3")
+    assert parser_messages.unknown_key(message) == "batch_siz"
+    assert parser_messages.unknown_key(refused(parser, "--lr=fast")) is None
+
+
+def test_jsonargparse_says_that_an_import_is_not_allowed(parser):
+    jsonargparse.set_parsing_settings(
+        import_path_denylist=["*"], import_path_allowlist=["lightning"]
+    )
+    assert parser_messages.is_import_refusal(refused(parser, "--data=os.system"))
+    assert not parser_messages.is_import_refusal(refused(parser, "--lr=fast"))
+
+
+def test_jsonargparse_says_that_a_class_is_unknown(parser):
+    message = refused(parser, "--data=NoSuchModule")
+    assert parser_messages.is_unknown_class(message, "data")
+    assert not parser_messages.is_unknown_class(refused(parser, "--lr=fast"), "data")

@@ -1,17 +1,15 @@
-"""Runs that are stopped and continued with `--resume` end with the weights of one that never was."""
+"""Runs that are stopped and continued end with the weights of one that never was."""
 
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from conftest import TINY, assert_same_weights, curves, once, run_fit, weights
+from conftest import TINY, assert_same_weights, curves, once, quiet_trainer, run_fit, weights
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from cifar_transfer import TransferClassifier
+from cifar_transfer import ShapesDataModule, TransferClassifier
+from cifar_transfer.base.errors import UserError
 
 JOB = [
     *TINY,
@@ -29,34 +27,20 @@ def undisturbed(tmp_path_factory):
 
 
 def test_interrupted_within_an_epoch_continues_from_that_step(tmp_path, undisturbed):
-    command = [sys.executable, "-m", "cifar_transfer.fit", *JOB]
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert any("  2/4  " in printed for printed in process.stdout)
-        time.sleep(0.15)
-        process.send_signal(signal.SIGINT)
-        said = process.stdout.read()
-    assert process.returncode == 130, said
-    assert (
-        "Stopped. Continue with: python -m cifar_transfer.fit --resume lightning_logs/version_0"
-        in said
-    )
-    assert "Traceback" not in said
+    """Its third epoch has the steps 13 to 18."""
+    done = run_fit(tmp_path, "Ctrl-C", 15, *JOB, module="killed_job", expect=130)
+    assert "Stopping after this step (SIGINT; again: at once) ..." in done.stdout
+    assert f"Stopped. Continue with: python -m cifar_transfer fit --resume {RUN}" in done.stdout
+    assert "Traceback" not in done.stderr
     stopped = torch.load(tmp_path / LAST, weights_only=True)
-    assert stopped["epoch"] == 2
-    assert 12 < stopped["global_step"] < 18, "between the steps of the third epoch"
-    done = run_fit(tmp_path, "--resume=lightning_logs/version_0")
+    assert (stopped["epoch"], stopped["global_step"]) == (2, 15)
+    done = run_fit(tmp_path, f"--resume={RUN}")
     assert "test accuracy" in done.stdout
     assert "Warning" not in done.stderr
     assert_same_weights(tmp_path / LAST, undisturbed / LAST)
-    resumed, whole = curves(tmp_path / RUN), curves(undisturbed / RUN)
-    assert resumed["train/loss"] == whole["train/loss"], "every image once"
-    assert resumed["val/loss"] == whole["val/loss"]
-    assert (tmp_path / RUN / "metrics.csv").read_text() == (
-        undisturbed / RUN / "metrics.csv"
-    ).read_text()
+    assert curves(tmp_path / RUN) == curves(undisturbed / RUN), "every step and epoch once"
+    metrics = [(folder / RUN / "metrics.csv").read_text() for folder in (tmp_path, undisturbed)]
+    assert metrics[0] == metrics[1]
 
 
 @pytest.mark.whole
@@ -64,32 +48,18 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path, 
     run_fit(tmp_path, *JOB)
     assert_same_weights(tmp_path / LAST, undisturbed / LAST)
     run_fit(tmp_path, *JOB, "--seed_everything=1", "--trainer.max_epochs=1")
-    other = weights(tmp_path / LAST.replace("version_0", "version_1"))
-    assert (
-        other["classifier.network.conv1.0.weight"]
-        != weights(undisturbed / LAST)["classifier.network.conv1.0.weight"]
-    ).any()
+    name = "classifier.network.conv1.0.weight"
+    other = weights(tmp_path / LAST.replace("version_0", "version_1"))[name]
+    assert (other != weights(undisturbed / LAST)[name]).any()
 
 
-def test_an_override_that_the_checkpoint_would_undo_is_refused(tmp_path, undisturbed):
+def test_a_changed_option_is_refused_and_more_epochs_are_trained(tmp_path, undisturbed):
     shutil.copytree(undisturbed / "lightning_logs", tmp_path / "lightning_logs")
-    before = sorted(
-        (path.name, path.stat().st_size)
-        for path in (tmp_path / "lightning_logs" / "version_0").rglob("*")
-    )
-    run = "--resume=lightning_logs/version_0"
-    done = run_fit(tmp_path, run, "--trainer.max_epochs=5", "--model.lr=0.5", expect=2)
-    assert "model.lr=0.5 would be undone" in done.stderr
+    resume = [f"--resume={RUN}", "--trainer.max_epochs=5"]
+    done = run_fit(tmp_path, *resume, "--model.lr=0.5", expect=2)
+    assert "model.lr=0.5 differs from 0.001" in done.stderr
     assert "Traceback" not in done.stderr
-    after = sorted(
-        (path.name, path.stat().st_size)
-        for path in (tmp_path / "lightning_logs" / "version_0").rglob("*")
-    )
-    assert [row for row in after if row[0].endswith(".ckpt")] == [
-        row for row in before if row[0].endswith(".ckpt")
-    ]
-    # What the checkpoint does not fix may change: more epochs.
-    run_fit(tmp_path, run, "--trainer.max_epochs=5")
+    run_fit(tmp_path, *resume)
     assert [step for step, _ in curves(tmp_path / RUN)["val/acc"]] == [1, 2, 3, 4, 5]
 
 
@@ -98,16 +68,59 @@ def test_ckpt_path_continues_in_a_new_run(tmp_path, undisturbed):
     assert [step for step, _ in curves(tmp_path / RUN)["val/acc"]] == [5]
 
 
+@pytest.fixture(scope="module")
+def from_python(tmp_path_factory):
+    """A checkpoint of an epoch that is over."""
+    folder = tmp_path_factory.mktemp("python")
+    keep = ModelCheckpoint(folder, "last")
+    quiet_trainer(max_epochs=1, callbacks=[keep]).fit(*lenet())
+    return folder / "last.ckpt"
+
+
+def lenet(model=None, data=None):
+    data = ShapesDataModule(train_images=40, test_images=10, **{"batch_size": 12} | (data or {}))
+    return TransferClassifier("lenet5", "none", num_classes=10, **model or {}), data
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "words"),
+    [
+        ({"lr": 0.5}, {}, r"model\.lr=0\.5 differs from 0\.001, with which the run began"),
+        ({"schedule": "cosine"}, {}, r"model\.schedule=cosine differs from plateau"),
+        ({}, {"batch_size": 8}, r"data\.batch_size=8 differs from 12"),
+        ({}, {"seed": 3}, "seed_everything=3 differs from 0"),
+    ],
+)
+def test_python_is_refused_changed_options_too(from_python, model, data, words):
+    with pytest.raises(UserError, match=words):
+        quiet_trainer(max_epochs=2).fit(*lenet(model, data), ckpt_path=from_python)
+
+
+def test_python_may_change_what_makes_no_other_run(from_python):
+    trainer = quiet_trainer(max_epochs=2)
+    trainer.fit(*lenet({"compile": False}, {"eval_batch_size": 5}), ckpt_path=from_python)
+    assert trainer.current_epoch == 2
+
+
+def test_weights_alone_are_no_run_to_continue(tmp_path, from_python):
+    checkpoint = torch.load(from_python, weights_only=True)
+    del checkpoint["loops"]
+    torch.save(checkpoint, tmp_path / "weights.ckpt")
+    with pytest.raises(UserError, match="holds weights alone, and no run to continue"):
+        quiet_trainer(max_epochs=2).fit(*lenet(), ckpt_path=tmp_path / "weights.ckpt")
+
+
 def test_words_for_size_and_statistics_mean_on_resuming_what_they_meant(tmp_path):
     """The weights, which said what they mean, are not at hand any more."""
     statistics = [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]
-    model = TransferClassifier("shufflenet_v2_x0_5", "none", image_size=48, normalize=statistics)
-    first = tmp_path / "first.ckpt"
-    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, first)
-    words = ["--model.image_size=native", "--model.normalize=weights"]
-    run_fit(tmp_path, *TINY, *words, f"--model.weights={first}", "--trainer.max_epochs=1")
+    options = ["--model.image_size=48", f"--model.normalize={statistics}"]
+    run_fit(tmp_path, *TINY, *options, "--trainer.max_epochs=1")
+    first = (tmp_path / LAST).rename(tmp_path / "first.ckpt")
+    shutil.rmtree(tmp_path / "lightning_logs")
+    options = ["--model.image_size=native", "--model.normalize=weights", f"--model.weights={first}"]
+    run_fit(tmp_path, *TINY, *options, "--trainer.max_epochs=1")
     first.unlink()
-    run = tmp_path / "lightning_logs" / "version_0"
+    run = tmp_path / RUN
     before = torch.load(run / "checkpoints" / "last.ckpt", "cpu", weights_only=True)
     done = run_fit(tmp_path, "--resume", run, "--trainer.max_epochs=2")
     content = torch.load(run / "checkpoints" / "last.ckpt", "cpu", weights_only=True)
@@ -118,8 +131,8 @@ def test_words_for_size_and_statistics_mean_on_resuming_what_they_meant(tmp_path
     result = (run / "result.json").rename(tmp_path / "result.json").read_text()
     run_fit(tmp_path, "--resume", run)  # as if killed in the final test: no epoch is left to time
     assert (run / "result.json").read_text() == result
-    assert content["hyper_parameters"]["image_size"] == 48
-    assert content["hyper_parameters"]["normalize"] == statistics
-    config = (run / "config.yaml").read_text()
-    assert "image_size: native" in config
-    assert "normalize: weights" in config
+    geometry = content["network"]["geometry"]
+    assert geometry["input_side"] == 48
+    assert [geometry["mean"], geometry["std"]] == statistics
+    assert content["hyper_parameters"]["image_size"] == "native", "as given"
+    assert content["hyper_parameters"]["normalize"] == "weights"

@@ -1,6 +1,7 @@
-"""The folder of a run: made when training starts, owned by one process, and untouched by what is refused."""
+"""The folder of a run: made when training starts, owned by one process, untouched by a refusal."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -8,35 +9,37 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import curves, run_fit, untouched, write_images
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
 
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.cli.fit_cli import FitCLI
 from cifar_transfer.commands.fit import fit
-from cifar_transfer.training.resume import compare
+from cifar_transfer.training import run as runs
 
 SMALL = [
-    *(
-        "--model.backbone=lenet5",
-        "--model.weights=none",
-        "--data=ShapesDataModule",
-        "--trainer.accelerator=cpu",
-    ),
-    *(
-        "--data.train_images=100",
-        "--data.test_images=30",
-        "--data.batch_size=20",
-        "--report.figures=false",
-    ),
-    *("--freeze.unfreeze_epoch=0", "--trainer.enable_model_summary=false"),
+    "--model.backbone=lenet5",
+    "--model.weights=none",
+    "--data=ShapesDataModule",
+    "--data.train_images=100",
+    "--data.test_images=30",
+    "--data.batch_size=20",
+    "--trainer.accelerator=cpu",
+    "--report.figures=false",
+    "--freeze.unfreeze_epoch=0",
+]
+STOPPING = [
+    "--trainer.callbacks=EarlyStopping",
+    "--trainer.callbacks.monitor=val/loss",
+    "--trainer.callbacks.patience=8",
 ]
 COMMAND = [sys.executable, "-m", "cifar_transfer.fit"]
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
+def _work_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["fit"])
 
@@ -46,7 +49,7 @@ def finished(tmp_path_factory):
     """A run of two epochs that is not the first in its folder."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "lightning_logs" / "version_6").mkdir(parents=True)
-    run_fit(folder, *SMALL, "--trainer.max_epochs=2")
+    run_fit(folder, *SMALL, *STOPPING, "--trainer.max_epochs=2")
     return folder / "lightning_logs" / "version_7"
 
 
@@ -72,30 +75,26 @@ def again(finished, tmp_path):
         (["--trainer.default_root_dir=/dev/null/runs"], "cannot be written"),
     ],
 )
-def test_a_refused_start_leaves_nothing_and_the_first_run_is_version_0(tmp_path, options, words):
+def test_a_refused_start_leaves_nothing(tmp_path, options, words):
     with untouched(tmp_path), pytest.raises(UserError, match=words):
         fit([*SMALL, "--trainer.max_epochs=1", *options])
 
 
-def test_the_first_accepted_run_is_version_0(tmp_path):
+def test_the_first_accepted_run_is_version_0():
     with pytest.raises(UserError, match="8 pixels"):
         fit([*SMALL, "--model.image_size=8"])
-    assert fit([*SMALL, "--trainer.max_epochs=1"]).best == Path(
-        "lightning_logs/version_0/checkpoints/best.ckpt"
-    )
+    outcome = fit([*SMALL, "--trainer.max_epochs=1"])
+    assert outcome.best == Path("lightning_logs/version_0/checkpoints/best.ckpt")
     assert os.listdir("lightning_logs") == ["version_0"]
 
 
-def test_a_folder_that_another_run_takes_meanwhile_is_left_to_it(tmp_path):
-    """It was not there when names were given out, to a checkpoint of the user's too."""
-    kept = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last=true"]
-    cli = FitCLI([*SMALL, "--trainer.max_epochs=1", *kept])
-
-    class Other(Callback):
-        def on_fit_start(self, trainer, pl_module):
-            os.makedirs("lightning_logs/version_0")
-
-    cli.trainer.callbacks.append(Other())
+def test_a_folder_that_another_run_takes_meanwhile_is_left_to_it(monkeypatch):
+    """It did not exist when the name was chosen. A checkpoint of the user's moves, too."""
+    keep = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last=true"]
+    cli = FitCLI([*SMALL, "--trainer.max_epochs=1", *keep])
+    os.makedirs("lightning_logs/version_0")
+    listed = iter([cli.folder.path, cli.folder.path.with_name("version_1")])
+    monkeypatch.setattr(runs, "_new_folders", lambda logs: listed)
     cli.trainer.fit(cli.model, cli.datamodule)
     cli.folder.release()
     assert os.listdir("lightning_logs/version_0") == []
@@ -104,7 +103,70 @@ def test_a_folder_that_another_run_takes_meanwhile_is_left_to_it(tmp_path):
     assert curves(Path("lightning_logs/version_1"))["val/acc"]
 
 
-def test_the_configuration_of_a_run_that_was_continued_begins_a_new_one(again, finished):
+LOGGERS = {
+    "none": ["--trainer.logger=false"],
+    "CSV": [
+        "--trainer.logger=CSVLogger",
+        "--trainer.logger.save_dir=.",
+        "--trainer.logger.name=csv",
+    ],
+    "fixed": [
+        "--trainer.logger=TensorBoardLogger",
+        "--trainer.logger.save_dir=./board",
+        "--trainer.logger.version=v1",
+    ],
+    "own": ["--trainer.logger=others_logger.DotLogger"],
+}
+DOT_LOGGER = """
+from lightning.pytorch.loggers.logger import Logger
+
+class DotLogger(Logger):
+    name = "project"
+    version = "same"
+    save_dir = "."
+    def log_metrics(self, metrics, step=None): pass
+    def log_hyperparams(self, params, *args): pass
+"""
+
+
+@pytest.mark.parametrize("options", LOGGERS.values(), ids=LOGGERS)
+def test_whatever_the_logger_each_run_has_a_folder_of_its_own(
+    tmp_path, monkeypatch, capsys, options
+):
+    """The name of a folder has several spellings: "./x" is "x"."""
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("others_logger.py").write_text(DOT_LOGGER)
+    options = [*SMALL, *options, "--trainer.max_epochs=2"]
+    first = fit(options)
+    assert first.best == Path("lightning_logs/version_0/checkpoints/best.ckpt")
+    with untouched(first.best.parents[1]):
+        second = fit([*options, "--seed_everything=1"])
+    assert second.best == Path("lightning_logs/version_1/checkpoints/best.ckpt")
+    for outcome in (first, second):
+        run = outcome.best.parents[1]
+        names = {str(path.relative_to(run)) for path in run.rglob("*.*")}
+        assert names >= {
+            "config.yaml",
+            "result.json",
+            "splits.json.gz",
+            "checkpoints/best.ckpt",
+            "checkpoints/last.ckpt",
+        }
+        states = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["callbacks"]
+        (best,) = (state for name, state in states.items() if "'val/acc'" in name)
+        assert outcome.scores["best/val_acc"] == pytest.approx(float(best["best_model_score"]))
+    assert "No validation took place" not in capsys.readouterr().out
+    assert not Path("checkpoints").exists()
+
+
+def test_without_a_validation_the_last_weights_are_the_best(capsys):
+    fit([*SMALL, "--trainer.max_steps=2"])
+    assert "best.ckpt keeps the last weights" in capsys.readouterr().out
+    fit(["--resume=lightning_logs/version_0", "--trainer.max_epochs=1", "--trainer.max_steps=-1"])
+    assert "best.ckpt keeps" not in capsys.readouterr().out
+
+
+def test_the_configuration_of_a_run_that_was_continued_begins_a_new_one(again):
     fit([f"--resume={again}", "--trainer.max_epochs=3"])
     config = yaml.safe_load((again / "config.yaml").read_text())
     assert not {"resume", "ckpt_path", "config"} & set(config)
@@ -120,9 +182,9 @@ def test_the_configuration_of_a_run_that_was_continued_begins_a_new_one(again, f
 def test_a_run_belongs_to_one_process(tmp_path, again):
     """Until that process is gone, however it ends."""
     resume = f"--resume={again}"
-    more = [resume, "--trainer.max_epochs=100000"]
+    stopped = [resume, "--trainer.max_epochs=100000"]
     with subprocess.Popen(
-        [*COMMAND, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*COMMAND, *stopped], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as owner:
         try:
             assert any(line.strip().startswith("3/") for line in owner.stdout)
@@ -139,85 +201,94 @@ def test_a_run_belongs_to_one_process(tmp_path, again):
     )
     done = len(curves(again)["val/acc"])
     fit([resume, f"--trainer.max_epochs={done + 2}"])
-    assert [step for step, _ in curves(again)["val/acc"]][-1] >= done
+    assert curves(again)["val/acc"][-1][0] >= done
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (
-            ["--seed_everything=1", "--data.val_fraction=0.5"],
-            "would make validation images of images",
-        ),
-        (
-            ["--data.val_fraction=0.5"],
-            r"data.val_fraction=0.5 would make validation images .* written with 0.1",
-        ),
-        (["--seed_everything=1"], "seed_everything=1 would make validation images"),
-        (["--data.train_images=120"], "data.train_images=120 would make"),
-        (
-            ["--model.lr=0.5"],
-            "model.lr=0.5 would be undone by the checkpoint, which was written with 0.001",
-        ),
-        (
-            ["--freeze.unfreeze_epoch=3"],
-            "freeze.unfreeze_epoch=3 differs from 1, with which the run began",
-        ),
-        (["--freeze.batch_norm=train"], "freeze.batch_norm=train differs from eval"),
-    ],
-)
-@pytest.mark.parametrize("way", ["--resume={}", "--ckpt_path={}/checkpoints/last.ckpt"])
-def test_a_change_that_would_spoil_the_run_is_refused(tmp_path, again, way, options, words):
+CHANGES = [
+    (["--model.lr=0.5"], r"model\.lr=0\.5 differs from 0\.001"),
+    (["--model.image_size=40"], r"model\.image_size=40 differs from null"),
+    (["--model.weights=other.pth"], r"model\.weights=other\.pth differs from none"),
+    (["--data.val_fraction=0.5"], r"data\.val_fraction=0\.5 differs from 0\.1"),
+    (["--data.batch_size=10"], r"data\.batch_size=10 differs from 20"),
+    (["--data.augment.flip=0"], r"data\.augment\.flip=0\.0 differs from 0\.5"),
+    (["--data=CIFAR10DataModule"], r"data=cifar_transfer.*\.CIFAR10DataModule differs from cifar_"),
+    (["--seed_everything=1"], "seed_everything=1 differs from 0"),
+    (["--freeze.batch_norm=train"], r"freeze\.batch_norm=train differs from eval"),
+    (["--trainer.precision=bf16-mixed"], r"trainer\.precision=bf16-mixed differs from null"),
+    (["--trainer.limit_train_batches=2"], r"trainer\.limit_train_batches=2 differs from null"),
+    (
+        ["--trainer.callbacks.patience=10"],
+        r"EarlyStopping\.patience=10 differs from 8, with which the run began: leave it out to "
+        r"continue the run, or begin a new one from its weights with --model\.weights=CHECKPOINT",
+    ),
+    (
+        ["--trainer.callbacks+=LearningRateFinder"],
+        r"trainer\.callbacks=\['EarlyStopping', 'LearningRateFinder'\] differs from",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), CHANGES, ids=lambda value: value[0][2:30])
+@pytest.mark.parametrize("way", ["resume", "ckpt_path"])
+def test_a_changed_option_is_refused_with_both_values(tmp_path, again, way, options, words):
+    start = [f"--resume={again}"]
+    if way == "ckpt_path":
+        start = [*SMALL, *STOPPING, f"--ckpt_path={again}/checkpoints/last.ckpt"]
     with untouched(tmp_path), pytest.raises(UserError, match=words):
-        fit([*SMALL, way.format(again), "--trainer.max_epochs=3", *options])
+        fit([*start, "--trainer.max_epochs=3", *options])
 
 
-def test_a_resume_is_refused_before_anything_is_decoded(tmp_path):
+def test_a_change_is_refused_before_anything_is_decoded(tmp_path):
     write_images(tmp_path / "photos" / "train", 12)
-    options = [
-        "--model.backbone=lenet5",
-        "--model.weights=none",
-        "--data=ImageFolderDataModule",
-        "--data.root=photos",
-    ]
-    options += [
-        "--data.batch_size=8",
-        "--report.figures=false",
-        "--trainer.accelerator=cpu",
-        "--trainer.max_epochs=1",
-    ]
-    run = fit(options).best.parents[1]
+    options = [option for option in SMALL if not option.startswith("--data")]
+    options += ["--data=ImageFolderDataModule", "--data.root=photos", "--data.batch_size=8"]
+    run = fit([*options, "--trainer.max_epochs=1"]).best.parents[1]
     shutil.rmtree(tmp_path / "photos" / ".cifar_transfer")
-    for change in ("--model.lr=0.5", "--data.val_fraction=0.5"):
-        with untouched(tmp_path), pytest.raises(UserError, match="the checkpoint"):
+    Path("list.csv").write_text("image\ntrain/cat/000.png\n")
+    for change in ("--model.lr=0.5", "--data.val_fraction=0.5", "--data.leave_out=list.csv"):
+        with untouched(tmp_path), pytest.raises(UserError, match="with which the run began"):
             fit([f"--resume={run}", change])
 
 
-def test_other_changes_are_said_with_their_effect(again, caplog):
+def test_what_makes_no_other_run_may_change(again):
     changes = [
         "--trainer.max_epochs=3",
-        "--data.batch_size=30",
+        "--trainer.logger=CSVLogger",
+        "--trainer.logger.save_dir=.",
+        "--trainer.profiler=simple",
+        "--trainer.callbacks+=TQDMProgressBar",
         "--data.eval_batch_size=10",
-        "--data.augment.flip=0",
+        "--data.num_workers=0",
+        "--report.figures=true",
     ]
-    fit([f"--resume={again}", *changes])
-    said = [line for line in caplog.messages if " is changed from " in line]
-    assert said == [
-        "data.augment is changed from {'flip': 0.5} to {'flip': 0.0}: training images are augmented in another way.",
-        "data.batch_size is changed from 20 to 30: an epoch has another number of steps.",
-        "max_epochs is changed from 2 to 3: the run ends after that many epochs.",
-    ], "that of evaluation changes no result"
+    outcome = fit([f"--resume={again}", *changes])
+    assert outcome.best.parents[1] == again
+    assert torch.load(again / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 2
 
 
-def test_within_an_epoch_neither_the_batches_nor_the_processes_change():
-    for name, effect in (
-        ("data.batch_size", "another number of steps"),
-        ("processes", "another number of images"),
-    ):
-        with pytest.raises(UserError, match=f"{name}=4 would skip images of the epoch"):
-            compare({name: 2}, {name: 4}, within_epoch=True, unfrozen=False)
-        (change,) = compare({name: 2}, {name: 4}, within_epoch=False, unfrozen=False)
-        assert effect in change
+def test_early_stopping_keeps_its_patience_from_python(again):
+    """Lightning's takes over the stored one without a word."""
+    cli = FitCLI([*SMALL, "--trainer.max_epochs=3"])
+    stopping = EarlyStopping("val/loss", patience=10)
+    cli.trainer.callbacks.insert(1, stopping)
+    with pytest.raises(UserError, match=r"EarlyStopping\.patience=10 differs from 8"):
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=again / "checkpoints/last.ckpt")
+    assert not Path("lightning_logs/version_8").exists()
+
+
+@pytest.mark.parametrize("name", ["processes", "training_images"])
+def test_within_an_epoch_neither_processes_nor_images_change(again, name):
+    """They would skip images of the epoch, or repeat some."""
+    last = again / "checkpoints/last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    state = checkpoint["callbacks"]["RunFolder"]
+    state[name] = {"processes": 3, "training_images": "7 images (00000000)"}[name]
+    torch.save(checkpoint, last)
+    fit([f"--resume={again}"])
+    checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+    torch.save(checkpoint, last)
+    with pytest.raises(UserError, match=rf"an epoch of {re.escape(str(state[name]))}.*skip"):
+        fit([f"--resume={again}", "--trainer.max_epochs=3"])
 
 
 def test_a_run_without_a_lock_gets_one_only_when_it_is_accepted(again):
@@ -228,39 +299,18 @@ def test_a_run_without_a_lock_gets_one_only_when_it_is_accepted(again):
     assert (again / ".lock").is_file()
 
 
-@pytest.fixture
-def job(monkeypatch):
-    """The environment of a SLURM job of one task."""
-    names = {
-        "JOB_ID": "47",
-        "JOB_NAME": "sweep",
-        "NTASKS": "1",
-        "PROCID": "0",
-        "LOCALID": "0",
-        "NODEID": "0",
-    }
-    for name, value in names.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setenv("PATH", "/nowhere")  # neither srun nor scontrol
+def test_a_fit_that_is_interrupted_before_it_starts_leaves_nothing(tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    cli = FitCLI([*SMALL, "--trainer.max_epochs=1"])
+    cli.trainer.callbacks.append(LambdaCallback(on_fit_start=interrupt))
+    with untouched(tmp_path), pytest.raises(SystemExit, match="1"):
+        cli.trainer.fit(cli.model, cli.datamodule)
+    assert not cli.folder.started
 
 
-def test_two_fits_in_one_slurm_job_are_two_runs_and_each_continues_its_own(job, monkeypatch):
-    logs = Path("lightning_logs")
-    (logs / "slurm_470").mkdir(parents=True)  # of another job
-    rates = [[*SMALL, f"--model.lr={lr}"] for lr in (0.001, 0.002)]
-    folders = [
-        fit([*options, "--trainer.max_epochs=1"]).best.parents[1] for options in (*rates, rates[0])
-    ]
-    assert folders == [logs / name for name in ("slurm_47", "slurm_47_1", "slurm_47_2")]
-    for unfinished in (logs / "slurm_47_1", logs / "slurm_47_2"):
-        (unfinished / "result.json").unlink()
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    folders = [
-        fit([*options, "--trainer.max_epochs=1"]).best.parents[1] for options in (*rates, rates[0])
-    ]
-    assert folders == [logs / name for name in ("slurm_47_2", "slurm_47_1", "slurm_47")]
-    assert [len(curves(run)["val/acc"]) for run in folders] == [1, 1, 1], "nothing is trained again"
-    other = fit([*SMALL, "--model.lr=0.003", "--trainer.max_epochs=1"]).best.parents[1]
-    assert other == logs / "slurm_47_3", "no run of this job has this configuration"
-    with pytest.raises(UserError, match="would be undone by the checkpoint"), untouched(logs):
-        fit([f"--resume={other}", "--trainer.max_epochs=2", "--model.lr=0.5"])
+def test_a_profile_lies_in_the_folder_of_the_run():
+    profiler = ["--trainer.profiler=SimpleProfiler", "--trainer.profiler.filename=times"]
+    fit([*SMALL, *profiler, "--trainer.max_epochs=1"])
+    assert Path("lightning_logs/version_0/fit-times.txt").is_file()

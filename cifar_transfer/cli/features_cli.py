@@ -112,6 +112,7 @@ def extract(
         model.setup("test")
 
     start = time.monotonic()
-    features = extract_features(trainer, extractor, settle)
+    with lightning_internals.without_requeued_state(trainer):
+        features = extract_features(trainer, extractor, settle)
     seconds = time.monotonic() - start
     return Extraction(trainer, model, data, features, extractor.computed, seconds)

@@ -1,6 +1,8 @@
-"""The command line of `fit`: Lightning's, with our classes, our defaults and `--resume`."""
+"""The command line of `fit`: Lightning's, with the classes of this package, and `--resume`.
 
-import argparse
+`PlainCLI` has the options, the model and the data; `FitCLI` adds the run that they describe.
+"""
+
 import math
 import os
 import re
@@ -11,72 +13,86 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 
 from cifar_transfer.base import console
 from cifar_transfer.base.errors import UserError, caused_by_us, check
 from cifar_transfer.base.files import CONFIG, LOGS, require_writable
 from cifar_transfer.base.text import without_password
 from cifar_transfer.base.untrusted import read_yaml
-from cifar_transfer.cli import recipes, spelling, start
+from cifar_transfer.cli import parser_messages, recipes, spelling, start
 from cifar_transfer.cli.parser_messages import plain_message
-from cifar_transfer.cli.parsers import HELP_HINT
-from cifar_transfer.data.module import ImageDataModule
+from cifar_transfer.cli.parsers import HELP_HINT, PartParser
+from cifar_transfer.data.module import EarlierRun, ImageDataModule
 from cifar_transfer.network.image_classifier import NetworkDescription, built_from
-from cifar_transfer.training import run as runs
+from cifar_transfer.training import resume
 from cifar_transfer.training.checkpoint_file import read_checkpoint
 from cifar_transfer.training.classifier import TransferClassifier
 from cifar_transfer.training.evaluation import DATA_MODULES
 from cifar_transfer.training.freeze import BackboneFreeze
 from cifar_transfer.training.interrupt import Interrupt
 from cifar_transfer.training.logger import RunLogger
-from cifar_transfer.training.loss_guard import Guard
+from cifar_transfer.training.loss_guard import LossGuard
 from cifar_transfer.training.progress_bar import OneLineProgressBar
 from cifar_transfer.training.report import LOG_INTERVAL, Report
-from cifar_transfer.training.resume import compare_checkpoint, keep_size
+from cifar_transfer.training.run import (
+    BEST,
+    CHECKPOINTS,
+    LAST,
+    AtomicCheckpointIO,
+    Progress,
+    RunCheckpoint,
+    RunFolder,
+    RunTrainer,
+)
 
-ROOT = "--trainer.default_root_dir"
-UNKNOWN = "unrecognized arguments: --"
+FOLDER_OPTION = "--trainer.default_root_dir"
 
 
 class Parser(LightningArgumentParser):
     """Lightning's parser, whose errors are a `UserError` without a page of usage before it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(
-            *args, **{"allow_abbrev": False} | kwargs
-        )  # also of the parsers it makes for classes
+        kwargs.setdefault("allow_abbrev", False)  # also for the parsers that it makes for classes
+        super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a `UserError` with jsonargparse's message and a hint."""
-        if ex is not None and isinstance(ex.__cause__, UserError):  # from the link of the seed
+        if ex is not None and isinstance(ex.__cause__, UserError):  # of a link between options
             raise ex.__cause__
-        message, unknown = plain_message(message), None
-        if message.startswith(UNKNOWN):
-            name = message.removeprefix(UNKNOWN).partition("=")[0]
-            raise spelling.unknown_option(f"--{name}", start.option_names("fit"))
-        if isinstance(ex, KeyError):
-            unknown = message.split("'")[1]
-        hint = "" if HELP_HINT in message else f" ({HELP_HINT})"  # a nested parser has said it
-        if near := spelling.similar(unknown or "", self.get_defaults().keys()):
-            hint = f" (Did you mean {', '.join(near)}?)"
-        elif "is not allowed" in message:
-            hint = " (If you trust it, name it on the command line too.)"
-        elif 'key "data"' in message and "import path" in message:
-            names = sorted(DATA_MODULES)
-            hint = f" (Data modules: {', '.join(names)}.)"
-        raise UserError(message + hint)
+        message = plain_message(message)
+        option = parser_messages.unknown_option(message)
+        if option is not None:
+            raise spelling.unknown_option(option, start.option_names("fit"))
+        raise UserError(f"{message}{self._hint(message)}")
+
+    def _hint(self, message: str) -> str:
+        key = parser_messages.unknown_key(message)
+        if key is not None:
+            similar_keys = spelling.similar(key, self.get_defaults().keys())
+            if similar_keys:
+                return f" (Did you mean {', '.join(similar_keys)}?)"
+        if parser_messages.is_import_refusal(message):
+            return " (If you trust it, name it on the command line too.)"
+        if parser_messages.is_unknown_class(message, "data"):
+            return f" (Data modules: {', '.join(sorted(DATA_MODULES))}.)"
+        if HELP_HINT in message:  # the parser of a class has said it
+            return ""
+        return f" ({HELP_HINT})"
 
 
 class PlainCLI(LightningCLI):
     """The options of `fit`, the model and the data that they name, and a plain Trainer.
 
-    The Trainer keeps nothing: it has no folder, logger, checkpoints, callbacks or progress bar. It is for
-    passes over the images other than training, with loaders that share them out over the processes.
+    The Trainer keeps nothing: it has no folder, logger, checkpoints, callbacks or progress bar. It
+    is for passes over the images other than training, with loaders that share them out over
+    processes.
 
     Args:
         args: Options as on the command line.
@@ -112,7 +128,7 @@ class PlainCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The callback's options, the two ways to continue, and what links the classes."""
+        """Add the options of callbacks, the two ways to continue, and links between classes."""
         parser.add_lightning_class_args(BackboneFreeze, "freeze")
         parser.add_lightning_class_args(Report, "report")
         parser.add_argument(
@@ -127,13 +143,13 @@ class PlainCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the options; a `UserError` refuses those that continue a run."""
-        self.config = parser.parse_args(recipes.with_recipe_files(args))
+        self.config = _parse(parser, recipes.with_recipe_files(args))
         for name in ("resume", "ckpt_path"):
             if self.config[name]:
                 raise UserError(f"--{name} is for fit: leave it out.")
 
     def instantiate_classes(self) -> None:
-        """Make model, data and Trainer; whatever is wrong with an option is a `UserError`."""
+        """Make data, model and Trainer; whatever is wrong with an option is a `UserError`."""
         try:
             super().instantiate_classes()
         except (UserError, ValueError, TypeError) as error:
@@ -144,15 +160,15 @@ class PlainCLI(LightningCLI):
             raise self.named_as_options(ours) from None
 
     def named_as_options(self, error: UserError) -> UserError:
-        """The same error for the command line: it names arguments, `lr=`, and here they are options, `--model.lr=`."""
-        text = str(error)
-        for key in self.config.keys():  # noqa: SIM118 # a Namespace
-            option = key.replace(".init_args.", ".")
-            text = re.sub(rf"(?<![\w.-]){option.rpartition('.')[2]}=", f"--{option}=", text)
-        return UserError(text)
+        """Return an error with options of the command line, `--model.lr=`, in place of `lr=`."""
+        return UserError(_named_as_options(str(error), list(self.config.keys())))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make a Trainer that keeps nothing, with the devices, strategy and precision of the options."""
+        """Make a Trainer that keeps nothing, with the devices and the precision of the options.
+
+        Args:
+            **kwargs: Options of the Trainer that replace those of the command line.
+        """
         options = dict(self.config_init.trainer) | speed_options(self.config_init.trainer)
         options |= {
             "logger": False,
@@ -167,153 +183,188 @@ class PlainCLI(LightningCLI):
 
 
 class FitCLI(PlainCLI):
-    """The options of `fit` and the run that they describe: its folder, its callbacks, its Trainer."""
+    """The options of `fit` and the run that they describe.
+
+    A run that continues is compared with the options in its checkpoint, before anything is decoded.
+
+    Attributes:
+        ckpt_path: Checkpoint from which training continues, or None.
+        folder: Folder of the run.
+        best: Callback that keeps the best checkpoint; None if the run keeps no checkpoints.
+        interrupt: Callback that stops the run when it is told to.
+    """
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Put the configuration of a run to resume before the options, so that these override it."""
+        """Parse the options; they override those of a run to resume."""
         args = recipes.with_recipe_files(args)
-        resume = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        resume.add_argument("--resume")
-        resume.add_argument("--config", action="append", default=[])
-        resume.error = parser.error  # type: ignore[method-assign]
-        given = resume.parse_known_args(args)[0]
-        run, files = given.resume, given.config
-        if run:
-            config = Path(run, CONFIG)
-            if not config.is_file():
-                raise UserError(
-                    f"--resume {run}: there is no {config}: name the folder of a run, {LOGS}/version_0."
-                )
-            runs.import_nothing_else(args)
-            args, files = ["--config", str(config), *args], [config, *files]
-        for file in filter(os.path.isfile, files):
-            read_yaml(file)
-        self.config = parser.parse_args(args)
-        kept = self.config.clone()  # the configuration as given, but for what continues another run
-        for name in ("resume", "ckpt_path"):
-            kept.pop(name)
-        self.config_text = without_password(self.parser.dump(kept, skip_unset=False))
-        root = Path(self.config.trainer.default_root_dir or ".")
-        self.resumed = Path(run).resolve() if run else None
-        if self.resumed is None:
-            self.resumed = runs.requeued_run(root.resolve() / LOGS, self.config_text)
-        if self.resumed:
-            state = runs.newest_state(self.resumed)
-            self.config.ckpt_path = (
-                str(state) if state else None
-            )  # killed in its first epoch: from the beginning
+        self._resumed_run = _resumed_run(args)
+        if self._resumed_run is not None:
+            resume.import_nothing_else(args)
+            args = ["--config", str(self._resumed_run / CONFIG), *args]
+        self.config = _parse(parser, args)
+        self.ckpt_path = self._path_to_continue_from()
+        options = self.config.clone()
+        for name in ("resume", "ckpt_path"):  # a run that begins with these options begins anew
+            options.pop(name)
+        self._config_text = without_password(parser.dump(options, skip_unset=False))
+
+    def _path_to_continue_from(self) -> Path | None:
+        if self._resumed_run is not None:
+            path = self._resumed_run / CHECKPOINTS / LAST
+            return path if path.is_file() else None  # killed in its first epoch: begin again
+        if self.config.ckpt_path is not None:
+            return Path(self.config.ckpt_path)
+        return None
 
     def before_instantiate_classes(self) -> None:
-        """Read the checkpoint of a run that continues."""
-        self._continued: dict[str, Any] | None = None
-        if path := self.config.ckpt_path:
-            self._continued = read_checkpoint(path)
+        """Read the checkpoint, and refuse options that would make another run of it."""
+        self._checkpoint: dict[str, Any] | None = None
+        if self.ckpt_path is None:
+            return
+        self._checkpoint = read_checkpoint(self.ckpt_path)
+        state = resume.state_of_run(self._checkpoint)
+        if state is not None:  # else the run was none of the command line
+            resume.check_configuration(state["config"], yaml.safe_load(self._config_text))
 
     def instantiate_classes(self) -> None:
         """Make the classes, and lock a run that continues.
 
-        A checkpoint holds all weights, so none are fetched for its network.
+        Its checkpoint holds all weights, so none are fetched for its network.
         """
         network_of_checkpoint: AbstractContextManager[None] = nullcontext()
-        if self._continued is not None:
-            description = NetworkDescription.from_checkpoint(self._continued)
+        if self._checkpoint is not None:
+            description = NetworkDescription.from_checkpoint(self._checkpoint)
             network_of_checkpoint = built_from(description)
         with network_of_checkpoint:
             super().instantiate_classes()
-        if self.resumed:
-            runs.check_places(self.trainer, self.resumed)
-        if self._continued:
-            compare_checkpoint(
-                self.trainer, self.model, self.datamodule, self._continued
-            )  # before anything is decoded
-            keep_size(self.datamodule, self._continued)
-        self.folder.lock(self.trainer)
+        if self._resumed_run is not None:
+            resume.check_places(self.trainer, self._resumed_run)
+        if self._checkpoint is not None:
+            resume.check_checkpoint(self.trainer, self.model, self.datamodule, self._checkpoint)
+            self.datamodule.continue_from(EarlierRun(size=description.geometry.size))
+        if self.trainer.is_global_zero:
+            self.folder.lock()
+        self._checkpoint = None  # its weights take memory
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add logger, checkpoints and terminal unless the options name others or want none."""
+        """Make the Trainer of the run.
+
+        Args:
+            **kwargs: Options of the Trainer that replace those of the command line.
+        """
         options = self.config_init.trainer
-        _check_trainer(options)
-        if any(isinstance(callback, BackboneFreeze) for callback in _listed(options.callbacks)):
-            raise UserError(
-                "trainer.callbacks names a second BackboneFreeze: give the first one phases, --freeze.phases."
-            )
-        root = Path(options.default_root_dir or ".").resolve()
-        ours = options.logger is None or options.logger is True
-        if options.default_root_dir:
-            require_writable(root, ROOT)
-        elif ours:
-            require_writable(self.resumed or root / LOGS, ROOT)
-        state = self.config.ckpt_path
-        self.folder = runs.RunFolder(self.config_text, self.resumed, Path(state) if state else None)
-        own_bar = any(isinstance(callback, ProgressBar) for callback in _listed(options.callbacks))
-        bar = options.enable_progress_bar is not False and sys.stdout.isatty() and not own_bar
-        if not (bar or own_bar):
-            kwargs["enable_progress_bar"] = False
-        bars = [OneLineProgressBar()] if bar else []
-        # First, because others ask for the run's folder when training starts.
-        folders = [] if options.fast_dev_run else [self.folder]
-        kwargs["callbacks"] = [
-            *folders,
-            *_listed(options.callbacks),
-            self.config_init.freeze,
-            self.config_init.report,
-            *self._callbacks(options),
-            *bars,
-        ]
-        if ours:
-            resumed = self.resumed
-            kwargs["logger"] = (
-                RunLogger(resumed.parent, resumed.name) if resumed else RunLogger(root / LOGS)
-            )
-        plugins = _listed(options.plugins)
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            kwargs["plugins"] = [*plugins, runs.AtomicCheckpointIO()]
-        return Trainer(**dict(options) | speed_options(options) | kwargs)
+        _check_trainer_options(options)
+        self.folder = self._run_folder(options)
+        trainer_options = dict(options) | speed_options(options)
+        trainer_options["logger"] = self._logger(options)
+        trainer_options["callbacks"] = self._callbacks(options)
+        trainer_options["plugins"] = _plugins(options)
+        trainer_options["enable_progress_bar"] = _has_progress_bar(options)
+        if options.fast_dev_run:
+            return Trainer(**trainer_options | kwargs)
+        return RunTrainer(self.folder, **trainer_options | kwargs)
+
+    def _run_folder(self, options: Any) -> RunFolder:
+        root = Path(options.default_root_dir or ".").expanduser().resolve()
+        folder = RunFolder(root / LOGS, self._config_text, self._resumed_run)
+        require_writable(folder.path, FOLDER_OPTION)
+        return folder
+
+    def _logger(self, options: Any) -> Logger | list[Logger] | bool:
+        """Return the user's loggers, or else the one of the run."""
+        if options.logger is not None and options.logger is not True:
+            return options.logger
+        progress = None
+        if self._resumed_run is not None:
+            progress = Progress()
+            if self._checkpoint is not None:
+                progress = Progress.of(self._checkpoint)
+        return RunLogger(self.folder, progress)
 
     def _callbacks(self, options: Any) -> list[Callback]:
-        """What every run has beside the user's own callbacks."""
-        callbacks: list[Callback] = [Guard()]
-        self.best = runs.RunCheckpoint("best", "val/acc", in_place=bool(self.resumed))
-        last = None
+        """Return the user's callbacks, those with options of their own, and those of every run."""
+        callbacks: list[Callback] = []
+        if not options.fast_dev_run:
+            callbacks.append(self.folder)  # first, because others write into it
+        callbacks += _as_list(options.callbacks)
+        callbacks += [self.config_init.freeze, self.config_init.report, LossGuard()]
+        self.best: RunCheckpoint | None = None
+        last: RunCheckpoint | None = None
         if options.enable_checkpointing is not False and not options.fast_dev_run:
-            last = runs.RunCheckpoint("last", in_place=bool(self.resumed))
+            self.best = RunCheckpoint(self.folder, BEST, monitor="val/acc")
+            last = RunCheckpoint(self.folder, LAST)
             callbacks += [self.best, last]
         self.interrupt = Interrupt(last)
         callbacks.append(self.interrupt)
-        if (
-            self.config.model.schedule != "plateau"
-            and options.logger is not False
-            and not options.fast_dev_run
-        ):
-            callbacks.append(
-                LearningRateMonitor("step")
-            )  # a plateau changes it between epochs only
+        if self._logs_rates_by_step(options):
+            callbacks.append(LearningRateMonitor("step"))
+        if _has_progress_bar(options) and not _own_progress_bars(options):
+            callbacks.append(OneLineProgressBar())
         return callbacks
 
-
-def speed_options(options: Any) -> dict[str, Any]:
-    """Return options of the Trainer that make it faster; on a GPU, also let matrices be multiplied in TF32."""
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # as cuDNN's convolutions do by default
-    if options.benchmark is None and not options.deterministic:
-        return {"benchmark": True}  # cuDNN's; there are few sizes of batches
-    return {}
+    def _logs_rates_by_step(self, options: Any) -> bool:
+        """Return whether the learning rate is logged by step; a plateau changes it by epoch."""
+        has_logger = options.logger is not False and not options.fast_dev_run
+        return has_logger and self.config.model.schedule != "plateau"
 
 
-def _listed(value: Any) -> list[Any]:
-    """An option that takes nothing, one thing, or a list of them."""
-    return value if isinstance(value, list) else [] if value is None else [value]
+def _parse(parser: LightningArgumentParser, args: Sequence[str]) -> Any:
+    """Parse options, after a look at their files, whose mistakes jsonargparse tells at length."""
+    finder = PartParser("fit")
+    finder.add_argument("-c", "--config", action="append", default=[])
+    found, _ = finder.parse_known_args(args)
+    for file in found.config:
+        if os.path.isfile(file):
+            read_yaml(Path(file))
+    return parser.parse_args(list(args))
 
 
-def _check_trainer(options: Any) -> None:
-    """Refuse values that Lightning takes and that end in a run without validation, end or training."""
+def _resumed_run(args: Sequence[str]) -> Path | None:
+    """Return the folder of the run that options resume, if they do."""
+    finder = PartParser("fit")
+    finder.add_argument("--resume")
+    found, _ = finder.parse_known_args(args)
+    if not found.resume:
+        return None
+    run = Path(found.resume)
+    if not (run / CONFIG).is_file():
+        raise UserError(
+            f"--resume {run}: there is no {run / CONFIG}: name the folder of a run, "
+            f"{LOGS}/version_0."
+        )
+    return run.resolve()
+
+
+def _integer_seed(seed: bool | int) -> int:
+    if isinstance(seed, bool):
+        raise UserError(
+            f"seed_everything is {str(seed).lower()}: give a number, because the data follow from "
+            f"it."
+        )
+    check("seed_everything", seed, lambda n: 0 <= n < 2**32, "a number from 0 to 4294967295")
+    return seed
+
+
+def _named_as_options(text: str, keys: Sequence[str]) -> str:
+    """Return a text in which "lr=" has become "--model.lr=" for each of the keys, "model.lr"."""
+    for key in keys:
+        option = key.replace(".init_args.", ".")
+        name = option.rpartition(".")[2]
+        text = re.sub(rf"(?<![\w.-]){name}=", f"--{option}=", text)
+    return text
+
+
+def _check_trainer_options(options: Any) -> None:
+    """Refuse values that Lightning takes, and that give a run without validation, end or steps."""
     if options.limit_val_batches == 0:
         raise UserError(
-            "limit_val_batches=0: the schedule and the choice of the checkpoint need validation images."
+            "limit_val_batches=0: the schedule and the choice of the checkpoint need validation "
+            "images."
         )
     if options.barebones:
         raise UserError(
-            "barebones=true leaves out the log, the checkpoints and all else that a run is chosen by."
+            "barebones=true leaves out the log, the checkpoints and all else that a run is chosen "
+            "by."
         )
     if options.max_epochs is None and options.max_steps == -1 and options.max_time is None:
         raise UserError(
@@ -322,26 +373,68 @@ def _check_trainer(options: Any) -> None:
     check(
         "accumulate_grad_batches",
         options.accumulate_grad_batches,
-        lambda n: n >= 1,
+        lambda batches: batches >= 1,
         "1 batch or more",
     )
-    every = options.check_val_every_n_epoch
-    check(
-        "check_val_every_n_epoch", every, lambda n: n is None or n >= 1, "1 epoch or more, or null"
-    )
+    if options.check_val_every_n_epoch is not None:
+        check(
+            "check_val_every_n_epoch",
+            options.check_val_every_n_epoch,
+            lambda epochs: epochs >= 1,
+            "1 epoch or more, or null",
+        )
     if options.gradient_clip_val is not None:
         check(
             "gradient_clip_val",
             options.gradient_clip_val,
-            lambda x: 0 <= x < math.inf,
+            lambda norm: 0 <= norm < math.inf,
             "0 (off) or more",
         )
+    for callback in _as_list(options.callbacks):
+        if isinstance(callback, BackboneFreeze):
+            raise UserError(
+                "trainer.callbacks names a second BackboneFreeze: give the first one phases, "
+                "--freeze.phases."
+            )
 
 
-def _integer_seed(seed: bool | int) -> int:
-    if isinstance(seed, bool):
-        raise UserError(
-            f"seed_everything is {str(seed).lower()}: give a number, for the data follow from it."
-        )
-    check("seed_everything", seed, lambda n: 0 <= n < 2**32, "a number from 0 to 4294967295")
-    return seed
+def speed_options(options: Any) -> dict[str, Any]:
+    """Return options of the Trainer that make it faster, and let GPUs multiply matrices in TF32.
+
+    Args:
+        options: Options of the Trainer that were given.
+    """
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # as cuDNN's convolutions do by default
+    if options.benchmark is None and not options.deterministic:
+        return {"benchmark": True}  # cuDNN's; there are few sizes of batches
+    return {}
+
+
+def _plugins(options: Any) -> list[Any]:
+    """Return the user's plugins, with one that writes checkpoints whole."""
+    plugins = _as_list(options.plugins)
+    if any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        return plugins
+    return [*plugins, AtomicCheckpointIO()]
+
+
+def _has_progress_bar(options: Any) -> bool:
+    """Return whether there is a progress bar: one of the user's own, or ours on a terminal."""
+    if options.enable_progress_bar is False:
+        return False
+    return bool(_own_progress_bars(options)) or sys.stdout.isatty()
+
+
+def _own_progress_bars(options: Any) -> list[ProgressBar]:
+    callbacks = _as_list(options.callbacks)
+    return [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Return the values of an option that takes nothing, one value, or a list of them."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return value
+    return [value]

@@ -42,3 +42,39 @@ def plain_message(message: str) -> str:
     for pattern, words in PLAIN_WORDS.items():
         text = re.sub(pattern, words, text)
     return text
+
+
+def unknown_option(message: str) -> str | None:
+    """Return the option that jsonargparse does not know by an error message, "--model.lx", or None.
+
+    Since jsonargparse 4.35.
+    """
+    prefix = "unrecognized arguments: "
+    if not message.startswith(prefix + "--"):
+        return None
+    return message.removeprefix(prefix).partition("=")[0]
+
+
+def unknown_key(message: str) -> str | None:
+    """Return the key that jsonargparse does not know within a class or a file of options, or None.
+
+    Since jsonargparse 4.52.
+    """
+    match = re.search(r"[Oo]ption '([^']+)'", message)
+    return match and match[1]
+
+
+def is_import_refusal(message: str) -> bool:
+    """Return whether jsonargparse says that a class is not on the list of what may be imported.
+
+    Since jsonargparse 4.52.
+    """
+    return "is not allowed" in message
+
+
+def is_unknown_class(message: str, key: str) -> bool:
+    """Return whether jsonargparse says that the value of an option names no class.
+
+    Since jsonargparse 4.35.
+    """
+    return f'key "{key}"' in message and "import path" in message

@@ -1,9 +1,9 @@
-"""Train, validate, checkpoint, test and report.
+"""Train, validate, test and report.
 
-    python -m cifar_transfer.fit [--config FILE] [options]
+    python -m cifar_transfer fit [--config FILE] [options]
 
-Without options it is the whole recipe: ResNet18 with ImageNet weights on CIFAR-10, 5 epochs with a frozen backbone and
-35 without, then the test with the best checkpoint. What people change first:
+Without options it is the whole recipe: ResNet18 with ImageNet weights on CIFAR-10, 5 epochs with a
+frozen backbone and 35 without, then the test with the best checkpoint. What people change first:
 
   --config=fast                a recipe: fast, cpu (minutes), accurate (one
                                GPU), scratch (no pretraining); or a file
@@ -20,14 +20,14 @@ Without options it is the whole recipe: ResNet18 with ImageNet weights on CIFAR-
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from lightning import Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch.distributed import DistError
 
 from cifar_transfer.base.console import counted, duration, say, styled
 from cifar_transfer.base.errors import UserError, disk_fault
@@ -35,159 +35,258 @@ from cifar_transfer.base.files import LOGS
 from cifar_transfer.base.text import program
 from cifar_transfer.cli.fit_cli import FitCLI
 from cifar_transfer.data.shapes import ShapesDataModule
+from cifar_transfer.data.splits import Split
+from cifar_transfer.results.predictions import Predictions
 from cifar_transfer.training.checkpoint_file import newest_checkpoint
 from cifar_transfer.training.collect_predictions import CollectPredictions
 from cifar_transfer.training.evaluation import evaluate_checkpoint
 from cifar_transfer.training.final_report import draw_final, log_final, write_result
-from cifar_transfer.training.interrupt import end_with_the_first
+from cifar_transfer.training.lightning_internals import has_native_bfloat16, is_lost_process
 
-BFLOAT16 = ("avx512_bf16", "amx_bf16")  # of the processor itself; others emulate it slowly
-SCORES = {"acc": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1"}
+GREEN = 32  # ANSI's number
+SCORE_NAMES = {
+    "acc": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+}
 
 
 class Outcome(NamedTuple):
-    """What a run came to."""
+    """What a run came to.
 
-    # Of `best/val_acc`, where there are test images `best/test_acc`, where classes are unequal `best/val_macro_f1`, ...
-    scores: dict[str, float]  # shares of 1
-    best: Path  # the checkpoint with the best validation accuracy
+    Attributes:
+        scores: Scores of the best checkpoint, in [0, 1]: `best/val_acc`; with test images also
+            `best/test_acc`; with classes of unequal sizes also `best/val_macro_f1` and others.
+        best: Checkpoint with the best validation accuracy.
+    """
+
+    scores: dict[str, float]
+    best: Path
+
+
+class Evaluation(NamedTuple):
+    """What the best checkpoint came to on a split.
+
+    Attributes:
+        scores: Figures by their names, such as "val/acc".
+        predictions: Predictions; None on other processes than the first, and without figures.
+    """
+
+    scores: dict[str, float]
+    predictions: Predictions | None
 
 
 def fit(args: Sequence[str]) -> Outcome | None:
-    """Run the job that options, as on the command line, describe.
+    """Train, evaluate and report the run that options describe.
+
+    Args:
+        args: Options as on the command line.
 
     Returns:
-        The outcome, or None after `fast_dev_run`, which keeps nothing.
+        The outcome; None if the run keeps no checkpoints, as after `fast_dev_run`.
 
     Raises:
-        UserError: A mistake in the options, the data or the checkpoint.
+        UserError: A mistake in the options, the data or the checkpoint; or a disk is full.
     """
-    end_with_the_first()
     cli = FitCLI(args)
     try:
-        return _job(cli)
+        return _fit(cli)
     except UserError as error:
         raise cli.named_as_options(error) from error
-    except (OSError, ValueError) as error:  # Lightning's of a curve that cannot be written
-        if (fault := disk_fault(error)) is None:
+    except (OSError, ValueError) as error:  # Lightning's for a figure that cannot be written
+        fault = disk_fault(error)
+        if fault is None:
             raise
-        raise UserError(f"{fault} {_advice(cli)}") from error
+        raise UserError(f"{fault} {_how_to_continue(cli)}") from error
     except RuntimeError as error:
-        # Of NCCL and of gloo, which has no class of its own.
-        if not isinstance(error, DistError) and "gloo" not in str(error):
+        if not is_lost_process(error):
             raise
-        gone = "Another process of this run is gone; if it said nothing above, it was killed."
-        raise UserError(f"{gone} {_advice(cli)}") from error
+        raise UserError(
+            f"Another process of this run is gone; if it said nothing above, it was killed. "
+            f"{_how_to_continue(cli)}"
+        ) from error
     finally:
         cli.folder.release()
-        # A thread of gloo that frees a tensor while the interpreter ends aborts the process. This waits for the thread.
+        # A thread of gloo that frees a tensor while the interpreter ends would abort the process.
+        # This waits for it.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def _job(cli: FitCLI) -> Outcome | None:
-    trainer, model, data = cli.trainer, cli.model, cli.datamodule
-    _train(cli)
-    if (best := _best(cli)) is None:
+def _fit(cli: FitCLI) -> Outcome | None:
+    train(cli)
+    best = best_checkpoint(cli)
+    if best is None:
         return None
-    options = cli.config.report
-    scores: dict[str, float] = {}
-    tested = "test" in data.images and trainer.limit_test_batches != 0
-    for split in ("val", "test") if tested else ("val",):
-        collect = CollectPredictions() if options.figures else None
-        found = evaluate_checkpoint(trainer, best, data, split, [collect] if collect else None)
-        scores |= {
-            f"best/{name.replace('/', '_')}": found[name]
-            for name in found
-            if not name.endswith("loss")
-        }
-    log_final(trainer, {**data.hparams, **model.hparams}, scores, found if split == "test" else {})
-    result = write_result(trainer, model, scores)
-    if collect:
-        draw_final(trainer, split, collect.predictions)
-    run, checkpoint = _here(trainer.log_dir), _here(best)
-    lines = {}
-    for name, value in scores.items():
-        split, _, score = name.removeprefix("best/").partition("_")
-        lines[f"{split} {SCORES[score]}"] = styled(f"{value:.2%}", 32)
-    epochs, epoch = (
-        result["epochs"],
-        counted(torch.load(best, "cpu", weights_only=True, mmap=True)["epoch"]),
+    evaluations = evaluate(cli, best)
+    scores = scores_of_best(evaluations)
+    result = publish(cli, evaluations, scores)
+    checkpoint = _relative(best)
+    lines = closing_lines(
+        scores,
+        result,
+        backbone=cli.model.classifier.backbone,
+        best_epoch=min(_epoch_of(best), int(result["epochs"])),
+        run=_relative(cli.folder.path),
+        checkpoint=checkpoint,
+        is_newest=_is_newest(best),
     )
-    newest = (
-        run.parent == Path(LOGS) and newest_checkpoint() == checkpoint
-    )  # which predict takes by itself
-    speed = f"{result['images_per_second']:.0f} images/s"
-    lines |= {
-        "checkpoint": f"the best, of epoch {min(epoch, epochs)}",  # the last weights are saved after the epoch
-        "training": f"{epochs} epoch{'s' * (epochs > 1)} in {duration(result['seconds'])}, {speed}",
-        "network": f"{model.classifier.backbone}, {result['parameters']:,} parameters",
-        "run": str(run),
-        "look at it": f"tensorboard --logdir {run.parent}",
-        "predict": f"{program('predict')} IMAGE{'' if newest else f' --ckpt {checkpoint}'}",
-        "and more": program("").rstrip(" ."),
-    }
-    width = max(map(len, lines))
-    say(trainer, "\n".join(["", *(f"{name:<{width}}  {text}" for name, text in lines.items())]))
+    say(cli.trainer, lines)
     return Outcome(scores, checkpoint)
 
 
-def _best(cli: FitCLI) -> Path | None:
-    """The best checkpoint of this run; None if it keeps none or has not trained."""
-    best = cli.best.path
-    if best is None or cli.trainer.global_step == 0:
-        return None
-    if cli.best.best_model_path != str(best):
-        say(
-            cli.trainer,
-            f"No validation took place while training: {best.name} keeps the last weights.",
-        )
-        cli.trainer.save_checkpoint(best)
-    return best
+def train(cli: FitCLI) -> None:
+    """Train, until the end or until the run is told to stop.
 
-
-def _train(cli: FitCLI) -> None:
-    trainer, stop = cli.trainer, cli.interrupt
-    if slow_precision(trainer) and not isinstance(
-        cli.datamodule, ShapesDataModule
-    ):  # which takes no time worth a word
+    Raises:
+        SystemExit: The run was told to stop. It is saved.
+    """
+    trainer = cli.trainer
+    is_worth_a_hint = not isinstance(cli.datamodule, ShapesDataModule)  # it takes seconds
+    if is_worth_a_hint and slow_precision(trainer):
         say(
             trainer,
             "This processor computes in bfloat16: --trainer.precision=bf16-mixed takes less time.",
         )
     try:
-        trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)
-    except SystemExit:
-        if not stop.asked:
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path)
+    except SystemExit:  # Lightning's for the KeyboardInterrupt of `Interrupt`
+        if cli.interrupt.received is None:
             raise
-    if stop.asked:
-        say(trainer, f"Stopped. {_advice(cli)}")
-        # The others end without a word, lest they seem to have failed to the one that started them.
-        raise SystemExit(stop.status if trainer.is_global_zero else 0) from None
-    if trainer.received_sigterm:  # when the training was over
+    if cli.interrupt.received is not None:
+        say(trainer, f"Stopped. {_how_to_continue(cli)}")
+        # The other processes seem to have failed if they end with a status of their own.
+        raise SystemExit(cli.interrupt.exit_status if trainer.is_global_zero else 0) from None
+    if trainer.received_sigterm:  # after the last step
         raise SIGTERMException
 
 
 def slow_precision(trainer: Trainer) -> bool:
-    """Whether a run computes in float32 on a processor that has bfloat16 of its own."""
-    has: dict[str, bool] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # which older versions do not know
-    on_it = trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true"
-    return on_it and any(has.get(name) for name in BFLOAT16)
+    """Return whether a run computes in float32 on a processor that has bfloat16."""
+    is_on_cpu = trainer.strategy.root_device.type == "cpu"
+    return is_on_cpu and trainer.precision == "32-true" and has_native_bfloat16()
 
 
-def _advice(cli: FitCLI) -> str:
+def best_checkpoint(cli: FitCLI) -> Path | None:
+    """Return the best checkpoint of the run; None if it keeps none or has not trained.
+
+    Without a validation, which alone tells which weights are best, the last weights become it.
+    """
+    if cli.best is None or cli.trainer.global_step == 0:
+        return None
+    path = cli.best.path
+    is_there = cli.trainer.strategy.broadcast(path.is_file())
+    if not is_there:
+        say(
+            cli.trainer,
+            f"No validation took place while training: {path.name} keeps the last weights.",
+        )
+        cli.trainer.save_checkpoint(path)
+    return path
+
+
+def evaluate(cli: FitCLI, checkpoint: Path) -> dict[Split, Evaluation]:
+    """Evaluate a checkpoint on the validation images and, if there are any, on the test images."""
+    splits: list[Split] = ["val"]
+    if "test" in cli.datamodule.images and cli.trainer.limit_test_batches != 0:
+        splits.append("test")
+    evaluations = {}
+    for split in splits:
+        collect = CollectPredictions()
+        callbacks: list[Callback] = [collect] if cli.config.report.figures else []
+        scores = evaluate_checkpoint(cli.trainer, checkpoint, cli.datamodule, split, callbacks)
+        evaluations[split] = Evaluation(scores, collect.predictions)
+    return evaluations
+
+
+def scores_of_best(evaluations: Mapping[Split, Evaluation]) -> dict[str, float]:
+    """Return the scores of `Outcome`: "val/acc" becomes "best/val_acc"; losses are left out."""
+    scores = {}
+    for evaluation in evaluations.values():
+        for name, value in evaluation.scores.items():
+            if not name.endswith("loss"):
+                scores[f"best/{name.replace('/', '_')}"] = value
+    return scores
+
+
+def publish(
+    cli: FitCLI, evaluations: Mapping[Split, Evaluation], scores: dict[str, float]
+) -> dict[str, float]:
+    """Log the scores, write `result.json` and draw the figures; return what is in `result.json`."""
+    hparams = {**cli.datamodule.hparams, **cli.model.hparams}
+    test_scores = evaluations["test"].scores if "test" in evaluations else {}
+    log_final(cli.trainer, hparams, scores, test_scores)
+    result = write_result(cli.trainer, cli.model, scores)
+    if cli.config.report.figures:
+        last_split = list(evaluations)[-1]
+        draw_final(cli.trainer, last_split, evaluations[last_split].predictions)
+    return result
+
+
+def closing_lines(
+    scores: Mapping[str, float],
+    result: Mapping[str, float],
+    *,
+    backbone: str,
+    best_epoch: int,
+    run: Path,
+    checkpoint: Path,
+    is_newest: bool,
+) -> str:
+    """Return what the terminal shows at the end of a run.
+
+    Args:
+        scores: Scores of the best checkpoint, as in `Outcome`.
+        result: Content of `result.json`.
+        backbone: Name of the network.
+        best_epoch: Epoch of the best checkpoint, from 1.
+        run: Folder of the run.
+        checkpoint: The best checkpoint.
+        is_newest: Whether the command `predict` takes this checkpoint by itself.
+    """
+    lines = {}
+    for name, value in scores.items():
+        split, _, score = name.removeprefix("best/").partition("_")
+        lines[f"{split} {SCORE_NAMES[score]}"] = styled(f"{value:.2%}", GREEN)
+    lines["checkpoint"] = f"the best, of epoch {best_epoch}"
+    epochs = int(result["epochs"])
+    plural = "" if epochs == 1 else "s"
+    speed = f"{result['images_per_second']:.0f} images/s"
+    lines["training"] = f"{epochs} epoch{plural} in {duration(result['seconds'])}, {speed}"
+    lines["network"] = f"{backbone}, {result['parameters']:,} parameters"
+    lines["run"] = str(run)
+    lines["look at it"] = f"tensorboard --logdir {run.parent}"
+    choice = "" if is_newest else f" --ckpt {checkpoint}"
+    lines["predict"] = f"{program('predict')} IMAGE{choice}"
+    lines["and more"] = program("").rstrip(" .")
+    width = max(len(name) for name in lines)
+    text = [f"{name:<{width}}  {value}" for name, value in lines.items()]
+    return "\n".join(["", *text])
+
+
+def _epoch_of(checkpoint: Path) -> int:
+    """Return the epoch of a checkpoint, from 1; after the last epoch it is one more."""
+    return counted(torch.load(checkpoint, "cpu", weights_only=True, mmap=True)["epoch"])
+
+
+def _is_newest(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is the one that commands take which are given none."""
+    checkpoint = checkpoint.resolve()
+    if Path(LOGS).resolve() not in checkpoint.parents:
+        return False
+    return newest_checkpoint().resolve() == checkpoint
+
+
+def _how_to_continue(cli: FitCLI) -> str:
     if not cli.folder.started:
         return "It had not begun to train: start it again."
-    logger = cli.trainer.logger  # `trainer.log_dir` would ask the other processes
-    return f"Continue with: {program('fit')} --resume {_here(logger.log_dir if logger else '.')}"
+    return f"Continue with: {program('fit')} --resume {_relative(cli.folder.path)}"
 
 
-def _here(path: str | Path | None) -> Path:
-    return Path(os.path.relpath(path or "."))
+def _relative(path: Path) -> Path:
+    return Path(os.path.relpath(path))
 
 
 def main(args: Sequence[str]) -> None:
-    """Run the job that the options describe."""
+    """Run the command."""
     fit(args)

@@ -371,8 +371,7 @@ class TransferClassifier(LightningModule):
         if isinstance(data, ImageDataModule) and self.trainer.ckpt_path:
             data.continue_from(EarlierRun(record=splits.read(self.trainer.ckpt_path)))
         if is_fitting(self):
-            for change in resume.compare_checkpoint(self.trainer, self, data, checkpoint):
-                rank_zero_info(change)
+            resume.check_checkpoint(self.trainer, self, data, checkpoint)
             self._resume_epoch(checkpoint)
         self._check_size(description)
         self._take_description(description)

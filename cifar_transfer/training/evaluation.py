@@ -20,7 +20,7 @@ from cifar_transfer.data.shapes import ShapesDataModule
 from cifar_transfer.data.splits import Split
 from cifar_transfer.network.image_classifier import NetworkDescription
 from cifar_transfer.training.classifier import TransferClassifier
-from cifar_transfer.training.lightning_internals import callbacks_of
+from cifar_transfer.training.lightning_internals import callbacks_of, without_requeued_state
 
 DATA_MODULES: dict[str, type[ImageDataModule]] = {
     "CIFAR10DataModule": CIFAR10DataModule,
@@ -155,7 +155,8 @@ def evaluate_checkpoint(
     try:
         for name, value in settings.items():
             setattr(trainer, name, value)
-        evaluate(model, data, verbose=False)
+        with without_requeued_state(trainer):
+            evaluate(model, data, verbose=False)
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
     finally:
         for name, value in previous.items():

@@ -79,6 +79,7 @@ from cifar_transfer.training.phases import (
     names_to_train,
     stages_of,
 )
+from cifar_transfer.training.resume import refuse_changes
 
 GRADUAL = "gradual"
 OPTIONS = (
@@ -530,14 +531,9 @@ class BackboneFreeze(Callback):
 
     def _refuse_changes(self, saved_options: dict[str, Any]) -> None:
         """Refuse options that differ from those with which a run began."""
-        for name, value in self._options().items():
-            saved_value = saved_options[name]
-            if value != saved_value:
-                raise UserError(
-                    f"freeze.{name}={value} differs from {saved_value}, with which the run began: "
-                    f"leave it out to continue the run, or begin a new one from its weights with "
-                    f"--model.weights=CHECKPOINT."
-                )
+        before = {f"freeze.{name}": value for name, value in saved_options.items()}
+        now = {f"freeze.{name}": value for name, value in self._options().items()}
+        refuse_changes(before, now, may_change=frozenset())
 
 
 def _begin_with_logistic(trainer: Trainer, module: LightningModule) -> None:

@@ -1,160 +1,116 @@
-"""Told to stop, by Ctrl-C or a scheduler: finish the step, save, and say how to go on."""
+"""Stop a run that is told to by Ctrl-C or a scheduler: finish the step, save it, and end."""
 
-import os
 import signal
-import subprocess
 import threading
-import time
 from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cifar_transfer.base.console import say
+from cifar_transfer.training.lightning_internals import requeue_handler
 from cifar_transfer.training.run import RunCheckpoint
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-MAX_STEPS_BETWEEN_STOP_CHECKS = (
-    10  # of several processes, which ask each other whether one is to stop
-)
-SECONDS_BETWEEN_PARENT_CHECKS = 1.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Several processes ask each other whether one of them was told to stop, which takes time.
+MAX_STEPS_BETWEEN_QUESTIONS = 10
 
 
 class Interrupt(Callback):
-    """Saves a checkpoint within the epoch when told to stop, from which the run continues exactly.
+    """Save a run within its epoch when it is told to stop, so that it continues exactly from there.
 
-    The first Ctrl-C or SIGTERM waits for the end of the step (of the epoch, in validation), the second does not. Of
-    several processes one that is told suffices: all stop after the same step. SLURM's signal, SIGUSR1, saves likewise
-    and requeues the job; Lightning's own handler would save in the middle of a step, when a part of the weights has
-    made it, and into a file which Lightning then prefers to a newer `last.ckpt`.
+    The first Ctrl-C or SIGTERM waits for the end of the step, in a validation for its end; the
+    second does not wait. It is enough that one of several processes is told: all stop after the
+    same step.
 
     Args:
-        last: The checkpoint to write; None saves none.
+        last: Checkpoint to write; None saves none.
 
     Attributes:
-        asked: The signal by which this or another process was told to stop, or None.
+        received: Signal by which this process or another one was told to stop, or None.
     """
 
     def __init__(self, last: RunCheckpoint | None) -> None:
-        self.last = last
-        self.asked: signal.Signals | None = None
-        self._heard: signal.Signals | None = None
-        self._requeue = False
-        self._before: dict[signal.Signals, Any] = {}
+        self.received: signal.Signals | None = None
+        self._last = last
+        self._noted: signal.Signals | None = None
+        self._requeue_is_due = False
+        self._requeue: Any = None
+        self._earlier_handlers: dict[signal.Signals, Any] = {}
 
     @property
-    def status(self) -> int:
-        """Of the process: the shell's, for a program that a signal ended."""
-        return 128 + (self.asked or signal.SIGTERM)
+    def exit_status(self) -> int:
+        """Status of a shell for a program that was ended by the signal."""
+        return 128 + (self.received or signal.SIGTERM)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen."""
+        """Listen to signals, which only the main thread of a process can do."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in SIGNALS:
-            self._before[number] = signal.signal(
-                number, lambda number, frame: self._note(trainer, number)
-            )
-        if SLURMEnvironment.detect() and callable(lightnings := signal.getsignal(signal.SIGUSR1)):
-            self._before[signal.SIGUSR1] = lightnings
-            signal.signal(signal.SIGUSR1, self._note_requeue)
 
-    def _note(self, trainer: Trainer, number: int) -> None:
-        self._heard = signal.Signals(number)
-        signal.signal(number, self._before[self._heard])
-        with suppress(RuntimeError):  # the signal may have come amid a line
-            say(trainer, f"Stopping after this step ({self._heard.name}; again: at once) ...")
+        def stop_later(number: int, _: FrameType | None) -> None:
+            self._noted = signal.Signals(number)
+            signal.signal(number, self._earlier_handlers[self._noted])
+            with suppress(RuntimeError):  # the signal may have come while a line was printed
+                say(trainer, f"Stopping after this step ({self._noted.name}; again: at once) ...")
 
-    def _note_requeue(self, number: int, frame: FrameType | None) -> None:
-        self._requeue = True
+        def requeue_later(number: int, _: FrameType | None) -> None:
+            self._requeue_is_due = True
+
+        for number in STOP_SIGNALS:
+            self._earlier_handlers[number] = signal.signal(number, stop_later)
+        # Lightning 2.6.6 saves the run at once, also between the first and the last parameter of an
+        # optimizer's step. Seen by test_stopped.py, test_lightning_requeues_after_the_step.
+        self._requeue = requeue_handler()
+        if self._requeue is not None:
+            self._earlier_handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, requeue_later)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and requeue, if told to."""
-        every = trainer.accumulate_grad_batches * (
-            MAX_STEPS_BETWEEN_STOP_CHECKS if trainer.world_size > 1 else 1
-        )
-        if not trainer.is_last_batch and (batch_idx + 1) % every:
+        """Save the run if it is to stop."""
+        interval = trainer.accumulate_grad_batches
+        if trainer.world_size > 1:
+            interval *= MAX_STEPS_BETWEEN_QUESTIONS
+        if not trainer.is_last_batch and (batch_idx + 1) % interval:
             return
         self._agree(trainer)
-        if trainer.is_last_batch:  # the checkpoint of the epoch follows, with its validation
+        if trainer.is_last_batch:  # the checkpoint of the epoch follows, after its validation
             return
-        requeue = self._requeue_asked(trainer)
-        if (self.asked or requeue) and self.last is not None and self.last.path is not None:
-            trainer.save_checkpoint(self.last.path)
-            self.last.stopping = True
-        if requeue:
-            self._requeue_job(trainer)
-
-    def _requeue_job(self, trainer: Trainer) -> None:
-        self._requeue = False
-        for logger in trainer.loggers:
-            logger.save()  # SLURM may kill the process
-        if not trainer.is_global_zero:
-            return
-        job = os.environ["SLURM_JOB_ID"]  # that of this task, also in an array of jobs
-        try:
-            status = subprocess.run(["scontrol", "requeue", job], check=False).returncode
-        except OSError as error:
-            status = error.errno or 1
-        words = (
-            "is requeued" if status == 0 else f"cannot be requeued: scontrol ended with {status}"
-        )
-        say(trainer, f"Saved; SLURM job {job} {words}.")
-
-    def _requeue_asked(self, trainer: Trainer) -> bool:
-        return signal.SIGUSR1 in self._before and self._any(trainer, self._requeue)
-
-    def _agree(self, trainer: Trainer) -> None:
-        if self._any(trainer, self._heard is not None):
-            self.asked = self._heard or signal.SIGTERM
-
-    def _any(self, trainer: Trainer, here: bool) -> bool:
-        return (
-            here
-            if trainer.world_size == 1
-            else trainer.strategy.reduce_boolean_decision(here, all=False)
-        )
+        if self.received is not None and self._last is not None:
+            self._last.save_within_epoch(trainer)
+        self._requeue_if_due(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Stop, now that the step before is logged."""
-        if trainer.world_size == 1 and batch_idx == 0:  # told in validation
+        if trainer.world_size == 1 and batch_idx == 0:  # it may have been told in a validation
             self._agree(trainer)
-        if self.asked:
+        if self.received is not None:
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen no more."""
         self._agree(trainer)
-        if self._requeue_asked(trainer):  # in the last validation
-            self._requeue_job(trainer)
-        for number, handler in self._before.items():
+        self._requeue_if_due(trainer)
+        for number, handler in self._earlier_handlers.items():
             signal.signal(number, handler)
 
+    def _agree(self, trainer: Trainer) -> None:
+        if _is_true_of_any(trainer, self._noted is not None):
+            self.received = self._noted or signal.SIGTERM
 
-def end_with_the_first() -> None:
-    """End this process should the one that started it for another device be gone, which would be waited for in vain.
+    def _requeue_if_due(self, trainer: Trainer) -> None:
+        if self._requeue is None or not _is_true_of_any(trainer, self._requeue_is_due):
+            return
+        self._requeue_is_due = False
+        self._requeue(signal.SIGUSR1, None)
 
-    The first process sees to the end of the others; this is the other way round. Elsewhere than under Lightning's own
-    launcher it is the business of torchrun or SLURM.
-    """
-    if (
-        os.environ.get("LOCAL_RANK", "0") == "0"
-        or "TORCHELASTIC_RUN_ID" in os.environ
-        or SLURMEnvironment.detect()
-    ):
-        return
-    first = os.getppid()
 
-    def watch() -> None:
-        while os.getppid() == first:
-            time.sleep(SECONDS_BETWEEN_PARENT_CHECKS)
-        os.write(2, b"error: The first process of this run is gone, so this one ends too.\n")
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _is_true_of_any(trainer: Trainer, answer: bool) -> bool:
+    """Return whether the answer of any process is yes; all processes ask together."""
+    if trainer.world_size == 1:
+        return answer
+    return trainer.strategy.reduce_boolean_decision(answer, all=False)

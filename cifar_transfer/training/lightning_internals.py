@@ -6,16 +6,23 @@ Each function says why it is needed and since which version it was seen to work.
 """
 
 import math
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed import DistError
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -151,3 +158,125 @@ def has_temporary_processes(trainer: Trainer) -> bool:
     What they have computed is lost with them, unless it is in a file. Since Lightning 2.0.
     """
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+def move_profiler(trainer: Trainer, source: Path, target: Path) -> None:
+    """Have a profiler that would write into one folder write into another one.
+
+    The Trainer sets its profiler up before any callback, with the folder that `log_dir` names at
+    that time, and no later call to `setup` changes it. A connector sets the attribute. Since
+    Lightning 2.0.
+    """
+    profiler = trainer.profiler  # type: ignore[attr-defined]
+    if profiler.dirpath == str(source):
+        profiler.dirpath = str(target)
+
+
+def ended_epoch(checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether the epoch of a checkpoint was over when it was written.
+
+    Lightning stores the state of its loops, whose form it does not document. Since Lightning 2.0.
+    """
+    return checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
+
+
+def leave_epoch_open(checkpoint: Mapping[str, Any]) -> None:
+    """Have a run that continues from a checkpoint within an epoch go on with that epoch.
+
+    If `max_steps`, `max_time` or a callback ends an epoch early, Lightning counts the epoch as
+    processed, and a run that continues would begin with the next one. Since Lightning 2.0.
+    """
+    epoch_progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+    for counts in (epoch_progress["total"], epoch_progress["current"]):
+        counts["processed"] = counts["completed"]
+
+
+def moved_checkpoints(state: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Return the state of a `ModelCheckpoint` whose files are in another folder now.
+
+    The callback compares the folder in its state with its own as text. If they differ it forgets
+    the best score, and then replaces the best checkpoint by a worse one. Since Lightning 2.0.
+    """
+
+    def moved(path: str) -> str:
+        if not path:  # there is no such checkpoint
+            return path
+        return os.path.join(folder, os.path.basename(path))
+
+    state = dict(state)
+    state["dirpath"] = folder
+    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[key] = moved(state[key])
+    state["best_k_models"] = {moved(path): score for path, score in state["best_k_models"].items()}
+    return state
+
+
+def silent_experiment() -> Any:
+    """Return the experiment of a logger that takes all calls and writes nothing.
+
+    Lightning uses it on ranks other than the first. It is not among the documented loggers. Since
+    Lightning 2.0.
+    """
+    return DummyExperiment()
+
+
+def has_gradient_scaler(trainer: Trainer) -> bool:
+    """Return whether losses are scaled in half precision, and steps that overflow are skipped.
+
+    The scaler is an attribute of one plugin for precision, and not of the others. Since Lightning
+    2.0.
+    """
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
+def requeue_handler() -> Callable[[int, FrameType | None], Any] | None:
+    """Return the handler with which Lightning requeues this SLURM job; None outside of SLURM.
+
+    Lightning registers it for the signal that SLURM sends before the end of a job, without a name
+    for it. Since Lightning 2.0.
+    """
+    if not SLURMEnvironment.detect():
+        return None
+    handler = signal.getsignal(signal.SIGUSR1)
+    return handler if callable(handler) else None
+
+
+@contextmanager
+def without_requeued_state(trainer: Trainer) -> Iterator[None]:
+    """Have a trainer evaluate a network with the weights that it has.
+
+    In a SLURM job Lightning loads the state that a requeued fit has left in `default_root_dir`,
+    `hpc_ckpt_1.ckpt`, into every network that is tested, validated or predicted with, unless the
+    user manages `Trainer.ckpt_path`. Since Lightning 2.0.
+    """
+    connector = trainer._checkpoint_connector
+    user_managed = connector._user_managed
+    ckpt_path = connector._ckpt_path
+    connector._user_managed = True
+    connector._ckpt_path = None
+    try:
+        yield
+    finally:
+        connector._user_managed = user_managed
+        connector._ckpt_path = ckpt_path
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Return whether an error says that another process of the run is gone.
+
+    NCCL has a class for it. Gloo raises a RuntimeError, which only its text tells from others.
+    Since torch 2.0.
+    """
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
+def has_native_bfloat16() -> bool:
+    """Return whether the processor computes in bfloat16 itself, and does not emulate it slowly.
+
+    torch 2.10 does not tell, and the answer is no. Since torch 2.11.
+    """
+    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
+    capabilities: Mapping[str, Any] = get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

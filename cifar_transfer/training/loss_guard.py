@@ -1,4 +1,4 @@
-"""End a run whose loss is NaN or infinite before it reaches a checkpoint."""
+"""`LossGuard`: end a run whose loss is NaN or infinite, and warn if a head learns nothing."""
 
 import math
 from typing import Any
@@ -10,98 +10,146 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from cifar_transfer.base.console import counted
 from cifar_transfer.base.errors import UserError
+from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.training.freeze import BackboneFreeze
+from cifar_transfer.training.lightning_internals import callbacks_of, has_gradient_scaler
 
-ENOUGH = 100  # steps after which a head should have learned something
-EVERY = 10  # steps between two looks, for each waits for the device
-SCALED = 25  # NaN losses in a row until the run ends under fp16's gradient scaler, which skips such steps
-BLIND = (
-    0.99  # of the loss of a head that knows how frequent the classes are, and nothing of the images
-)
+STEPS_BETWEEN_CHECKS = 10  # each check waits for the device
+MAX_SCALED_OVERFLOWS = 25  # NaN losses in a row; the gradient scaler of 16-mixed skips such steps
+MIN_STEPS_TO_LEARN = 100  # a head that has made fewer steps may have learned nothing yet
+MAX_BLIND_LOSS = 0.99  # of the loss of a head that knows the shares of the classes alone
+MAX_BLIND_DEVIATIONS = 2  # standard deviations above the accuracy of such a head
 
 
-class Guard(Callback):
-    """Ends a run whose loss is NaN or infinite, and warns of a frozen backbone that teaches the head nothing.
+class LossGuard(Callback):
+    """End a run whose loss is NaN or infinite before it reaches a checkpoint.
 
-    Each loss is checked on the device without waiting for it. The result is read every ten steps and before anything is
-    saved, so that no checkpoint holds weights from such a step.
+    Each loss is checked on the device without waiting for it. The result is read every ten steps
+    and before anything is saved, so that no checkpoint holds weights from such a step. At the end
+    of the epochs with a frozen backbone, a warning tells if the head has learned nothing.
 
     Raises:
-        UserError: With the step, the learning rate and what to try.
+        UserError: A loss is NaN or infinite. It names the step, the learning rate and what to try.
     """
 
     def __init__(self) -> None:
-        self._row = torch.tensor(
-            0
-        )  # NaN or infinite losses in a row, no longer counted once they are too many
-        self._first = torch.tensor(0)  # step of the first of them
-        self._patience = 1
+        # On the device of the module, once training starts.
+        self._bad_losses = torch.tensor(0)  # in a row; no longer counted when they are too many
+        self._first_bad_step = torch.tensor(0)
+        self._max_bad_losses = 1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count, on the device."""
-        self._patience = (
-            SCALED if getattr(trainer.precision_plugin, "scaler", None) is not None else 1
-        )
-        self._row = self._first = torch.tensor(0, device=pl_module.device)
+        """Begin to count."""
+        self._max_bad_losses = MAX_SCALED_OVERFLOWS if has_gradient_scaler(trainer) else 1
+        self._bad_losses = torch.tensor(0, device=pl_module.device)
+        self._first_bad_step = torch.tensor(0, device=pl_module.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Check the loss, and read the result every ten steps."""
-        bad = ~outputs["loss"].detach().isfinite()
-        self._first = torch.where(bad & (self._row == 0), trainer.global_step - 1, self._first)
-        self._row = torch.where(self._row >= self._patience, self._row, (self._row + 1) * bad)
-        if (batch_idx + 1) % EVERY == 0 or trainer.is_last_batch:
+        is_bad = ~outputs["loss"].detach().isfinite()
+        is_first = is_bad & (self._bad_losses == 0)
+        step = trainer.global_step - 1
+        self._first_bad_step = torch.where(is_first, step, self._first_bad_step)
+        count = (self._bad_losses + 1) * is_bad
+        is_over = self._bad_losses >= self._max_bad_losses
+        self._bad_losses = torch.where(is_over, self._bad_losses, count)
+        if (batch_idx + 1) % STEPS_BETWEEN_CHECKS == 0 or trainer.is_last_batch:
             self.check(trainer)
 
     def check(self, trainer: Trainer) -> None:
-        """Read the result. All processes do so together; one bad loss ends them all."""
-        here = bool(self._row >= self._patience)
-        if (
-            here
-            if trainer.world_size == 1
-            else trainer.strategy.reduce_boolean_decision(here, all=False)
-        ):
-            step = int(self._first) if here else trainer.global_step - 1
-            self._stop(trainer, f"training loss of step {step}")
+        """Read the result. All processes do so together, and a bad loss of one ends them all."""
+        is_over = bool(self._bad_losses >= self._max_bad_losses)
+        any_is_over = is_over
+        if trainer.world_size > 1:
+            any_is_over = trainer.strategy.reduce_boolean_decision(is_over, all=False)
+        if not any_is_over:
+            return
+        step = int(self._first_bad_step) if is_over else trainer.global_step - 1
+        self._end(trainer, f"training loss of step {step}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the validation loss, the mean over all processes."""
+        """Check the validation loss, which is the mean over all processes."""
         loss = trainer.callback_metrics.get("val/loss")
-        if loss is not None and not math.isfinite(loss) and not trainer.sanity_checking:
-            self._stop(trainer, f"validation loss of epoch {counted(trainer.current_epoch)}")
-
-    def _stop(self, trainer: Trainer, what: str) -> None:
-        lr = trainer.lightning_module.learning_rate
-        full = trainer.precision in ("32-true", "64-true")
-        raise UserError(
-            f"The {what} is NaN or infinite (epoch {counted(trainer.current_epoch)}, learning rate {lr:.2g}), so the "
-            f"run ends here; the checkpoints written before are good. Try a lower learning rate, gradient_clip_val=1"
-            f"{'' if full else ', precision=32-true'}, or look at the augmented images."
-        )
+        if loss is None or trainer.sanity_checking:
+            return
+        if not math.isfinite(loss):
+            self._end(trainer, f"validation loss of epoch {counted(trainer.current_epoch)}")
 
     def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save no weights from such a step."""
+        """Save no weights from a bad step."""
         self.check(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """When the last epoch of the first phase is over, warn if it taught the head nothing."""
-        freeze = next((c for c in trainer.callbacks if isinstance(c, BackboneFreeze)), None)  # type: ignore[attr-defined]
+        """Warn at the end of the frozen epochs if the head has learned nothing."""
         data = getattr(trainer, "datamodule", None)
-        taught = pl_module.hparams.get("teacher")  # whose loss has another scale
-        if freeze is None or data is None or len(freeze.plan) == 1 or taught:
-            return
-        if counted(trainer.current_epoch) != freeze.plan[1].epoch:
+        enough_steps = trainer.global_step >= MIN_STEPS_TO_LEARN
+        if (
+            not isinstance(data, ImageDataModule)
+            or not enough_steps
+            or not _is_unfrozen_next(trainer)
+        ):
             return
         loss = float(trainer.callback_metrics["train/loss_epoch"])
-        counts = np.bincount(data.images["train"].labels)
-        shares = counts[counts > 0] / counts.sum()
-        blind = float(-(shares * np.log(shares)).sum())
-        if loss > BLIND * blind and trainer.global_step >= ENOUGH:
+        accuracy = float(trainer.callback_metrics["train/acc"])
+        labels = data.images["train"].labels
+        if has_learned_nothing(loss, accuracy, labels):
             rank_zero_warn(
-                f"The frozen backbone has taught the head nothing: the training loss is {loss:.3f}, and {blind:.3f} "
-                f"without looking at the images. Its features may be dead at this size (try image_size=64, "
-                f"small_images=true or normalize=weights), or the learning rate may be far off."
+                f"The head has learned nothing from the frozen backbone: the training loss is "
+                f"{loss:.3f}, and {blind_loss(labels):.3f} without looking at the images. Its "
+                f"features may be dead at this size (try image_size=64, small_images=true or "
+                f"normalize=weights), or the learning rate may be far off."
             )
+
+    def _end(self, trainer: Trainer, which_loss: str) -> None:
+        learning_rate = trainer.lightning_module.learning_rate
+        remedies = "a lower learning rate, gradient_clip_val=1"
+        if trainer.precision not in ("32-true", "64-true"):
+            remedies += ", precision=32-true"
+        raise UserError(
+            f"The {which_loss} is NaN or infinite (epoch {counted(trainer.current_epoch)}, "
+            f"learning rate {learning_rate:.2g}), so the run ends here; the checkpoints written "
+            f"before are good. Try {remedies}, or look at the augmented images."
+        )
+
+
+def _is_unfrozen_next(trainer: Trainer) -> bool:
+    """Return whether this is the last epoch of the first phase of a `BackboneFreeze`."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, BackboneFreeze) and callback.phase == 0:
+            next_phase = callback.phase_at(trainer.current_epoch + 1)
+            return next_phase is not None and next_phase > 0
+    return False
+
+
+def has_learned_nothing(loss: float, accuracy: float, labels: np.ndarray) -> bool:
+    """Return whether a head does no better than one that knows only how frequent the classes are.
+
+    Loss and accuracy must both say so. The loss may have another scale, because of label
+    smoothing, weights of the classes or a teacher. The accuracy says nothing where nearly all
+    images are of one class.
+
+    Args:
+        loss: Mean cross-entropy over the training images.
+        accuracy: Accuracy over the same images, in [0, 1].
+        labels: Their labels, int64 [N].
+    """
+    largest_share = float(_class_shares(labels).max())
+    deviation = math.sqrt(largest_share * (1 - largest_share) / len(labels))
+    max_accuracy = largest_share + MAX_BLIND_DEVIATIONS * deviation
+    return loss > MAX_BLIND_LOSS * blind_loss(labels) and accuracy <= max_accuracy
+
+
+def blind_loss(labels: np.ndarray) -> float:
+    """Return the cross-entropy of a head that knows nothing but the shares of the classes."""
+    shares = _class_shares(labels)
+    return float(-(shares * np.log(shares)).sum())
+
+
+def _class_shares(labels: np.ndarray) -> np.ndarray:
+    """Return the share of each class that has images, float64 [C]."""
+    counts = np.bincount(labels)
+    return counts[counts > 0] / counts.sum()

@@ -1,159 +1,285 @@
-"""What a run that continues may change: one table, for `--resume`, `--ckpt_path` and `Trainer.fit(ckpt_path=...)`."""
+"""What may change when a run continues from a checkpoint. Everything else is refused.
 
-from collections.abc import Mapping
+A checkpoint brings its own weights, optimizer, schedule and callbacks. A changed option would be
+undone by them without a word, or make another run of it: with validation images that were trained
+on, or with epochs that do not compare. The way out is a new run that begins with the weights of
+this one.
+"""
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from lightning import LightningDataModule, Trainer
+from jsonargparse import set_parsing_settings
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.data.module import EarlierRun, ImageDataModule
+from cifar_transfer.base.files import CONFIG
+from cifar_transfer.base.primitives import as_primitive
+from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import digest
-from cifar_transfer.network.image_classifier import NetworkDescription
+from cifar_transfer.training.lightning_internals import callbacks_of, ended_epoch
+from cifar_transfer.training.run import RunFolder
 
-_UNDONE = "would be undone by the checkpoint"
-_SPLIT = "would make validation images of images that were trained on"
-_SKIPPED = "would skip images of the epoch that the checkpoint is in, or repeat them"
-_AVERAGE = "would score other weights than the run has so far"
-_LOSS = "the training loss is another one"
-_UNFROZEN = "would have no effect, because parameters are unfrozen already"
-REFUSED = {
-    **{
-        f"model.{name}": _UNDONE
-        for name in ("backbone", "num_classes", "small_images", "patch_size")
-    },
-    **{
-        f"model.{name}": _UNDONE
-        for name in ("optimizer", "lr", "head_lr", "layer_decay", "weight_decay", "momentum")
-    },
-    **{f"model.{name}": _UNDONE for name in ("schedule", "lr_factor", "lr_patience")},
-    "model.ema": _AVERAGE,
-    **{f"data.{name}": _SPLIT for name in ("data", "seed", "val_fraction", "task", "train_images")},
-}
-_ORDER = ("data.batch_size", "data.sampler", "data.left_out", "processes", "training_images")
-REFUSED_WITHIN_AN_EPOCH = {name: _SKIPPED for name in _ORDER}
-MENDS = {
-    "data.left_out": "have the list as it was",
-    "training_images": "have the images as they were",
-}
-FREEZE = (
-    "unfreeze_epoch",
-    "unfrozen_lr",
-    "frozen",
-    "batch_norm",
-    "phases",
-    "probe",
-    "monitor",
-    "mode",
-)
-REFUSED_UNFROZEN = {f"freeze.{name}": _UNFROZEN for name in FREEZE}
-CHANGED = {
-    "model.image_size": "the network sees images of another size",
-    "model.train_sizes": "the sizes are shared out over the run anew",
-    "model.normalize": "the network sees images with other statistics",
-    **{
-        f"model.{name}": _LOSS
-        for name in ("label_smoothing", "teacher", "teacher_weight", "temperature")
-    },
-    "model.warmup_epochs": "the learning rate follows another curve",
-    "data.batch_size": "an epoch has another number of steps",
-    "data.class_weights": _LOSS,
-    "data.sampler": "an epoch draws other images",
-    "data.left_out": "the images are others",
-    "data.augment": "training images are augmented in another way",
-    "data.root": "the images are read from there",
-    "data.decode_size": "the images are decoded at another size",
-    "data.test_images": "the test is another one",
-    "freeze.unfreeze_epoch": "the backbone stays frozen for that many epochs",
-    "freeze.unfrozen_lr": "this is the rate after the unfreezing",
-    "freeze.frozen": "other parameters are frozen until the unfreezing",
-    "freeze.batch_norm": "frozen modules are in that mode until the unfreezing",
-    "freeze.phases": "phases that have not begun follow the new plan",
-    "freeze.probe": "the head is what it has become",
-    "freeze.monitor": "the next phase waits for that figure",
-    "freeze.mode": "this is the better figure",
-    "processes": "a step has another number of images",
-    "max_epochs": "the run ends after that many epochs",
-}
-# All others are kept as the checkpoint has them (the weights), or change no result (places, workers, compilation).
-
-
-def flat(**groups: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of several groups by their full names, say `model.lr`."""
-    return {
-        f"{group}.{name}": value
-        for group, options in groups.items()
-        for name, value in options.items()
+# An option whose name begins with one of these and a dot may change, too.
+MAY_CHANGE = frozenset(
+    {
+        # When a run ends. Limits of batches are not among them, because they make other epochs.
+        "trainer.max_epochs",
+        "trainer.min_epochs",
+        "trainer.max_steps",
+        "trainer.min_steps",
+        "trainer.max_time",
+        "trainer.limit_test_batches",
+        # What a run is computed with.
+        "trainer.accelerator",
+        "trainer.devices",
+        "trainer.num_nodes",
+        "trainer.strategy",
+        "trainer.benchmark",
+        "model.compile",
+        "data.num_workers",
+        "data.eval_batch_size",
+        # What is shown and logged, and where files are.
+        "trainer.logger",
+        "trainer.log_every_n_steps",
+        "trainer.enable_progress_bar",
+        "trainer.enable_model_summary",
+        "trainer.profiler",
+        "trainer.detect_anomaly",
+        "trainer.num_sanity_val_steps",
+        "trainer.default_root_dir",
+        "report",
+        "data.root",
+        "data.url",
+        "data.cache_limit_gb",
+        "data.leave_out",  # its content is compared, as `data.left_out`
     }
+)
+# From Python, a run continues without pretrained weights. `check_classes` compares the classes.
+HYPERPARAMETERS_MAY_CHANGE = MAY_CHANGE | {"model.weights", "model.class_names"}
+# Options that go by another name in a checkpoint.
+COMMAND_LINE_NAMES = {"data.seed": "seed_everything", "data.left_out": "data.leave_out"}
 
 
-def compare(
-    saved: Mapping[str, Any], asked: Mapping[str, Any], within_epoch: bool, unfrozen: bool
-) -> list[str]:
-    """What differs between the options of a checkpoint and those of the run that continues from it.
-
-    Args:
-        saved: Options of the checkpoint by their full names; one that is missing in either is not compared.
-        asked: Those of the run.
-        within_epoch: The checkpoint was written before its epoch was over.
-        unfrozen: The checkpoint was written after the unfreezing.
-
-    Returns:
-        A sentence for each change, with its effect.
+def state_of_run(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return what the `RunFolder` of a run has stored in a checkpoint, or None if the run had none.
 
     Raises:
-        UserError: A change that the checkpoint would undo, or that would spoil the run.
+        UserError: The checkpoint holds nothing but weights.
     """
-    refused = (
-        REFUSED
-        | (REFUSED_WITHIN_AN_EPOCH if within_epoch else {})
-        | (REFUSED_UNFROZEN if unfrozen else {})
-    )
-    changes = []
-    for name in saved.keys() & asked.keys():
-        before, after = saved[name], asked[name]
-        if before == after:
-            continue
-        if isinstance(before, dict) and isinstance(after, dict):
-            both = {
-                key: (before.get(key), value)
-                for key, value in after.items()
-                if before.get(key) != value
-            }
-            before, after = ({key: pair[at] for key, pair in both.items()} for at in (0, 1))
-        option = {"data.seed": "seed_everything", "data.left_out": "data.leave_out"}.get(name, name)
-        if name in refused:
-            written = ", which" if refused[name] == _UNDONE else "; the checkpoint"
-            mend = MENDS.get(name, "leave it out")
-            raise UserError(
-                f"{option}={after} {refused[name]}{written} was written with {before}: {mend} to continue that "
-                f"run, or begin a new one from its weights with --model.weights=CHECKPOINT."
-            )
-        if name in CHANGED:
-            changes.append(f"{option} is changed from {before} to {after}: {CHANGED[name]}.")
-    return sorted(changes)
-
-
-def compare_checkpoint(
-    trainer: Trainer, model: Any, data: Any, checkpoint: Mapping[str, Any]
-) -> list[str]:
-    """What differs between a checkpoint and the run of these that continues from it; see `compare`."""
     if "loops" not in checkpoint or "callbacks" not in checkpoint:
         raise UserError(
-            "The checkpoint holds weights alone, and no run to continue: begin with --model.weights=FILE."
+            "The checkpoint holds weights alone, and no run to continue: begin with "
+            "--model.weights=FILE."
         )
-    loops = checkpoint["loops"]["fit_loop"]
-    run = checkpoint["callbacks"].get("RunFolder", {})
-    saved_data = checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    saved = flat(model=checkpoint.get("hyper_parameters", {}), data=saved_data) | run
-    asked = flat(model=model.hparams, data=getattr(data, "hparams", {}))
-    asked |= {"processes": trainer.world_size, "max_epochs": trainer.max_epochs}
-    if isinstance(data, ImageDataModule) and data.names:  # known when it is set up
-        asked["training_images"] = digest(data.names["train"])
-    within = not loops["epoch_loop.batch_progress"]["is_last_batch"]
-    return compare(saved, asked, within_epoch=within, unfrozen=False)
+    return checkpoint["callbacks"].get(RunFolder.__qualname__)
 
 
-def keep_size(data: ImageDataModule, checkpoint: Mapping[str, Any]) -> None:
-    """Have a run that continues decode its images as before."""
-    size = NetworkDescription.from_checkpoint(checkpoint).geometry.size
-    data.continue_from(EarlierRun(size=size))
+def check_configuration(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse a command line that asks for another run than the one of a checkpoint.
+
+    Args:
+        before: Configuration of the run, as `config.yaml` has it.
+        now: Configuration with which it would continue.
+
+    Raises:
+        UserError: An option that is not in `MAY_CHANGE` differs.
+    """
+    refuse_changes(_options_of(before), _options_of(now), MAY_CHANGE)
+
+
+def check_checkpoint(
+    trainer: Trainer, model: LightningModule, data: Any, checkpoint: Mapping[str, Any]
+) -> None:
+    """Refuse to continue from a checkpoint with a model, data or callbacks that have other options.
+
+    This is for `Trainer.fit(ckpt_path=...)`, which knows no command line.
+
+    Args:
+        trainer: Trainer that would continue.
+        model: Module with hyper-parameters.
+        data: Data module, or whatever loads the images.
+        checkpoint: The checkpoint.
+
+    Raises:
+        UserError: An option differs; or the checkpoint was written within an epoch, and another
+            number of processes or other images would end that epoch; or it holds nothing but
+            weights.
+    """
+    run = state_of_run(checkpoint)
+    data_options = checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    before = {"model": checkpoint.get("hyper_parameters", {}), "data": data_options}
+    now = {"model": model.hparams, "data": getattr(data, "hparams", {})}
+    refuse_changes(_flat(before), _flat(now), HYPERPARAMETERS_MAY_CHANGE)
+    for callback in callbacks_of(trainer):
+        state = checkpoint["callbacks"].get(callback.state_key)
+        if state is not None:
+            check_callback(callback, state)
+    if run is not None and not ended_epoch(checkpoint):
+        _check_order_of_images(trainer.world_size, data, run)
+
+
+def check_callback(callback: Callback, state: Mapping[str, Any]) -> None:
+    """Refuse a callback whose state was stored with other options, as far as they were stored.
+
+    `EarlyStopping` for one stores its patience, and takes the stored one over. In callbacks of
+    others a value that has the name of an argument may be no option.
+
+    Raises:
+        UserError: An option differs.
+    """
+    if not type(callback).__module__.startswith(("lightning.", "cifar_transfer.")):
+        return
+    before = {}
+    now = {}
+    for name in inspect.signature(type(callback)).parameters:
+        if name in state and hasattr(callback, name) and name != "dirpath":
+            before[name] = state[name]
+            now[name] = as_primitive(name, getattr(callback, name))
+    name = type(callback).__name__
+    refuse_changes(_flat({name: before}), _flat({name: now}), frozenset())
+
+
+def _check_order_of_images(processes: int, data: Any, run: Mapping[str, Any]) -> None:
+    """Refuse what would skip or repeat images of the epoch in which a run was stopped."""
+    if run["processes"] != processes:
+        raise UserError(
+            f"The run was stopped within an epoch of {run['processes']} processes, and now there "
+            f"are {processes}, which would skip or repeat images: continue with as many until the "
+            f"epoch is over."
+        )
+    if isinstance(data, ImageDataModule) and data.names:  # it is set up
+        images = digest(data.names["train"])
+        if run["training_images"] != images:
+            raise UserError(
+                f"The run was stopped within an epoch of {run['training_images']} for training, "
+                f"and now there are {images}, which would skip or repeat some: have the images as "
+                f"they were to continue the run, or begin a new one from its weights with "
+                f"--model.weights=CHECKPOINT."
+            )
+
+
+def refuse_changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], may_change: frozenset[str] = MAY_CHANGE
+) -> None:
+    """Refuse options that differ from those with which a run began.
+
+    Args:
+        before: Options of the run by their full names, such as "model.lr", as primitives.
+        now: Options with which it would continue. One that either side lacks is not compared.
+        may_change: Options, and groups of options, that may differ.
+
+    Raises:
+        UserError: An option differs.
+    """
+    for name, value in now.items():
+        if name not in before or before[name] == value or _is_among(name, may_change):
+            continue
+        option = COMMAND_LINE_NAMES.get(name, name)
+        raise UserError(
+            f"{option}={_shown(value)} differs from {_shown(before[name])}, with which the run "
+            f"began: leave it out to continue the run, or begin a new one from its weights with "
+            f"--model.weights=CHECKPOINT."
+        )
+
+
+def _is_among(name: str, names: frozenset[str]) -> bool:
+    """Return whether an option, or a group of options that it belongs to, is among the names."""
+    while name:
+        if name in names:
+            return True
+        name = name.rpartition(".")[0]
+    return False
+
+
+def _shown(value: Any) -> str:
+    """Return a value as the command line takes it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def _options_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a configuration by their names.
+
+    Those of callbacks go by the name of the class, as "EarlyStopping.patience".
+    """
+    trainer = dict(config["trainer"])
+    callbacks = trainer.pop("callbacks", None) or []
+    if isinstance(callbacks, Mapping):
+        callbacks = [callbacks]
+    options = _flat({**config, "trainer": trainer})
+    names = []
+    for callback in callbacks:
+        name = callback["class_path"].rpartition(".")[2]
+        if not name.endswith("ProgressBar"):
+            names.append(name)
+            options.update(_flat({name: callback.get("init_args", {})}))
+    options["trainer.callbacks"] = names
+    return options
+
+
+def _flat(options: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+    """Return nested options by their full names.
+
+    The options of a class go by the name of the option that names the class, as on the command
+    line.
+    """
+    flat = {}
+    for name, value in options.items():
+        full_name = f"{group}{name}"
+        if not isinstance(value, Mapping):
+            flat[full_name] = value
+        elif "class_path" in value:
+            flat[full_name] = value["class_path"]
+            flat.update(_flat(value.get("init_args") or {}, f"{full_name}."))
+        else:
+            flat.update(_flat(value, f"{full_name}."))
+    return flat
+
+
+def import_nothing_else(args: Sequence[str]) -> None:
+    """Let the configuration of a run name only known classes and those of the command line.
+
+    It may be somebody else's, and to look up what a name stands for imports its module, which runs
+    it. What `--config` names is the choice of the user, and may be any class. This holds for the
+    rest of the process.
+
+    Args:
+        args: Options of the command line.
+    """
+    allowed = ["cifar_transfer", "lightning"]
+    for arg in args:
+        value = arg.partition("=")[2] if arg.startswith("--") else arg
+        if re.fullmatch(r"(?!jsonargparse\.)[^\W\d]\w*(\.[^\W\d]\w*)+", value):
+            allowed.append(value)
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
+
+
+def check_places(trainer: Trainer, run: Path) -> None:
+    """Refuse the configuration of a run that has files written elsewhere than among the runs.
+
+    It may be somebody else's, and name any place.
+
+    Args:
+        trainer: Trainer made from the configuration.
+        run: Folder of the run.
+
+    Raises:
+        UserError: A callback, a logger or the profiler would write elsewhere.
+    """
+    profiler = trainer.profiler  # type: ignore[attr-defined] # set by a connector
+    for writer in [*callbacks_of(trainer), *trainer.loggers, profiler]:
+        for attribute in ("dirpath", "log_dir"):
+            place = getattr(writer, attribute, None)
+            if place and not Path(place).resolve().is_relative_to(run.parent):
+                raise UserError(
+                    f"{run / CONFIG} has files written to {place}, outside of the run: take that "
+                    f"out of it first."
+                )

@@ -1,14 +1,28 @@
-"""A run: its folder, which process it belongs to, its configuration, and where it continues."""
+"""A run: its folder, its lock, its configuration, and its best and last checkpoint.
+
+lightning_logs/version_0/
+    config.yaml             options of the run, with which `--resume` begins
+    splits.json.gz          which image is in which split
+    checkpoints/best.ckpt   weights of the epoch with the best validation accuracy
+    checkpoints/last.ckpt   state of the latest epoch, from which `--resume` continues
+    result.json             what the run came to, written when it is finished
+    .lock                   held by the process that trains the run
+
+Each run has a folder of its own, whatever its loggers are. Loggers of the user's own write where
+their options say.
+"""
 
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from filelock import BaseFileLock, FileLock, Timeout
-from jsonargparse import set_parsing_settings
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback
@@ -18,146 +32,79 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.base.files import CONFIG, RESULT, atomic_write, remove_partial, write_text
+from cifar_transfer.base.files import CONFIG, atomic_write, remove_partial, write_text
 from cifar_transfer.data import splits
-from cifar_transfer.training.checkpoint_file import read_checkpoint
-from cifar_transfer.training.logger import RunLogger, slurm_job, trim_events
+from cifar_transfer.training import lightning_internals
 
-LOCK = ".lock"  # held by the process that trains the run
-
-
-def import_nothing_else(args: Sequence[str]) -> None:
-    """Let a run's own configuration name no class but this project's, Lightning's and those on the command line.
-
-    It may be somebody else's, and to see what a name stands for its module is imported, which is to run it. What
-    `--config` gives is a choice of whoever gives it, and may name any. From here on this holds for the whole process.
-    """
-    values = [arg.partition("=")[2] if arg.startswith("--") else arg for arg in args]
-    named = [
-        value
-        for value in values
-        if re.fullmatch(r"(?!jsonargparse\.)[^\W\d]\w*(\.[^\W\d]\w*)+", value)
-    ]
-    set_parsing_settings(
-        import_path_denylist=["*"], import_path_allowlist=["cifar_transfer", "lightning", *named]
-    )
+CHECKPOINTS = "checkpoints"  # folder in the folder of a run
+BEST = "best.ckpt"
+LAST = "last.ckpt"
+LOCK = ".lock"
 
 
-def check_places(trainer: Trainer, run: Path) -> None:
-    """Refuse a run's own configuration that has files written elsewhere than in its folder or in those beside it.
-
-    It may be somebody else's, and name any place.
-    """
-    writers = [*trainer.callbacks, trainer.profiler, *trainer.loggers]  # type: ignore[attr-defined]
-    places = [getattr(writer, name, None) for writer in writers for name in ("dirpath", "log_dir")]
-    for place in filter(None, places):
-        if not Path(place).resolve().is_relative_to(run.parent):
-            raise UserError(
-                f"{run / CONFIG} has files written to {place}, outside of the run: take that out of it first."
-            )
-
-
-class RunCheckpoint(ModelCheckpoint):
-    """A file of a run, replaced in one move: the best is written at the validation that finds it so, with the weights
-    that were validated; the latest when an epoch is over and the schedule has stepped.
-
-    Args:
-        filename: Its name without the ending.
-        monitor: Keep the best by this metric (highest); None keeps the latest.
-        in_place: The run is continued in its own folder. Should that have moved, the best score is still known, which
-            Lightning's class would forget, and then replace the best checkpoint by a worse one.
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
 
     Attributes:
-        stopping: The run is to stop: what was written before a validation within the epoch is written again after it,
-            with its scores.
+        epochs: Whole epochs that are trained.
+        steps: Steps of the optimizer.
     """
 
-    def __init__(self, filename: str, monitor: str | None = None, in_place: bool = False) -> None:
-        own: dict[str, Any] = {
-            "save_on_train_epoch_end": monitor is None,
-            "enable_version_counter": False,
-        }
-        super().__init__(filename=filename, monitor=monitor, mode="max", save_top_k=1, **own)
-        self.in_place, self.stopping = in_place, False
+    epochs: int = 0
+    steps: int = 0
 
-    @property
-    def path(self) -> Path | None:
-        """The file; None before `setup`."""
-        return Path(self.dirpath, f"{self.filename}{self.FILE_EXTENSION}") if self.dirpath else None
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the best, and the latest of a run that is to stop."""
-        super().on_validation_end(trainer, pl_module)
-        if self.stopping and self.path and not trainer.is_last_batch:
-            trainer.save_checkpoint(self.path)
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Let an epoch that `max_steps`, `max_time` or a callback ended early go on when the run is resumed.
-
-        Lightning counts it as processed, and would begin with the next one.
-        """
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.is_last_batch:
-            for counts in ("total", "current"):
-                progress = checkpoint["loops"]["fit_loop"]["epoch_progress"][counts]
-                progress["processed"] = progress["completed"]
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the scores of the run so far."""
-        if self.in_place and self.dirpath:
-
-            def here(path: str) -> str:
-                return path and str(Path(self.dirpath or "", Path(path).name))
-
-            keys = ("best_model_path", "kth_best_model_path", "last_model_path")
-            scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
-            state_dict = state_dict | {key: here(state_dict[key]) for key in keys}
-            state_dict |= {"best_k_models": scores, "dirpath": self.dirpath}
-        super().load_state_dict(state_dict)
+    @classmethod
+    def of(cls, checkpoint: Mapping[str, Any]) -> "Progress":
+        """Return how far a run had come when a checkpoint was written."""
+        epochs = checkpoint["epoch"]
+        if lightning_internals.ended_epoch(checkpoint):
+            epochs += 1
+        return cls(epochs, checkpoint["global_step"])
 
 
 class RunFolder(Callback):
-    """Makes a run's folder its own when training starts, for then options, data, network and checkpoint are accepted.
+    """Make the folder of a run, lock it, and write the configuration and the record of the splits.
 
-    Before that nothing on the disk is changed. The folder is locked until `release` or the end of the process; what was
-    logged after the checkpoint is removed; the configuration is written.
+    The folder of a new run is made when the Trainer is set up. One that exists is never taken. A
+    start that is refused, because data, network or checkpoint do not fit, leaves nothing behind,
+    and changes nothing in the folder of a run that continues. Checkpoints hold the configuration,
+    with which a run that continues from one of them is compared.
+
+    It is the first of the callbacks, because others write into the folder.
 
     Args:
+        logs: Folder of the runs.
         config: Text of `config.yaml`.
-        resumed: Folder of the run if it is continued in place, None for a new one.
-        state: Checkpoint that training continues from.
+        resumed: Folder of the run if it continues in place; None for a new one.
 
     Attributes:
-        started: Whether the folder is this run's.
+        path: Folder of the run. Of a new run it is final after `setup`.
+        is_resumed: Whether the run continues in place.
+        started: Whether training has begun, and the folder is to be written into.
     """
 
-    def __init__(self, config: str, resumed: Path | None, state: Path | None) -> None:
-        self.config, self.resumed, self.state = config, resumed, state
+    def __init__(self, logs: Path, config: str, resumed: Path | None = None) -> None:
+        self.path = resumed or next(_new_folders(logs))
         self.started = False
+        self._logs = logs
+        self._config = config
+        self.is_resumed = resumed is not None
+        self._made_folders: list[Path] = []
         self._lock: BaseFileLock | None = None
+        self._processes = 1
+        self._training_images: str | None = None
 
-    def lock(self, trainer: Trainer) -> None:
-        """Lock the folder of a run that continues, on the first rank; one that has no lock yet only when it starts."""
-        if trainer.is_global_zero and self.resumed and (self.resumed / LOCK).is_file():
-            self._acquire(self.resumed)
+    def lock(self) -> None:
+        """Lock the folder of a run that continues; other processes of this run must not call it.
 
-    def _acquire(self, folder: Path) -> None:
-        if self._lock is not None:
-            return
-        lock, where = FileLock(folder / LOCK), os.path.relpath(folder)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise UserError(
-                f"{where} is being trained by another process: wait for its end, or stop it."
-            ) from None
-        except OSError as error:  # of a file system without locks, or another user's file
-            rank_zero_warn(
-                f"{where} cannot be locked ({error.strerror}): see to it that no other process trains it."
-            )
-            return
-        self._lock = lock
+        A run that has no lock yet gets one when it starts.
+
+        Raises:
+            UserError: Another process trains the run.
+        """
+        if self.is_resumed and (self.path / LOCK).is_file():
+            self._acquire_lock()
 
     def release(self) -> None:
         """Let other processes continue the run."""
@@ -165,118 +112,218 @@ class RunFolder(Callback):
             self._lock.release()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note what a run that continues from this one is compared with."""
-        self._options: dict[str, Any] = {
-            "processes": trainer.world_size,
-            "max_epochs": trainer.max_epochs,
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """The number of processes and of epochs, and the training images, which are in no hyper-parameters."""
-        return self._options
+        """Make the folder of a new run, and tell the other processes of it."""
+        if stage != "fit" or self.started:
+            return
+        expected_path = self.path
+        if trainer.is_global_zero and not self.is_resumed:
+            self._make_folder()
+        self.path = trainer.strategy.broadcast(self.path)
+        self._processes = trainer.world_size
+        lightning_internals.move_profiler(trainer, expected_path, self.path)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the folder."""
+        """Write into the folder, because the run is accepted now."""
         self._start(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the folder of a run that has no epoch left to train, but perhaps its test."""
+        """Start a run that has no epoch left to train, but perhaps its test."""
         self._start(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Remove the folder of a run that has not started."""
+        if self.started:
+            return
+        for folder in reversed(self._made_folders):
+            with suppress(OSError):  # it is not empty: another run has begun in it
+                folder.rmdir()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `resume` compares a run that continues with."""
+        return {
+            "config": yaml.safe_load(self._config),
+            "processes": self._processes,
+            "training_images": self._training_images,
+        }
+
+    def _make_folder(self) -> None:
+        for folder in [*reversed(self._logs.parents), self._logs]:
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)
+                self._made_folders.append(folder)
+        for folder in _new_folders(self._logs):
+            try:
+                folder.mkdir()
+            except FileExistsError:  # of a run that began at the same time
+                continue
+            self._made_folders.append(folder)
+            self.path = folder
+            return
 
     def _start(self, trainer: Trainer) -> None:
         if self.started:
             return
-        if names := trainer.datamodule.names.get("train"):  # type: ignore[attr-defined] # as it is one of ours
-            self._options["training_images"] = splits.digest(names)
-        if isinstance(trainer.logger, RunLogger):
-            trainer.logger.start(trainer)
-        folder = trainer.log_dir  # asked for by all ranks together
-        if trainer.is_global_zero and folder is not None:
-            self._write(trainer, Path(folder))
+        data = trainer.datamodule  # type: ignore[attr-defined] # the command line has always one
+        self._training_images = splits.digest(data.names["train"])
+        if trainer.is_global_zero:
+            self._acquire_lock()
+            for folder in (self.path, self.path / CHECKPOINTS):
+                remove_partial(folder)
+            data.record_splits(self.path)
+            write_text(self.path / CONFIG, self._config)
         self.started = True
-
-    def _write(self, trainer: Trainer, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.resumed or isinstance(trainer.logger, RunLogger):
-            self._acquire(self.resumed or folder)
-        if self.resumed:
-            for place in (self.resumed, self.resumed / "checkpoints"):
-                remove_partial(place)
-            trim_events(self.resumed, *_done(self.state))
-        trainer.datamodule.record_splits(folder)  # type: ignore[attr-defined] # as it is one of ours
-        write_text(folder / CONFIG, self.config)
-        if isinstance(trainer.logger, TensorBoardLogger):
-            text = "\n".join(f"    {line}" for line in self.config.splitlines())
-            trainer.logger.experiment.add_text(CONFIG, text)
+        if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
+            preformatted = "\n".join(f"    {line}" for line in self._config.splitlines())
+            trainer.logger.experiment.add_text(CONFIG, preformatted)
             trainer.logger.save()
 
+    def _acquire_lock(self) -> None:
+        if self._lock is not None:
+            return
+        lock = FileLock(self.path / LOCK)
+        shown_path = os.path.relpath(self.path)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(
+                f"{shown_path} is being trained by another process: wait for its end, or stop it."
+            ) from None
+        except OSError as error:  # a file system without locks, or another user's file
+            rank_zero_warn(
+                f"{shown_path} cannot be locked ({error.strerror}): make sure that no other "
+                f"process trains it."
+            )
+            return
+        self._lock = lock
 
-def requeued_run(logs: Path, config: str) -> Path | None:
-    """The run that a requeued SLURM job continues, told from others of the job by its configuration, or None.
 
-    An unfinished one comes before a finished one.
+def _new_folders(logs: Path) -> Iterator[Path]:
+    """Yield folders for a new run, `version_N`, which do not exist."""
+    numbers = [-1]
+    for path in logs.glob("version_*"):
+        number = path.name.removeprefix("version_")
+        if number.isdecimal():
+            numbers.append(int(number))
+    for next_number in count(max(numbers) + 1):
+        yield logs / f"version_{next_number}"
+
+
+class RunTrainer(Trainer):
+    """A Trainer whose `log_dir` is the folder of the run, whatever its loggers are.
+
+    Args:
+        folder: Folder of the run, which is also among the callbacks.
+        **options: Options of the Trainer.
     """
-    if (job := slurm_job()) is None or int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0:
-        return None
-    runs = [
-        path.parent for path in logs.glob(f"slurm_{job}*/{CONFIG}") if path.read_text() == config
-    ]
-    ours = [
-        run for run in runs if run.name == f"slurm_{job}" or run.name.startswith(f"slurm_{job}_")
-    ]
-    ours.sort(key=lambda run: ((run / RESULT).is_file(), len(run.name), run.name))
-    return ours[0] if ours else None
+
+    def __init__(self, folder: RunFolder, **options: Any) -> None:
+        self._folder = folder
+        super().__init__(**options)
+
+    @property
+    def log_dir(self) -> str:
+        """Folder of the run. The other processes know that of a new run after `setup`."""
+        return str(self._folder.path)
 
 
-def newest_state(run: Path) -> Path | None:
-    """The checkpoint to continue a run from: `last.ckpt`, or Lightning's for SLURM if newer; None before any."""
-    states = [
-        path
-        for path in (run / "checkpoints" / "last.ckpt", *run.glob("hpc_ckpt_*.ckpt"))
-        if path.is_file()
-    ]
-    return max(states, key=os.path.getmtime, default=None)
+class RunCheckpoint(ModelCheckpoint):
+    """Keep one checkpoint of a run, which is replaced in one move.
 
+    The best one is written at the validation that finds it so, with the weights that were
+    validated; the last one when an epoch is over and the schedule has stepped.
 
-def _done(state: Path | None) -> tuple[int, int]:
-    """Whole epochs and optimizer steps that a checkpoint has behind it."""
-    if state is None:
-        return 0, 0
-    checkpoint = torch.load(state, "cpu", weights_only=True, mmap=True)
-    over = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
-    return checkpoint["epoch"] + over, checkpoint["global_step"]
+    Args:
+        folder: Folder of the run.
+        file_name: Name of the checkpoint, `BEST` or `LAST`.
+        monitor: Figure of which the highest value is kept; None keeps the latest weights.
+    """
+
+    def __init__(self, folder: RunFolder, file_name: str, monitor: str | None = None) -> None:
+        super().__init__(
+            filename=Path(file_name).stem,
+            monitor=monitor,
+            mode="max",
+            save_top_k=1,
+            save_on_train_epoch_end=monitor is None,
+            enable_version_counter=False,
+        )
+        self._folder = folder
+        self._file_name = file_name
+        self._save_after_validation = False
+
+    @property
+    def path(self) -> Path:
+        """The file. That of a new run is final after `setup`."""
+        return self._folder.path / CHECKPOINTS / self._file_name
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep the checkpoint in the folder of the run, which is made by now."""
+        self.dirpath = str(self.path.parent)
+        super().setup(trainer, pl_module, stage)
+
+    def save_within_epoch(self, trainer: Trainer) -> None:
+        """Save a run that stops before its epoch is over.
+
+        If a validation follows this step, the run is saved again after it, with its scores.
+        """
+        trainer.save_checkpoint(self.path)
+        self._save_after_validation = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the best checkpoint, and the last one of a run that stops."""
+        super().on_validation_end(trainer, pl_module)
+        if self._save_after_validation and not trainer.is_last_batch:
+            trainer.save_checkpoint(self.path)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let an epoch that `max_steps` or `max_time` ended early go on when the run is resumed."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.is_last_batch:
+            lightning_internals.leave_epoch_open(checkpoint)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the scores of the run so far, also if its folder has moved since.
+
+        A new run that begins from the checkpoint of another one has a best score of its own.
+        """
+        if self._folder.is_resumed:
+            state_dict = lightning_internals.moved_checkpoints(state_dict, str(self.path.parent))
+        super().load_state_dict(state_dict)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that are never half written: the one before is kept until the new one is on the disk.
+    """Write checkpoints whole: the one before is kept until the new one is on the disk.
 
-    Lightning's come from the system's folder for temporary files, which may be another disk: that is no single move.
+    Lightning writes them into the system's folder for temporary files first, which may be on
+    another disk, so that moving them is not one step.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint, or raise a `UserError` and keep the one before."""
+        """Write a checkpoint.
+
+        Raises:
+            UserError: It cannot be written. The one before is kept.
+        """
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
-            # torch says "write failed" or "unexpected pos" when its zip file cannot grow.
-            cause = error if isinstance(error, OSError) else error.__context__
+            cause: BaseException | None = error
+            if isinstance(error, RuntimeError):
+                # torch says "write failed" or "unexpected pos" when its zip file cannot grow.
+                cause = error.__context__
             if not isinstance(cause, OSError):
                 raise
-            kept = "the one before is kept" if path.is_file() else "there is none before"
+            before = "there is none before"
+            if path.is_file():
+                before = "the one before is kept"
             raise UserError(
-                f"The checkpoint {path} cannot be written ({cause.strerror}); {kept}."
+                f"The checkpoint {path} cannot be written ({cause.strerror}); {before}."
             ) from error
-
-    def load_checkpoint(
-        self,
-        path: Any,
-        map_location: Callable | None = lambda storage, _: storage,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
-        """Read a checkpoint as everywhere, onto the CPU: no code that it may hold is run."""
-        return read_checkpoint(path)
