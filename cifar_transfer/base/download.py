@@ -9,6 +9,7 @@ byte now and then.
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,13 +17,17 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
-import pooch
 import requests
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.time_limit import within
+
+with warnings.catch_warnings():
+    # tqdm's bar for notebooks, which pooch imports and we do not use, asks for ipywidgets.
+    warnings.filterwarnings("ignore", "IProgress not found")
+    import pooch
 
 CONNECT_SECONDS = 5.0  # to each network address of a host
 READ_SECONDS = 20.0  # without a byte
