@@ -19,7 +19,8 @@ everything. What happens when, in `Trainer.fit`::
     setup                       # forget an earlier fit, refuse strategies that shard parameters
     load_state_dict             # if the run is resumed: take up the phase of the checkpoint
     <the optimizer is made>     # everything still requires a gradient, so that it has everything
-    on_fit_start                # make the plan, freeze what the phase does not train
+    on_fit_start                # make the plan, fit the head if probe=True, freeze what the phase
+                                # does not train
     on_train_start              # as on_train_epoch_start, which a run resumed in an epoch skips
     for epoch in epochs:
         on_train_epoch_start        # begin each phase that is due:
