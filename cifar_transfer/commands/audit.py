@@ -2,14 +2,14 @@
 
     python -m cifar_transfer audit NAME[=WEIGHTS] [options of fit]
 
-From the features of a backbone, which `probe` shares: `labels.csv`, images whose label is probably
-wrong, by cross-validation; `duplicates.csv`, images that are nearly another one, in the same split
-or across splits; `outliers.csv`, those least like any other; `blank.csv`, those of nothing. Each
-has the columns image, label, finding, score and like (the likelier class, or the other image), the
-surest first, and `audit.html` shows them. Nothing is deleted: `fit --data.leave_out=FILE` and
-`evaluate --leave_out=FILE` do without the images of such a file.
+Lists are made from the features of a backbone, which are shared with `probe`. `labels.csv` has the
+images whose label is probably wrong, by cross-validation; `duplicates.csv` those that are nearly
+another one, in the same split or across splits; `outliers.csv` those least like any other;
+`blank.csv` those of nothing. The columns are image, label, finding, score and like (the likelier
+class, or the other image), the surest first. `audit.html` shows the images. Nothing is deleted:
+`fit --data.leave_out=FILE` and `evaluate --leave_out=FILE` do without the images of such a list.
 
-All other options are those of fit, say `--data.root=photos --model.image_size=128`.
+All other options are those of fit, for example `--data.root=photos --model.image_size=128`.
 """
 
 from collections.abc import Sequence

@@ -2,13 +2,13 @@
 
     python -m cifar_transfer probe NAME[=WEIGHTS]... [options of fit]
 
-Each backbone's features are computed once and kept; on them are fitted logistic regression, nearest
-neighbours, nearest class means, and few-shot heads. The best logistic regression becomes a
-checkpoint, for `predict`, `evaluate`, `export`, and for `fit --model.weights=CHECKPOINT
---freeze.unfreeze_epoch=0 --model.lr=1e-4` with the same options of model and data to go on from
-(Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
+The features of each backbone are computed once and kept. Logistic regression, nearest neighbours,
+nearest class means and few-shot heads are fitted on them. The best logistic regression becomes a
+checkpoint for `predict`, `evaluate` and `export`. Fine-tuning can go on from it (Kumar et al. 2022,
+https://arxiv.org/abs/2202.10054), with the same options of model and data:
+`fit --model.weights=CHECKPOINT --freeze.unfreeze_epoch=0 --model.lr=1e-4`.
 
-All other options are those of fit, say `--data.root=photos --model.image_size=128`.
+All other options are those of fit, for example `--data.root=photos --model.image_size=128`.
 """
 
 import argparse
