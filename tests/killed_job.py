@@ -62,7 +62,7 @@ MOMENTS = {
     "half of last.ckpt": lambda n: half_written(n, "last.ckpt"),
     "moving last.ckpt": lambda n: moving(n, "last.ckpt"),
     "trimming the curves": lambda n: at(logger, "trim_metrics", n),
-    "unfreezing": lambda n: at(schedule, "start_afresh", n),
+    "unfreezing": lambda n: at(schedule, "prepare_for_new_parameters", n),
     "validation": lambda n: at(
         TransferClassifier,
         "validation_step",

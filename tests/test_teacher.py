@@ -1,14 +1,11 @@
 """A network that another one teaches: the loss, what is kept of the teacher (nothing), and what is refused."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import TINY, assert_same_weights, quiet_trainer, run_fit
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback

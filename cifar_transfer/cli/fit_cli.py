@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,16 +40,8 @@ from cifar_transfer.training.logger import RunLogger
 from cifar_transfer.training.loss_guard import LossGuard
 from cifar_transfer.training.progress_bar import OneLineProgressBar
 from cifar_transfer.training.report import LOG_INTERVAL, Report
-from cifar_transfer.training.run import (
-    BEST,
-    CHECKPOINTS,
-    LAST,
-    AtomicCheckpointIO,
-    Progress,
-    RunCheckpoint,
-    RunFolder,
-    RunTrainer,
-)
+from cifar_transfer.training.run import BEST, CHECKPOINTS, LAST, Progress, RunFolder, RunTrainer
+from cifar_transfer.training.run_checkpoints import AtomicCheckpointIO, RunCheckpoint
 
 FOLDER_OPTION = "--trainer.default_root_dir"
 
@@ -169,7 +160,8 @@ class PlainCLI(LightningCLI):
         Args:
             **kwargs: Options of the Trainer that replace those of the command line.
         """
-        options = dict(self.config_init.trainer) | speed_options(self.config_init.trainer)
+        options = dict(self.config_init.trainer) | cudnn_benchmark(self.config_init.trainer)
+        allow_tf32()
         options |= {
             "logger": False,
             "enable_checkpointing": False,
@@ -227,24 +219,24 @@ class FitCLI(PlainCLI):
             resume.check_configuration(state["config"], yaml.safe_load(self._config_text))
 
     def instantiate_classes(self) -> None:
-        """Make the classes, and lock a run that continues.
-
-        Its checkpoint holds all weights, so none are fetched for its network.
-        """
-        network_of_checkpoint: AbstractContextManager[None] = nullcontext()
-        if self._checkpoint is not None:
-            description = NetworkDescription.from_checkpoint(self._checkpoint)
-            network_of_checkpoint = built_from(description)
-        with network_of_checkpoint:
+        """Make data, model and Trainer; check that a run may continue, and lock its folder."""
+        if self._checkpoint is None:
             super().instantiate_classes()
+        else:
+            self._instantiate_from(self._checkpoint)
+            self._checkpoint = None  # its weights take memory
         if self._resumed_run is not None:
             resume.check_places(self.trainer, self._resumed_run)
-        if self._checkpoint is not None:
-            resume.check_checkpoint(self.trainer, self.model, self.datamodule, self._checkpoint)
-            self.datamodule.continue_from(EarlierRun(size=description.geometry.size))
         if self.trainer.is_global_zero:
             self.folder.lock()
-        self._checkpoint = None  # its weights take memory
+
+    def _instantiate_from(self, checkpoint: dict[str, Any]) -> None:
+        """Make the classes of a run that continues; the checkpoint holds the weights of its model."""
+        description = NetworkDescription.from_checkpoint(checkpoint)
+        with built_from(description):
+            super().instantiate_classes()
+        resume.check_checkpoint(self.trainer, self.model, self.datamodule, checkpoint)
+        self.datamodule.continue_from(EarlierRun(size=description.geometry.size))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer of the run.
@@ -255,7 +247,8 @@ class FitCLI(PlainCLI):
         options = self.config_init.trainer
         _check_trainer_options(options)
         self.folder = self._run_folder(options)
-        trainer_options = dict(options) | speed_options(options)
+        allow_tf32()
+        trainer_options = dict(options) | cudnn_benchmark(options)
         trainer_options["logger"] = self._logger(options)
         trainer_options["callbacks"] = self._callbacks(options)
         trainer_options["plugins"] = _plugins(options)
@@ -398,14 +391,18 @@ def _check_trainer_options(options: Any) -> None:
             )
 
 
-def speed_options(options: Any) -> dict[str, Any]:
-    """Return options of the Trainer that make it faster, and let GPUs multiply matrices in TF32.
+def allow_tf32() -> None:
+    """Let GPUs multiply matrices in TF32, as cuDNN's convolutions do by default."""
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+
+
+def cudnn_benchmark(options: Any) -> dict[str, Any]:
+    """Return the option of the Trainer that has cuDNN choose its fastest algorithms.
 
     Args:
         options: Options of the Trainer that were given.
     """
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # as cuDNN's convolutions do by default
     if options.benchmark is None and not options.deterministic:
         return {"benchmark": True}  # cuDNN's; there are few sizes of batches
     return {}

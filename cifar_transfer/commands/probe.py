@@ -30,7 +30,7 @@ from cifar_transfer.network.contestant import Contestant, parse_contestants
 from cifar_transfer.results import probe_table
 from cifar_transfer.results.probe_table import ProbeResult
 from cifar_transfer.training import lightning_internals
-from cifar_transfer.training.run import AtomicCheckpointIO
+from cifar_transfer.training.run_checkpoints import AtomicCheckpointIO
 
 DEFAULT_FOLDER = Path(LOGS, "probe")
 MAX_VIEWS = 100

@@ -128,7 +128,7 @@ class ImageClassifier(nn.Module):
     """A network that takes images, float [B, 3, H, W] in [0, 1], RGB, and gives logits.
 
     Args:
-        options: Options of the network. Within `built_from` they only name the weights.
+        options: Options of the network; not used within `built_from`.
 
     Attributes:
         network: The library's plain network.
@@ -256,7 +256,7 @@ class ImageClassifier(nn.Module):
         return self._geometry
 
     def set_geometry(self, geometry: Geometry) -> None:
-        """Take images in another way from now on."""
+        """Replace the geometry, and with it the constants of the normalisation."""
         self._geometry = geometry
         self.mean.copy_(_channels(geometry.mean))
         self.std.copy_(_channels(geometry.std))
@@ -286,35 +286,42 @@ class ImageClassifier(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def check_sides(self, sides: list[int | None]) -> None:
-        """Try images of each side, None for the size that images are decoded to.
+        """Run a black image of each side through the network.
+
+        Args:
+            sides: Sides in pixels; None stands for the size that images are decoded to.
 
         Raises:
-            UserError: The network cannot take them.
+            UserError: The network cannot take such images.
         """
         modes = {module: module.training for module in self.modules()}
         self.eval()
-        for side in dict.fromkeys(sides):
-            try:
-                with torch.no_grad():
-                    self.logits_at(
-                        torch.zeros(1, 3, *self._geometry.size, device=self.device), side
-                    )
-            except (RuntimeError, AssertionError) as error:
-                size = side or pixels(self._geometry.size)
-                reason = str(error).splitlines()[0]
-                raise UserError(
-                    f"{self.backbone} cannot take images of {size} pixels ({reason}): "
-                    f"{build.size_hint(self.backbone)}"
-                ) from None
-        for module, training in modes.items():
-            module.training = training
+        try:
+            for side in dict.fromkeys(sides):
+                self._check_side(side)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+    @torch.no_grad()
+    def _check_side(self, side: int | None) -> None:
+        image = torch.zeros(1, 3, *self._geometry.size, device=self.device)
+        try:
+            self.logits_at(image, side)
+        except (RuntimeError, AssertionError) as error:
+            size = side or pixels(self._geometry.size)
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{self.backbone} cannot take images of {size} pixels ({reason}): "
+                f"{build.size_hint(self.backbone)}"
+            ) from None
 
     @contextmanager
     def features(self) -> Iterator[list[Tensor]]:
-        """Collect what comes into the first head: each forward pass within adds a tensor.
+        """Record what comes into the first head in every forward pass within the `with` block.
 
         Yields:
-            A list of features, float32 [B, D] on the CPU.
+            A list, to which each pass adds its features, float32 [B, D] on the CPU.
         """
         collected: list[Tensor] = []
 

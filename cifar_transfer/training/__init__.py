@@ -1,1 +1,1 @@
-"""Training: the classifier, its optimizer, what trains when, and a run from its first step to its resumption."""
+"""Training: the classifier, its optimizer, what trains when, and the run around it."""

@@ -1,4 +1,4 @@
-"""One checkpoint file: found, read safely, checked, and turned into a network without Lightning."""
+"""Find a checkpoint file, read it safely, and build its network without Lightning."""
 
 import math
 import pickle
@@ -109,7 +109,8 @@ def _check_weights(path: Path, key: str, weights: Any) -> None:
     if not isinstance(weights, Mapping) or not _all_are(weights.values(), Tensor):
         raise UserError(f"{path} is damaged or was altered: its {key} holds more than tensors.")
     for name, value in weights.items():
-        # An altered file may have one stored value stand for more than memory holds.
+        # An altered file may store a huge tensor as a view of one number, and `isfinite` would
+        # allocate all of it.
         is_stored = value.nbytes <= value.untyped_storage().nbytes()
         if is_stored and not value.isfinite().all():
             raise UserError(
@@ -128,7 +129,7 @@ def _check_values(path: Path, checkpoint: Mapping[str, Any]) -> None:
     if network.keys() != names:
         raise _altered(path, NETWORK_KEY, sorted(map(str, network)))
     num_classes = network["num_classes"]
-    if not _is_whole(num_classes, 2, MAX_CLASSES):
+    if not _is_int_between(num_classes, 2, MAX_CLASSES):
         raise _altered(path, "num_classes", num_classes)
     class_names = network["class_names"]
     if class_names is not None and not _is_list(class_names, num_classes, str):
@@ -144,7 +145,7 @@ def _check_values(path: Path, checkpoint: Mapping[str, Any]) -> None:
         raise _altered(path, "geometry", network["geometry"])
     for key in ("global_step", STEPS_KEY):
         steps = checkpoint.get(key, 0)
-        if not _is_whole(steps, 0, math.inf):
+        if not _is_int_between(steps, 0, math.inf):
             raise _altered(path, key, steps)
 
 
@@ -155,12 +156,12 @@ def _altered(path: Path, name: str, value: Any) -> UserError:
     return UserError(f"{path} is damaged or was altered: its {name} cannot be {text}.")
 
 
-def _is_whole(value: Any, lowest: float, highest: float) -> bool:
+def _is_int_between(value: Any, lowest: float, highest: float) -> bool:
     return type(value) is int and lowest <= value <= highest
 
 
 def _is_side(value: Any) -> bool:
-    return _is_whole(value, 1, LARGEST_SIDE)
+    return _is_int_between(value, 1, LARGEST_SIDE)
 
 
 def _is_number(value: Any) -> bool:

@@ -39,7 +39,7 @@ from cifar_transfer.training.ema import ExponentialMovingAverage
 from cifar_transfer.training.image_sizes import ImageSizes
 from cifar_transfer.training.lightning_internals import is_fitting, trainer_of
 from cifar_transfer.training.loss import LossOptions, Teacher, TrainingLoss
-from cifar_transfer.training.optimizer import OptimizerOptions
+from cifar_transfer.training.optimizer import OptimizerName, OptimizerOptions, ScheduleName
 
 # Names of the figures that are logged by epoch, beside "train/acc", "train/loss_epoch", "val/acc"
 # and "val/loss".
@@ -58,15 +58,20 @@ class TransferClassifier(LightningModule):
 
     What happens in a fit, in this order::
 
-        setup                    check that data and network fit each other
-        configure_optimizers     one optimizer over all parameters
-        on_fit_start             loss with class weights and teacher
+        setup                         check that data and network fit each other
+        on_load_checkpoint            if a run continues: refuse changed options
+        configure_optimizers          one optimizer over all parameters
+        on_fit_start                  loss with class weights and teacher
+        on_train_start                compile the network, if that is asked for
         for each epoch:
-            training_step        loss of a batch; count it and its accuracy
-            validation_step      add a batch to val/loss and val/acc
-            on_validation_epoch_end   keep val/loss and val/acc, log them against the step
-            on_train_epoch_end   log the epoch's scores; step ReduceLROnPlateau with val/loss
-            on_save_checkpoint   add the network's description; swap in the average of the weights
+            training_step             loss of a batch; count it and its accuracy
+            validation_step           add a batch to val/loss and val/acc
+            on_validation_epoch_end   keep val/loss and val/acc, log them by step
+            (best.ckpt is written)
+            on_train_epoch_end        log the epoch's figures; step ReduceLROnPlateau with val/loss
+            (last.ckpt is written)
+        on_save_checkpoint            with each checkpoint: add the network's description, and put
+                                      the average of the weights in their place
 
     Args:
         backbone: Name of a torchvision classification network, "timm/NAME" for one of timm's, or
@@ -151,13 +156,13 @@ class TransferClassifier(LightningModule):
         teacher: str | None = None,
         teacher_weight: float = 0.5,
         temperature: float = 4.0,
-        optimizer: optimizer.OptimizerName = "adam",
+        optimizer: OptimizerName = "adam",
         lr: float = 1e-3,
         head_lr: float | None = None,
         layer_decay: float | None = None,
         weight_decay: float = 1e-4,
         momentum: float = 0.9,
-        schedule: optimizer.ScheduleName = "plateau",
+        schedule: ScheduleName = "plateau",
         warmup_epochs: float = 0.0,
         lr_factor: float = 0.5,
         lr_patience: int = 2,
@@ -273,6 +278,7 @@ class TransferClassifier(LightningModule):
             split: Split = "val" if stage == "validate" else "test"
             self._classes_are_unequal = stage != "fit" and data.unequal(split)
         self.loss = TrainingLoss(self.loss_options)
+        self._validation_scores = {}
         if stage == "fit" and self.loss_options.teacher is not None:
             self.loss.teacher = self._load_teacher(self.loss_options.teacher, data)
         if data is None or not hasattr(data, "num_classes"):
@@ -418,7 +424,7 @@ class TransferClassifier(LightningModule):
         self.loss.to(self.device, self.dtype)
 
     def on_train_start(self) -> None:
-        """Compile the network, now that its graph is drawn."""
+        """Compile the network, after `Report` has drawn its graph."""
         if not self.compile_network:
             return
         self.network.compile()  # in place, so that the names in its state dict stay
@@ -446,6 +452,7 @@ class TransferClassifier(LightningModule):
         if self._is_logging_step():
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/acc_step", (logits.argmax(1) == labels).float().mean())
+            # For the progress bar and for callbacks; `on_train_epoch_end` logs them by epoch.
             self.log(
                 "train/loss_epoch", self.train_loss, on_step=False, on_epoch=True, logger=False
             )
@@ -462,7 +469,8 @@ class TransferClassifier(LightningModule):
     def _is_logging_step(self) -> bool:
         """Return whether this step is logged.
 
-        Each call of `log` takes up to a millisecond. The metrics count the steps in between.
+        Each call of `log` takes up to a millisecond. The metrics count the steps in between. The
+        last step of an epoch is always logged, so that each epoch has its figures.
         """
         trainer = trainer_of(self)
         if trainer is None:
@@ -486,8 +494,8 @@ class TransferClassifier(LightningModule):
         return logits
 
     def on_validation_epoch_end(self) -> None:
-        """Keep the scores of a validation within the training, and log them against the step."""
-        self._log_class_scores("val")
+        """Keep the scores of a validation during a fit, and log them by step."""
+        self._log_class_scores("val")  # only in `Trainer.validate`, see `setup`
         if not is_fitting(self) or self.trainer.sanity_checking:
             return
         metrics = self.trainer.callback_metrics
@@ -501,7 +509,7 @@ class TransferClassifier(LightningModule):
             "epoch": self.current_epoch,
         }
         for logger in self.loggers:
-            logger.log_metrics(by_step, step=self.global_step - 1)
+            logger.log_metrics(by_step, step=self.global_step - 1)  # the last step, from 0
 
     def _log_class_scores(self, split: str) -> None:
         """Log the scores that weigh all classes alike, if the classes are unequal."""
@@ -528,12 +536,12 @@ class TransferClassifier(LightningModule):
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the first parameter group, before `lr_scale` is applied."""
+        """Learning rate of the first parameter group, without the factor of `layer_decay`."""
         group = self.trainer.optimizers[0].param_groups[0]
         return float(group["lr"]) / group.get("lr_scale", 1.0)
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's scores against the epoch, and show the plateau schedule `val/loss`."""
+        """Log the epoch's figures by epoch, then step `ReduceLROnPlateau` with `val/loss`."""
         figures = self.epoch_scores()
         figures[LEARNING_RATE_FIGURE] = self.learning_rate
         rates = optimizer.stage_learning_rates(self.trainer.optimizers, self.network, self.stages)
@@ -553,9 +561,10 @@ class TransferClassifier(LightningModule):
         self._validation_scores = {}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Step a schedule of steps; `ReduceLROnPlateau` steps in `on_train_epoch_end`.
+        """Step the schedules "linear" and "cosine", once for each optimizer step.
 
-        Lightning calls this for a plateau after the checkpoint is written, which would lack it.
+        Lightning would step a plateau after `last.ckpt` is written, and a resumed run would miss
+        that step. So `ReduceLROnPlateau` is stepped in `on_train_epoch_end`.
         """
         if not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()

@@ -3,8 +3,10 @@ r"""`BackboneFreeze`: what trains in which epoch, and at which learning rate.
 A run is a list of phases, its plan. Each phase says what begins to train with it, when it begins
 and at which learning rate; what trains already goes on training. Epochs are counted from 0::
 
-    BackboneFreeze(unfreeze_epoch=5, unfrozen_lr=1e-4)       # or =0: [Phase(["all"])]
+    BackboneFreeze(unfreeze_epoch=5, unfrozen_lr=1e-4)
         [Phase(["head"]), Phase(["all"], epoch=5, lr=1e-4)]
+    BackboneFreeze(unfreeze_epoch=0)                         # nothing is ever frozen
+        [Phase(["all"])]
     BackboneFreeze(unfreeze_epoch=5, unfrozen_lr=1e-4, frozen=[r"network\.layer1\."])
         [Phase(["all but frozen"]), Phase(["all"], epoch=5, lr=1e-4)]
     BackboneFreeze(phases="gradual", unfrozen_lr=1e-4)       # in ResNet18
@@ -21,19 +23,23 @@ everything. What happens when, in `Trainer.fit`::
     <the optimizer is made>     # everything still requires a gradient, so that it has everything
     on_fit_start                # make the plan, fit the head if probe=True, freeze what the phase
                                 # does not train
-    on_train_start              # as on_train_epoch_start, which a run resumed in an epoch skips
+    on_train_start              # begin due phases here, too: a run that is resumed within an epoch
+                                # skips on_train_epoch_start
     for epoch in epochs:
         on_train_epoch_start        # begin each phase that is due:
                                     #     require gradients of what it trains, and under DDP wrap
                                     #     the module anew; put frozen modules in eval mode; reset
-                                    #     plateau schedules; set the rate; load the best weights
+                                    #     plateau schedules; set the rate; with from_best load the best
+                                    #     weights
         for batch in batches:
             on_train_batch_start        # in the first step of a phase: print what trains
             <step>
         <validation>
             on_validation_end           # note the value that later phases wait for
         on_train_epoch_end          # count the epochs without a better value
-        state_dict                  # with each checkpoint: the phase, the count, the options
+    state_dict                  # with each checkpoint, also with the best one, which is written before
+                                # on_train_epoch_end: the phase, the count, the value that is not yet
+                                # counted, the options
     teardown                    # give the module back as it was, also on_exception
 
 Why not Lightning's `BaseFinetuning`: it unfreezes parameters that `DistributedDataParallel` was not
@@ -99,19 +105,19 @@ CYAN = 36  # ANSI's number
 class BackboneFreeze(Callback):
     r"""Freeze parameters at first, and unfreeze them at another learning rate, in phases.
 
-    Parameters that the module itself has fixed stay fixed. After the fit, the others train as
-    before it.
+    Parameters that have `requires_grad=False` before the fit keep it. After the fit, all others
+    require gradients again.
 
     Args:
         unfreeze_epoch: How many epochs the parameters stay frozen. 0 never freezes and leaves the
             learning rate alone; with all epochs of the run only the head is ever trained (a linear
             probe).
-        unfrozen_lr: Learning rate from then on of all parameter groups but one named "head"; None
-            leaves it as it is. A `ReduceLROnPlateau` starts afresh, because losses of the frozen
+        unfrozen_lr: Learning rate after the unfreezing, also of the head unless it has a parameter
+            group of its own, named "head" (`head_lr`); None leaves the rate as it is. A `ReduceLROnPlateau` starts afresh, because losses of the frozen
             phase do not compare with later ones; a schedule of steps keeps its curve, which then
             leads up to this rate.
-        frozen: Regular expressions; parameters whose name one of them matches from the start are
-            frozen, for example `network\.(conv1|bn1|layer[12])\.`, where "network." stands for the
+        frozen: Regular expressions. A parameter is frozen if one of them matches the beginning of
+            its name, for example `network\.(conv1|bn1|layer[12])\.`, where "network." stands for the
             module's `network`, whatever it is registered as. None freezes all but the heads, which
             the module names in `heads` (submodules of its `network`, or its own).
         batch_norm: "eval" keeps frozen modules in eval mode, so that batch-norm uses and keeps the
@@ -121,9 +127,9 @@ class BackboneFreeze(Callback):
             unfreezes a stage an epoch, from the head down, at `unfrozen_lr` (ULMFiT,
             https://arxiv.org/abs/1801.06146). What is in no phase stays frozen.
         probe: In place of the frozen epochs, begin with the head that logistic regression on the
-            backbone's features gives (Kumar et al. 2022, https://arxiv.org/abs/2202.10054), and
-            with all unfrozen at `unfrozen_lr`, or if `unfreeze_epoch` is 0 at the rate as it is;
-            for a `TransferClassifier` and data modules of this package.
+            backbone's features gives (Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
+            Everything trains at `unfrozen_lr`, or if `unfreeze_epoch` is 0 at the optimizer's rate.
+            Needs a `TransferClassifier` and a data module of this package.
         monitor: Name of the value, logged in validation, that a phase's `patience` looks at.
         mode: Whether the lowest ("min") or the highest ("max") value is the best.
 
@@ -378,14 +384,14 @@ class BackboneFreeze(Callback):
     def _begin_due_phases(self, trainer: Trainer, module: LightningModule) -> None:
         """Begin each phase that is due, and put the module into the state of the current phase.
 
-        A state that is in force already does not change, so that hooks may call this at any time.
+        Hooks may call this at any time: what is already in force is left alone.
         """
-        begun = self._take_due_phases(trainer.current_epoch)
+        begun = self._advance_phase(trainer.current_epoch)
         self._require_gradients(trainer, module)
         self._set_modes(module)
         if not begun:
             return
-        schedule.start_afresh(trainer)
+        schedule.prepare_for_new_parameters(trainer)
         for phase in begun:
             if phase.lr is not None:
                 schedule.set_learning_rate(trainer, phase.lr)
@@ -393,7 +399,7 @@ class BackboneFreeze(Callback):
             _load_best_weights(trainer, module)
         self._phases_to_print = begun
 
-    def _take_due_phases(self, epoch: int) -> list[Phase]:
+    def _advance_phase(self, epoch: int) -> list[Phase]:
         """Make the last phase that is due in an epoch the current one; return those that begin.
 
         A phase with an `epoch` is due from that epoch on, even if it overtakes one with `patience`.
@@ -446,7 +452,7 @@ class BackboneFreeze(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Print the phases that have begun, as late as this to stand in the table of epochs."""
+        """Print the phases that have begun; here, so that it comes after the table's heading."""
         if not self._phases_to_print:
             return
         next_phase = None

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cifar_transfer.base.console import say
 from cifar_transfer.training.lightning_internals import requeue_handler
-from cifar_transfer.training.run import RunCheckpoint
+from cifar_transfer.training.run_checkpoints import RunCheckpoint
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Several processes ask each other whether one of them was told to stop, which takes time.

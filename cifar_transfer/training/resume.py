@@ -1,9 +1,9 @@
 """What may change when a run continues from a checkpoint. Everything else is refused.
 
-A checkpoint brings its own weights, optimizer, schedule and callbacks. A changed option would be
-undone by them without a word, or make another run of it: with validation images that were trained
-on, or with epochs that do not compare. The way out is a new run that begins with the weights of
-this one.
+A checkpoint restores weights, optimizer, schedule and callbacks. A changed option would either have
+no effect, because the restored state overrides it, or change what the run means: images that were
+trained on would be validated, or epochs would differ in length. So only the options in `MAY_CHANGE`
+may differ. The way out is a new run that begins with the weights of this one.
 """
 
 import inspect

@@ -118,7 +118,7 @@ def check_optimizers(trainer: Trainer) -> None:
             )
 
 
-def start_afresh(trainer: Trainer) -> None:
+def prepare_for_new_parameters(trainer: Trainer) -> None:
     """Prepare schedules and optimizers of a run for other parameters that begin to train.
 
     A `ReduceLROnPlateau` forgets its losses, because they do not compare with later ones.
