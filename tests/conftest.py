@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers, and what they start, share the cores: threads that wait for each other would take most of the time.
+    # Workers and their processes share the cores. Threads that wait for each other would take most
+    # of the time.
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
@@ -29,7 +30,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cifar_transfer.training.logger import NAMES
 
 for name in ("lightning.pytorch", "lightning.fabric"):
-    # Which they do anyway if pytest has set up logging before they are imported; that depends on its version.
+    # They do so anyway if pytest has set up logging before they are imported, which depends on its
+    # version.
     logging.getLogger(name).propagate = True
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
@@ -47,8 +49,8 @@ TINY = [
 ]
 
 
-# A server that has imported what takes seconds, and of which each run of `run_fit` is a fork. That `python -m` does the
-# same is seen wherever a test starts a process by itself.
+# Each run of `run_fit` is a fork of a server that has imported what takes seconds. Tests that start
+# a process by themselves see that `python -m` does the same.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["cifar_transfer.cli.fit_cli", "cifar_transfer.inference.predictor"])
 
@@ -77,7 +79,7 @@ def run_module(folder, module, options, environment):
 
 
 def run_fit(folder, *options, command=None, module="cifar_transfer.fit", expect=0, timeout=300):
-    """Run `fit`, another command, or a module of the tests, in a process of its own, in `folder`."""
+    """Run `fit`, another command, or a module of the tests in `folder`, in its own process."""
     if command:
         module, options = "cifar_transfer", (command, *options)
     with TemporaryDirectory() as place:

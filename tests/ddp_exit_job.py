@@ -1,4 +1,7 @@
-"""A job that tests start: `python ddp_exit_job.py END [options of fit]`. Each rank writes which gloo threads remain."""
+"""A job that tests start: `python ddp_exit_job.py END [options of fit]`.
+
+Each rank writes which threads of gloo remain.
+"""
 
 import os
 import signal

@@ -1,4 +1,7 @@
-"""A run that is killed, or told to stop, at a moment of its own: `MOMENT N [options of fit]`, at the N-th time."""
+"""A run that is killed, or told to stop, at the N-th time of a moment.
+
+Arguments: `MOMENT N [options of fit]`.
+"""
 
 import io
 import os
@@ -17,7 +20,7 @@ from cifar_transfer.training import run as runs
 
 
 def at(owner, name, left, when=lambda *args: True, number=signal.SIGKILL):
-    """Send this process a signal when `owner.name` is called for the N-th time with arguments of that kind."""
+    """Send this process a signal at the N-th call of `owner.name` with such arguments."""
     real = getattr(owner, name)
 
     def deadly(*args, **kwargs):

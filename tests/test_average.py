@@ -1,4 +1,4 @@
-"""The average of the weights: what it is, step by step, and that everything but the training uses it."""
+"""The average of the weights, step by step; everything but the training uses it."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def reference(steps, decay):
 
 
 class Witness(Callback):
-    """Keeps the weights after each step, and those that are validated and trained on; fails in a validation."""
+    """Keeps the weights of each step, and those that are validated and trained on; may fail."""
 
     def __init__(self, fail=False):
         self.steps, self.shown, self.trained, self.fail = [], [], [], fail
@@ -155,7 +155,7 @@ def test_what_is_saved_within_a_validation_or_with_weights_only_has_the_average_
             trainer.save_checkpoint(tmp_path / "only.ckpt", weights_only=True)
 
     witness = Witness(fail=True)
-    with pytest.raises(ZeroDivisionError, match="^in a validation$"):
+    with pytest.raises(ZeroDivisionError, match=r"^in a validation$"):
         train(Saves(), witness, epochs=1, default_root_dir=tmp_path)
     average = reference(witness.steps, DECAY)
     within, only = (
@@ -253,7 +253,7 @@ def test_killed_and_resumed_it_is_that_of_a_run_never_killed(tmp_path, undisturb
 
 @pytest.mark.slow
 def test_two_processes_have_the_same_average(tmp_path):
-    """Also of batch-norm's statistics, though each has seen other images, and of steps after the last validation."""
+    """Batch-norm's statistics too, although each process has seen other images."""
     subprocess.run(
         [sys.executable, __file__, tmp_path], check=True, timeout=240, stdin=subprocess.DEVNULL
     )

@@ -1,4 +1,4 @@
-"""Runs that are killed with SIGKILL, again and again, end with the weights of one that never was."""
+"""Runs that are killed with SIGKILL again and again end like one that never was."""
 
 import os
 import random
@@ -17,8 +17,8 @@ from conftest import TINY, assert_same_weights, curves, run_fit, write_images
 RUN = "lightning_logs/version_0"
 LAST = f"{RUN}/checkpoints/last.ckpt"
 
-# What is going on when the process dies, and which time of its kind. The order is that of the run: what is over when
-# a checkpoint is written does not come again.
+# What is going on when the process dies, and which time of its kind, in the order of the run. What
+# is over when a checkpoint is written does not come again.
 SAMPLE = [("mid-step", 4), ("half of last.ckpt", 2), ("unfreezing", 1)]
 ALL = [
     ("start-up", 1),
@@ -45,7 +45,10 @@ ALL = [
 
 
 def run_of(folder):
-    """The run that can be continued; one that was killed before it had written its options has left an empty folder."""
+    """Return the run that can be continued.
+
+    One that was killed before it had written its options has left an empty folder.
+    """
     found = list((folder / "lightning_logs").glob("*/config.yaml"))
     assert len(found) <= 1
     return found[0].parent if found else None

@@ -1,4 +1,7 @@
-"""`metrics.csv`: a row for each step and each epoch, also of a run that was stopped (see test_resume, test_killed)."""
+"""`metrics.csv`: a row for each step and each epoch.
+
+Runs that were stopped are in test_resume and test_killed.
+"""
 
 import pytest
 from conftest import quiet_trainer

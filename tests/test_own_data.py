@@ -46,7 +46,7 @@ def test_a_resumed_run_of_a_users_own_data_keeps_its_validation_images(tmp_path)
     assert torch.load(last, weights_only=True)["datamodule_hyper_parameters"]["val_fraction"] == 0.1
     fitted(Fruit(batch_size=8), 2, last, tmp_path / "same")
     for other in ({"val_fraction": 0.4}, {"seed": 3}):
-        with pytest.raises(UserError, match="differs from .*, with which the run began"):
+        with pytest.raises(UserError, match=r"differs from .*, with which the run began"):
             fitted(Fruit(batch_size=8, **other), 2, last, tmp_path / "other")
 
 

@@ -52,7 +52,7 @@ def blocks(path, *languages):
 
 
 def commands(path):
-    """The words of each command in the blocks of a document, without comments; a pipe is two commands."""
+    """Yield the words of each command in a document, without comments; a pipe is two commands."""
     for _, text in blocks(path, "console", "bash"):
         for line in text.replace("\\\n", "").splitlines():
             words = shlex.split(line, comments=True)

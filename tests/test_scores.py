@@ -1,4 +1,4 @@
-"""The scores of a run are those of the file `best.ckpt`, however and whenever it was validated, stopped and resumed."""
+"""The scores of a run are those of `best.ckpt`, however it was validated, stopped and resumed."""
 
 import json
 import os
@@ -195,7 +195,8 @@ def test_an_epoch_that_is_stopped_and_resumed_is_that_of_a_run_never_stopped(
         (epoch, batch) for epoch in (0, 1) for batch in range(6)
     ]
     assert expected[3] == IMAGES
-    # Lightning counts an empty epoch when max_steps=6 ended a run with its epoch and max_steps continues it.
+    # Lightning counts an empty epoch when max_steps=6 ended a run with its epoch and max_steps
+    # continues it.
     for stop in (2, 3, 4, 11) if "more" in case else (2, 3, 4, 6, 11):
         folder = tmp_path / f"after {stop}"
         folder.mkdir()

@@ -42,7 +42,8 @@ class Gauge(Callback):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("epochs", "memory_a_thousand"),
-    # Forty epochs see up to 80 kB each of the allocator's own on a busy machine; a kept batch is 700 kB.
+    # The allocator itself takes up to 80 kB an epoch on a busy machine (seen over forty epochs); a
+    # batch that is kept takes 700 kB.
     [
         pytest.param(60, 300e6, id="60 epochs"),
         pytest.param(2000, 4e6, id="2000 epochs", marks=pytest.mark.whole),
@@ -67,7 +68,8 @@ def test_memory_files_and_disk_are_flat(tmp_path, monkeypatch, capsys, epochs, m
     )
     with capsys.disabled():
         print(
-            f"\nan epoch leaves {memory:.0f} bytes of memory, {files:.4f} files, {disk:.0f} bytes of disk"
+            f"\nan epoch leaves {memory:.0f} bytes of memory, {files:.4f} files, "
+            f"{disk:.0f} bytes of disk"
         )
     assert memory * 1000 < memory_a_thousand
     assert abs(files) < 0.01

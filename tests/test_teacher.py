@@ -1,4 +1,4 @@
-"""A network that another one teaches: the loss, what is kept of the teacher (nothing), and what is refused."""
+"""A network that another one teaches: its loss, and what is refused. Nothing of it is kept."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +99,7 @@ def formula(images, logits, labels, teacher, share, temperature, weights, smooth
 
 
 def test_the_loss_is_that_of_the_paper_and_nothing_of_the_teacher_is_kept(tmp_path, teacher):
-    """Class weights are of the cross-entropy alone; the student has another size and other statistics."""
+    """Class weights only weigh the cross-entropy. The student sees other sizes and statistics."""
     witness = Witness()
     options = {
         "teacher": teacher,

@@ -1,4 +1,4 @@
-"""The tutorial is the same in both languages, keeps the outputs of a real run, and runs on drawn shapes."""
+"""The tutorial: the same in both languages, with outputs of a real run; it runs on shapes."""
 
 import ast
 import json

@@ -231,7 +231,7 @@ class FitCLI(PlainCLI):
             self.folder.lock()
 
     def _instantiate_from(self, checkpoint: dict[str, Any]) -> None:
-        """Make the classes of a run that continues; the checkpoint holds the weights of its model."""
+        """Make the classes of a run that continues; its checkpoint holds the weights."""
         description = NetworkDescription.from_checkpoint(checkpoint)
         with built_from(description):
             super().instantiate_classes()

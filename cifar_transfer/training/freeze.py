@@ -29,17 +29,17 @@ everything. What happens when, in `Trainer.fit`::
         on_train_epoch_start        # begin each phase that is due:
                                     #     require gradients of what it trains, and under DDP wrap
                                     #     the module anew; put frozen modules in eval mode; reset
-                                    #     plateau schedules; set the rate; with from_best load the best
-                                    #     weights
+                                    #     plateau schedules; set the rate; with from_best load
+                                    #     the best weights
         for batch in batches:
             on_train_batch_start        # in the first step of a phase: print what trains
             <step>
         <validation>
             on_validation_end           # note the value that later phases wait for
         on_train_epoch_end          # count the epochs without a better value
-    state_dict                  # with each checkpoint, also with the best one, which is written before
-                                # on_train_epoch_end: the phase, the count, the value that is not yet
-                                # counted, the options
+    state_dict                  # with each checkpoint, also with the best one, which is written
+                                # before on_train_epoch_end: the phase, the count, the value that is
+                                # not yet counted, the options
     teardown                    # give the module back as it was, also on_exception
 
 Why not Lightning's `BaseFinetuning`: it unfreezes parameters that `DistributedDataParallel` was not
@@ -113,13 +113,13 @@ class BackboneFreeze(Callback):
             learning rate alone; with all epochs of the run only the head is ever trained (a linear
             probe).
         unfrozen_lr: Learning rate after the unfreezing, also of the head unless it has a parameter
-            group of its own, named "head" (`head_lr`); None leaves the rate as it is. A `ReduceLROnPlateau` starts afresh, because losses of the frozen
-            phase do not compare with later ones; a schedule of steps keeps its curve, which then
-            leads up to this rate.
+            group of its own, named "head" (`head_lr`); None leaves the rate as it is. A
+            `ReduceLROnPlateau` starts afresh, because losses of the frozen phase do not compare
+            with later ones; a schedule of steps keeps its curve, which then leads up to this rate.
         frozen: Regular expressions. A parameter is frozen if one of them matches the beginning of
-            its name, for example `network\.(conv1|bn1|layer[12])\.`, where "network." stands for the
-            module's `network`, whatever it is registered as. None freezes all but the heads, which
-            the module names in `heads` (submodules of its `network`, or its own).
+            its name, for example `network\.(conv1|bn1|layer[12])\.`, where "network." stands for
+            the module's `network`, whatever it is registered as. None freezes all but the heads,
+            which the module names in `heads` (submodules of its `network`, or its own).
         batch_norm: "eval" keeps frozen modules in eval mode, so that batch-norm uses and keeps the
             pretrained statistics and dropout is off; "train" lets the statistics follow the new
             data.
