@@ -17,7 +17,7 @@ from cifar_transfer import TransferClassifier
 from cifar_transfer.base.errors import UserError, one_sentence
 from cifar_transfer.commands.export import export
 from cifar_transfer.inference import exporter
-from cifar_transfer.inference.network_files import NOTES
+from cifar_transfer.inference.export_files import NOTES
 from cifar_transfer.training.checkpoint_file import load_classifier
 
 NAMES = ["cat", "dog", "猫"]

@@ -34,7 +34,7 @@ from cifar_transfer.data import cifar, loading
 from cifar_transfer.data.cache import CACHE_FOLDER, cached
 from cifar_transfer.data.images import ArrayImages, read_image, read_size
 from cifar_transfer.data.loading import workers_within
-from cifar_transfer.inference.formats import FORMATS
+from cifar_transfer.inference.prediction_formats import FORMATS
 from cifar_transfer.network.dense_conv import DenseConv2d
 from cifar_transfer.results import plots
 from cifar_transfer.results.predictions import ImagePrediction, Predictions

@@ -21,7 +21,7 @@ from torch import nn
 from cifar_transfer import BackboneFreeze, Phase
 from cifar_transfer.base.console import duration, hush, say, styled
 from cifar_transfer.data import images
-from cifar_transfer.results.terminal import EpochRow, EpochTable
+from cifar_transfer.results.epoch_table import EpochRow, EpochTable
 from cifar_transfer.training.progress_bar import OneLineProgressBar
 from cifar_transfer.training.report import Report
 from cifar_transfer.training.run_clock import RunClock

@@ -14,8 +14,8 @@ from jsonargparse import Namespace
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.files import make_folder
 from cifar_transfer.cli.parsers import Parser
-from cifar_transfer.inference.formats import FORMATS
 from cifar_transfer.inference.named_images import NamedImages, add_options, check_output_file
+from cifar_transfer.inference.prediction_formats import FORMATS
 from cifar_transfer.inference.sources import image_files
 
 

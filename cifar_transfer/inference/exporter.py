@@ -19,7 +19,7 @@ from torchvision import models
 from cifar_transfer.base.errors import UserError, first_line
 from cifar_transfer.base.files import write_json
 from cifar_transfer.data.geometry import STATISTICS, Geometry, resize
-from cifar_transfer.inference import network_files
+from cifar_transfer.inference import export_files
 from cifar_transfer.network import catalog
 from cifar_transfer.network.build import INCEPTION_NAMES
 from cifar_transfer.network.image_classifier import ImageClassifier
@@ -127,22 +127,22 @@ class Exporter:
         network = self._classifier if self._preprocess else self._classifier.network
         example = self._network_input(self._random_images(BATCH_SIZES[-1]))
         if self._format == "onnx":
-            network_files.write_onnx(network, example, self.notes, path)
+            export_files.write_onnx(network, example, self.notes, path)
         elif self._format == "torch_export":
-            network_files.write_torch_export(network, example, self.notes, path)
+            export_files.write_torch_export(network, example, self.notes, path)
         elif self._format == "safetensors":
-            network_files.write_safetensors(network, self.notes, path)
+            export_files.write_safetensors(network, self.notes, path)
         else:
-            network_files.write_state_dict(network, path)
+            export_files.write_state_dict(network, path)
 
     def _load(self, path: Path) -> Callable[[Tensor], Tensor] | None:
         """Return the network in the file as others will use it, or None without onnxruntime."""
         if self._format == "onnx":
-            return network_files.load_onnx(path)
+            return export_files.load_onnx(path)
         if self._format == "torch_export":
             return torch.export.load(path).module()
         network = library_network(self._classifier.backbone, self._classifier.num_classes)
-        network.load_state_dict(network_files.load_weights(path))
+        network.load_state_dict(export_files.load_weights(path))
         return network.eval()
 
     @torch.inference_mode()

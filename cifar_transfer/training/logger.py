@@ -15,7 +15,7 @@ from cifar_transfer.training.run import Progress, RunFolder
 
 FINAL = "result/"  # before the name of a score of the best checkpoint
 # Figures that have other names in TensorBoard, which sorts by them and opens the first groups.
-TAGS = {
+TENSORBOARD_TAGS = {
     "train/acc": "accuracy/train",
     "train/acc_step": "accuracy/train_step",
     "val/acc": "accuracy/val",
@@ -25,7 +25,7 @@ TAGS = {
     "val/loss": "loss/val",
     "val/loss_step": "loss/val_step",
 }
-NAMES = {tag: name for name, tag in TAGS.items()}
+NAMES = {tag: name for name, tag in TENSORBOARD_TAGS.items()}
 
 
 class RunLogger(TensorBoardLogger):
@@ -77,7 +77,9 @@ class RunLogger(TensorBoardLogger):
             return
         figures = dict(metrics)
         epoch = figures.pop("epoch", None)
-        super().log_metrics({TAGS.get(name, name): value for name, value in figures.items()}, step)
+        super().log_metrics(
+            {TENSORBOARD_TAGS.get(name, name): value for name, value in figures.items()}, step
+        )
         if self._metrics is None:
             self._metrics = self._open_metrics()
         if STEPS_FIGURE in figures:

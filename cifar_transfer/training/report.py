@@ -14,9 +14,9 @@ from cifar_transfer.base.console import counted, say
 from cifar_transfer.data.augment import step_seed
 from cifar_transfer.data.geometry import resize
 from cifar_transfer.data.module import ImageDataModule
+from cifar_transfer.results.epoch_table import EpochRow, EpochTable, time_left
 from cifar_transfer.results.predictions import FIGURES_FOLDER
 from cifar_transfer.results.run_figures import augmented_figure, save_figures
-from cifar_transfer.results.terminal import EpochRow, EpochTable, time_left
 from cifar_transfer.results.words import Language, language
 from cifar_transfer.training.board import add_charts, add_graph, add_pictures, board_of
 from cifar_transfer.training.classifier import TransferClassifier
