@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,7 +27,7 @@ from cifar_transfer.base.text import without_password
 from cifar_transfer.base.untrusted import read_yaml
 from cifar_transfer.cli import parser_messages, recipes, spelling, start
 from cifar_transfer.cli.parser_messages import plain_message
-from cifar_transfer.cli.parsers import HELP_HINT, PartParser
+from cifar_transfer.cli.parsers import HELP_HINT
 from cifar_transfer.data.module import EarlierRun, ImageDataModule
 from cifar_transfer.network.image_classifier import NetworkDescription, built_from
 from cifar_transfer.training import resume
@@ -303,10 +303,7 @@ class FitCLI(PlainCLI):
 
 def _parse(parser: LightningArgumentParser, args: Sequence[str]) -> Any:
     """Parse options, after a look at their files, whose mistakes jsonargparse tells at length."""
-    finder = PartParser("fit")
-    finder.add_argument("-c", "--config", action="append", default=[])
-    found, _ = finder.parse_known_args(args)
-    for file in found.config:
+    for file in _values_of(("-c", "--config"), args):
         if os.path.isfile(file):
             read_yaml(Path(file))
     return parser.parse_args(list(args))
@@ -314,18 +311,35 @@ def _parse(parser: LightningArgumentParser, args: Sequence[str]) -> Any:
 
 def _resumed_run(args: Sequence[str]) -> Path | None:
     """Return the folder of the run that options resume, if they do."""
-    finder = PartParser("fit")
-    finder.add_argument("--resume")
-    found, _ = finder.parse_known_args(args)
-    if not found.resume:
+    folders = _values_of(("--resume",), args)
+    if not folders:
         return None
-    run = Path(found.resume)
+    run = Path(folders[-1])
     if not (run / CONFIG).is_file():
         raise UserError(
             f"--resume {run}: there is no {run / CONFIG}: name the folder of a run, "
             f"{LOGS}/version_0."
         )
     return run.resolve()
+
+
+def _values_of(names: Collection[str], args: Sequence[str]) -> list[str]:
+    """Return the values of an option, before all options are parsed.
+
+    Args:
+        names: Names of the option. A value is given as `--name=value` or `--name value`.
+        args: Options of the command line.
+    """
+    values = []
+    for index, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name not in names:
+            continue
+        if equals:
+            values.append(value)
+        elif index + 1 < len(args):
+            values.append(args[index + 1])
+    return values
 
 
 def _integer_seed(seed: bool | int) -> int:
