@@ -62,39 +62,32 @@ class Report(Callback):
         _log_short_runs_more_often(trainer)
         folder = trainer.log_dir  # a broadcast: all processes must ask
         is_continued = bool(trainer.ckpt_path)
-        if folder is not None and trainer.is_global_zero and not is_continued:
-            self._draw_beginning(trainer, pl_module, Path(folder))
+        draws = trainer.is_global_zero and trainer.logger is not None and not is_continued
+        if folder is not None and draws and isinstance(pl_module, TransferClassifier):
+            if self.figures:
+                self._draw_augmented_images(trainer, pl_module, Path(folder))
+            _fill_board(trainer, pl_module)
         self._best_accuracy = _best_saved_accuracy(trainer)
         if is_continued and self._best_accuracy is not None:
             say(trainer, f"The best validation accuracy so far: {self._best_accuracy:.2%}.")
         self._table = EpochTable(trainer.max_epochs)
         say(trainer, self._table.heading())
 
-    def _draw_beginning(self, trainer: Trainer, pl_module: LightningModule, run: Path) -> None:
-        if trainer.logger is None or not isinstance(pl_module, TransferClassifier):
-            return
-        board = board_of(trainer)
+    def _draw_augmented_images(
+        self, trainer: Trainer, pl_module: TransferClassifier, run: Path
+    ) -> None:
         data = getattr(trainer, "datamodule", None)
-        if self.figures and isinstance(data, ImageDataModule):
-            side = pl_module.side_at(1, 1)
-            images, names = augmented_images(data, side)
-            with language(self.language, data.class_names):
-                figures = {"augmented": augmented_figure(images, names)}
-                paths = save_figures(figures, run / FIGURES_FOLDER)
-            if board is not None:
-                add_pictures(board, paths, 0)
-            say(trainer, f"The augmented images: {os.path.relpath(paths[0])}")
-        if board is None:
+        if not isinstance(data, ImageDataModule):
             return
-        add_charts(board)
-        num_modules = len(list(pl_module.network.modules()))
-        if num_modules > MAX_QUICK_MODULES:
-            say(trainer, f"Drawing the graph of {num_modules} modules for TensorBoard ...")
-        size = pl_module.classifier.geometry.input_size
-        example = torch.zeros(1, 3, *size, device=pl_module.device, dtype=pl_module.dtype)  # type: ignore[arg-type]
-        failure = add_graph(board, pl_module.network, example)
-        if failure is not None:
-            say(trainer, f"TensorBoard will have no graph of this network ({failure}).")
+        side = pl_module.side_at(1, 1)  # at the end of the run
+        images, names = augmented_images(data, side)
+        with language(self.language, data.class_names):
+            figures = {"augmented": augmented_figure(images, names)}
+            paths = save_figures(figures, run / FIGURES_FOLDER)
+        board = board_of(trainer)
+        if board is not None:
+            add_pictures(board, paths, 0)
+        say(trainer, f"The augmented images: {os.path.relpath(paths[0])}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of the epoch. Lightning does not call this for a resumed epoch."""
@@ -199,6 +192,22 @@ def augmented_images(data: ImageDataModule, side: int | None) -> tuple[np.ndarra
     augmented = (255 * augmented.clamp(0, 1)).round().byte()
     names = [data.class_names[label] for label in labels.tolist()]
     return augmented.numpy(), names
+
+
+def _fill_board(trainer: Trainer, pl_module: TransferClassifier) -> None:
+    """Add a page of charts and the graph of the network to TensorBoard, if the run has it."""
+    board = board_of(trainer)
+    if board is None:
+        return
+    add_charts(board)
+    num_modules = len(list(pl_module.network.modules()))
+    if num_modules > MAX_QUICK_MODULES:
+        say(trainer, f"Drawing the graph of {num_modules} modules for TensorBoard ...")
+    size = pl_module.classifier.geometry.input_size
+    example = torch.zeros(1, 3, *size, device=pl_module.device, dtype=pl_module.dtype)  # type: ignore[arg-type]
+    failure = add_graph(board, pl_module.network, example)
+    if failure is not None:
+        say(trainer, f"TensorBoard will have no graph of this network ({failure}).")
 
 
 def _log_short_runs_more_often(trainer: Trainer) -> None:
