@@ -315,7 +315,8 @@ def test_the_plans_in_the_documentation_of_the_file_are_those_that_are_made():
         freeze_file.__doc__,
         re.MULTILINE,
     )
-    assert len(examples) == 4
+    calls = re.findall(r"^    BackboneFreeze\(", freeze_file.__doc__, re.MULTILINE)
+    assert len(examples) == len(calls) > 0, "each has its plan below it"
     names = {"BackboneFreeze": BackboneFreeze, "Phase": Phase}
     for call, plan in examples:
         freeze = eval(call, names)
