@@ -62,7 +62,7 @@ def test_a_program_as_a_checkpoint_or_as_weights_is_refused(tmp_path, run, progr
 
 
 def save_as_pickle(path, content):
-    path.write_bytes(pickle.dumps(content))
+    path.write_bytes(pickle.dumps(content, protocol=2))
 
 
 def save_as_torch_before_1_6(path, content):
