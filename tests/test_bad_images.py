@@ -73,7 +73,6 @@ def test_a_file_that_is_no_image_is_named_in_one_sentence(tmp_path, content):
     assert str(error.value).count(str(path)) == 1
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_damaged_file_is_decoded_or_refused_in_a_sentence(tmp_path, kind):
     """A hundred damaged files: bytes are replaced, cut out, doubled or zeroed."""
@@ -180,7 +179,6 @@ def test_images_are_turned_upright_in_training_and_prediction(tmp_path, kind):
     assert np.array_equal(*shown), "also where the image comes from Python"
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_an_exif_that_cannot_be_read_is_ignored(tmp_path, kind):
     for number, exif in enumerate(

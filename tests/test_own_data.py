@@ -40,7 +40,6 @@ def fitted(data, epochs, ckpt_path=None, folder=None):
     return best.last_model_path
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the runs have folders of their own
 def test_a_resumed_run_of_a_users_own_data_keeps_its_validation_images(tmp_path):
     last = fitted(Fruit(batch_size=8), 1, folder=tmp_path)
     assert torch.load(last, weights_only=True)["datamodule_hyper_parameters"]["val_fraction"] == 0.1

@@ -164,7 +164,6 @@ def test_a_run_continues_on_changed_images_without_validating_on_any_that_it_tra
     assert {*after["train"]} == {*before["train"]} | present - {*before["val"]}
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # it has a folder of its own
 def test_another_run_that_continues_a_checkpoint_keeps_its_splits(folder):
     before = change_images(folder)
     fit([*JOB, f"--ckpt_path={LAST}", "--trainer.max_epochs=2"])
@@ -211,7 +210,6 @@ def test_images_moved_from_training_to_validation_are_not_validated_on(folder):
         fit([*JOB, f"--resume={RUN}", "--trainer.max_epochs=2"])
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # callbacks of `fit`
 def test_python_continues_with_the_recorded_images_too(folder):
     before = change_images(folder)
     data = ImageFolderDataModule("photos", val_fraction=0.4)
