@@ -52,11 +52,13 @@ def _differing_names(
             [name for name in network_names if name not in data_names],
             [name for name in data_names if name not in network_names],
         )
-    pairs = zip(network_names, data_names, strict=True)
-    moved = [
-        (network_name, data_name) for network_name, data_name in pairs if network_name != data_name
-    ]
-    return [network_name for network_name, _ in moved], [data_name for _, data_name in moved]
+    moved_in_network: list[str] = []
+    moved_in_data: list[str] = []
+    for network_name, data_name in zip(network_names, data_names, strict=True):
+        if network_name != data_name:
+            moved_in_network.append(network_name)
+            moved_in_data.append(data_name)
+    return moved_in_network, moved_in_data
 
 
 def _enumerate(names: list[str]) -> str:

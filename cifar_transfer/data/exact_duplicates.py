@@ -16,7 +16,7 @@ Pair = tuple[str, str]  # paths of a training image and of the same image in ano
 
 
 def find_duplicates(
-    train: Images, train_paths: Sequence[str], other: Images, other_paths: Sequence[str]
+    train: Images, train_paths: Sequence[str], eval_images: Images, eval_paths: Sequence[str]
 ) -> list[Pair]:
     """Return pairs of a training file and a file of another split that are the same image.
 
@@ -27,10 +27,10 @@ def find_duplicates(
     Raises:
         UserError: A file cannot be read.
     """
-    if isinstance(train, ArrayImages) and isinstance(other, ArrayImages):
-        return _same_pixels(train, train_paths, other, other_paths)
+    if isinstance(train, ArrayImages) and isinstance(eval_images, ArrayImages):
+        return _same_pixels(train, train_paths, eval_images, eval_paths)
     try:
-        return _same_files(train_paths, other_paths)
+        return _same_files(train_paths, eval_paths)
     except OSError as error:  # the file has gone since the folder was listed
         raise UserError(
             f"{error.filename} cannot be read ({error.strerror}): mend or remove it."
@@ -38,27 +38,30 @@ def find_duplicates(
 
 
 def _same_pixels(
-    train: ArrayImages, train_paths: Sequence[str], other: ArrayImages, other_paths: Sequence[str]
+    train: ArrayImages,
+    train_paths: Sequence[str],
+    eval_images: ArrayImages,
+    eval_paths: Sequence[str],
 ) -> list[Pair]:
-    if train.checksums is None or other.checksums is None:
+    if train.checksums is None or eval_images.checksums is None:
         return []
     train_rows = {checksum: row for row, checksum in enumerate(train.checksums.tolist())}
     pairs = []
-    for row, checksum in enumerate(other.checksums.tolist()):
+    for row, checksum in enumerate(eval_images.checksums.tolist()):
         train_row = train_rows.get(checksum)
         if train_row is None:
             continue
-        if np.array_equal(train.array[train_row], other.array[row]):
-            pairs.append((train_paths[train_row], other_paths[row]))
+        if np.array_equal(train.array[train_row], eval_images.array[row]):
+            pairs.append((train_paths[train_row], eval_paths[row]))
     return pairs
 
 
-def _same_files(train_paths: Sequence[str], other_paths: Sequence[str]) -> list[Pair]:
+def _same_files(train_paths: Sequence[str], eval_paths: Sequence[str]) -> list[Pair]:
     for key in (os.path.getsize, _beginning):
-        train_paths, other_paths = _with_common_keys(train_paths, other_paths, key)
+        train_paths, eval_paths = _with_common_keys(train_paths, eval_paths, key)
     train_by_content = {_sha256(path): path for path in train_paths}
     pairs = []
-    for path in other_paths:
+    for path in eval_paths:
         train_path = train_by_content.get(_sha256(path))
         if train_path is not None:
             pairs.append((train_path, path))
@@ -66,15 +69,15 @@ def _same_files(train_paths: Sequence[str], other_paths: Sequence[str]) -> list[
 
 
 def _with_common_keys(
-    train_paths: Sequence[str], other_paths: Sequence[str], key: Callable[[str], Hashable]
+    train_paths: Sequence[str], eval_paths: Sequence[str], key: Callable[[str], Hashable]
 ) -> tuple[list[str], list[str]]:
     """Return the files whose key is that of a file on the other side."""
     train_keys = {path: key(path) for path in train_paths}
-    other_keys = {path: key(path) for path in other_paths}
-    common = set(train_keys.values()) & set(other_keys.values())
+    eval_keys = {path: key(path) for path in eval_paths}
+    common = set(train_keys.values()) & set(eval_keys.values())
     return (
         [path for path in train_paths if train_keys[path] in common],
-        [path for path in other_paths if other_keys[path] in common],
+        [path for path in eval_paths if eval_keys[path] in common],
     )
 
 
