@@ -289,6 +289,7 @@ class EndsEarly(Callback):
         trainer.save_checkpoint(self.path)
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 @pytest.mark.parametrize(("leave_open", "first"), [(True, (1, 1)), (False, (2, 0))])
 def test_an_epoch_that_is_left_open_goes_on(tmp_path, leave_open, first):
     """Lightning by itself begins with the next one."""
