@@ -299,21 +299,23 @@ def test_another_average_on_resuming_is_refused(tmp_path, monkeypatch, undisturb
         fit([f"--resume={RUN}", f"--model.ema={decay}", "--trainer.max_epochs=4"])
 
 
-def test_a_checkpoint_without_an_average_is_continued_without(tmp_path, monkeypatch, run):
-    """Also one of a version that knew none."""
+def test_a_run_without_an_average_is_continued_without(tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run / "lightning_logs", "lightning_logs")
-    resume = [f"--resume={RUN}", "--model.ema=0.7", "--trainer.max_epochs=2"]
-    with untouched(tmp_path), pytest.raises(UserError, match="was written with None"):
-        fit(resume)
-    checkpoint = torch.load(LAST, weights_only=True)
-    del checkpoint["hyper_parameters"]["ema"]
-    torch.save(checkpoint, LAST)
-    with (
-        untouched(tmp_path),
-        pytest.raises(UserError, match=r"--model.ema=0.7 finds no average in the checkpoint"),
-    ):
-        fit(resume)
+    with untouched(tmp_path), pytest.raises(UserError, match=r"^model.ema=0.7 differs from null"):
+        fit([f"--resume={RUN}", "--model.ema=0.7", "--trainer.max_epochs=2"])
+
+
+def test_a_checkpoint_that_has_lost_its_average_is_refused(tmp_path):
+    model, trainer = train(Witness(), epochs=1, default_root_dir=tmp_path)
+    trainer.save_checkpoint(tmp_path / "w.ckpt")
+    checkpoint = torch.load(tmp_path / "w.ckpt", weights_only=True)
+    del checkpoint[STEPS_KEY]
+    torch.save(checkpoint, tmp_path / "w.ckpt")
+    data = ShapesDataModule(train_images=170, test_images=40, batch_size=32)
+    again = quiet_trainer(max_epochs=2, default_root_dir=tmp_path)
+    with pytest.raises(UserError, match=r"^ema=0.7 finds no average in the checkpoint"):
+        again.fit(model, data, ckpt_path=tmp_path / "w.ckpt")
 
 
 if __name__ == "__main__":
