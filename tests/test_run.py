@@ -72,6 +72,10 @@ def again(finished, tmp_path):
         ),
         (["--model.train_sizes=[32, 32]", "--trainer.max_epochs=-1"], "set --trainer.max_epochs"),
         (["--ckpt_path=nowhere.ckpt"], "does not exist"),
+        (
+            ["--trainer.strategy=ddp_spawn", "--trainer.devices=2"],
+            "strategy=ddp_spawn starts processes that end with their results: take ddp",
+        ),
         (["--trainer.default_root_dir=/dev/null/runs"], "cannot be written"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lightning import Trainer
 
-from cifar_transfer.base.errors import UserError, check
+from cifar_transfer.base.errors import check
 from cifar_transfer.base.files import require_writable
 from cifar_transfer.cli.fit_cli import PlainCLI
 from cifar_transfer.cli.parsers import PartParser
@@ -96,11 +96,6 @@ def extract(
     recipes = [f"--config={file}" for file in options.config]
     cli = PlainCLI([*recipes, *fit_options, *backbone.options])
     trainer = cli.trainer
-    if lightning_internals.has_temporary_processes(trainer):
-        raise UserError(
-            f"--trainer.strategy={cli.config.trainer.strategy} starts processes that end with the "
-            f"features: take ddp."
-        )
     model = cli.model
     data = cli.datamodule
     extractor = FeatureExtractor(model.classifier, data, options.features, views, options.limit_gb)

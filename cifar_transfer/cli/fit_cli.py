@@ -36,6 +36,7 @@ from cifar_transfer.training.classifier import TransferClassifier
 from cifar_transfer.training.evaluation import DATA_MODULES
 from cifar_transfer.training.freeze import BackboneFreeze
 from cifar_transfer.training.interrupt import Interrupt
+from cifar_transfer.training.lightning_internals import has_temporary_processes
 from cifar_transfer.training.logger import RunLogger
 from cifar_transfer.training.loss_guard import LossGuard
 from cifar_transfer.training.progress_bar import OneLineProgressBar
@@ -149,6 +150,11 @@ class PlainCLI(LightningCLI):
             if ours is None:
                 raise UserError(plain_message(str(error))) from None
             raise self.named_as_options(ours) from None
+        if has_temporary_processes(self.trainer):
+            raise UserError(
+                f"--trainer.strategy={self.config.trainer.strategy} starts processes that end with "
+                f"their results: take ddp."
+            )
 
     def named_as_options(self, error: UserError) -> UserError:
         """Return an error with options of the command line, `--model.lr=`, in place of `lr=`."""
@@ -194,6 +200,8 @@ class FitCLI(PlainCLI):
             resume.import_nothing_else(args)
             args = ["--config", str(self._resumed_run / CONFIG), *args]
         self.config = _parse(parser, args)
+        if self.config.resume and self._resumed_run is None:
+            raise UserError("resume is in a file of options: give --resume on the command line.")
         self.ckpt_path = self._path_to_continue_from()
         options = self.config.clone()
         for name in ("resume", "ckpt_path"):  # a run that begins with these options begins anew

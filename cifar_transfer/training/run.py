@@ -85,6 +85,7 @@ class RunFolder(Callback):
         self.started = False
         self._logs = logs
         self._config = config
+        self._options = yaml.safe_load(config)
         self.is_resumed = resumed is not None
         self._made_folders: list[Path] = []
         self._lock: BaseFileLock | None = None
@@ -139,7 +140,7 @@ class RunFolder(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return what `resume` compares a run that continues with."""
         return {
-            "config": yaml.safe_load(self._config),
+            "config": self._options,
             "processes": self._processes,
             "training_images": self._training_images,
         }
