@@ -186,6 +186,7 @@ class FitCLI(PlainCLI):
     A run that continues is compared with the options in its checkpoint, before anything is decoded.
 
     Attributes:
+        config_text: Text of the run's `config.yaml`, without passwords.
         ckpt_path: Checkpoint from which training continues, or None.
         folder: Folder of the run.
         best: Callback that keeps the best checkpoint; None if the run keeps no checkpoints.
@@ -206,7 +207,7 @@ class FitCLI(PlainCLI):
         options = self.config.clone()
         for name in ("resume", "ckpt_path"):  # a run that begins with these options begins anew
             options.pop(name)
-        self._config_text = without_password(parser.dump(options, skip_unset=False))
+        self.config_text = without_password(parser.dump(options, skip_unset=False))
 
     def _path_to_continue_from(self) -> Path | None:
         if self._resumed_run is not None:
@@ -224,7 +225,7 @@ class FitCLI(PlainCLI):
         self._checkpoint = read_checkpoint(self.ckpt_path)
         state = resume.state_of_run(self._checkpoint)
         if state is not None:  # else the run was none of the command line
-            resume.check_configuration(state["config"], yaml.safe_load(self._config_text))
+            resume.check_configuration(state["config"], yaml.safe_load(self.config_text))
 
     def instantiate_classes(self) -> None:
         """Make data, model and Trainer; check that a run may continue, and lock its folder."""
@@ -267,7 +268,7 @@ class FitCLI(PlainCLI):
 
     def _run_folder(self, options: Any) -> RunFolder:
         root = Path(options.default_root_dir or ".").expanduser().resolve()
-        folder = RunFolder(root / LOGS, self._config_text, self._resumed_run)
+        folder = RunFolder(root / LOGS, self.config_text, self._resumed_run)
         require_writable(folder.path, FOLDER_OPTION)
         return folder
 
