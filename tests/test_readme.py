@@ -256,7 +256,8 @@ def test_the_python_examples_of_exports_give_what_predict_gives(tmp_path, monkey
         "squeezenet1_1", "none", class_names=["cat", "dog", "猫"]
     )
     model.network.classifier[1].weight.data.uniform_(0, 2)  # it ends with a ReLU
-    model.geometry = replace(model.geometry, size=(32, 48))
+    geometry = replace(model.classifier.geometry, size=(32, 48))
+    model.classifier.set_geometry(geometry)
     trainer = quiet_trainer()
     trainer.strategy.connect(model)
     trainer.save_checkpoint("best.ckpt")
