@@ -108,7 +108,7 @@ def test_a_folder_that_another_run_takes_meanwhile_is_left_to_it(monkeypatch):
 
 
 LOGGERS = {
-    "none": ["--trainer.logger=false"],
+    "none": ["--trainer.logger=false", "--report.figures=true"],
     "CSV": [
         "--trainer.logger=CSVLogger",
         "--trainer.logger.save_dir=.",
@@ -159,14 +159,20 @@ def test_whatever_the_logger_each_run_has_a_folder_of_its_own(
         states = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["callbacks"]
         (best,) = (state for name, state in states.items() if "'val/acc'" in name)
         assert outcome.scores["best/val_acc"] == pytest.approx(float(best["best_model_score"]))
+    figures = {path.name for path in Path("lightning_logs/version_1").rglob("*.png")}
+    assert ("--report.figures=true" in options) == ({"augmented.png"} < figures)
     assert "No validation took place" not in capsys.readouterr().out
     assert not Path("checkpoints").exists()
 
 
 def test_without_a_validation_the_last_weights_are_the_best(capsys):
-    fit([*SMALL, "--trainer.max_steps=2"])
-    assert "best.ckpt keeps the last weights" in capsys.readouterr().out
-    fit(["--resume=lightning_logs/version_0", "--trainer.max_epochs=1", "--trainer.max_steps=-1"])
+    resume = "--resume=lightning_logs/version_0"
+    best = Path("lightning_logs/version_0/checkpoints/best.ckpt")
+    for steps in (2, 3):
+        fit([*SMALL, "--trainer.max_steps=2"] if steps == 2 else [resume, "--trainer.max_steps=3"])
+        assert "best.ckpt keeps the last weights" in capsys.readouterr().out
+        assert torch.load(best, weights_only=True)["global_step"] == steps
+    fit([resume, "--trainer.max_epochs=1", "--trainer.max_steps=-1"])
     assert "best.ckpt keeps" not in capsys.readouterr().out
 
 

@@ -173,6 +173,7 @@ def test_processes_share_the_order_of_one_process_which_differs_from_epoch_to_ep
     assert not np.diff(labels[alone[0][0]]).all(), "the classes are shuffled"
 
 
+@pytest.mark.filterwarnings("ignore:val_fraction=0")
 @pytest.mark.parametrize(
     "option", [{"sampler": "balanced"}, {"class_weights": "balanced"}, {"class_weights": [1] * 10}]
 )

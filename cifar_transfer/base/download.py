@@ -11,10 +11,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import requests
@@ -140,21 +140,32 @@ def _download(
         # tqdm counts as false without a total, and pooch would leave it undrawn.
         tqdm(total=max_bytes, unit="B", unit_scale=True, leave=False, disable=None) as bar,
     ):
-        downloader = pooch.HTTPDownloader(
-            progressbar=bar,
-            chunk_size=2**16,
-            timeout=(CONNECT_SECONDS, READ_SECONDS),
-            headers={"Accept-Encoding": "identity"},  # an archive must not be unpacked on the way
-        )
         target = _LimitedFile(file, max_bytes)
         # A thread that is left behind ends at its next write, because the file is closed then.
-        within(total_seconds, partial(downloader, url, target, mirror))
+        within(total_seconds, partial(_receive, url, target, mirror, bar))
     algorithm, _, expected = digest.lower().partition(":")
     actual = pooch.file_hash(output_file, algorithm)[: len(expected)]
     if actual != expected:
         raise _WrongContent(
             f"{_size(target.size)} of wrong bytes: {algorithm} {actual}, expected {expected}"
         )
+
+
+def _receive(url: str, file: "_LimitedFile", mirror: pooch.Pooch, bar: tqdm) -> None:
+    """Download with pooch, and close the connection, which pooch does not after an error."""
+    with ExitStack() as connections:
+
+        def close_at_the_end(response: requests.Response, **_: Any) -> None:
+            connections.callback(response.close)
+
+        downloader = pooch.HTTPDownloader(
+            progressbar=bar,
+            chunk_size=2**16,
+            timeout=(CONNECT_SECONDS, READ_SECONDS),
+            headers={"Accept-Encoding": "identity"},  # an archive must not be unpacked on the way
+            hooks={"response": close_at_the_end},
+        )
+        downloader(url, file, mirror)
 
 
 def _reason(error: Exception) -> str:

@@ -176,7 +176,8 @@ def best_checkpoint(cli: FitCLI) -> Path | None:
         return None
     path = cli.best.path
     is_there = cli.trainer.strategy.broadcast(path.is_file())
-    if not is_there:
+    was_validated = bool(cli.best.best_model_path)  # perhaps that of the run it continues from
+    if not (is_there and was_validated):
         say(
             cli.trainer,
             f"No validation took place while training: {path.name} keeps the last weights.",

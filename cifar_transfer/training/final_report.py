@@ -29,6 +29,7 @@ from cifar_transfer.training.classifier import (
 from cifar_transfer.training.lightning_internals import callbacks_of
 from cifar_transfer.training.logger import FINAL, NAMES
 from cifar_transfer.training.report import Report
+from cifar_transfer.training.run import folder_of
 
 # TensorBoard's table of hyper-parameters shows the first five. It sorts them by name, capital
 # letters first.
@@ -82,7 +83,7 @@ def write_result(
         pl_module: Module whose parameters are counted.
         scores: As of `log_final`.
     """
-    folder = trainer.log_dir  # a broadcast: all processes must ask
+    run = folder_of(trainer)
     report = next(callback for callback in callbacks_of(trainer) if isinstance(callback, Report))
     result = scores | {
         "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
@@ -90,8 +91,8 @@ def write_result(
         "seconds": round(report.clock.seconds, 1),
         "images_per_second": round(report.clock.images_per_second, 1),
     }
-    if folder is not None and trainer.is_global_zero:
-        write_json(Path(folder, RESULT), result)
+    if run is not None and trainer.is_global_zero:
+        write_json(run / RESULT, result)
     return result
 
 
@@ -103,10 +104,9 @@ def draw_final(trainer: Trainer, split: str, predictions: Predictions | None) ->
         split: "val" or "test".
         predictions: Predictions for the split; None on other processes than the first.
     """
-    folder = trainer.log_dir  # a broadcast: all processes must ask
-    if folder is None or trainer.logger is None or predictions is None:
+    run = folder_of(trainer)
+    if run is None or predictions is None:
         return
-    run = Path(folder)
     board = board_of(trainer)
     with language(language_of(run)):
         paths = save_figures(draw_curves(run), run / FIGURES_FOLDER)

@@ -26,6 +26,7 @@ from cifar_transfer.training.lightning_internals import (
     log_interval,
     set_log_interval,
 )
+from cifar_transfer.training.run import folder_of
 from cifar_transfer.training.run_clock import RunClock
 
 LOG_INTERVAL = 10  # steps, unless the options say otherwise
@@ -60,12 +61,12 @@ class Report(Callback):
         """Start the clock, draw what can be drawn before training, and begin the table."""
         self.clock.start()
         _log_short_runs_more_often(trainer)
-        folder = trainer.log_dir  # a broadcast: all processes must ask
+        folder = folder_of(trainer)
         is_continued = bool(trainer.ckpt_path)
-        draws = trainer.is_global_zero and trainer.logger is not None and not is_continued
+        draws = trainer.is_global_zero and not is_continued
         if folder is not None and draws and isinstance(pl_module, TransferClassifier):
             if self.figures:
-                self._draw_augmented_images(trainer, pl_module, Path(folder))
+                self._draw_augmented_images(trainer, pl_module, folder)
             _fill_board(trainer, pl_module)
         self._best_accuracy = _best_saved_accuracy(trainer)
         if is_continued and self._best_accuracy is not None:

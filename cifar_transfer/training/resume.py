@@ -62,21 +62,34 @@ MAY_CHANGE = frozenset(
 # From Python, a run continues without pretrained weights. `check_classes` compares the classes.
 HYPERPARAMETERS_MAY_CHANGE = MAY_CHANGE | {"model.weights", "model.class_names"}
 # Options that go by another name in a checkpoint.
-COMMAND_LINE_NAMES = {"data.seed": "seed_everything", "data.left_out": "data.leave_out"}
+COMMAND_LINE_NAMES = {
+    "data.data": "data",
+    "data.seed": "seed_everything",
+    "data.left_out": "data.leave_out",
+}
 
 
 def state_of_run(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return what the `RunFolder` of a run has stored in a checkpoint, or None if the run had none.
 
     Raises:
-        UserError: The checkpoint holds nothing but weights.
+        UserError: The checkpoint holds nothing but weights, or what no run has stored.
     """
     if "loops" not in checkpoint or "callbacks" not in checkpoint:
         raise UserError(
             "The checkpoint holds weights alone, and no run to continue: begin with "
             "--model.weights=FILE."
         )
-    return checkpoint["callbacks"].get(RunFolder.__qualname__)
+    state = checkpoint["callbacks"].get(RunFolder.__qualname__)
+    if state is None:
+        return None
+    try:
+        dict(state["config"]["trainer"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            "The checkpoint is damaged or was altered: it has no options of its run."
+        ) from None
+    return state
 
 
 def check_configuration(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A run: its folder, its lock, its configuration, and its best and last checkpoint.
+"""A run: its folder and what lies there, its lock, its configuration, and its Trainer.
 
 lightning_logs/version_0/
     config.yaml             options of the run, with which `--resume` begins
@@ -82,11 +82,11 @@ class RunFolder(Callback):
 
     def __init__(self, logs: Path, config: str, resumed: Path | None = None) -> None:
         self.path = resumed or next(_new_folders(logs))
+        self.is_resumed = resumed is not None
         self.started = False
         self._logs = logs
         self._config = config
         self._options = yaml.safe_load(config)
-        self.is_resumed = resumed is not None
         self._made_folders: list[Path] = []
         self._lock: BaseFileLock | None = None
         self._processes = 1
@@ -223,3 +223,16 @@ class RunTrainer(Trainer):
     def log_dir(self) -> str:
         """Folder of the run. The other processes know that of a new run after `setup`."""
         return str(self._folder.path)
+
+
+def folder_of(trainer: Trainer) -> Path | None:
+    """Return the folder in which a run keeps files; None if it keeps none.
+
+    All processes must ask. A plain Trainer without a logger keeps none, although its `log_dir` is
+    the current folder.
+    """
+    folder = trainer.log_dir
+    keeps_files = trainer.logger is not None or isinstance(trainer, RunTrainer)
+    if folder is None or not keeps_files:
+        return None
+    return Path(folder)
