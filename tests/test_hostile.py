@@ -83,7 +83,7 @@ def with_writer(config, writer, folder):
     return yaml.safe_dump(config)
 
 
-@pytest.mark.parametrize("writer", ["ModelCheckpoint", "CSVLogger", "SimpleProfiler"])
+@pytest.mark.parametrize("writer", ["CSVLogger", "SimpleProfiler"])
 def test_a_resumed_configuration_writes_nowhere_else(others, tmp_path, writer):
     file = others / "config.yaml"
     config = yaml.safe_load(file.read_text())
@@ -94,6 +94,15 @@ def test_a_resumed_configuration_writes_nowhere_else(others, tmp_path, writer):
         fit([f"--resume={others}", "--trainer.max_epochs=2"])
     file.write_text(with_writer(config, writer, others / "more"))
     FitCLI([f"--resume={others}"]).folder.release()
+
+
+def test_a_resumed_configuration_has_the_callbacks_of_its_run(others, tmp_path):
+    file = others / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    file.write_text(with_writer(config, "ModelCheckpoint", tmp_path / "elsewhere"))
+    message = r"^trainer.callbacks=\['ModelCheckpoint'\] differs from \[\]"
+    with untouched(tmp_path), pytest.raises(UserError, match=message):
+        fit([f"--resume={others}", "--trainer.max_epochs=2"])
 
 
 # Name in the message; keys that lead to the field; its value.
