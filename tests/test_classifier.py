@@ -1,5 +1,6 @@
 """The network's input, and what the module refuses."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import quiet_trainer
@@ -128,3 +129,35 @@ def test_mirrored_accuracy_is_of_an_image_and_its_mirror_image_together():
     assert float(trainer.callback_metrics["val/mirrored_acc"]) == 1.0
     trainer.test(model, loader, verbose=False)
     assert float(trainer.callback_metrics["test/mirrored_acc"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "stored"),
+    [
+        ("class_names", np.unique(["dog", "cat"]), ["cat", "dog"]),
+        ("class_names", list(np.unique(["dog", "cat"])), ["cat", "dog"]),
+        ("num_classes", np.int64(3), 3),
+        ("image_size", np.int64(48), 48),
+        ("train_sizes", np.array([24, 32]), [24, 32]),
+        ("normalize", np.full((2, 3), 0.5), [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]),
+        ("label_smoothing", np.float32(0.5), 0.5),
+        ("lr", np.logspace(-4, -2, 3)[1], 1e-3),
+        ("lr", torch.tensor(0.5), 0.5),
+        ("ema", np.float64(0.5), 0.5),
+    ],
+    ids=repr,
+)
+def test_options_are_stored_as_primitives(tmp_path, name, value, stored):
+    model = TransferClassifier(**{"backbone": "lenet5", "weights": "none", name: value})
+    trainer = quiet_trainer()
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "w.ckpt")
+    options = torch.load(tmp_path / "w.ckpt", weights_only=True)["hyper_parameters"]
+    assert options[name] == stored
+    again = TransferClassifier.load_from_checkpoint(tmp_path / "w.ckpt")
+    assert again.hparams[name] == stored
+
+
+def test_an_option_that_cannot_be_stored_is_refused():
+    with pytest.raises(UserError, match=r"^teacher is builtins.object"):
+        TransferClassifier("lenet5", "none", teacher=object())

@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 from cifar_transfer import __version__
 from cifar_transfer.base.console import counted
 from cifar_transfer.base.errors import UserError, check, first_line
-from cifar_transfer.base.primitives import as_primitive
+from cifar_transfer.base.primitives import StoredOptions, as_primitive
 from cifar_transfer.data import splits
 from cifar_transfer.data.classes import check_classes
 from cifar_transfer.data.geometry import LARGEST_SIDE, Size, pixels, statistics
@@ -205,7 +205,7 @@ class TransferClassifier(LightningModule):
             check("train_sizes", train_sizes, _are_sides, f"1 to {LARGEST_SIDE} pixels")
         if ema is not None:
             check("ema", ema, lambda x: 0 <= x < 1, "a decay in [0, 1), or null")
-        self.save_hyperparameters(
+        stored = StoredOptions(
             {
                 **asdict(network_options),
                 **asdict(self.loss_options),
@@ -215,6 +215,7 @@ class TransferClassifier(LightningModule):
                 "compile": self.compile_network,
             }
         )
+        self.save_hyperparameters(stored)
 
         self.classifier = ImageClassifier(network_options)
         self.heads = self.classifier.heads
