@@ -172,21 +172,21 @@ class FeatureExtractor:
     def _compute_part(self, part: _Part, trainer: Trainer) -> None:
         """Compute the features of a view, and write them together with the other processes."""
         shard = self.data.shard(part.split)
-        batches = self._batches(part.file.count)
-        numbers = range(trainer.global_rank, len(batches), trainer.world_size)
-        loader = rows_loader(shard.images, [batches[number] for number in numbers], shard.workers)
+        batches = self._batches(part.file.count)[trainer.global_rank :: trainer.world_size]
+        loader = rows_loader(shard.images, batches, shard.workers)
         bar = tqdm(
-            total=sum(len(batches[number]) for number in numbers),
+            total=sum(map(len, batches)),
             unit="img",
             desc=f"features of {part.split} images",
             disable=None if trainer.is_global_zero else True,  # None: only on a terminal
         )
         with bar, part.file.write(trainer.strategy) as array:
-            for number, (images, _) in zip(numbers, loader, strict=True):
+            for step, (images, _) in enumerate(loader):
+                rows = batches[step]
+                batch_number = trainer.global_rank + step * trainer.world_size
                 floats = to_float(images.to(self.classifier.device))
                 with trainer.precision_plugin.forward_context():
-                    features = self._features(self._view(floats, part.view, number))
-                rows = batches[number]
+                    features = self._features(self._view(floats, part.view, batch_number))
                 array[rows.start : rows.stop] = features.numpy()
                 bar.update(len(rows))
 

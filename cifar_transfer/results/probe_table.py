@@ -12,11 +12,27 @@ from cifar_transfer.base.files import write_csv, write_json, write_text
 from cifar_transfer.base.text import markdown
 from cifar_transfer.results import plots
 
-NEIGHBOUR_COLUMNS = ("1", "5", "20")
-SHOT_COLUMNS = ("1", "5", "10", "50")
 TABLE = "probe.md"
 TABLE_CSV = "probe.csv"
 FIGURE = "probe.png"
+HEADINGS = [  # of the table, in the order of `row_cells`
+    "network",
+    "test (%)",
+    "balanced (%)",
+    "val (%)",
+    "1-nearest (%)",
+    "5-nearest (%)",
+    "20-nearest (%)",
+    "means (%)",
+    "1-shot (%)",
+    "5-shot (%)",
+    "10-shot (%)",
+    "50-shot (%)",
+    "features",
+    "images/s",
+    "features (s)",
+    "heads (s)",
+]
 
 
 @dataclass(frozen=True)
@@ -71,23 +87,6 @@ def read_result(path: Path) -> ProbeResult:
     return ProbeResult(**json.loads(path.read_text()))
 
 
-def headings() -> list[str]:
-    """Return the headings of the table, in the order of `row_cells`."""
-    return [
-        "network",
-        "test (%)",
-        "balanced (%)",
-        "val (%)",
-        *(f"{count}-nearest (%)" for count in NEIGHBOUR_COLUMNS),
-        "means (%)",
-        *(f"{shots}-shot (%)" for shots in SHOT_COLUMNS),
-        "features",
-        "images/s",
-        "features (s)",
-        "heads (s)",
-    ]
-
-
 def row_cells(result: ProbeResult) -> list[str]:
     """Return the cells of a backbone."""
     return [
@@ -95,9 +94,14 @@ def row_cells(result: ProbeResult) -> list[str]:
         _percent(result.test),
         _percent(result.balanced),
         _percent(result.val),
-        *(_percent(result.neighbours[count]) for count in NEIGHBOUR_COLUMNS),
+        _percent(result.neighbours["1"]),
+        _percent(result.neighbours["5"]),
+        _percent(result.neighbours["20"]),
         _percent(result.means),
-        *(_mean_and_deviation(result.few_shot.get(shots, [])) for shots in SHOT_COLUMNS),
+        _mean_and_deviation(result.few_shot.get("1")),
+        _mean_and_deviation(result.few_shot.get("5")),
+        _mean_and_deviation(result.few_shot.get("10")),
+        _mean_and_deviation(result.few_shot.get("50")),
         str(result.width),
         _images_per_second(result),
         f"{result.feature_seconds:.0f}",
@@ -112,9 +116,9 @@ def _percent(share: float | None) -> str:
     return f"{100 * share:.2f}"
 
 
-def _mean_and_deviation(shares: Sequence[float]) -> str:
+def _mean_and_deviation(shares: Sequence[float] | None) -> str:
     """Return mean and standard deviation of shares in percent, or an empty cell."""
-    if not shares:
+    if shares is None:
         return ""
     return f"{100 * np.mean(shares):.1f} ± {100 * np.std(shares):.1f}"
 
@@ -128,7 +132,7 @@ def _images_per_second(result: ProbeResult) -> str:
 
 def full_table(results: Sequence[ProbeResult], failed_labels: Sequence[str]) -> list[list[str]]:
     """Return the headings and a row for each backbone, the best first, the failed ones last."""
-    table = [headings()]
+    table = [HEADINGS]
     for result in _ranked(results):
         table.append(row_cells(result))
     return table + _failed_rows(failed_labels, len(table[0]))
