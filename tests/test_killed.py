@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -45,29 +44,24 @@ ALL = [
 
 
 def run_of(folder):
-    """Return the run that can be continued.
-
-    One that was killed before it had written its options has left an empty folder.
-    """
-    found = list((folder / "lightning_logs").glob("*/config.yaml"))
-    assert len(found) <= 1
-    return found[0].parent if found else None
+    """Return the run to continue; one that was killed before it was accepted has no options."""
+    configs = list((folder / "lightning_logs").glob("*/config.yaml"))
+    assert len(configs) <= 1
+    return configs[0].parent if configs else None
 
 
-def killed(folder, moment, number, options, chance):
+def kill(folder, moment, number, options, chance):
     """Start the run, or continue it, and see it die."""
     run = run_of(folder)
-    resume = [f"--resume={run}"] if run else options
+    if run is not None:
+        options = [f"--resume={run}"]
     if moment == "any":
-        moment, number = (
-            chance.choice(("mid-step", "validation", "moving last.ckpt")),
-            chance.randint(1, 3),
-        )
-    run_fit(folder, moment, number, *resume, module="killed_job", expect=-signal.SIGKILL)
+        moment = chance.choice(("mid-step", "validation", "moving last.ckpt"))
+        number = chance.randint(1, 3)
+    run_fit(folder, moment, number, *options, module="killed_job", expect=-signal.SIGKILL)
     for path in folder.rglob("*.ckpt"):
-        assert "state_dict" in torch.load(path, "cpu", weights_only=True), (
-            "whole, whatever happened"
-        )
+        checkpoint = torch.load(path, "cpu", weights_only=True)
+        assert "state_dict" in checkpoint, "whole, whatever happened"
 
 
 @pytest.mark.parametrize(
@@ -82,37 +76,32 @@ def test_killed_again_and_again_ends_with_the_weights_of_a_run_that_never_was(
 ):
     options = [option for option in TINY if not option.startswith("--data")]
     options += ["--data=ImageFolderDataModule", "--data.root=photos", "--data.batch_size=32"]
-    options += [
-        f"--trainer.max_epochs={epochs}",
-        "--freeze.unfreeze_epoch=2",
-        "--trainer.log_every_n_steps=1",
-    ]
-    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
-    for one in (undisturbed, folder):
+    options += ["--freeze.unfreeze_epoch=2", "--trainer.log_every_n_steps=1"]
+    options += [f"--trainer.max_epochs={epochs}"]
+    undisturbed = tmp_path / "undisturbed"
+    folder = tmp_path / "killed"
+    for root in (undisturbed, folder):
         for split, count in (("train", 60), ("test", 20)):
-            write_images(one / "photos" / split, count, classes=("cat", "dog", "fox"), seed=count)
+            photos = root / "photos" / split
+            write_images(photos, count, classes=("cat", "dog", "fox"), seed=count)
     whole = run_fit(undisturbed, *options).stdout
     chance = random.Random(0)
     for moment, number in moments:
-        killed(folder, moment, number, options, chance)
-    run, expected = run_of(folder), undisturbed / RUN
+        kill(folder, moment, number, options, chance)
+    run = run_of(folder)
+    expected = undisturbed / RUN
     done = run_fit(folder, f"--resume={run}").stdout
-    assert done.splitlines()[-9:-6] == whole.splitlines()[-9:-6], (
-        "the same accuracies and best epoch"
-    )
+    scores = [text.splitlines()[-9:-6] for text in (done, whole)]
+    assert scores[0] == scores[1], "the same accuracies and best epoch"
     for name in ("last.ckpt", "best.ckpt"):
         assert_same_weights(run / "checkpoints" / name, expected / "checkpoints" / name)
     schedules = [
-        torch.load(one / "checkpoints/last.ckpt", weights_only=True)["lr_schedulers"]
-        for one in (run, expected)
+        torch.load(path / "checkpoints/last.ckpt", weights_only=True)["lr_schedulers"]
+        for path in (run, expected)
     ]
     assert schedules[0] == schedules[1], "the step of the last epoch before a kill counts"
     assert (run / "metrics.csv").read_text() == (expected / "metrics.csv").read_text()
-    resumed, expected = curves(run), curves(expected)
-    assert resumed.keys() == expected.keys()
-    for tag, points in resumed.items():
-        assert all(a[0] < b[0] for a, b in pairwise(points)), f"{tag} overlaps: {points}"
-        assert points == expected[tag], tag
+    assert curves(run) == curves(expected)
 
 
 @pytest.mark.slow
@@ -131,28 +120,21 @@ def test_one_process_of_two_is_killed(tmp_path, victims):
         with subprocess.Popen(
             command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as first:
-            watchdog = threading.Timer(150, first.kill)
+            watchdog = threading.Timer(300, first.kill)
             watchdog.start()
             epochs = (line for line in first.stdout if "/60  " in line)
             assert next(epochs) < next(epochs), "the first has its checkpoint"
             (second,) = children(first.pid)
             began = time.monotonic()
             os.kill(first.pid if victim == "the first" else second, signal.SIGKILL)
-            said = first.stdout.read()  # until the last process has closed it
+            output = first.stdout.read()  # until the last process has closed it
             watchdog.cancel()
         assert time.monotonic() - began < 60
         assert first.returncode != 0
-        assert (
-            not Path(f"/proc/{second}/cmdline").exists()
-            or not Path(f"/proc/{second}/cmdline").read_bytes()
-        )
-        told = (
-            "Another process of this run is gone",
-            "The first process of this run is gone",
-            "terminated with code -9",
-        )
-        assert any(words in said for words in told), said
-        assert "Traceback" not in said
+        assert not is_running(second)
+        gone = ("Another process of this run is gone", "terminated with code -9")
+        assert any(words in output for words in gone), output
+        assert "Traceback" not in output
         options = [f"--resume={RUN}", "--trainer.max_epochs=60"]
     last = torch.load(tmp_path / LAST, weights_only=True)["epoch"]
     done = run_fit(tmp_path, f"--resume={RUN}", f"--trainer.max_epochs={last + 2}")
@@ -160,8 +142,16 @@ def test_one_process_of_two_is_killed(tmp_path, victims):
 
 
 def children(pid):
-    """Processes that this one has started and that run the same module."""
-    found = subprocess.run(
+    """Return the processes that this one has started and that run the same module."""
+    listed = subprocess.run(
         ["pgrep", "-P", str(pid), "-f", "cifar_transfer"], capture_output=True, text=True
     )
-    return [int(line) for line in found.stdout.split()]
+    return [int(line) for line in listed.stdout.split()]
+
+
+def is_running(pid):
+    """Return whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
