@@ -90,15 +90,15 @@ def test_curves_are_whole(count):
         learning_rate=Curve(x, np.where(x <= 5, 1e-3, 1e-4)),
     )
     phases = Phases("backbone frozen", [5, 10])
-    assert_nothing_is_cut_off(plots.epochs(curves, phases))
-    assert_nothing_is_cut_off(plots.iterations(curves, phases))
+    assert_nothing_is_cut_off(plots.curves_by_epoch(curves, phases))
+    assert_nothing_is_cut_off(plots.curves_by_step(curves, phases))
 
 
 def test_epochs_shade_the_frozen_ones_and_mark_changed_rates():
     x = np.arange(10.0) + 1
     rate = Curve(x, np.repeat([1.0, 0.5, 0.25], [3, 4, 3]))
     curves = RunCurves(val_loss=Curve(x, x), learning_rate=rate)
-    axes = plots.epochs(curves, Phases("backbone frozen", [3])).axes[0]
+    axes = plots.curves_by_epoch(curves, Phases("backbone frozen", [3])).axes[0]
     assert shaded_until(axes) == pytest.approx(3.5)
     marked = [line.get_xdata()[0] for line in axes.lines[1:]]
     assert marked == [7.5], "the other change is where the shade ends"
@@ -107,9 +107,9 @@ def test_epochs_shade_the_frozen_ones_and_mark_changed_rates():
 def test_a_rate_that_always_changes_is_not_marked():
     x = np.arange(10.0) + 1
     curves = RunCurves(val_loss=Curve(x, x), learning_rate=Curve(x, 1 - x / 10))
-    axes = plots.epochs(curves, NOTHING_FROZEN).axes[0]
+    axes = plots.curves_by_epoch(curves, NOTHING_FROZEN).axes[0]
     assert len(axes.lines) == 1
-    axes = plots.epochs(curves, Phases("backbone frozen", [3, 5])).axes[0]
+    axes = plots.curves_by_epoch(curves, Phases("backbone frozen", [3, 5])).axes[0]
     assert [line.get_xdata()[0] for line in axes.lines[1:]] == [5.5], "the second phase"
 
 
@@ -307,4 +307,4 @@ def test_nothing_is_shaded_where_everything_trains():
     x = np.arange(4.0) + 1
     rates = {"stem": np.ones(4), "head": np.ones(4)}
     curves = RunCurves(trainable_parameters=Curve(x, np.full(4, 10.0)), stage_rates=rates)
-    assert run_figures.frozen_phases(curves).begins == []
+    assert run_figures.frozen_phases(curves).beginnings == []

@@ -58,8 +58,8 @@ def drawn(names):
     all_figures = list(run_figures.prediction_figures(some_predictions(names), "test").values())
     for frozen in ("backbone frozen", "partly frozen"):
         phases = Phases(frozen, [2, 3])
-        all_figures.append(plots.epochs(CURVES, phases))
-        all_figures.append(plots.iterations(CURVES, phases))
+        all_figures.append(plots.curves_by_epoch(CURVES, phases))
+        all_figures.append(plots.curves_by_step(CURVES, phases))
     all_figures.append(plots.rates_by_stage(np.ones((1, 2)), ["7"]))
     all_figures.append(gallery.gallery([shown], 30))
     all_figures.append(gallery.heated(shown, np.zeros((8, 8))))

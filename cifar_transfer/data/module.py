@@ -297,6 +297,19 @@ class ImageDataModule(LightningDataModule):
 
     def _split_images(self) -> None:
         """Fill `images`, and say so if the splits are others than before."""
+        before = self._splits
+        chosen = self._choose_splits()
+        self._splits = chosen
+        self.images = self._images_by_split(chosen)
+        if before is None or before.names != chosen.names or before.changes() != chosen.changes():
+            self._report_splits(chosen)
+
+    def _choose_splits(self) -> Splits:
+        """Return which of the loaded images are in which split.
+
+        Raises:
+            UserError: There is nothing to train or to validate on, or a label is no class's.
+        """
         names: Names = {}
         labels: dict[Split, np.ndarray] = {}
         for split, images in self._loaded.items():
@@ -306,20 +319,23 @@ class ImageDataModule(LightningDataModule):
                 labels[split] = images.labels
         if not names.get("train"):
             raise UserError("There are no training images.")
-        before = self._splits
         chosen = choose_splits(
             names, labels, self.val_fraction, self.seed, self._earlier.record, self.leave_out
         )
         if not chosen.names["val"] and self._stage != "test":  # a test needs none
             self._refuse_empty_validation(len(names[chosen.val_source]))
-        self._splits = chosen
-        self.images = {}
+        return chosen
+
+    def _images_by_split(self, chosen: Splits) -> dict[Split, Images]:
+        """Return the loaded images of each split, without those that are left out."""
+        images_by_split: dict[Split, Images] = {}
         for split, rows in chosen.rows.items():
             images = self._loaded[chosen.source(split)]
             assert images is not None
-            self.images[split] = images if len(rows) == len(images) else images.subset(rows)
-        if before is None or before.names != chosen.names or before.changes() != chosen.changes():
-            self._report_splits(chosen)
+            if len(rows) < len(images):
+                images = images.subset(rows)
+            images_by_split[split] = images
+        return images_by_split
 
     def _check_labels(self, split: Split, labels: np.ndarray) -> None:
         if not len(labels):
@@ -388,8 +404,8 @@ class ImageDataModule(LightningDataModule):
             )
         return min(sizes.values())
 
-    def unequal(self, split: Split) -> bool:
-        """Return whether the classes of a split differ in size.
+    def has_unequal_classes(self, split: Split) -> bool:
+        """Return whether some class of a split has more images than another.
 
         Of images that are held out, the classes that they are a sample of count.
         """

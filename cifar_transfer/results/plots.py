@@ -96,7 +96,17 @@ class Phases(NamedTuple):
     first: str  # what is frozen in the first phase: "backbone frozen" or "partly frozen"
     # How many epochs or steps came before each later phase. The first phase is shaded up to the
     # first of these, which may be the end of the run; none means that nothing was frozen.
-    begins: Sequence[float]
+    beginnings: Sequence[float]
+
+
+class _MatrixLayout(NamedTuple):
+    """How large a confusion matrix is drawn."""
+
+    matrix_inches: float  # side of the square
+    name_inches: float  # length of the longest name
+    font_size: int
+    name_rotation: int  # of the names below, in degrees
+    numbered: bool  # whether each cell has its number
 
 
 def save(figure: Figure, path: Path, **options: Any) -> None:
@@ -119,7 +129,7 @@ def shortened(name: str, max_chars: int = MAX_CLASS_NAME_CHARS) -> str:
     return f"{name[: max_chars - 1]}…"
 
 
-def iterations(curves: RunCurves, phases: Phases, val_name: str = "validation") -> Figure:
+def curves_by_step(curves: RunCurves, phases: Phases, val_name: str = "validation") -> Figure:
     """Plot loss and accuracy by iteration, counted from 1. The first phase is shaded.
 
     Args:
@@ -134,16 +144,16 @@ def iterations(curves: RunCurves, phases: Phases, val_name: str = "validation") 
         loss_axes, accuracy_axes = figure.subplots(1, 2)
         accuracy = _percent(curves.step_accuracy)
         val_accuracy = _percent(curves.step_val_accuracy)
-        _plot_steps(accuracy_axes, "accuracy", accuracy, val_accuracy, val_name)
-        _shade(accuracy_axes, phases)
+        _plot_by_step(accuracy_axes, "accuracy", accuracy, val_accuracy, val_name)
+        _mark_phases(accuracy_axes, phases)
         _finish(accuracy_axes, "iteration", "accuracy (%)")
-    _plot_steps(loss_axes, "loss", curves.step_loss, curves.step_val_loss, val_name)
-    _shade(loss_axes, phases)
+    _plot_by_step(loss_axes, "loss", curves.step_loss, curves.step_val_loss, val_name)
+    _mark_phases(loss_axes, phases)
     _finish(loss_axes, "iteration", "loss")
     return figure
 
 
-def _plot_steps(
+def _plot_by_step(
     axes: Axes, name: str, batches: Curve | None, validations: Curve | None, val_name: str
 ) -> None:
     """Plot single batches, their smoothed curve, and the validations."""
@@ -189,7 +199,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return sums / sums_of_weights
 
 
-def epochs(curves: RunCurves, phases: Phases, val_name: str = "validation") -> Figure:
+def curves_by_epoch(curves: RunCurves, phases: Phases, val_name: str = "validation") -> Figure:
     """Plot loss and accuracy by epoch, counted from 1.
 
     The first phase is shaded, and changes of the learning rate are marked.
@@ -201,9 +211,9 @@ def epochs(curves: RunCurves, phases: Phases, val_name: str = "validation") -> F
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
-    changes = sorted(_rate_changes(curves.learning_rate) - set(phases.begins))
-    _plot_epochs(loss_axes, "loss", curves.train_loss, curves.val_loss, val_name)
-    _plot_epochs(
+    changes = sorted(_rate_changes(curves.learning_rate) - set(phases.beginnings))
+    _plot_by_epoch(loss_axes, "loss", curves.train_loss, curves.val_loss, val_name)
+    _plot_by_epoch(
         accuracy_axes,
         "accuracy",
         _percent(curves.train_accuracy),
@@ -211,14 +221,14 @@ def epochs(curves: RunCurves, phases: Phases, val_name: str = "validation") -> F
         val_name,
     )
     for axes in (loss_axes, accuracy_axes):
-        _shade(axes, phases)
+        _mark_phases(axes, phases)
         _vertical_lines(axes, changes, ":", word("learning rate changed"))
     _finish(loss_axes, "epoch", "loss")
     _finish(accuracy_axes, "epoch", "accuracy (%)")
     return figure
 
 
-def _plot_epochs(
+def _plot_by_epoch(
     axes: Axes, name: str, training: Curve | None, validation: Curve | None, val_name: str
 ) -> None:
     if training is not None:
@@ -249,12 +259,12 @@ def _percent(curve: Curve | None) -> Curve | None:
     return Curve(curve.x, 100 * curve.y)
 
 
-def _shade(axes: Axes, phases: Phases) -> None:
+def _mark_phases(axes: Axes, phases: Phases) -> None:
     """Shade the first phase and mark where later ones begin."""
-    if phases.begins:
-        end = phases.begins[0] + 0.5
+    if phases.beginnings:
+        end = phases.beginnings[0] + 0.5
         axes.axvspan(0.5, end, color=GREY, alpha=0.2, linewidth=0, label=word(phases.first))
-    _vertical_lines(axes, phases.begins[1:], "--", word("more unfrozen"))
+    _vertical_lines(axes, phases.beginnings[1:], "--", word("more unfrozen"))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.margins(x=0.02)
 
@@ -323,39 +333,55 @@ def confusion(predictions: Predictions, split: str = "test") -> Figure:
     shares = (all_counts / images_of_class)[cells]
     names, letters = _names_of(predictions, classes)
 
-    longest = max(map(_width, names))
-    numbered = len(classes) <= MAX_NUMBERED_CLASSES
-    if numbered:
-        font_size = 9
-        name_inches = LETTER_INCHES * longest
-        matrix_inches = max(2.4, 0.42 * len(classes))
-    else:
-        font_size = 5
-        name_inches = SMALL_LETTER_INCHES * longest
-        matrix_inches = 0.13 * len(classes)
-    rotation = 0
-    if name_inches * len(classes) > matrix_inches:
-        rotation = 90
-
-    width = 2 * (matrix_inches + name_inches + 1)
-    height = matrix_inches + name_inches + 1.8
+    layout = _matrix_layout(names)
+    width = 2 * (layout.matrix_inches + layout.name_inches + 1)
+    height = layout.matrix_inches + layout.name_inches + 1.8
     figure = Figure(figsize=(width, height), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.set_title(word("number of images"))
     right.set_title(word("% of the class"))
     for axes, values in ((left, counts), (right, 100 * shares)):
-        axes.imshow(values, cmap="Blues", vmin=0, vmax=max(1, values.max()))
-        ticks = range(len(classes))
-        axes.set_xticks(ticks, names, fontsize=font_size, family=letters.families)
-        axes.set_yticks(ticks, names, fontsize=font_size, family=letters.families)
-        axes.set_xlabel(word("predicted"))
-        axes.set_ylabel(word("true"))
-        axes.tick_params(axis="x", rotation=rotation)
-        if numbered:
-            _number_cells(axes, values)
+        _draw_matrix(axes, values, names, letters, layout)
     figure.suptitle(_confusion_title(predictions, split, len(classes)))
     add_note(figure, letters)
     return figure
+
+
+def _matrix_layout(names: Sequence[str]) -> _MatrixLayout:
+    """Return how large a confusion matrix of these classes is drawn."""
+    longest = max(map(_width, names))
+    numbered = len(names) <= MAX_NUMBERED_CLASSES
+    if numbered:
+        font_size = 9
+        name_inches = LETTER_INCHES * longest
+        matrix_inches = max(2.4, 0.42 * len(names))
+    else:
+        font_size = 5
+        name_inches = SMALL_LETTER_INCHES * longest
+        matrix_inches = 0.13 * len(names)
+    rotation = 0
+    if name_inches * len(names) > matrix_inches:
+        rotation = 90
+    return _MatrixLayout(matrix_inches, name_inches, font_size, rotation, numbered)
+
+
+def _draw_matrix(
+    axes: Axes,
+    values: np.ndarray,
+    names: Sequence[str],
+    letters: Lettering,
+    layout: _MatrixLayout,
+) -> None:
+    """Draw a matrix, float64 or int64 [C, C], true classes downwards."""
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=max(1, values.max()))
+    ticks = range(len(names))
+    axes.set_xticks(ticks, names, fontsize=layout.font_size, family=letters.families)
+    axes.set_yticks(ticks, names, fontsize=layout.font_size, family=letters.families)
+    axes.set_xlabel(word("predicted"))
+    axes.set_ylabel(word("true"))
+    axes.tick_params(axis="x", rotation=layout.name_rotation)
+    if layout.numbered:
+        _number_cells(axes, values)
 
 
 def _names_of(predictions: Predictions, classes: np.ndarray) -> tuple[list[str], Lettering]:

@@ -44,13 +44,13 @@ def curve_figures(curves: RunCurves, val_name: str = "validation") -> dict[str, 
     figures = {}
     phases = frozen_phases(curves)
     if curves.learning_rate is not None:
-        figures["epochs"] = plots.epochs(curves, phases, val_name)
+        figures["epochs"] = plots.curves_by_epoch(curves, phases, val_name)
     if curves.stage_rates:
         rates = np.stack(list(curves.stage_rates.values()))
         figures["stages"] = plots.rates_by_stage(rates, list(curves.stage_rates))
     if curves.step_loss is not None:
-        phases_in_steps = Phases(phases.first, _steps_after(curves.steps, phases.begins))
-        figures["iterations"] = plots.iterations(curves, phases_in_steps, val_name)
+        phases_in_steps = Phases(phases.first, _steps_after(curves.steps, phases.beginnings))
+        figures["iterations"] = plots.curves_by_step(curves, phases_in_steps, val_name)
     return figures
 
 

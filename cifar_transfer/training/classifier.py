@@ -277,7 +277,7 @@ class TransferClassifier(LightningModule):
         self._choose_statistics(data)
         if isinstance(data, ImageDataModule):
             split: Split = "val" if stage == "validate" else "test"
-            self._classes_are_unequal = stage != "fit" and data.unequal(split)
+            self._classes_are_unequal = stage != "fit" and data.has_unequal_classes(split)
         self.loss = TrainingLoss(self.loss_options)
         self._validation_scores = {}
         if stage == "fit" and self.loss_options.teacher is not None:
