@@ -26,6 +26,7 @@ from filelock import FileLock
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from cifar_transfer.training.logger import NAMES
 
@@ -110,6 +111,17 @@ def assert_same_weights(one, other):
     assert one.keys() == other.keys()
     different = [name for name in one if not torch.equal(one[name], other[name])]
     assert not different, f"{len(different)} of {len(one)} tensors differ, first {different[:3]}"
+
+
+@pytest.fixture(autouse=True)
+def event_files_in_order(monkeypatch):
+    """Let event files that one process opens within a second sort as they were opened.
+
+    TensorBoard reads them in the order of their names, which end in a number that the process
+    counts: file 10 would be read before file 9, and what it purges would be in the wrong file.
+    """
+    counter = event_file_writer.AtomicCounter(1000)
+    monkeypatch.setattr(event_file_writer, "_global_uid", counter)
 
 
 def curves(run):

@@ -245,7 +245,7 @@ def test_a_data_module_continues_from_an_earlier_run_before_and_after_its_setup(
 def test_a_data_module_skips_the_batches_of_an_earlier_run_once():
     data = ShapesDataModule(train_images=100, test_images=10, batch_size=16)
     data.setup()
-    data.continue_from(EarlierRun(first_batch=2))
+    data.load_state_dict({"first_batch": 2})
     resumed = list(data.train_dataloader())
     whole = list(data.train_dataloader())
     assert len(resumed) == len(whole) - 2

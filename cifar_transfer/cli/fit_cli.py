@@ -30,7 +30,7 @@ from cifar_transfer.cli.parser_messages import plain_message
 from cifar_transfer.cli.parsers import HELP_HINT
 from cifar_transfer.data.module import EarlierRun, ImageDataModule
 from cifar_transfer.network.image_classifier import NetworkDescription, built_from
-from cifar_transfer.training import resume
+from cifar_transfer.training import foreign_config, resume
 from cifar_transfer.training.checkpoint_file import read_checkpoint
 from cifar_transfer.training.classifier import TransferClassifier
 from cifar_transfer.training.evaluation import DATA_MODULES
@@ -198,7 +198,7 @@ class FitCLI(PlainCLI):
         args = recipes.with_recipe_files(args)
         self._resumed_run = _resumed_run(args)
         if self._resumed_run is not None:
-            resume.import_nothing_else(args)
+            foreign_config.import_nothing_else(args)
             args = ["--config", str(self._resumed_run / CONFIG), *args]
         self.config = _parse(parser, args)
         if self.config.resume and self._resumed_run is None:
@@ -235,7 +235,7 @@ class FitCLI(PlainCLI):
             self._instantiate_from(self._checkpoint)
             self._checkpoint = None  # its weights take memory
         if self._resumed_run is not None:
-            resume.check_places(self.trainer, self._resumed_run)
+            foreign_config.check_places(self.trainer, self._resumed_run)
         if self.trainer.is_global_zero:
             self.folder.lock()
 

@@ -13,7 +13,7 @@ Lightning calls, in this order: `prepare_data` (once a machine), `setup` (each p
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,10 @@ class EarlierRun:
         size: Height and width in pixels that images were decoded to, or None to choose them anew.
         record: Names of the images of each split, as `splits.read` returns them, or None to choose
             the splits anew.
-        first_batch: Batches of the current epoch that were trained on before, and are skipped.
     """
 
     size: Size | None = None
     record: Names | None = None
-    first_batch: int = 0
 
 
 class ImageDataModule(LightningDataModule):
@@ -145,6 +143,7 @@ class ImageDataModule(LightningDataModule):
         self._splits: Splits | None = None
         self._stage: str | None = None
         self._earlier = EarlierRun()
+        self._first_batch = 0  # of the next epoch: those before it were trained on already
         self.store_options()
 
     def _check_options(self) -> None:
@@ -240,17 +239,16 @@ class ImageDataModule(LightningDataModule):
     def continue_from(self, earlier: EarlierRun) -> None:
         """Decode, split and begin as an earlier run did, also after `setup`.
 
-        Values that `earlier` leaves out (None, or 0 batches) stay as they are.
+        Values that `earlier` leaves out (None) stay as they are.
         """
         before = self._earlier
         self._earlier = EarlierRun(
             size=earlier.size or before.size,
             record=earlier.record or before.record,
-            first_batch=earlier.first_batch or before.first_batch,
         )
         if self._splits is None:  # `setup` is still to come
             return
-        if replace(self._earlier, first_batch=0) != replace(before, first_batch=0):
+        if self._earlier != before:
             self._load_images()
             self._split_images()
 
@@ -428,8 +426,8 @@ class ImageDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Begin the epoch after the batches that were trained on before the checkpoint."""
-        if self.trainer and self.trainer.training:  # Lightning also restores for a test
-            self._earlier = replace(self._earlier, first_batch=state_dict["first_batch"])
+        if self.trainer is None or self.trainer.training:  # Lightning also restores for a test
+            self._first_batch = state_dict["first_batch"]
 
     def shard(self, split: Split) -> Shard:
         """Return what this process reads of a split.
@@ -453,8 +451,8 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return shuffled training batches, a shard for each process."""
-        first_batch = self._earlier.first_batch
-        self._earlier = replace(self._earlier, first_batch=0)
+        first_batch = self._first_batch
+        self._first_batch = 0
         return training_loader(
             self.shard("train"),
             self.batch_size,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -132,6 +132,7 @@ class ImageClassifier(nn.Module):
 
     Attributes:
         network: The library's plain network.
+        description: What a checkpoint stores of the network beside its weights.
         heads: Names of the layers in `network` that tell the classes apart, mostly one. All the
             rest is the backbone.
         changes: What was adapted to small images, a sentence each.
@@ -144,7 +145,6 @@ class ImageClassifier(nn.Module):
 
     mean: Tensor
     std: Tensor
-    num_classes: int
 
     def __init__(self, options: NetworkOptions) -> None:
         super().__init__()
@@ -173,11 +173,15 @@ class ImageClassifier(nn.Module):
         side = built.image_size
         size = side or DEFAULT_SIDE
         mean, std = statistics(_normalize(options, built))
-        geometry = Geometry((size, size), side, tuple(mean), tuple(std))
-        self._take_network(built, options.class_names, options.class_count, geometry)
-        self._backbone_name = options.backbone
-        self._small_images = options.small_images
-        self._patch_size = options.patch_size
+        description = NetworkDescription(
+            backbone=options.backbone,
+            num_classes=options.class_count,
+            class_names=options.class_names,
+            small_images=options.small_images,
+            patch_size=options.patch_size,
+            geometry=Geometry((size, size), side, tuple(mean), tuple(std)),
+        )
+        self._take_network(built, description)
 
     def _build_untrained(self, description: NetworkDescription) -> None:
         built = build.build_backbone(
@@ -189,20 +193,9 @@ class ImageClassifier(nn.Module):
             small_images=description.small_images,
             patch_size=description.patch_size,
         )
-        self._take_network(
-            built, description.class_names, description.num_classes, description.geometry
-        )
-        self._backbone_name = description.backbone
-        self._small_images = description.small_images
-        self._patch_size = description.patch_size
+        self._take_network(built, description)
 
-    def _take_network(
-        self,
-        built: build.Backbone,
-        class_names: list[str] | None,
-        num_classes: int,
-        geometry: Geometry,
-    ) -> None:
+    def _take_network(self, built: build.Backbone, description: NetworkDescription) -> None:
         # Faster on CPUs and on the tensor cores of GPUs.
         self.network = built.network.to(memory_format=torch.channels_last)
         self.heads = built.heads
@@ -210,28 +203,31 @@ class ImageClassifier(nn.Module):
         self.pretraining: NetworkDescription | None = None
         if built.pretraining:
             self.pretraining = NetworkDescription.from_checkpoint({NETWORK_KEY: built.pretraining})
-        self.num_classes = num_classes
-        self._class_names = class_names
-        self._geometry = geometry
-        self.register_buffer("mean", _channels(geometry.mean), persistent=False)
-        self.register_buffer("std", _channels(geometry.std), persistent=False)
+        self.description = description
+        self.register_buffer("mean", _channels(description.geometry.mean), persistent=False)
+        self.register_buffer("std", _channels(description.geometry.std), persistent=False)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return self.description.num_classes
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes in the order of the logits; "0", "1", ... if none were given."""
-        if self._class_names:
-            return list(self._class_names)
+        if self.description.class_names:
+            return list(self.description.class_names)
         return [str(label) for label in range(self.num_classes)]
 
     @property
     def has_class_names(self) -> bool:
         """Whether the classes have names of their own."""
-        return bool(self._class_names)
+        return bool(self.description.class_names)
 
     @property
     def backbone(self) -> str:
         """Name of the network, such as "resnet18"."""
-        return self._backbone_name
+        return self.description.backbone
 
     @property
     def device(self) -> torch.device:
@@ -239,25 +235,13 @@ class ImageClassifier(nn.Module):
         return self.mean.device
 
     @property
-    def description(self) -> NetworkDescription:
-        """What a checkpoint stores of the network beside its weights."""
-        return NetworkDescription(
-            backbone=self._backbone_name,
-            num_classes=self.num_classes,
-            class_names=self._class_names,
-            small_images=self._small_images,
-            patch_size=self._patch_size,
-            geometry=self._geometry,
-        )
-
-    @property
     def geometry(self) -> Geometry:
         """How an image becomes the network's input."""
-        return self._geometry
+        return self.description.geometry
 
     def set_geometry(self, geometry: Geometry) -> None:
         """Replace the geometry, and with it the constants of the normalisation."""
-        self._geometry = geometry
+        self.description = replace(self.description, geometry=geometry)
         self.mean.copy_(_channels(geometry.mean))
         self.std.copy_(_channels(geometry.std))
 
@@ -275,7 +259,7 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits, float [B, num_classes], of images, float [B, 3, H, W] in [0, 1], RGB."""
-        return self.logits_at(images, self._geometry.input_side)
+        return self.logits_at(images, self.geometry.input_side)
 
     def logits_at(self, images: Tensor, side: int | None) -> Tensor:
         """Return logits of images that are resized to `side` pixels first, see `prepare`."""
@@ -305,11 +289,11 @@ class ImageClassifier(nn.Module):
 
     @torch.no_grad()
     def _check_side(self, side: int | None) -> None:
-        image = torch.zeros(1, 3, *self._geometry.size, device=self.device)
+        image = torch.zeros(1, 3, *self.geometry.size, device=self.device)
         try:
             self.logits_at(image, side)
         except (RuntimeError, AssertionError) as error:
-            size = side or pixels(self._geometry.size)
+            size = side or pixels(self.geometry.size)
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"{self.backbone} cannot take images of {size} pixels ({reason}): "
