@@ -269,6 +269,7 @@ def test_each_image_is_looked_at_once_whatever_it_is_called(tmp_path):
     assert left["train"].tolist() == [0]
 
 
+@pytest.mark.slow
 def test_a_run_does_without_what_is_listed(photos, tmp_path):
     (tmp_path / "out.csv").write_text(
         "image\ntest/cat/copy.png\ntrain/cat/nothing.png\ntrain/gone.png\n"

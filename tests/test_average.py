@@ -213,6 +213,7 @@ def assert_same_run(one, other):
     assert scores[0] == scores[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "number"),
     [("training_step", 3), ("training_step", 8), ("training_step", 6), ("validation_step", 2)],

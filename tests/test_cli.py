@@ -177,6 +177,7 @@ def test_no_weights_are_fetched_to_use_or_continue_a_checkpoint(job, tmp_path):
     assert last["hyper_parameters"]["weights"] == "DEFAULT", "as given"
 
 
+@pytest.mark.slow
 def test_own_images_run_end_to_end_without_test_images(tmp_path):
     write_images(tmp_path / "photos" / "train", 12, size=(24, 24), classes=["cat", "dog", "猫"])
     options = [

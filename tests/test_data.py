@@ -504,6 +504,7 @@ def test_options_of_a_users_own_data_module_are_stored_as_primitives():
     assert options["flavour"] == {"sour": "lemon", "sweet": [0, 1, 2]}
 
 
+@pytest.mark.slow
 def test_real_images_are_read_exactly(shared, tmp_path):
     import subprocess
     import sys

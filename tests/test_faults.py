@@ -121,6 +121,7 @@ def test_no_room_for_what_a_command_writes_keeps_what_was_there(run, tmp_path, c
     assert sorted(path.name for path in out.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("event", "name", "error", "words"),
     [
@@ -265,6 +266,7 @@ def test_images_that_change_while_they_are_read_are_named(
     assert not list((tmp_path / "photos" / ".cifar_transfer").glob("train-*")) or not refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["cifar_transfer"], ["cifar_transfer", "backbones"]])
 def test_a_reader_that_leaves_is_no_error(command):
     """As `head` does, here before the first line."""

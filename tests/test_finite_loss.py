@@ -85,6 +85,7 @@ class Overflow(Callback):
             outputs["loss"] = outputs["loss"] * torch.nan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaled", [True, False])
 def test_the_gradient_scaler_may_skip_some_steps(tmp_path, monkeypatch, scaled):
     """Its scale is far too high at first, so that gradients overflow, and so do some losses."""

@@ -452,6 +452,7 @@ SETTINGS = settings(
 )
 
 
+@pytest.mark.slow
 @settings(SETTINGS, max_examples=40)
 @given(CONFIGURATIONS)
 def test_a_sample_of_configurations(place, configuration):
@@ -481,6 +482,7 @@ def many_options(draw):
     return options
 
 
+@pytest.mark.slow
 # To look for a smaller failure would take minutes.
 @settings(SETTINGS, max_examples=12, phases=[Phase.generate])
 @given(options=many_options())

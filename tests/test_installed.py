@@ -59,6 +59,7 @@ def installed(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 def test_wheel_and_sdist_install_the_same(installed):
     wheel, sdist = (contents(folder) for folder in installed)
     assert wheel.keys() == sdist.keys()

@@ -64,6 +64,7 @@ def kill(folder, moment, number, options, chance):
         assert "state_dict" in checkpoint, "whole, whatever happened"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moments", "epochs"),
     [

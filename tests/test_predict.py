@@ -327,6 +327,7 @@ def test_a_mistake_in_the_options_gets_a_sentence(here, capsys, options, message
     assert message in printed.err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_whoever_reads_the_output_may_leave(here, tmp_path):
     """The command itself, between a file with a list and a pipe."""
     (tmp_path / "list").write_text("photos/a/000.png\n" * 100_000)

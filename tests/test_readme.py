@@ -186,6 +186,7 @@ def test_both_languages_of_the_readme_say_the_same():
     assert facts(english) == facts(chinese)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_run_from_top_to_bottom(tmp_path):
     """As a reader would, in one folder, with few and small images and a small network."""
     write_images(tmp_path / "data/train", 4, classes=CLASSES)

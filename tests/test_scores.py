@@ -69,6 +69,12 @@ CASES = NEVER | {
     "some validation images": ["--trainer.limit_val_batches=2"],
 }
 
+MARKS = {
+    "EMA": pytest.mark.slow,
+    "EMA, twice an epoch": pytest.mark.whole,
+    "SWA": pytest.mark.slow,
+}
+
 
 def predicted(best, split):
     """The accuracy of a checkpoint, from what `Classifier` says to each image."""
@@ -86,10 +92,7 @@ def predicted(best, split):
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, marks=[pytest.mark.whole] * (case == "EMA, twice an epoch"))
-        for case in CASES
-    ],
+    [pytest.param(case, marks=MARKS.get(case, ())) for case in CASES],
 )
 def test_the_scores_of_a_run_are_those_of_its_best_checkpoint(tmp_path, monkeypatch, capsys, case):
     monkeypatch.chdir(tmp_path)

@@ -218,6 +218,7 @@ def test_enlarged_patches_are_exact(size):
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg11_bn", "alexnet"])
 @pytest.mark.parametrize("size", [32, 64, 224])
 def test_a_folded_classifier_is_the_same_function(name, size):
@@ -233,6 +234,7 @@ def test_a_folded_classifier_is_the_same_function(name, size):
     assert fold_pooling(network, size) == [], "nothing is left to be folded"
 
 
+@pytest.mark.slow
 def test_position_embeddings_and_patches_of_any_size():
     torch.manual_seed(0)
     stock = build_stock("vit_b_32")

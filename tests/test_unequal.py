@@ -354,6 +354,7 @@ def test_reports_of_equal_classes_do_not_repeat_the_accuracy(in_tmp_path, tmp_pa
     assert "macro" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_rare_classes_are_recognised_better(tmp_path):
     """The rarer a class, the brighter its images; classes overlap, so that their sizes matter."""
     rng = np.random.default_rng(0)

@@ -240,6 +240,7 @@ def download_in_process(prepare, home, url):
     assert get() == path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prepare", [data_download, torchvision_download])
 def test_of_four_processes_one_downloads(tmp_path, prepare, restored):
     with BrokenServer({f"/{NAME}": CONTENT}, slow_rate=200_000) as server:

@@ -155,6 +155,7 @@ def test_native_is_what_a_checkpoint_of_ours_was_trained_with(tmp_path):
         assert second.classifier.geometry.input_side == (side or 32)
 
 
+@pytest.mark.slow
 def test_a_transformer_of_ours_goes_from_one_size_to_another(tmp_path):
     torch.manual_seed(0)
     first = TransferClassifier("vit_b_32", "none", num_classes=3, image_size=64, patch_size=16)
@@ -179,6 +180,7 @@ def test_torchvisions_old_names_of_densenet(tmp_path):
     assert_backbone_arrived(model, state)
 
 
+@pytest.mark.slow
 def test_torchvisions_old_names_and_larger_images_of_vit(tmp_path):
     """Its files of ViT have `mlp.linear_1` and no version; those of SWAG are for 384 pixels."""
     torch.manual_seed(0)
