@@ -109,6 +109,38 @@ def test_an_adapted_checkpoint_of_ours_is_taken_up_as_it_is(tmp_path):
         TransferClassifier("resnet18", path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("geometry", {"size": [32, 32]}),
+        ("geometry", None),
+        ("num_classes", "two"),
+        ("backbone", 7),
+        ("class_names", [1, 2]),
+        ("patch_size", "large"),
+    ],
+)
+def test_an_altered_description_of_a_checkpoint_of_ours_is_refused(tmp_path, field, value):
+    path = save_own_checkpoint(TransferClassifier(TINY, "none"), tmp_path / "run.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["network"][field] = value
+    torch.save(checkpoint, path)
+    message = rf"run\.ckpt is damaged or was altered: its {field} cannot be"
+    with pytest.raises(UserError, match=message):
+        TransferClassifier(TINY, path)
+
+
+@pytest.mark.parametrize("fields", [["geometry"], ["backbone", "small_images"]])
+def test_a_description_of_a_checkpoint_of_ours_without_a_field_is_refused(tmp_path, fields):
+    path = save_own_checkpoint(TransferClassifier(TINY, "none"), tmp_path / "run.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    for field in fields:
+        del checkpoint["network"][field]
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match=r"run\.ckpt is damaged or was altered: its network"):
+        TransferClassifier(TINY, path, image_size="native")
+
+
 def test_images_unlike_those_of_the_checkpoint_are_told(tmp_path, caplog):
     first = TransferClassifier(TINY, "none", image_size=64, normalize="imagenet")
     path = save_own_checkpoint(first, tmp_path / "run.ckpt")
@@ -341,6 +373,53 @@ def test_microsofts_own_files_of_beit(tmp_path):
     small = TransferClassifier(name, path, num_classes=3, image_size=32, small_images=True)
     table = small.network.state_dict()["blocks.0.attn.relative_position_bias_table"]
     assert table.shape[0] == (2 * 8 - 1) ** 2 + 3, "8 x 8 patches"
+
+
+WRAPPED = {
+    "PyTorch's tutorial": lambda state: {"epoch": 3, "model_state_dict": state, "loss": 0.4},
+    "net": lambda state: {"net": state, "acc": 91.2, "epoch": 3},
+    "weights": lambda state: {"weights": state},
+    "network": lambda state: {"network": state, "optimizer": {"state": {}, "param_groups": []}},
+    "model_state": lambda state: {"model_state": state},
+    "params": lambda state: {"params": state},
+    "DeepSpeed": lambda state: {"module": state},
+    "any other name": lambda state: {"backbone_weights": state, "epoch": 3},
+    "student alone": lambda state: {"student": with_prefix(state, "module.backbone.")},
+    "an average alone": lambda state: {"state_dict_ema": state, "epoch": 3},
+    "one within another": lambda state: {"model": {"epoch": 3, "state_dict": state}},
+    "torchvision's reference": lambda state: {
+        "model": state,
+        "model_ema": {"n_averaged": torch.tensor(7), **with_prefix(state, "module.")},
+        "optimizer": {"state": {}, "param_groups": []},
+        "args": Namespace(lr=0.1),
+    },
+    "torch's average alone": lambda state: {
+        "n_averaged": torch.tensor(7),
+        **with_prefix(state, "module."),
+    },
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_a_state_dict_is_found_within_what_people_save_around_it(tmp_path, upstream, wrap):
+    torch.save(wrap(upstream.state_dict()), tmp_path / "w.pth")
+    model = TransferClassifier(TINY, str(tmp_path / "w.pth"), num_classes=4)
+    assert_backbone_arrived(model, upstream.state_dict())
+
+
+def test_of_several_state_dicts_none_is_guessed(tmp_path, upstream):
+    state = upstream.state_dict()
+    torch.save({"first": state, "second": state}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"holds several state dicts \(first, second\): save the"):
+        TransferClassifier(TINY, str(tmp_path / "w.pth"))
+
+
+def test_an_entry_that_holds_itself_is_no_state_dict(tmp_path):
+    content = {"epoch": 3}
+    content["model"] = content
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="is no state dict"):
+        TransferClassifier(TINY, str(tmp_path / "w.pth"))
 
 
 def test_mismatches_name_the_keys(tmp_path, upstream):

@@ -29,7 +29,8 @@ from cifar_transfer.cli import parser_messages, recipes, spelling, start
 from cifar_transfer.cli.parser_messages import plain_message
 from cifar_transfer.cli.parsers import HELP_HINT
 from cifar_transfer.data.module import EarlierRun, ImageDataModule
-from cifar_transfer.network.image_classifier import NetworkDescription, built_from
+from cifar_transfer.network.description import NetworkDescription
+from cifar_transfer.network.image_classifier import built_from
 from cifar_transfer.training import foreign_config, resume
 from cifar_transfer.training.checkpoint_file import read_checkpoint
 from cifar_transfer.training.classifier import TransferClassifier

@@ -1,9 +1,9 @@
 """A network together with what is done to an image on its way into it; needs no Lightning."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,9 +20,7 @@ from cifar_transfer.data.geometry import (
     statistics,
 )
 from cifar_transfer.network import build
-
-MAX_CLASSES = 10**6  # more would be a mistake, and fill the machine's memory
-NETWORK_KEY = "network"  # of the description in a checkpoint
+from cifar_transfer.network.description import MAX_CLASSES, NETWORK_KEY, NetworkDescription
 
 
 @dataclass(frozen=True)
@@ -76,33 +74,6 @@ def _is_side(value: Any) -> bool:
 
 def _check_num_classes(count: int) -> None:
     check("num_classes", count, lambda n: 2 <= n <= MAX_CLASSES, f"2 to {MAX_CLASSES:,}")
-
-
-@dataclass(frozen=True)
-class NetworkDescription:
-    """What a checkpoint says of its network: everything to build it, but not the weights.
-
-    In contrast to `NetworkOptions`, nothing is left to be found out: "native" has become a number
-    of pixels, and statistics are numbers.
-    """
-
-    backbone: str
-    num_classes: int
-    class_names: list[str] | None
-    small_images: bool
-    patch_size: int | None
-    geometry: Geometry
-
-    def to_primitives(self) -> dict[str, Any]:
-        """Return the description as a checkpoint stores it."""
-        return as_primitive(NETWORK_KEY, asdict(self))
-
-    @classmethod
-    def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> "NetworkDescription":
-        """Return the description that a checkpoint holds; it was checked when it was read."""
-        stored = checkpoint[NETWORK_KEY]
-        geometry = Geometry.from_primitives(stored["geometry"])
-        return cls(**{**stored, "geometry": geometry})
 
 
 _checkpoint_description: ContextVar[NetworkDescription | None] = ContextVar(

@@ -12,12 +12,28 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cifar_transfer.base.errors import UserError, first_line
+from cifar_transfer.network.description import NETWORK_KEY, check_description
 
 State = dict[str, Tensor]
 
 OWN_PREFIX = "classifier.network."  # of the network's keys in checkpoints of this project
-# Entries that hold the weights: of most publishers; of DeiT, BEiT and Swin; of DINO.
-WRAPPERS = ("state_dict", "model", "teacher")
+# Entries that hold the weights in published files. The first that a file has is taken.
+WRAPPERS = (
+    "state_dict",  # of most publishers
+    "model",  # torchvision's reference scripts, DeiT, BEiT, Swin, MAE
+    "model_state_dict",  # PyTorch's tutorials
+    "model_state",
+    "net",
+    "network",
+    "weights",
+    "params",  # BasicSR
+    "module",  # DeepSpeed
+    "teacher",  # DINO
+    "student",
+    "state_dict_ema",  # timm
+    "model_ema",  # torchvision's reference scripts, timm
+)
+MAX_WRAPPERS = 4  # one within another
 PREFIXES = (
     "module.",  # DistributedDataParallel
     "_orig_mod.",  # torch.compile
@@ -40,26 +56,27 @@ def read_weights(path: Path) -> tuple[State, dict[str, Any]]:
 
     Args:
         path: A state dict of torchvision or timm (`.safetensors`, or as `torch.save` writes it); a
-            published checkpoint that holds one (MoCo v1 to v3, DeiT, BEiT, Swin, DINO); or a
-            Lightning checkpoint, of this project or of another one.
+            file that holds one under a name in `WRAPPERS`, or as its only one, as MoCo v1 to v3,
+            DeiT, BEiT, Swin, DINO and PyTorch's tutorials do; or a Lightning checkpoint, of this
+            project or of another one.
 
     Returns:
         The tensors by the network's own names. If the file is a checkpoint of this project, also
         the description of its network (see `NetworkDescription`), else an empty dictionary.
 
     Raises:
-        UserError: The file is damaged, holds other objects than tensors and primitives, or no
-            state dict.
+        UserError: The file is damaged or was altered, holds other objects than tensors and
+            primitives, or no state dict.
     """
     content = _load(path)
-    description = {}
     if _is_own_checkpoint(content):
-        description = content["network"]
+        description = content[NETWORK_KEY]
+        check_description(path, description)
         state = _without_prefix(content["state_dict"], OWN_PREFIX)
     else:
-        state = _unwrap(content)
-    is_state = isinstance(state, Mapping) and len(state) > 0
-    if not is_state or not all(isinstance(value, Tensor) for value in state.values()):
+        description = {}
+        state = _unwrap(path, content)
+    if not _is_state_dict(state):
         raise UserError(
             f"{path} is no state dict: save one with torch.save(network.state_dict(), FILE)."
         )
@@ -77,7 +94,8 @@ def _load(path: Path) -> Any:
             return torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} is not opened: it holds more than tensors, or is no file of weights."
+            f"{path} is not opened: it holds more than tensors, or is no file of weights. If you "
+            f"trust it, save its state dict alone with torch.save(network.state_dict(), FILE)."
         ) from None
     except Exception as error:  # of any kind: the file may come from anywhere
         raise UserError(
@@ -88,16 +106,44 @@ def _load(path: Path) -> Any:
 def _is_own_checkpoint(content: Any) -> bool:
     if not isinstance(content, dict):
         return False
-    is_described = isinstance(content.get("network"), dict)
+    is_described = isinstance(content.get(NETWORK_KEY), dict)
     return is_described and isinstance(content.get("state_dict"), Mapping)
 
 
-def _unwrap(content: Any) -> Any:
-    """Return the state dict within a published checkpoint."""
-    for key in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+def _is_state_dict(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not value:
+        return False
+    return all(isinstance(tensor, Tensor) for tensor in value.values())
+
+
+def _unwrap(path: Path, content: Any) -> Any:
+    """Return the state dict within a published checkpoint, or what is in its place.
+
+    Raises:
+        UserError: There are several, and none has a name that publishers use.
+    """
+    for _ in range(MAX_WRAPPERS):
+        if not isinstance(content, Mapping) or _is_state_dict(content):
+            break
+        key = _wrapper(path, content)
+        if key is None:
+            break
+        content = content[key]
     return content
+
+
+def _wrapper(path: Path, content: Mapping[Any, Any]) -> Any:
+    """Return the key of the entry that holds the weights, or None."""
+    for key in WRAPPERS:
+        if isinstance(content.get(key), Mapping) and content[key]:
+            return key
+    keys = [key for key, value in content.items() if _is_state_dict(value)]
+    if len(keys) > 1:
+        raise UserError(
+            f"{path} holds several state dicts ({', '.join(map(str, keys))}): save the one that is "
+            f"meant with torch.save(state_dict, FILE)."
+        )
+    return keys[0] if keys else None
 
 
 def _with_the_networks_names(state: Mapping[str, Tensor]) -> State:

@@ -3,7 +3,6 @@
 import math
 import pickle
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,15 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from cifar_transfer.base.errors import UserError, first_line
 from cifar_transfer.base.files import LOGS
 from cifar_transfer.base.text import program
-from cifar_transfer.data.geometry import LARGEST_SIDE, Geometry
-from cifar_transfer.network.image_classifier import (
-    MAX_CLASSES,
+from cifar_transfer.network.description import (
     NETWORK_KEY,
-    ImageClassifier,
     NetworkDescription,
+    altered_file,
+    check_description,
+    is_int_between,
 )
+from cifar_transfer.network.image_classifier import ImageClassifier
 
-MAX_VALUE_CHARS = 80  # of a value in a message
 VERSION_KEY = "cifar_transfer_version"
 # Of a moving average of the weights; the first is Lightning's name for the weights that train.
 RAW_STATE_KEY = "current_model_state"
@@ -106,7 +105,7 @@ def load_classifier(path: str | Path) -> ImageClassifier:
 
 def _check_weights(path: Path, key: str, weights: Any) -> None:
     """Refuse a state dict with anything but finite tensors."""
-    if not isinstance(weights, Mapping) or not _all_are(weights.values(), Tensor):
+    if not _is_state_dict(weights):
         raise UserError(f"{path} is damaged or was altered: its {key} holds more than tensors.")
     for name, value in weights.items():
         # An altered file may store a huge tensor as a view of one number, and `isfinite` would
@@ -118,72 +117,16 @@ def _check_weights(path: Path, key: str, weights: Any) -> None:
             )
 
 
-def _all_are(values: Any, kind: type) -> bool:
-    return all(isinstance(value, kind) for value in values)
+def _is_state_dict(weights: Any) -> bool:
+    if not isinstance(weights, Mapping):
+        return False
+    return all(isinstance(value, Tensor) for value in weights.values())
 
 
 def _check_values(path: Path, checkpoint: Mapping[str, Any]) -> None:
     """Refuse values that a run cannot have written."""
-    network = checkpoint[NETWORK_KEY]
-    names = {field.name for field in fields(NetworkDescription)}
-    if network.keys() != names:
-        raise _altered(path, NETWORK_KEY, sorted(map(str, network)))
-    num_classes = network["num_classes"]
-    if not _is_int_between(num_classes, 2, MAX_CLASSES):
-        raise _altered(path, "num_classes", num_classes)
-    class_names = network["class_names"]
-    if class_names is not None and not _is_list(class_names, num_classes, str):
-        raise _altered(path, "class_names", class_names)
-    if type(network["backbone"]) is not str:
-        raise _altered(path, "backbone", network["backbone"])
-    if type(network["small_images"]) is not bool:
-        raise _altered(path, "small_images", network["small_images"])
-    patch_size = network["patch_size"]
-    if patch_size is not None and not _is_side(patch_size):
-        raise _altered(path, "patch_size", patch_size)
-    if not _is_geometry(network["geometry"]):
-        raise _altered(path, "geometry", network["geometry"])
+    check_description(path, checkpoint[NETWORK_KEY])
     for key in ("global_step", STEPS_KEY):
         steps = checkpoint.get(key, 0)
-        if not _is_int_between(steps, 0, math.inf):
-            raise _altered(path, key, steps)
-
-
-def _altered(path: Path, name: str, value: Any) -> UserError:
-    text = repr(value)
-    if len(text) > MAX_VALUE_CHARS:
-        text = f"{text[:MAX_VALUE_CHARS]}..."
-    return UserError(f"{path} is damaged or was altered: its {name} cannot be {text}.")
-
-
-def _is_int_between(value: Any, lowest: float, highest: float) -> bool:
-    return type(value) is int and lowest <= value <= highest
-
-
-def _is_side(value: Any) -> bool:
-    return _is_int_between(value, 1, LARGEST_SIDE)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _is_list(value: Any, length: int, kind: type) -> bool:
-    return isinstance(value, list) and len(value) == length and _all_are(value, kind)
-
-
-def _is_geometry(value: Any) -> bool:
-    """Return whether a value describes a `Geometry` with possible sizes and statistics."""
-    if not isinstance(value, dict) or value.keys() != {field.name for field in fields(Geometry)}:
-        return False
-    if not _is_list(value["size"], 2, int) or not all(map(_is_side, value["size"])):
-        return False
-    if value["input_side"] is not None and not _is_side(value["input_side"]):
-        return False
-    for name in ("mean", "std"):
-        channels = value[name]
-        if not isinstance(channels, list) or len(channels) != 3:
-            return False
-        if not all(map(_is_number, channels)):
-            return False
-    return min(value["std"]) > 0
+        if not is_int_between(steps, 0, math.inf):
+            raise altered_file(path, key, steps)

@@ -18,7 +18,7 @@ from cifar_transfer.data.images import Batch
 from cifar_transfer.data.module import EarlierRun, ImageDataModule
 from cifar_transfer.data.shapes import ShapesDataModule
 from cifar_transfer.data.splits import Split
-from cifar_transfer.network.image_classifier import NetworkDescription
+from cifar_transfer.network.description import NetworkDescription
 from cifar_transfer.training.classifier import TransferClassifier
 from cifar_transfer.training.lightning_internals import callbacks_of, without_requeued_state
 
