@@ -291,7 +291,7 @@ def test_a_run_does_without_what_is_listed(photos, tmp_path):
         rf"{tmp_path}/out.csv",
         done.stderr,
     )
-    recorded = splits.read(tmp_path / RUN / "checkpoints" / "best.ckpt")
+    recorded = splits.read_record(tmp_path / RUN)
     assert (
         "train/cat/nothing.png" in recorded["train"] + recorded["val"]
     )  # so that it comes back to where it was
@@ -331,7 +331,7 @@ def test_evaluate_tells_both(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run / RUN, tmp_path / "run")
     ckpt = tmp_path / "run" / "checkpoints" / "best.ckpt"
-    names = splits.read(ckpt)["test"]
+    names = splits.read_record(ckpt.parents[1])["test"]
     (tmp_path / "half.csv").write_text(
         "image,why\n" + "".join(f"{name},x\n" for name in names[: len(names) // 2])
     )

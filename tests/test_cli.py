@@ -17,6 +17,7 @@ from cifar_transfer.commands import demo
 from cifar_transfer.commands.evaluate import evaluate
 from cifar_transfer.commands.figures import figures
 from cifar_transfer.commands.fit import fit
+from cifar_transfer.training.checkpoint_file import newest_checkpoint
 from cifar_transfer.training.report import Report
 
 RUN = "lightning_logs/version_0"
@@ -302,6 +303,37 @@ def test_the_users_own_progress_bar_replaces_ours_and_limit_test_batches_0_skips
     assert [type(callback).__name__ for callback in seen if isinstance(callback, ProgressBar)] == [
         bar
     ]
+
+
+def test_the_runs_of_the_demo_lie_where_no_other_command_takes_them(tmp_path, monkeypatch, capsys):
+    """`predict` would otherwise take the network from scratch, being the newest."""
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    def run_fit(options):
+        name = options[1].removeprefix("--run=")
+        run = tmp_path / "lightning_logs" / name
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "checkpoints/best.ckpt").touch()
+        (run / "result.json").write_text('{"best/test_acc": 0.5}')
+        commands.append(options)
+        return 0
+
+    monkeypatch.setattr(demo, "run_fit", run_fit)
+    demo.main(["--seed_everything=1"])
+    demo.main([])
+    assert [options[:2] for options in commands[:3]] == [
+        [f"--config=demo-{name}", f"--run=demo/version_0/{name}"]
+        for name in ("upstream", "transfer", "scratch")
+    ]
+    assert (
+        "--model.weights=lightning_logs/demo/version_0/upstream/checkpoints/best.ckpt"
+        in (commands[1])
+    )
+    assert commands[3][1] == "--run=demo/version_1/upstream"
+    assert "50.0%  from scratch" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"No run in .* has a checkpoint"):
+        newest_checkpoint()
 
 
 def test_a_demo_without_results_is_refused_before_training(monkeypatch):

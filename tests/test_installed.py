@@ -101,3 +101,5 @@ def test_the_demo_works_in_any_folder(installed, tmp_path):
     command = [sys.executable, "-m", "cifar_transfer", "demo", *options, *SHORT]
     printed = output(command, tmp_path, PYTHONPATH=str(installed[0]))
     assert "from scratch, 12 epochs" in printed
+    assert (tmp_path / "lightning_logs/demo/version_0/scratch/result.json").is_file()
+    assert not (tmp_path / "lightning_logs/version_0").exists()

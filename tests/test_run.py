@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
 
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.cli.fit_cli import FitCLI
+from cifar_transfer.commands import compare, demo
 from cifar_transfer.commands.fit import fit
 from cifar_transfer.training import run as runs
 
@@ -98,7 +99,7 @@ def test_a_folder_that_another_run_takes_meanwhile_is_left_to_it(monkeypatch):
     cli = FitCLI([*SMALL, "--trainer.max_epochs=1", *keep])
     os.makedirs("lightning_logs/version_0")
     listed = iter([cli.folder.path, cli.folder.path.with_name("version_1")])
-    monkeypatch.setattr(runs, "_new_folders", lambda logs: listed)
+    monkeypatch.setattr(runs, "new_versions", lambda logs: listed)
     cli.trainer.fit(cli.model, cli.datamodule)
     cli.folder.release()
     assert os.listdir("lightning_logs/version_0") == []
@@ -163,6 +164,73 @@ def test_whatever_the_logger_each_run_has_a_folder_of_its_own(
     assert ("--report.figures=true" in options) == ({"augmented.png"} < figures)
     assert "No validation took place" not in capsys.readouterr().out
     assert not Path("checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["small", "sweep/lr 3"])
+def test_a_run_with_a_name_is_never_written_into(tmp_path, monkeypatch, name):
+    options = [*SMALL, f"--run={name}", "--trainer.max_epochs=1"]
+    folder = Path("lightning_logs", name)
+    outcome = fit(options)
+    assert outcome.best == folder / "checkpoints/best.ckpt"
+    assert curves(folder)["val/acc"]
+    assert not Path("lightning_logs/version_0").exists()
+    message = (
+        rf"^{folder} is there already, and a run writes into no folder but its own: give --run "
+        rf"another name, or continue that run with --resume={folder}\.$"
+    )
+    with untouched(tmp_path), pytest.raises(UserError, match=message):
+        fit(options)
+    resumed = fit([f"--resume={folder}", "--trainer.max_epochs=2"])
+    assert resumed.best == outcome.best
+    assert "run" not in yaml.safe_load((folder / "config.yaml").read_text())
+    with untouched(tmp_path), pytest.raises(UserError, match="leave --run out"):
+        fit([f"--resume={folder}", "--run=other"])
+    with untouched(tmp_path), pytest.raises(UserError, match="keeps no other runs"):
+        fit([*SMALL, f"--run={name}/inner"])
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "a/../b", "/tmp/x", "a//b", "", ".x", "-x", "a\nb", "x" * 256]
+)
+def test_what_is_no_name_of_a_folder_is_refused(tmp_path, name):
+    with (
+        untouched(tmp_path),
+        pytest.raises(UserError, match=r"is no name of a folder in lightning_"),
+    ):
+        fit([*SMALL, f"--run={name}"])
+
+
+def test_a_folder_that_is_made_while_the_run_is_set_up_is_not_written_into(tmp_path):
+    cli = FitCLI([*SMALL, "--run=small", "--trainer.max_epochs=1"])
+    os.makedirs("lightning_logs/small")
+    with untouched(tmp_path), pytest.raises(UserError, match="lightning_logs/small is there alrea"):
+        cli.trainer.fit(cli.model, cli.datamodule)
+
+
+@pytest.mark.slow
+def test_two_processes_write_into_one_folder_with_a_name(tmp_path):
+    two = [*SMALL, "--trainer.devices=2", "--run=two", "--trainer.max_epochs=1"]
+    run_fit(tmp_path, *two)
+    assert (tmp_path / "lightning_logs/two/result.json").is_file()
+    assert os.listdir(tmp_path / "lightning_logs") == ["two"]
+    with untouched(tmp_path):
+        refused = run_fit(tmp_path, *two, expect=2)
+    assert "is there already" in refused.stderr
+
+
+@pytest.mark.parametrize("command", [compare, demo])
+def test_commands_that_fit_several_times_name_their_runs_themselves(tmp_path, command):
+    options = ["lenet5"] if command is compare else []
+    with untouched(tmp_path), pytest.raises(UserError, match="itself: leave --run out"):
+        command.main([*options, "--run=mine"])
+
+
+def test_the_results_of_other_commands_go_into_no_folder_of_a_run(tmp_path, again):
+    with (
+        untouched(tmp_path),
+        pytest.raises(UserError, match="is the folder of a run: name another"),
+    ):
+        compare.main(["lenet5", f"--out={again}"])
 
 
 def test_without_a_validation_the_last_weights_are_the_best(capsys):

@@ -128,7 +128,7 @@ def folder(tmp_path, monkeypatch, trained):
 
 
 def test_a_run_records_its_splits(folder):
-    names = splits.read(LAST)
+    names = splits.read_record(Path(RUN))
     files = {f"train/{path.parent.name}/{path.name}" for path in folder.glob("photos/train/*/*")}
     assert {*names["train"]} | {*names["val"]} == files
     assert len(names["train"]) + len(names["val"]) == 24
@@ -140,7 +140,7 @@ def change_images(folder):
 
     Going by the hash alone, some images would change sides.
     """
-    names = splits.read(LAST)
+    names = splits.read_record(Path(RUN))
     for split in ("train", "val"):
         path = folder / "photos" / names[split][0]
         path.rename(path.with_name(f"renamed {split}.png"))
@@ -158,7 +158,7 @@ def test_a_run_continues_on_changed_images_without_validating_on_any_that_it_tra
     with caplog.at_level("INFO"):
         fit([*JOB, f"--resume={RUN}", "--trainer.max_epochs=2"])
     assert "102 are new and 2 are gone" in caplog.text
-    after = splits.read(LAST)
+    after = splits.read_record(Path(RUN))
     present = {f"train/{path.parent.name}/{path.name}" for path in folder.glob("photos/train/*/*")}
     assert {*after["val"]} == {*before["val"]}, "that which is gone is remembered"
     assert {*after["train"]} == {*before["train"]} | present - {*before["val"]}
@@ -167,9 +167,7 @@ def test_a_run_continues_on_changed_images_without_validating_on_any_that_it_tra
 def test_another_run_that_continues_a_checkpoint_keeps_its_splits(folder):
     before = change_images(folder)
     fit([*JOB, f"--ckpt_path={LAST}", "--trainer.max_epochs=2"])
-    assert {*splits.read("lightning_logs/version_2/checkpoints/last.ckpt")["val"]} == {
-        *before["val"]
-    }
+    assert {*splits.read_record(Path("lightning_logs/version_2"))["val"]} == {*before["val"]}
 
 
 def test_evaluate_takes_the_recorded_images(folder, caplog):
@@ -178,6 +176,51 @@ def test_evaluate_takes_the_recorded_images(folder, caplog):
     with caplog.at_level("INFO"):
         evaluate(LAST, "val", accelerator="cpu", figures=False)
     assert f", {len(before['val']) - 1} val" in caplog.text.splitlines()[-1]
+
+
+def test_a_record_is_used_for_no_checkpoint_of_another_run(folder, caplog):
+    """One that lies where records are looked for, of another seed and so of other images."""
+    shutil.rmtree("lightning_logs/version_0")
+    other = fit([*JOB, "--trainer.max_epochs=1", "--seed_everything=1"]).best.parents[1]
+    names = splits.read_record(other)["val"]
+    assert names != splits.read_record(Path(RUN))["val"]
+    before = evaluate(f"{other}/checkpoints/best.ckpt", "val", accelerator="cpu", figures=False)
+    copied = Path(RUN, "checkpoints", "copied.ckpt")
+    shutil.copy(other / "checkpoints/best.ckpt", copied)
+    for ckpt in (copied, Path(RUN, "beside.ckpt"), Path("elsewhere.ckpt")):
+        if ckpt != copied:
+            copied.rename(ckpt)
+        copied = ckpt
+        with pytest.warns(UserWarning, match=f"{ckpt} lies outside of its run and has no record"):
+            after = evaluate(str(ckpt), "val", accelerator="cpu", figures=False)
+        assert after == before
+    options = [*JOB, "--seed_everything=1", f"--ckpt_path={copied}", "--trainer.max_epochs=2"]
+    with pytest.warns(UserWarning, match="validation images are chosen anew by their names"):
+        continued = fit(options).best.parents[1]
+    assert splits.read_record(continued)["val"] == names
+    assert splits.run_of(continued) != splits.run_of(other)
+
+
+def test_a_checkpoint_that_is_moved_with_its_run_keeps_its_record(folder):
+    names = splits.read_record(Path(RUN))
+    checkpoint = torch.load(LAST, weights_only=True)
+    run = Path("moved")
+    Path(RUN).rename(run)
+    assert splits.read(run / "checkpoints/last.ckpt", checkpoint["recorded_run"]) == names
+    fit([f"--resume={run}", "--trainer.max_epochs=2"])
+    assert splits.run_of(run) == checkpoint["recorded_run"]
+
+
+def test_a_checkpoint_of_a_run_that_records_nothing_takes_no_record(folder):
+    """As from Python, beside somebody's record."""
+    data = ImageFolderDataModule("photos", val_fraction=0.4, seed=1)
+    model = TransferClassifier("lenet5", "none", class_names=data.class_names, image_size=32)
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(model, data)
+    names = data.names
+    trainer.save_checkpoint(f"{RUN}/checkpoints/mine.ckpt")
+    trainer.validate(model, data, ckpt_path=f"{RUN}/checkpoints/mine.ckpt")
+    assert data.names == names
 
 
 def test_a_test_needs_no_validation_images(folder):
@@ -200,7 +243,7 @@ def test_figures_go_into_the_run_from_wherever_it_is_evaluated(folder, monkeypat
 
 def test_images_moved_from_training_to_validation_are_not_validated_on(folder):
     """New images there are not either: they may be training images under another name."""
-    names = splits.read(LAST)
+    names = splits.read_record(Path(RUN))
     for name in names["train"][:3] + names["train"][-3:]:
         path = folder / "photos" / name.replace("train/", "val/")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +265,7 @@ def test_python_continues_with_the_recorded_images_too(folder):
 def test_a_data_module_continues_from_an_earlier_run_before_and_after_its_setup(
     folder, caplog, is_set_up
 ):
-    record = splits.read(LAST)
+    record = splits.read_record(Path(RUN))
     change_images(folder)
     data = ImageFolderDataModule("photos", val_fraction=0.4)
     if is_set_up:

@@ -123,9 +123,14 @@ def slurm(tmp_path):
 
 
 @pytest.mark.slow
-def test_lightning_requeues_a_slurm_job_and_the_run_goes_on_from_there(tmp_path, slurm):
-    """In a folder of its own, with the weights of a run that never was stopped."""
-    job = [*JOB, "--trainer.max_epochs=4"]
+@pytest.mark.parametrize(
+    ("name", "first", "second"), [([], "version_0", "version_1"), (["--run=job"], "job", "job")]
+)
+def test_lightning_requeues_a_slurm_job_and_the_run_goes_on_from_there(
+    tmp_path, slurm, name, first, second
+):
+    """With the weights of a run that never was stopped; in its own folder if that has a name."""
+    job = [*JOB, "--trainer.max_epochs=4", *name]
     alone = tmp_path / "alone"
     folder = tmp_path / "requeued"
     alone.mkdir()
@@ -144,11 +149,19 @@ def test_lightning_requeues_a_slurm_job_and_the_run_goes_on_from_there(tmp_path,
     )
     assert again.returncode == 0, again.stderr
     assert "  2/4  " not in again.stdout
-    run = folder / "lightning_logs" / "version_1"
-    assert_same_weights(run / LAST, alone / RUN / LAST)
+    run = folder / "lightning_logs" / second
+    assert "outside of its run" not in again.stderr, "the record of the splits is found"
+    assert_same_weights(run / LAST, alone / "lightning_logs" / first / LAST)
     result = json.loads((run / "result.json").read_text())
     accuracies = [accuracy for _, accuracy in curves(run)["val/acc"]]
     assert result["best/val_acc"] == pytest.approx(max(accuracies))
+    if name:
+        assert len(accuracies) == 4
+        third = subprocess.run(
+            [*COMMAND, *job], cwd=folder, env=slurm, capture_output=True, text=True, timeout=300
+        )
+        assert third.returncode == 2
+        assert "is there already" in third.stderr, "the run is finished"
 
 
 def test_lightning_requeues_after_the_step(tmp_path, monkeypatch):

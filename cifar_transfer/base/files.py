@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,6 +33,17 @@ def make_folder(folder: Path, option: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{option} {folder} cannot be made a folder ({error.strerror}).") from None
+
+
+def new_versions(folder: Path) -> Iterator[Path]:
+    """Yield folders in a folder, `version_N`, which do not exist; the folder need not exist."""
+    numbers = [-1]
+    for path in folder.glob("version_*"):
+        number = path.name.removeprefix("version_")
+        if number.isdecimal():
+            numbers.append(int(number))
+    for next_number in count(max(numbers) + 1):
+        yield folder / f"version_{next_number}"
 
 
 def require_writable(folder: Path, option: str) -> None:

@@ -22,30 +22,44 @@ from lightning.pytorch.loggers import Logger
 
 from cifar_transfer.base import console
 from cifar_transfer.base.errors import UserError, caused_by_us, check
-from cifar_transfer.base.files import CONFIG, LOGS, require_writable
+from cifar_transfer.base.files import CONFIG, LOGS, RESULT, require_writable
 from cifar_transfer.base.text import without_password
 from cifar_transfer.base.untrusted import read_yaml
 from cifar_transfer.cli import parser_messages, recipes, spelling, start
 from cifar_transfer.cli.parser_messages import plain_message
 from cifar_transfer.cli.parsers import HELP_HINT
+from cifar_transfer.data import splits
 from cifar_transfer.data.module import EarlierRun, ImageDataModule
 from cifar_transfer.network.description import NetworkDescription
 from cifar_transfer.network.image_classifier import built_from
 from cifar_transfer.training import foreign_config, resume
-from cifar_transfer.training.checkpoint_file import read_checkpoint
+from cifar_transfer.training.checkpoint_file import RECORDED_RUN_KEY, read_checkpoint
 from cifar_transfer.training.classifier import TransferClassifier
 from cifar_transfer.training.evaluation import DATA_MODULES
 from cifar_transfer.training.freeze import BackboneFreeze
 from cifar_transfer.training.interrupt import Interrupt
-from cifar_transfer.training.lightning_internals import has_temporary_processes
+from cifar_transfer.training.lightning_internals import (
+    has_temporary_processes,
+    requeued_checkpoint,
+)
 from cifar_transfer.training.logger import RunLogger
 from cifar_transfer.training.loss_guard import LossGuard
 from cifar_transfer.training.progress_bar import OneLineProgressBar
 from cifar_transfer.training.report import LOG_INTERVAL, Report
-from cifar_transfer.training.run import BEST, CHECKPOINTS, LAST, Progress, RunFolder, RunTrainer
+from cifar_transfer.training.run import (
+    BEST,
+    CHECKPOINTS,
+    LAST,
+    Progress,
+    RunFolder,
+    RunTrainer,
+    named_folder,
+)
 from cifar_transfer.training.run_checkpoints import AtomicCheckpointIO, RunCheckpoint
 
 FOLDER_OPTION = "--trainer.default_root_dir"
+# A run that begins with the options of another one has its own.
+OPTIONS_OF_ONE_RUN = ("resume", "ckpt_path", "run")
 
 
 class Parser(LightningArgumentParser):
@@ -130,6 +144,11 @@ class PlainCLI(LightningCLI):
         parser.add_argument(
             "--resume", type=str | None, help="Folder of a run to continue in place."
         )
+        parser.add_argument(
+            "--run",
+            type=str | None,
+            help="Name of the folder of a new run in lightning_logs/; null for version_N.",
+        )
         parser.set_defaults({"data": {"class_path": "cifar_transfer.CIFAR10DataModule"}})
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_integer_seed)
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
@@ -137,7 +156,7 @@ class PlainCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the options; a `UserError` refuses those that continue a run."""
         self.config = _parse(parser, recipes.with_recipe_files(args))
-        for name in ("resume", "ckpt_path"):
+        for name in OPTIONS_OF_ONE_RUN:
             if self.config[name]:
                 raise UserError(f"--{name} is for fit: leave it out.")
 
@@ -204,9 +223,11 @@ class FitCLI(PlainCLI):
         self.config = _parse(parser, args)
         if self.config.resume and self._resumed_run is None:
             raise UserError("resume is in a file of options: give --resume on the command line.")
+        if self.config.resume and self.config.run:
+            raise UserError("--resume continues a run under the name that it has: leave --run out.")
         self.ckpt_path = self._path_to_continue_from()
         options = self.config.clone()
-        for name in ("resume", "ckpt_path"):  # a run that begins with these options begins anew
+        for name in OPTIONS_OF_ONE_RUN:
             options.pop(name)
         self.config_text = without_password(parser.dump(options, skip_unset=False))
 
@@ -216,7 +237,24 @@ class FitCLI(PlainCLI):
             return path if path.is_file() else None  # killed in its first epoch: begin again
         if self.config.ckpt_path is not None:
             return Path(self.config.ckpt_path)
+        if self.config.run is not None:
+            return self._requeued_checkpoint(self.config.run)
         return None
+
+    def _requeued_checkpoint(self, name: str) -> Path | None:
+        """Return the checkpoint with which SLURM starts a run with a name again, or None.
+
+        The run then continues in its folder, as with `--resume`.
+        """
+        root = _root(self.config.trainer)
+        path = requeued_checkpoint(root)
+        folder = named_folder(root / LOGS, name)
+        if path is None or not folder.is_dir() or (folder / RESULT).is_file():
+            return None
+        if splits.run_of(folder) != read_checkpoint(path).get(RECORDED_RUN_KEY):
+            return None
+        self._resumed_run = folder
+        return path
 
     def before_instantiate_classes(self) -> None:
         """Read the checkpoint, and refuse options that would make another run of it."""
@@ -268,8 +306,8 @@ class FitCLI(PlainCLI):
         return RunTrainer(self.folder, **trainer_options | kwargs)
 
     def _run_folder(self, options: Any) -> RunFolder:
-        root = Path(options.default_root_dir or ".").expanduser().resolve()
-        folder = RunFolder(root / LOGS, self.config_text, self._resumed_run)
+        logs = _root(options) / LOGS
+        folder = RunFolder(logs, self.config_text, self._resumed_run, self.config.run)
         require_writable(folder.path, FOLDER_OPTION)
         return folder
 
@@ -317,6 +355,11 @@ def _parse(parser: LightningArgumentParser, args: Sequence[str]) -> Any:
         if os.path.isfile(file):
             read_yaml(Path(file))
     return parser.parse_args(list(args))
+
+
+def _root(options: Any) -> Path:
+    """Return the folder that holds the folder of the runs, given options of the Trainer."""
+    return Path(options.default_root_dir or ".").expanduser().resolve()
 
 
 def _resumed_run(args: Sequence[str]) -> Path | None:

@@ -7,7 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.files import CONFIG, LOGS, RESULT
+
+
+def refuse_names_of_runs(command: str, options: Sequence[str]) -> None:
+    """Refuse options of `fit` that name the folder of a run.
+
+    Args:
+        command: Name of the command that runs `fit` several times.
+        options: Its options.
+
+    Raises:
+        UserError: They name one.
+    """
+    if any(option.partition("=")[0] == "--run" for option in options):
+        raise UserError(f"{command} names the folders of its runs itself: leave --run out.")
 
 
 def run_fit(options: Sequence[str], log: Path | None = None) -> int:

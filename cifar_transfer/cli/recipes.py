@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.files import CONFIG
 from cifar_transfer.base.text import without_password
 
 RECIPE_FILE = "recipe.json"  # in a folder of results: the options that they were made with
@@ -53,8 +54,10 @@ def check_recipe(folder: Path, options: Sequence[str]) -> dict[str, Any]:
         options: Options of `fit`. Passwords in them are left out.
 
     Raises:
-        UserError: The folder holds results that were made with other options.
+        UserError: The folder holds results that were made with other options, or is that of a run.
     """
+    if (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is the folder of a run: name another folder with --out.")
     recipe: dict[str, Any] = {"options": [without_password(option) for option in options]}
     for option in options:
         if option.startswith("--config="):

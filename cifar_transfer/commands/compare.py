@@ -12,7 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_transfer.base.files import LOGS, make_folder, write_json
-from cifar_transfer.cli.fit_process import finished_runs, fit_once, read_result
+from cifar_transfer.cli.fit_process import (
+    finished_runs,
+    fit_once,
+    read_result,
+    refuse_names_of_runs,
+)
 from cifar_transfer.cli.parsers import PartParser
 from cifar_transfer.cli.recipes import RECIPE_FILE, check_recipe, with_recipe_files
 from cifar_transfer.network.contestant import Contestant, parse_contestants
@@ -51,6 +56,7 @@ def main(args: Sequence[str]) -> int:
         help=f"Folder of the runs, tables and figure (default: {OUT}).",
     )
     options, fit_options = parser.parse_known_args(with_recipe_files(args))
+    refuse_names_of_runs("compare", fit_options)
     recipes = [f"--config={file}" for file in options.config]
     try:
         networks = compare(

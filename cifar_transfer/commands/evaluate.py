@@ -23,7 +23,7 @@ from cifar_transfer.cli.parsers import Parser
 from cifar_transfer.data import splits
 from cifar_transfer.data.module import EarlierRun, ImageDataModule
 from cifar_transfer.results.predictions import FIGURES_FOLDER, Predictions
-from cifar_transfer.training.checkpoint_file import read_checkpoint
+from cifar_transfer.training.checkpoint_file import RECORDED_RUN_KEY, read_checkpoint
 from cifar_transfer.training.collect_predictions import CollectPredictions
 from cifar_transfer.training.evaluation import MirroredAccuracy, evaluate_checkpoint, load_data
 from cifar_transfer.training.final_report import publish_predictions
@@ -67,7 +67,7 @@ def evaluate(
     """
     console.hush()
     checkpoint = read_checkpoint(ckpt)
-    data = _load_data(ckpt, checkpoint, root, leave_out)
+    data = _load_data(ckpt, checkpoint, split, root, leave_out)
     collect = CollectPredictions()
     callbacks: list[Callback] = []
     if figures or leave_out:
@@ -88,7 +88,11 @@ def evaluate(
 
 
 def _load_data(
-    ckpt: str, checkpoint: dict[str, Any], root: str | None, leave_out: str | None
+    ckpt: str,
+    checkpoint: dict[str, Any],
+    split: Split,
+    root: str | None,
+    leave_out: str | None,
 ) -> ImageDataModule:
     """Return the data of a checkpoint's run, split as in the run, with all images."""
     overrides: dict[str, Any] = {}
@@ -97,7 +101,8 @@ def _load_data(
     if leave_out:
         overrides["leave_out"] = None
     data = load_data(checkpoint, **overrides)
-    data.continue_from(EarlierRun(record=splits.read(ckpt)))
+    record = splits.read(ckpt, checkpoint.get(RECORDED_RUN_KEY), is_needed=split == "val")
+    data.continue_from(EarlierRun(record=record))
     return data
 
 

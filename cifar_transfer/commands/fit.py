@@ -16,6 +16,7 @@ frozen backbone and 35 without, then the test with the best checkpoint. What peo
   --model.lr=3e-4              learning rate (1e-3) until the unfreezing
   --freeze.unfreeze_epoch=3    epochs with a frozen backbone (5); 0: none
   --trainer.max_epochs=10      epochs (40)
+  --run=NAME                   folder of the run in lightning_logs/ (version_N)
   --resume=RUN                 continue a run that was stopped, by its folder
 """
 
@@ -273,9 +274,8 @@ def _epoch_of(checkpoint: Path) -> int:
 def _is_newest(checkpoint: Path) -> bool:
     """Return whether a checkpoint is the one that commands take which are given none."""
     checkpoint = checkpoint.resolve()
-    if Path(LOGS).resolve() not in checkpoint.parents:
-        return False
-    return newest_checkpoint().resolve() == checkpoint
+    is_among_runs = checkpoint.parents[2] == Path(LOGS).resolve()
+    return is_among_runs and newest_checkpoint().resolve() == checkpoint
 
 
 def _how_to_continue(cli: FitCLI) -> str:

@@ -119,9 +119,11 @@ def probe(
     head, result = trainer.strategy.broadcast(fitted)
     set_head(extraction.model.classifier, head, sample_images(data))
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        data.record_splits(folder)
     lightning_internals.save_attached(trainer, extraction.model, folder / CHECKPOINT)
     if trainer.is_global_zero:
-        data.record_splits(folder)
         probe_table.write_result(folder / RESULT, result)
         write_json(folder / RECIPE_FILE, check_recipe(folder, backbone.options))
     return result

@@ -104,6 +104,7 @@ class ImageDataModule(LightningDataModule):
             others; None: those of its weights.
         size: Height and width in pixels that `load` is to bring images to; None: any one size.
         images: Images of each split, without those that are left out; known after `setup`.
+        recorded_run: Identifier of the run that has recorded the splits, or None.
 
     Raises:
         UserError: An option is out of its range, or cannot be stored in a checkpoint.
@@ -139,6 +140,7 @@ class ImageDataModule(LightningDataModule):
 
         self.size: Size | None = None
         self.images: dict[Split, Images] = {}
+        self.recorded_run: str | None = None
         self._loaded: dict[Split, Images | None] = {}  # what `load` has returned
         self._splits: Splits | None = None
         self._stage: str | None = None
@@ -420,9 +422,12 @@ class ImageDataModule(LightningDataModule):
         return loss_weights(labels, self.class_names, self.class_weights, self.sampler)
 
     def record_splits(self, folder: Path) -> None:
-        """Record in a run's folder which image is in which split; missing ones stay recorded."""
+        """Record in a run's folder which image is in which split; missing ones stay recorded.
+
+        Checkpoints that are written from now on say that the record is theirs.
+        """
         assert self._splits is not None, "setup has not run"
-        self._splits.write(folder)
+        self.recorded_run = self._splits.write(folder)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Begin the epoch after the batches that were trained on before the checkpoint."""

@@ -4,17 +4,19 @@ import csv
 import gzip
 import io
 import json
+import secrets
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
 from cifar_transfer.base.errors import UserError, first_line
-from cifar_transfer.base.files import atomic_write
+from cifar_transfer.base.files import LOGS, atomic_write
 from cifar_transfer.base.untrusted import open_regular
 
 Split = Literal["train", "val", "test"]
@@ -22,6 +24,8 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Names = dict[Split, list[str]]  # names of the images of each split, such as "train/cat/007.png"
 
 RECORD = "splits.json.gz"  # in the folder of a run
+RUN_KEY = "run"  # in a record: identifier of the run, which its checkpoints have, too
+REQUEUED = "hpc_ckpt_"  # begins the names of checkpoints that SLURM's jobs leave beside the runs
 
 
 @dataclass(frozen=True)
@@ -69,17 +73,24 @@ class Splits:
             counts.append(f"{left_out:,} of {len(names):,} {split}")
         return ", ".join(counts)
 
-    def write(self, folder: Path) -> None:
-        """Record in a run's folder which image is in which split; missing ones stay recorded."""
+    def write(self, folder: Path) -> str:
+        """Record in a run's folder which image is in which split; missing ones stay recorded.
+
+        Returns:
+            The identifier of the run, which is that of the record before if there is one.
+        """
         present = _all_names(self.names)
         record: Names = {}
         for split in SPLITS:
             record[split] = list(self.names.get(split, []))
             if self.record is not None:
                 record[split] += [name for name in self.record[split] if name not in present]
-        content = json.dumps(record).encode()  # ASCII: JSON escapes everything else
+        run = run_of(folder) or secrets.token_hex(8)
+        # ASCII: JSON escapes everything else.
+        content = json.dumps({RUN_KEY: run, **record}).encode()
         with atomic_write(folder / RECORD) as file:
             file.write(gzip.compress(content, mtime=0))
+        return run
 
 
 def choose_splits(
@@ -173,33 +184,95 @@ def hold_out(names: Sequence[str], labels: np.ndarray, fraction: float, seed: in
     return held_out
 
 
-def read(checkpoint: str | Path) -> Names | None:
+def read(checkpoint: str | Path, run: str | None, is_needed: bool = True) -> Names | None:
     """Return the splits that the run of a checkpoint recorded, or None if there is no record.
+
+    The record of another run, near which the checkpoint may lie, is not used.
+
+    Args:
+        checkpoint: The file.
+        run: Identifier of the run in the checkpoint; None if the run has recorded nothing.
+        is_needed: Whether to warn if the record of the run is not found.
+
+    Raises:
+        UserError: A record is damaged.
+    """
+    if run is None:
+        return None
+    for folder in _folders_near(Path(checkpoint)):
+        if run_of(folder) == run:
+            return read_record(folder)
+    if is_needed:
+        rank_zero_warn(
+            f"{checkpoint} lies outside of its run and has no record of its images: the validation "
+            f"images are chosen anew by their names. They are the same unless images were added, "
+            f"renamed or removed since the run began; then some may be images that it was trained "
+            f"on."
+        )
+    return None
+
+
+def read_record(folder: Path) -> Names | None:
+    """Return the splits that are recorded in a run's folder, or None if there is no record.
 
     Raises:
         UserError: The record is damaged.
     """
-    path = _find_record(Path(checkpoint))
-    if path is None:
+    content = _content(folder)
+    if content is None:
+        return None
+    try:
+        return {split: [str(name) for name in content[split]] for split in SPLITS}
+    except (KeyError, TypeError):
+        raise _damaged(folder) from None
+
+
+def run_of(folder: Path) -> str | None:
+    """Return the identifier of the run that a folder has a record of, or None if it has none.
+
+    Raises:
+        UserError: The record is damaged.
+    """
+    content = _content(folder)
+    if content is None:
+        return None
+    try:
+        return str(content[RUN_KEY])
+    except (KeyError, TypeError):
+        raise _damaged(folder) from None
+
+
+def _content(folder: Path) -> Any:
+    path = folder / RECORD
+    if not path.is_file():
         return None
     try:
         with open_regular(path) as file, gzip.open(file) as unpacked:
-            names = json.loads(unpacked.read())
-        return {split: [str(name) for name in names[split]] for split in SPLITS}
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{path}, the record of which images were trained on, is damaged: restore it, or "
-            f"remove it if the images are those that the run began with."
-        ) from None
+            return json.loads(unpacked.read())
+    except (OSError, EOFError, zlib.error, ValueError):
+        raise _damaged(folder) from None
 
 
-def _find_record(checkpoint: Path) -> Path | None:
-    """Look in the run of RUN/checkpoints/last.ckpt, or of SLURM's RUN/hpc_ckpt_1.ckpt."""
-    nearest = checkpoint.resolve().parents[:2]
-    for folder in reversed(nearest):
-        if (folder / RECORD).is_file():
-            return folder / RECORD
-    return None
+def _damaged(folder: Path) -> UserError:
+    return UserError(
+        f"{folder / RECORD}, the record of which images were trained on, is damaged: restore it, "
+        f"or remove it if the images are those that the run began with."
+    )
+
+
+def _folders_near(checkpoint: Path) -> list[Path]:
+    """Return folders that may be the run of a checkpoint.
+
+    A run has RUN/checkpoints/last.ckpt. SLURM's jobs leave theirs beside the folder of the runs.
+    """
+    checkpoint = checkpoint.resolve()
+    folders = [checkpoint.parents[0]]
+    if len(checkpoint.parents) > 1:
+        folders.insert(0, checkpoint.parents[1])
+    if checkpoint.name.startswith(REQUEUED):
+        records = (checkpoint.parent / LOGS).rglob(RECORD)
+        folders += [record.parent for record in records]
+    return folders
 
 
 def digest(names: Sequence[str]) -> str:

@@ -23,6 +23,7 @@ from cifar_transfer.network.description import (
 from cifar_transfer.network.image_classifier import ImageClassifier
 
 VERSION_KEY = "cifar_transfer_version"
+RECORDED_RUN_KEY = "recorded_run"  # identifier of the run, which its record of the splits has, too
 # Of a moving average of the weights; the first is Lightning's name for the weights that train.
 RAW_STATE_KEY = "current_model_state"
 STEPS_KEY = "averaged_steps"

@@ -34,7 +34,11 @@ from cifar_transfer.network.image_classifier import (
 )
 from cifar_transfer.network.stages import find_stages
 from cifar_transfer.training import optimizer, resume
-from cifar_transfer.training.checkpoint_file import VERSION_KEY, read_checkpoint
+from cifar_transfer.training.checkpoint_file import (
+    RECORDED_RUN_KEY,
+    VERSION_KEY,
+    read_checkpoint,
+)
 from cifar_transfer.training.ema import ExponentialMovingAverage
 from cifar_transfer.training.image_sizes import ImageSizes
 from cifar_transfer.training.lightning_internals import is_fitting, trainer_of
@@ -376,7 +380,12 @@ class TransferClassifier(LightningModule):
         if description.class_names and class_names:
             check_classes(description.class_names, class_names)
         if isinstance(data, ImageDataModule) and self.trainer.ckpt_path:
-            data.continue_from(EarlierRun(record=splits.read(self.trainer.ckpt_path)))
+            record = splits.read(
+                self.trainer.ckpt_path,
+                checkpoint.get(RECORDED_RUN_KEY),
+                is_needed=not self.trainer.testing,
+            )
+            data.continue_from(EarlierRun(record=record))
         if is_fitting(self):
             resume.check_checkpoint(self.trainer, self, data, checkpoint)
             self._resume_epoch(checkpoint)
@@ -574,6 +583,9 @@ class TransferClassifier(LightningModule):
         """Add what prediction needs to know of the network, and what a resume needs."""
         checkpoint[VERSION_KEY] = __version__
         checkpoint[NETWORK_KEY] = self.classifier.description.to_primitives()
+        recorded_run = getattr(self._data_module(), "recorded_run", None)
+        if recorded_run is not None:
+            checkpoint[RECORDED_RUN_KEY] = recorded_run
         if self.weight_average is not None:
             self.weight_average.add_to_checkpoint(checkpoint)
         if not is_fitting(self):

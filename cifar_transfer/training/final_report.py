@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
-from cifar_transfer.base.files import CONFIG, RESULT, write_json
+from cifar_transfer.base.files import RESULT, write_json
 from cifar_transfer.data import splits
 from cifar_transfer.results.plots import RunCurves
 from cifar_transfer.results.predictions import FIGURES_FOLDER, Predictions, predictions_path
@@ -117,7 +117,7 @@ def draw_final(trainer: Trainer, split: str, predictions: Predictions | None) ->
 
 def draw_curves(run: Path) -> dict[str, Figure]:
     """Draw the curves of a run from its event files, in the language that is set."""
-    recorded = splits.read(run / CONFIG)
+    recorded = splits.read_record(run)
     val_name = "validation"
     if recorded and recorded["val"][0].startswith("test/"):
         val_name = "test"

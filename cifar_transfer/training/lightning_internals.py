@@ -27,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from cifar_transfer.data.splits import REQUEUED
+
 
 def trainer_of(module: LightningModule) -> Trainer | None:
     """Return the trainer of a module, or None while it has none.
@@ -239,6 +241,24 @@ def requeue_handler() -> Callable[[int, FrameType | None], Any] | None:
         return None
     handler = signal.getsignal(signal.SIGUSR1)
     return handler if callable(handler) else None
+
+
+def requeued_checkpoint(root: Path) -> Path | None:
+    """Return the checkpoint with which Lightning goes on in a SLURM job, or None.
+
+    It takes the newest that is in `default_root_dir`, and has no public name for it. Since
+    Lightning 2.0.
+    """
+    if not SLURMEnvironment.detect():
+        return None
+    newest: Path | None = None
+    newest_number = -1
+    for path in root.glob(f"{REQUEUED}*.ckpt"):
+        number = path.stem.removeprefix(REQUEUED)
+        if number.isdecimal() and int(number) > newest_number:
+            newest = path
+            newest_number = int(number)
+    return newest
 
 
 @contextmanager

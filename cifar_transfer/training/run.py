@@ -8,15 +8,14 @@ lightning_logs/version_0/
     result.json             what the run came to, written when it is finished
     .lock                   held by the process that trains the run
 
-Each run has a folder of its own, whatever its loggers are. Loggers of the user's own write where
-their options say.
+Each run has a folder of its own, `version_N` or one with a name, whatever its loggers are. Loggers
+of the user's own write where their options say.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.base.files import CONFIG, remove_partial, write_text
+from cifar_transfer.base.files import CONFIG, new_versions, remove_partial, write_text
 from cifar_transfer.data import splits
 from cifar_transfer.training import lightning_internals
 
@@ -36,6 +35,7 @@ CHECKPOINTS = "checkpoints"  # folder in the folder of a run
 BEST = "best.ckpt"
 LAST = "last.ckpt"
 LOCK = ".lock"
+MAX_NAME_BYTES = 255  # of a folder, on most file systems
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,31 @@ class RunFolder(Callback):
         logs: Folder of the runs.
         config: Text of `config.yaml`.
         resumed: Folder of the run if it continues in place; None for a new one.
+        name: Name of the folder of a new run; see `named_folder`. None: `version_N`.
 
     Attributes:
         path: Folder of the run. Of a new run it is final after `setup`.
         is_resumed: Whether the run continues in place.
         started: Whether training has begun, and the folder is to be written into.
+
+    Raises:
+        UserError: The name is not that of a folder, or there is such a folder already.
     """
 
-    def __init__(self, logs: Path, config: str, resumed: Path | None = None) -> None:
-        self.path = resumed or next(_new_folders(logs))
+    def __init__(
+        self, logs: Path, config: str, resumed: Path | None = None, name: str | None = None
+    ) -> None:
+        if resumed is not None:
+            self.path = resumed
+        elif name is not None:
+            self.path = named_folder(logs, name)
+            check_new(self.path, logs)
+        else:
+            self.path = next(new_versions(logs))
         self.is_resumed = resumed is not None
         self.started = False
         self._logs = logs
+        self._has_name = name is not None
         self._config = config
         self._options = yaml.safe_load(config)
         self._made_folders: list[Path] = []
@@ -146,11 +159,12 @@ class RunFolder(Callback):
         }
 
     def _make_folder(self) -> None:
-        for folder in [*reversed(self._logs.parents), self._logs]:
+        for folder in reversed(self.path.parents):
             if not folder.exists():
                 folder.mkdir(exist_ok=True)
                 self._made_folders.append(folder)
-        for folder in _new_folders(self._logs):
+        folders = iter([self.path]) if self._has_name else new_versions(self._logs)
+        for folder in folders:
             try:
                 folder.mkdir()
             except FileExistsError:  # of a run that began at the same time
@@ -158,6 +172,7 @@ class RunFolder(Callback):
             self._made_folders.append(folder)
             self.path = folder
             return
+        raise _taken(self.path)
 
     def _start(self, trainer: Trainer) -> None:
         if self.started:
@@ -196,15 +211,51 @@ class RunFolder(Callback):
         self._lock = lock
 
 
-def _new_folders(logs: Path) -> Iterator[Path]:
-    """Yield folders for a new run, `version_N`, which do not exist."""
-    numbers = [-1]
-    for path in logs.glob("version_*"):
-        number = path.name.removeprefix("version_")
-        if number.isdecimal():
-            numbers.append(int(number))
-    for next_number in count(max(numbers) + 1):
-        yield logs / f"version_{next_number}"
+def named_folder(logs: Path, name: str) -> Path:
+    """Return the folder of a run that has a name.
+
+    Args:
+        logs: Folder of the runs.
+        name: Name of the folder, which may be within others: "small" or "sweep/small".
+
+    Raises:
+        UserError: It is no name of a folder within `logs`.
+    """
+    for part in name.split("/"):
+        is_word = part.isprintable() and part == part.strip() != ""
+        is_short = len(part.encode(errors="surrogatepass")) <= MAX_NAME_BYTES
+        if not is_word or not is_short or part.startswith((".", "-")) or "\\" in part:
+            raise UserError(
+                f"--run={name} is no name of a folder in {logs.name}: take a name such as small, "
+                f"or sweep/small for a folder within another."
+            )
+    return logs / name
+
+
+def check_new(folder: Path, logs: Path) -> None:
+    """Refuse the folder of a new run if it exists, or if it is within that of another run.
+
+    Raises:
+        UserError: See above.
+    """
+    if os.path.lexists(folder):
+        raise _taken(folder)
+    for parent in folder.parents:
+        if parent == logs:
+            return
+        if (parent / CONFIG).is_file():
+            raise UserError(
+                f"{os.path.relpath(parent)} is the folder of a run, which keeps no other runs: "
+                f"give --run another name."
+            )
+
+
+def _taken(folder: Path) -> UserError:
+    shown_path = os.path.relpath(folder)
+    return UserError(
+        f"{shown_path} is there already, and a run writes into no folder but its own: give --run "
+        f"another name, or continue that run with --resume={shown_path}."
+    )
 
 
 class RunTrainer(Trainer):
