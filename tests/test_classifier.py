@@ -5,12 +5,14 @@ import pytest
 import torch
 from conftest import quiet_trainer
 from lightning import seed_everything
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from cifar_transfer import ShapesDataModule, TransferClassifier
+from cifar_transfer import Classifier, ShapesDataModule, TransferClassifier
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.geometry import STATISTICS
+from cifar_transfer.training.checkpoint_file import load_classifier
 from cifar_transfer.training.evaluation import MirroredAccuracy
 
 TINY = "shufflenet_v2_x0_5"
@@ -82,6 +84,19 @@ def test_training_sizes_share_the_steps_and_evaluation_has_its_own(tmp_path):
     _, seen, _ = fit(tmp_path, epochs=2, train_sizes=[24, 32], image_size=40)
     assert [size for training, size in seen if training] == [24] * 4 + [32] * 4
     assert {size for training, size in seen[3:] if not training} == {40}
+
+
+def test_without_image_size_the_last_of_the_training_sizes_is_that_of_the_evaluation(tmp_path):
+    module, seen, trainer = fit(tmp_path, epochs=2, train_sizes=[24, 48])
+    assert [size for training, size in seen if training] == [24] * 4 + [48] * 4
+    assert {size for training, size in seen[3:] if not training} == {48}
+    del seen[:]
+    trainer.test(module, ShapesDataModule(train_images=160, test_images=40), verbose=False)
+    trainer.save_checkpoint(tmp_path / "m.ckpt")
+    image = np.zeros((32, 32, 3), np.uint8)
+    Classifier.load(tmp_path / "m.ckpt").predict([Image.fromarray(image)])
+    assert {size for _, size in seen[2:]} == {48}  # after the check of both sizes
+    assert load_classifier(tmp_path / "m.ckpt").geometry.input_side == 48
 
 
 def test_sizes_that_the_network_cannot_take_are_refused_before_training(tmp_path):

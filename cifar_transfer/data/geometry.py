@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -181,7 +182,16 @@ def resize(images: Tensor, side: int | None) -> Tensor:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Return uint8 images of any shape as float32 in [0, 1]."""
+    """Return images of any shape as floats in [0, 1].
+
+    Args:
+        images: Integers from 0 to 255, which are divided by 255; booleans, of which True is white;
+            or floats in [0, 1], which are returned as they are.
+    """
+    if images.is_floating_point():
+        return images
+    if images.dtype == torch.bool:
+        return images.float()
     return images.float().div_(255)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.images import Batch, Images, cores
@@ -181,7 +181,26 @@ def evaluation_loader(shard: Shard, batch_size: int) -> DataLoader[Batch]:
     sampler = UnrepeatedDistributedSampler(
         shard.images, shard.world_size, shard.rank, shuffle=False
     )
-    return DataLoader(shard.images, batch_size, sampler=sampler, **_worker_options(shard.workers))
+    # By its name, because Lightning makes the loader anew to predict, and has one, too.
+    return DataLoader(
+        shard.images, batch_size=batch_size, sampler=sampler, **_worker_options(shard.workers)
+    )
+
+
+def ends_in_one_image(loader: Any, num_batches: float) -> bool:
+    """Return whether the last batch of an epoch has a single image, as far as a loader tells.
+
+    Args:
+        loader: A loader of any kind.
+        num_batches: Batches of an epoch, which may end before the loader does.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    if loader.batch_size is None or loader.drop_last:  # a batch sampler of its own
+        return False
+    images = len(loader.sampler)  # type: ignore[arg-type] # only that of an `IterableDataset` has no length
+    last_batch = images - loader.batch_size * (len(loader) - 1)
+    return last_batch == 1 and num_batches >= len(loader)
 
 
 def rows_loader(

@@ -262,7 +262,7 @@ class ImageDataModule(LightningDataModule):
         """Open the images of every split, and hold out those of validation.
 
         Args:
-            stage: "fit", "validate", "test", or None for all of them.
+            stage: "fit", "validate", "test", "predict", or None for all of them.
 
         Raises:
             UserError: There is nothing to validate on, a label is no class's, or there are too few
@@ -277,7 +277,11 @@ class ImageDataModule(LightningDataModule):
 
     def _images_of_stage(self) -> dict[Split, Images]:
         """Return the images that the stage reads, by split; a fit ends with the test."""
-        splits_of_stages: dict[str | None, Split] = {"validate": "val", "test": "test"}
+        splits_of_stages: dict[str | None, Split] = {
+            "validate": "val",
+            "test": "test",
+            "predict": "test",
+        }
         only = splits_of_stages.get(self._stage)
         if only is None:
             return self.images
@@ -293,7 +297,24 @@ class ImageDataModule(LightningDataModule):
         self.size = size
         self.images = {}
         self._splits = None
-        self._loaded = {split: self.load(split) for split in SPLITS}
+        self._loaded = {}
+        for split in SPLITS:
+            self._loaded[split] = self._load_split(split)
+
+    def _load_split(self, split: Split) -> Images | None:
+        """Return what `load` gives for a split.
+
+        Raises:
+            UserError: It gives something else than images of this package.
+        """
+        images: Any = self.load(split)
+        if images is None or isinstance(images, Images):
+            return images
+        raise UserError(
+            f"{type(self).__name__}.load gives a {type(images).__name__}, and not Images: return "
+            f"ArrayImages(array, labels) with an array uint8 [N, 3, H, W], or take "
+            f"ImageFolderDataModule for folders of images."
+        )
 
     def _split_images(self) -> None:
         """Fill `images`, and say so if the splits are others than before."""
@@ -322,7 +343,7 @@ class ImageDataModule(LightningDataModule):
         chosen = choose_splits(
             names, labels, self.val_fraction, self.seed, self._earlier.record, self.leave_out
         )
-        if not chosen.names["val"] and self._stage != "test":  # a test needs none
+        if not chosen.names["val"] and self._stage not in ("test", "predict"):  # these need none
             self._refuse_empty_validation(len(names[chosen.val_source]))
         return chosen
 
@@ -474,8 +495,18 @@ class ImageDataModule(LightningDataModule):
         """Return test batches in order, each image once over all processes."""
         return evaluation_loader(self.shard("test"), self.eval_batch_size)
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Turn images into float32 in [0, 1], and augment those of training, on the device."""
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Return the batches of the test, for `Trainer.predict`; their labels are not used."""
+        return self.test_dataloader()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Turn images into float32 in [0, 1], and augment those of training, on the device.
+
+        Batches that are no pairs of images and labels come from a loader of the user's own. They
+        are left as they are.
+        """
+        if not isinstance(batch, list | tuple) or len(batch) != 2:
+            return batch
         images, labels = batch
         if self.trainer is None or not self.trainer.training:
             return to_float(images), labels

@@ -1,6 +1,6 @@
 """A network together with what is done to an image on its way into it; needs no Lightning."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -18,6 +18,7 @@ from cifar_transfer.data.geometry import (
     pixels,
     resize,
     statistics,
+    to_float,
 )
 from cifar_transfer.network import build
 from cifar_transfer.network.description import MAX_CLASSES, NETWORK_KEY, NetworkDescription
@@ -195,6 +196,11 @@ class ImageClassifier(nn.Module):
         """Whether the classes have names of their own."""
         return bool(self.description.class_names)
 
+    def set_class_names(self, class_names: Sequence[str]) -> None:
+        """Give the classes names, in the order of the logits."""
+        names = as_primitive("class_names", list(class_names))
+        self.description = replace(self.description, class_names=names)
+
     @property
     def backbone(self) -> str:
         """Name of the network, such as "resnet18"."""
@@ -220,16 +226,20 @@ class ImageClassifier(nn.Module):
         """Return images as `network` takes them.
 
         Args:
-            images: Float [B, 3, H, W] in [0, 1], RGB.
+            images: [B, 3, H, W], RGB: floats in [0, 1], or integers from 0 to 255.
             side: Side in pixels of the squares that they are resized to; None leaves their size.
 
         Returns:
             Float [B, 3, side, side], normalised.
         """
-        return (resize(images, side) - self.mean) / self.std
+        return (resize(to_float(images), side) - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits, float [B, num_classes], of images, float [B, 3, H, W] in [0, 1], RGB."""
+        """Return logits, float [B, num_classes], of images, [B, 3, H, W], RGB.
+
+        Args:
+            images: Floats in [0, 1]; integers, from 0 to 255, are divided by 255.
+        """
         return self.logits_at(images, self.geometry.input_side)
 
     def logits_at(self, images: Tensor, side: int | None) -> Tensor:
@@ -249,14 +259,46 @@ class ImageClassifier(nn.Module):
         Raises:
             UserError: The network cannot take such images.
         """
+        with self._evaluated():
+            for side in dict.fromkeys(sides):
+                self._check_side(side)
+
+    @contextmanager
+    def _evaluated(self) -> Iterator[None]:
+        """Put the network in eval mode within the `with` block, and each module back after it."""
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
-            for side in dict.fromkeys(sides):
-                self._check_side(side)
+            yield
         finally:
             for module, training in modes.items():
                 module.training = training
+
+    def needs_several_images(self, side: int | None) -> bool:
+        """Return whether a batch of one image leaves batch-norm a single value a channel.
+
+        In training such a batch has no deviation to divide by.
+
+        Args:
+            side: Side in pixels; None stands for the size that images are decoded to.
+        """
+        single_values: list[nn.Module] = []
+
+        def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if inputs[0].numel() == inputs[0].shape[1]:
+                single_values.append(layer)
+
+        hooks = []
+        for module in self.network.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                hooks.append(module.register_forward_pre_hook(look))
+        try:
+            with self._evaluated():
+                self._check_side(side)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return bool(single_values)
 
     @torch.no_grad()
     def _check_side(self, side: int | None) -> None:

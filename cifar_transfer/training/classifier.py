@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from cifar_transfer import __version__
@@ -21,7 +21,7 @@ from cifar_transfer.base.primitives import StoredOptions, as_primitive
 from cifar_transfer.data import splits
 from cifar_transfer.data.classes import check_classes
 from cifar_transfer.data.geometry import LARGEST_SIDE, Size, pixels, statistics
-from cifar_transfer.data.images import Batch
+from cifar_transfer.data.loading import ends_in_one_image
 from cifar_transfer.data.module import EarlierRun, ImageDataModule
 from cifar_transfer.data.splits import Split
 from cifar_transfer.network import build
@@ -34,6 +34,7 @@ from cifar_transfer.network.image_classifier import (
 )
 from cifar_transfer.network.stages import find_stages
 from cifar_transfer.training import optimizer, resume
+from cifar_transfer.training.batches import BatchReader
 from cifar_transfer.training.checkpoint_file import (
     RECORDED_RUN_KEY,
     VERSION_KEY,
@@ -83,14 +84,16 @@ class TransferClassifier(LightningModule):
         weights: The library's name for the weights, "DEFAULT", "none", or a file: a state dict
             (.pth, .safetensors), a published checkpoint, or a checkpoint of this class.
         num_classes: Outputs of the head; None takes as many as there are `class_names`, or 10.
-        class_names: What the outputs stand for; kept in checkpoints for prediction.
+        class_names: What the outputs stand for; kept in checkpoints for prediction. None takes
+            those of the data module in a fit, if it has some.
         image_size: Side in pixels of the square that the network takes. Larger images are decoded
             to it, smaller ones are enlarged on the device (bilinear), and of rectangles the centre
             square is taken. "native" is what the weights were trained with (a state dict does not
             say: then the library's default weights); None takes images as they are, and makes
             networks for one size (ViT) for 32.
         train_sizes: Sides that the images of training have in equal parts of the run, say [32, 48]
-            for half of the steps each; None trains at `image_size` throughout.
+            for half of the steps each. Without `image_size` the last one is also the side for
+            validation, test, prediction and exports. None trains at `image_size` throughout.
         normalize: Channel statistics in [0, 1]: "cifar10", "imagenet", "weights" for those that the
             weights were trained with (found as for `image_size`), or [[mean, mean, mean],
             [deviation, ...]]. None takes "cifar10" for CIFAR-10 and drawn shapes, and for other
@@ -221,6 +224,8 @@ class TransferClassifier(LightningModule):
         )
         self.save_hyperparameters(stored)
 
+        if train_sizes is not None and network_options.image_size is None:
+            network_options = replace(network_options, image_size=train_sizes[-1])
         self.classifier = ImageClassifier(network_options)
         self.heads = self.classifier.heads
         self.stages = find_stages(self.network, self.heads)
@@ -230,6 +235,8 @@ class TransferClassifier(LightningModule):
         self._statistics_are_chosen = normalize is not None
         self._size_is_known = False
         self._classes_are_unequal = False
+        self._batches = BatchReader(self.classifier.num_classes)
+        self._last_batch_is_checked = False
         self._validation_scores: dict[str, float] = {}  # of this epoch's last validation
 
         # The checks of torchmetrics would make every step wait for the device. Without them a mean
@@ -261,7 +268,11 @@ class TransferClassifier(LightningModule):
         return max(side, *self.image_sizes.sides)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits, float [B, C], of images, float [B, 3, H, W] in [0, 1], RGB."""
+        """Return logits, float [B, C], of images, [B, 3, H, W], RGB.
+
+        Args:
+            images: Floats in [0, 1]; integers, from 0 to 255, are divided by 255.
+        """
         return self.classifier(images)
 
     def configure_callbacks(self) -> Sequence[Callback]:
@@ -283,12 +294,14 @@ class TransferClassifier(LightningModule):
             split: Split = "val" if stage == "validate" else "test"
             self._classes_are_unequal = stage != "fit" and data.has_unequal_classes(split)
         self.loss = TrainingLoss(self.loss_options)
-        self._validation_scores = {}
+        self._batches.begin()
+        self._last_batch_is_checked = False
+        self._reset_metrics()
         if stage == "fit" and self.loss_options.teacher is not None:
             self.loss.teacher = self._load_teacher(self.loss_options.teacher, data)
         if data is None or not hasattr(data, "num_classes"):
             return
-        self._check_classes(data)
+        self._check_classes(data, stage)
         self._settle_size(data.image_size)
         if stage == "fit":
             self._tell_of_sizes()
@@ -296,6 +309,16 @@ class TransferClassifier(LightningModule):
         if self.image_sizes is not None:
             sides += self.image_sizes.sides
         self.classifier.check_sides(sides)
+
+    def _reset_metrics(self) -> None:
+        """Forget what an earlier fit or evaluation has counted.
+
+        `Trainer.validate` leaves tensors of inference mode behind, which a fit cannot add to.
+        """
+        self._validation_scores = {}
+        for module in self.children():
+            if isinstance(module, Metric):
+                module.reset()
 
     def _data_module(self) -> Any:
         return getattr(self.trainer, "datamodule", None)
@@ -315,14 +338,18 @@ class TransferClassifier(LightningModule):
         size = data.image_size if isinstance(data, ImageDataModule) else None
         return Teacher(path, self.classifier.num_classes, class_names, size)
 
-    def _check_classes(self, data: Any) -> None:
-        if self.classifier.has_class_names and hasattr(data, "class_names"):
+    def _check_classes(self, data: Any, stage: str) -> None:
+        """Refuse data of other classes; a fit without `class_names` takes those of the data."""
+        takes_names = stage == "fit" and self.hparams["class_names"] is None
+        if self.classifier.has_class_names and hasattr(data, "class_names") and not takes_names:
             check_classes(self.classifier.class_names, data.class_names)
         if data.num_classes != self.classifier.num_classes:
             raise UserError(
                 f"The network has {self.classifier.num_classes} outputs, but the data have "
                 f"{data.num_classes} classes: make it with num_classes={data.num_classes}."
             )
+        if takes_names and hasattr(data, "class_names"):
+            self.classifier.set_class_names(data.class_names)
 
     def _settle_size(self, size: Size) -> None:
         """Record height and width in pixels to which images are decoded."""
@@ -441,16 +468,21 @@ class TransferClassifier(LightningModule):
         if self.loss.teacher is not None:
             self.loss.teacher.classifier.network.compile()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean loss of a batch, and count it and its accuracy.
 
         Args:
-            batch: Images, float [B, 3, H, W] in [0, 1], RGB, and labels, int64 [B].
+            batch: Images, float [B, 3, H, W] in [0, 1] or integers from 0 to 255, RGB, and labels,
+                integers [B]; see `BatchReader`.
             batch_idx: Number of the batch in its epoch.
+
+        Raises:
+            UserError: Images or labels are others.
         """
-        images, labels = batch
+        images, labels = self._batches.images_and_labels(batch, "training")
         if not self._size_is_known:
             self._settle_size((images.shape[2], images.shape[3]))
+        self._check_last_batch()
         side = self.classifier.geometry.input_side
         if self.image_sizes is not None:
             side = self.image_sizes.side
@@ -476,6 +508,26 @@ class TransferClassifier(LightningModule):
             )
         return loss
 
+    def _check_last_batch(self) -> None:
+        """Refuse a loader that ends in one image if batch-norm cannot train on it; once a fit.
+
+        Loaders of this package leave such a batch out.
+        """
+        trainer = trainer_of(self)
+        if self._last_batch_is_checked or trainer is None:
+            return
+        self._last_batch_is_checked = True
+        if not ends_in_one_image(trainer.train_dataloader, trainer.num_training_batches):
+            return
+        side = self.classifier.geometry.input_side
+        if self.image_sizes is not None:
+            side = min(self.image_sizes.sides)
+        if self.classifier.needs_several_images(side):
+            raise UserError(
+                "The last batch of the training loader has one image, on which batch-norm cannot "
+                "train: give the DataLoader drop_last=True, or another batch_size."
+            )
+
     def _is_logging_step(self) -> bool:
         """Return whether this step is logged.
 
@@ -490,15 +542,17 @@ class TransferClassifier(LightningModule):
             return True
         return bool(interval) and (trainer.global_step + 1) % interval == 0
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Add a batch to `val/loss` and `val/acc`; return its logits, float [B, C]."""
-        images, labels = batch
+        images, labels = self._batches.images_and_labels(batch, "validation")
         logits = self(images)
         # The loss of each image, because Lightning's `sync_dist` weighs all processes alike.
         self.val_loss.update(F.cross_entropy(logits, labels).expand(len(labels)))
         self.val_acc.update(logits, labels)
-        self.log("val/loss", self.val_loss, prog_bar=True, logger=False)
-        self.log("val/acc", self.val_acc, prog_bar=True, logger=False)
+        # In a fit, `on_train_epoch_end` logs them by epoch.
+        by_itself = not is_fitting(self)
+        self.log("val/loss", self.val_loss, prog_bar=True, logger=by_itself)
+        self.log("val/acc", self.val_acc, prog_bar=True, logger=by_itself)
         if self._classes_are_unequal:
             self.class_counts.update(logits, labels)
         return logits
@@ -528,7 +582,7 @@ class TransferClassifier(LightningModule):
         scores = class_scores(self.class_counts.compute())
         self.class_counts.reset()
         for name, score in scores.items():
-            self.log(f"{split}/{name}", score, logger=split == "test")
+            self.log(f"{split}/{name}", score)
 
     def epoch_scores(self) -> dict[str, float]:
         """Return the scores of the epoch that ends; all processes must call it together.
@@ -597,9 +651,9 @@ class TransferClassifier(LightningModule):
         if train_states or self._validation_scores:
             checkpoint[EPOCH_KEY] = {"train": train_states, "val": self._validation_scores}
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def test_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Add a batch to `test/loss` and `test/acc`; return its logits, float [B, C]."""
-        images, labels = batch
+        images, labels = self._batches.images_and_labels(batch, "test")
         logits = self(images)
         self.test_loss.update(F.cross_entropy(logits, labels).expand(len(labels)))
         self.test_acc.update(logits, labels)
@@ -613,9 +667,10 @@ class TransferClassifier(LightningModule):
         """Log the scores that weigh all classes alike, if the classes are unequal."""
         self._log_class_scores("test")
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return probabilities of a batch, float [B, C]."""
-        return self(batch[0]).softmax(dim=1)
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return probabilities of a batch, float [B, C]; it needs no labels."""
+        images = self._batches.images(batch, "prediction")
+        return self(images).softmax(dim=1)
 
     def side_at(self, done: int, total: int) -> int | None:
         """Return the side in pixels of training images after `done` of `total` parts of the run."""
