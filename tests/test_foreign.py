@@ -93,7 +93,38 @@ def test_frozen_modules_without_parameters_are_in_eval_mode_too():
     assert watch.eval[STEPS] == set()
 
 
-def test_a_dropout_is_in_eval_mode_with_the_layer_after_it_and_an_augmentation_is_not():
+def test_a_dropout_is_in_eval_mode_within_frozen_modules_and_before_one_in_a_sequence():
+    sequence = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 16), nn.Dropout(0.5))
+    head = nn.Sequential(sequence, nn.Dropout(0.5), nn.Linear(16, 3))
+    watch = fit(Net(nn.Identity(), head), freeze(frozen=[r"head\.0\.2", r"head\.0\.0"]))
+    assert watch.eval[0] == {"head.0", *(f"head.0.{n}" for n in range(4))}
+    watch = fit(Net(nn.Identity(), head), freeze(frozen=[r"head\.0\.2"]))
+    assert watch.eval[0] == {"head.0.1", "head.0.2"}
+    assert watch.eval[STEPS] == set()
+
+
+@pytest.mark.parametrize("registered_first", [False, True])
+def test_a_dropout_behind_the_backbone_stays_on_wherever_it_is_registered(registered_first):
+    class Dropping(Net):
+        def __init__(self):
+            super().__init__()
+            if registered_first:
+                backbone = self.backbone
+                del self.backbone
+                self.dropout = nn.Dropout(0.5)
+                self.backbone = backbone
+            else:
+                self.dropout = nn.Dropout(0.5)
+
+        def training_step(self, batch, batch_idx):
+            hidden = self.dropout(self.backbone(batch[0]))
+            return F.cross_entropy(self.head(hidden), batch[1])
+
+    watch = fit(Dropping(), freeze())
+    assert watch.eval[0] == {"backbone", *(f"backbone.{n}" for n in range(4))}
+
+
+def test_modules_without_tensors_beside_frozen_ones_stay_as_they_are():
     class Augment(nn.Module):
         def forward(self, images):
             if not self.training:
@@ -115,7 +146,7 @@ def test_a_dropout_is_in_eval_mode_with_the_layer_after_it_and_an_augmentation_i
             return F.cross_entropy(self.last(self.drop2(hidden)), batch[1])
 
     watch = fit(Flat(), freeze(frozen=["first", "second"]))
-    assert watch.eval[0] == {"first", "drop1", "second"}
+    assert watch.eval[0] == {"first", "second"}
     assert watch.eval[STEPS] == set()
 
 
@@ -127,16 +158,82 @@ def test_modules_that_were_put_in_eval_mode_stay_there():
     assert watch.eval[STEPS] == {"backbone.1"}
 
 
-def test_tied_weights_train_as_soon_as_one_of_their_names_does():
-    class Tied(Net):
-        def __init__(self):
-            backbone = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-            super().__init__(backbone, nn.Linear(8, 8))
-            self.head.weight = self.backbone[2].weight
+class Tied(Net):
+    """A head whose weight is the backbone's."""
 
-    watch = fit(Tied(), freeze())
+    def __init__(self):
+        backbone = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        super().__init__(backbone, nn.Linear(8, 8))
+        self.head.weight = self.backbone[2].weight
+
+
+@pytest.mark.parametrize("frozen", [["backbone"], [r"backbone\.2"], ["head"]])
+def test_tied_weights_are_frozen_if_any_of_their_names_is(frozen):
+    watch = fit(Tied(), freeze(frozen=frozen))
+    assert watch.moved("backbone.2.weight") == [False, True, True]
+    assert watch.moved("head.weight") == [False, True, True]
+    assert watch.moved("head.bias") == [frozen != ["head"], True, True]
+    assert watch.moved("backbone.0.weight") == [frozen != ["backbone"], True, True]
+
+
+def test_tied_weights_train_in_a_phase_as_soon_as_one_of_their_names_does():
+    phases = [Phase("head"), Phase("all", epoch=1)]
+    watch = fit(Tied(), BackboneFreeze(phases=phases))
     assert watch.moved("backbone.2.weight") == [True] * 3
     assert watch.moved("backbone.2.bias") == [False, True, True]
+
+
+def test_a_text_is_one_pattern_one_stage_or_one_head():
+    trains = fit(Net(), BackboneFreeze(1, frozen="backbone")).trains[0]
+    assert trains == {"head.weight", "head.bias"}
+    module = Net()
+    module.heads = "head"
+    assert fit(module, BackboneFreeze(1)).trains[0] == trains
+    assert fit(Net(), BackboneFreeze(phases=Phase("head"))).trains[0] == trains
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(?i)BACKBONE", "(back)(?:bone)", r"(?P<name>back)bone\.[03]|backbone\.1", "back|b"]
+)
+def test_a_pattern_may_have_flags_groups_and_alternatives(pattern):
+    watch = fit(Net(), freeze(frozen=["nothing|head.bias", pattern]))
+    assert watch.trains[0] == {"head.weight"}
+
+
+def test_each_pattern_must_freeze_something():
+    with pytest.raises(UserError, match="No parameter's name begins with 'back_bone'"):
+        fit(Net(), freeze(frozen=["backbone", "back_bone"]))
+
+
+def test_a_list_of_phases_holds_phases():
+    with pytest.raises(UserError, match=r"phases has \{'train': \['head'\]\}: give .* Phase"):
+        BackboneFreeze(phases=[{"train": ["head"]}])
+
+
+def test_a_compiled_network_has_its_heads():
+    class Compiled(LightningModule):
+        def __init__(self):
+            super().__init__()
+            layers = [nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)]
+            self.network = torch.compile(nn.Sequential(*layers), backend="eager")
+            self.heads = ["2"]
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.network(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return SGD(self.parameters(), 0.01)
+
+    watch = fit(Compiled(), BackboneFreeze(1))
+    assert watch.trains[0] == {"network._orig_mod.2.weight", "network._orig_mod.2.bias"}
+    watch = fit(Compiled(), BackboneFreeze(1, frozen=r"network\.0"))
+    assert watch.trains[0] == {"network._orig_mod.2.weight", "network._orig_mod.2.bias"}
+
+
+def test_a_lazy_layer_is_refused_in_a_sentence():
+    module = Net(head=nn.LazyLinear(3))
+    with pytest.raises(UserError, match=r"head.weight is of a lazy layer.* pass a batch"):
+        fit(module, freeze())
 
 
 @pytest.mark.parametrize("heads", [["head"], ("head",)])

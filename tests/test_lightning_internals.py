@@ -106,6 +106,14 @@ def test_schedulers_within_others_are_found():
     assert within == ["SequentialLR", "ChainedScheduler", "LinearLR", "ExponentialLR", "StepLR"]
 
 
+def test_a_compiled_module_is_within_its_wrapper():
+    module = nn.Linear(1, 1)
+    compiled = torch.compile(module, backend="eager")
+    assert lightning_internals.uncompiled(compiled) is module
+    assert lightning_internals.uncompiled(module) is module
+    assert [name for name, _ in compiled.named_modules()] == ["", "_orig_mod"]
+
+
 @pytest.mark.parametrize("mode", ["min", "max"])
 @pytest.mark.parametrize("epochs", [1, 2, 3, 4])
 def test_a_plateau_is_reset_as_it_resets_itself(mode, epochs):

@@ -154,6 +154,39 @@ def test_a_phase_may_begin_from_the_best_weights(tmp_path):
         fit(tmp_path, BackboneFreeze(phases=plan), 4)
 
 
+class Validated(Callback):
+    """Notes the head that each epoch validates."""
+
+    def __init__(self):
+        self.heads = []
+
+    def on_validation_batch_end(self, trainer, module, *_):
+        if not trainer.sanity_checking:
+            self.heads.append(module.network.fc.weight.detach().clone())
+
+
+def test_a_phase_from_the_best_weights_has_their_average(tmp_path):
+    plan = [
+        Phase(["head"]),
+        Phase(["all"], epoch=3, from_best=True, lr=1e-12),
+    ]  # which moves nothing
+    best = ModelCheckpoint(tmp_path, "best", monitor="figure", mode="max")
+    validated = Validated()
+    figures = Say([0.1, 0.9, 0.2, 0.3])
+    freeze = BackboneFreeze(phases=plan)
+    fit(tmp_path, freeze, 4, figures, best, validated, model={"ema": 0.9, "lr": 0.01})
+    _, second, third, fourth = validated.heads
+    torch.testing.assert_close(fourth, second, rtol=0, atol=1e-7)
+    assert not torch.allclose(third, second, rtol=0, atol=1e-4)
+
+
+def test_a_phase_that_finds_no_best_weights_says_so(tmp_path):
+    plan = [Phase(["head"]), Phase(["all"], epoch=1, from_best=True)]
+    best = ModelCheckpoint(tmp_path, "best", monitor="val/acc", mode="max")
+    with pytest.warns(UserWarning, match="from_best finds no checkpoint that was the best so far"):
+        fit(tmp_path, BackboneFreeze(phases=plan), 2, best, check_val_every_n_epoch=5)
+
+
 def test_layer_decay_lets_rates_fall_from_head_to_stem_in_every_phase(tmp_path):
     watch, _ = fit(
         tmp_path, BackboneFreeze(1, 1e-4), 2, model={"layer_decay": 0.5, "schedule": "plateau"}

@@ -35,6 +35,7 @@ class ExponentialMovingAverage(Callback):
         on_validation_epoch_end    exchange them back
         add_to_checkpoint          put the average in the place of the weights. The module calls it,
                                    because Lightning asks no callback for weights-only checkpoints
+        restart                    average = weights, when a phase begins with those of the best epoch
         on_load_checkpoint         restore the raw weights, and remember the average
         on_fit_end                 exchange, and leave the average in the module
 
@@ -126,6 +127,11 @@ class ExponentialMovingAverage(Callback):
             value.copy_(self._other[name])
             self._other[name].copy_(previous)
         self._module_holds_average = not self._module_holds_average
+
+    def restart(self, pl_module: LightningModule) -> None:
+        """Take the weights that the module has been given for the average, and go on from there."""
+        for name, value in _copy(pl_module).items():
+            self._other[name] = value
 
     def add_to_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the average in the place of the weights, and the weights beside it."""

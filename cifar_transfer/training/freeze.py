@@ -58,8 +58,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from cifar_transfer.base.console import say, styled
 from cifar_transfer.base.errors import UserError, check
@@ -69,11 +70,13 @@ from cifar_transfer.features.new_head import begin_with_logistic
 from cifar_transfer.network.image_classifier import ImageClassifier
 from cifar_transfer.network.stages import HEAD
 from cifar_transfer.training import lightning_internals, schedule
+from cifar_transfer.training.ema import ExponentialMovingAverage
 from cifar_transfer.training.phases import (
     ALL_BUT_FROZEN,
     EVERYTHING,
     RATE,
     Phase,
+    as_list,
     check_patterns,
     check_phases,
     describe_epochs,
@@ -81,8 +84,7 @@ from cifar_transfer.training.phases import (
     explain_never_trained,
     first_phases,
     frozen_modules,
-    matching_names,
-    named_tensors,
+    names_but_frozen,
     names_to_train,
     stages_of,
 )
@@ -116,13 +118,15 @@ class BackboneFreeze(Callback):
             group of its own, named "head" (`head_lr`); None leaves the rate as it is. A
             `ReduceLROnPlateau` starts afresh, because losses of the frozen phase do not compare
             with later ones; a schedule of steps keeps its curve, which then leads up to this rate.
-        frozen: Regular expressions. A parameter is frozen if one of them matches the beginning of
-            its name, for example `network\.(conv1|bn1|layer[12])\.`, where "network." stands for
-            the module's `network`, whatever it is registered as. None freezes all but the heads,
-            which the module names in `heads` (submodules of its `network`, or its own).
+        frozen: Regular expressions, or a single one. A parameter is frozen if one of them matches
+            the beginning of its name, or of any of its names if it is tied, for example
+            `network\.(conv1|bn1|layer[12])\.`, where "network." stands for the module's
+            `network`, whatever it is registered as. None freezes all but the heads, which the
+            module names in `heads` (submodules of its `network`, or its own).
         batch_norm: "eval" keeps frozen modules in eval mode, so that batch-norm uses and keeps the
-            pretrained statistics and dropout is off; "train" lets the statistics follow the new
-            data.
+            pretrained statistics, and a dropout is off inside of a frozen module or, in an
+            `nn.Sequential`, before one; other dropouts stay on. "train" lets the statistics follow
+            the new data.
         phases: In place of `unfreeze_epoch` and `frozen`, a list of phases; or "gradual", which
             unfreezes a stage an epoch, from the head down, at `unfrozen_lr` (ULMFiT,
             https://arxiv.org/abs/1801.06146). What is in no phase stays frozen.
@@ -165,7 +169,7 @@ class BackboneFreeze(Callback):
         self,
         unfreeze_epoch: int = 5,
         unfrozen_lr: float | None = 1e-4,
-        frozen: list[str] | None = None,
+        frozen: list[str] | str | None = None,
         batch_norm: Literal["eval", "train"] = "eval",
         phases: list[Phase] | Literal["gradual"] | None = None,
         probe: bool = False,
@@ -175,10 +179,12 @@ class BackboneFreeze(Callback):
         super().__init__()
         self.unfreeze_epoch: int = as_primitive("unfreeze_epoch", unfreeze_epoch)
         self.unfrozen_lr: float | None = as_primitive("unfrozen_lr", unfrozen_lr)
-        self.frozen: list[str] | None = as_primitive("frozen", frozen)
+        self.frozen: list[str] | None = as_list(as_primitive("frozen", frozen))
         self.batch_norm: str = as_primitive("batch_norm", batch_norm)
         self.phases: list[Phase] | str | None = phases
-        if phases is not None and not isinstance(phases, str):
+        if isinstance(phases, Phase):
+            self.phases = [phases]
+        elif phases is not None and not isinstance(phases, str):
             self.phases = list(phases)
         self.probe: bool = as_primitive("probe", probe)
         self.monitor: str = as_primitive("monitor", monitor)
@@ -268,6 +274,7 @@ class BackboneFreeze(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the plan, and freeze, now that the optimizer has everything that will ever train."""
+        _check_parameters(pl_module)
         stages = stages_of(pl_module)
         self.plan = self._make_plan(pl_module, stages)
         self._check_plan(trainer)
@@ -349,15 +356,8 @@ class BackboneFreeze(Callback):
     ) -> set[str]:
         """Return the names of the parameters and buffers that begin to train with a phase."""
         if phase.train != [ALL_BUT_FROZEN]:
-            return names_to_train(module, phase.train, stages)
-        frozen = matching_names(module, self.frozen or [])
-        parameters = {name for name, _ in module.named_parameters()}
-        if frozen.isdisjoint(parameters):
-            raise UserError(
-                f"No parameter's name begins with any of {self.frozen}: see the module's "
-                f"named_parameters()."
-            )
-        return named_tensors(module).keys() - frozen
+            return names_to_train(module, phase.entries, stages)
+        return names_but_frozen(module, self.frozen or [])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the phases that are due, and tell which parameters never train.
@@ -543,6 +543,16 @@ class BackboneFreeze(Callback):
         refuse_changes(before, now, may_change=frozenset())
 
 
+def _check_parameters(module: LightningModule) -> None:
+    """Refuse parameters that have no values yet, because nothing can be said about them."""
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise UserError(
+                f"{name} is of a lazy layer, which has no weights before its first batch: pass a "
+                f"batch through the module before the fit."
+            )
+
+
 def _begin_with_logistic(trainer: Trainer, module: LightningModule) -> None:
     """Give the network of a module the best logistic regression on its backbone's features.
 
@@ -573,9 +583,10 @@ def _best_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
 
 
 def _load_best_weights(trainer: Trainer, module: LightningModule) -> None:
-    """Load the weights of the best checkpoint so far, if there is one.
+    """Load the weights of the best checkpoint so far; warn if there is none.
 
-    All processes take those of the first, because others may see other files.
+    An average of the weights begins anew with them, because it is what is validated and saved.
+    All processes take the weights of the first, because others may see other files.
     """
     callback = _best_checkpoint(trainer)
     if callback is None:
@@ -585,6 +596,14 @@ def _load_best_weights(trainer: Trainer, module: LightningModule) -> None:
     if path and trainer.is_global_zero:
         weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     weights = trainer.strategy.broadcast(weights)
-    if weights is not None:
-        module.load_state_dict(weights)
-        rank_zero_info(f"This phase begins with the weights of {os.path.relpath(path)}.")
+    if weights is None:
+        rank_zero_warn(
+            "from_best finds no checkpoint that was the best so far: this phase begins with the "
+            "weights as they are."
+        )
+        return
+    module.load_state_dict(weights)
+    for average in lightning_internals.callbacks_of(trainer):
+        if isinstance(average, ExponentialMovingAverage):
+            average.restart(module)
+    rank_zero_info(f"This phase begins with the weights of {os.path.relpath(path)}.")

@@ -101,6 +101,15 @@ def wrap_again(trainer: Trainer, module: LightningModule) -> None:
     strategy.configure_ddp()
 
 
+def uncompiled(module: Any) -> Any:
+    """Return the module that `torch.compile(module)` wraps, and any other one as it is.
+
+    The wrapper keeps it in `_orig_mod`, which is part of the names of its parameters. Since torch
+    2.0.
+    """
+    return getattr(module, "_orig_mod", module)
+
+
 def schedulers_within(scheduler: Any) -> Iterator[Any]:
     """Iterate over a scheduler and over those that it is made of.
 

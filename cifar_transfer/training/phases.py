@@ -16,19 +16,12 @@ from cifar_transfer.base.console import counted
 from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.network.stages import HEAD, find_stages
+from cifar_transfer.training import lightning_internals
 from cifar_transfer.training.schedule import MAX_LEARNING_RATE
 
 EVERYTHING = "all"
 ALL_BUT_FROZEN = "all but frozen"  # first phase of `BackboneFreeze(frozen=[...])`
 RATE = f"a positive rate up to {MAX_LEARNING_RATE}, or null to leave the rate as it is"
-DROPOUTS = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
 
 
 @dataclass(frozen=True)
@@ -41,19 +34,21 @@ class Phase:
     Args:
         train: Stages of the network, such as "head", "layer4", "stem" (`python -m cifar_transfer
             backbones --detail NAME` lists them), "all", or regular expressions that match the names
-            of parameters from their start.
+            of parameters from their start; a text is a list of one. Tied weights train as soon as
+            one of their names does.
         epoch: The phase begins after so many epochs of the run.
         patience: The phase begins after so many epochs of the phase before without a better value
             of `BackboneFreeze.monitor`.
         lr: Learning rate from then on of all parameter groups but one named "head", times their
             `lr_scale`; if a schedule raises the rate, the highest one. None leaves it as it is.
-        from_best: Whether the phase begins with the weights of the best checkpoint so far.
+        from_best: Whether the phase begins with the weights of the best checkpoint so far, and with
+            them an average of the weights (`ema`). A warning tells if there is none.
 
     Raises:
         UserError: A value is out of range.
     """
 
-    train: list[str]
+    train: list[str] | str
     epoch: int | None = None
     patience: int | None = None
     lr: float | None = None
@@ -63,15 +58,27 @@ class Phase:
         for field in fields(self):
             value = as_primitive(field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
+        object.__setattr__(self, "train", as_list(self.train))
         stages_or_patterns = 'a list of stages or patterns, such as ["head"]'
         check("train", self.train, _is_list_of_text, stages_or_patterns)
-        check_patterns("train", self.train)
+        check_patterns("train", self.entries)
         if self.epoch is not None:
             check("epoch", self.epoch, lambda n: n >= 0, "0 or a later one")
         if self.patience is not None:
             check("patience", self.patience, lambda n: n >= 1, "1 epoch or more")
         if self.lr is not None:
             check("lr", self.lr, lambda x: 0 < x <= MAX_LEARNING_RATE, RATE)
+
+    @property
+    def entries(self) -> list[str]:
+        """`train` as the list that it is after the constructor."""
+        assert isinstance(self.train, list)
+        return self.train
+
+
+def as_list(value: Any) -> Any:
+    """Return a text as a list of one, and everything else as it is."""
+    return [value] if isinstance(value, str) else value
 
 
 def _is_list_of_text(value: Any) -> bool:
@@ -102,6 +109,12 @@ def check_phases(phases: Sequence[Phase]) -> None:
         UserError: The first phase has more than `train`, a later one does not have one of `epoch`
             and `patience`, or a phase would begin after a later one.
     """
+    for phase in phases:
+        if not isinstance(phase, Phase):
+            raise UserError(
+                f'phases has {phase!r}: give "gradual", or a list of phases, such as '
+                f'[Phase(["head"]), Phase(["all"], epoch=5)].'
+            )
     first = phases[0]
     if first != Phase(first.train):
         raise UserError(
@@ -152,7 +165,7 @@ def stages_of(module: nn.Module) -> dict[str, list[str]]:
 
 def _head_names(module: nn.Module) -> list[str]:
     """Return the texts in a module's attribute `heads`; none if it is something else."""
-    heads = getattr(module, "heads", ())
+    heads = as_list(getattr(module, "heads", ()))
     if not isinstance(heads, list | tuple | set):
         return []
     return [head for head in heads if isinstance(head, str)]
@@ -163,7 +176,7 @@ def _network_prefix(module: nn.Module) -> str:
 
     The attribute may be a property. "" where there is none, or the module does not contain it.
     """
-    network = getattr(module, "network", None)
+    network = lightning_internals.uncompiled(getattr(module, "network", None))
     for name, submodule in module.named_modules():
         if submodule is network and name:
             return f"{name}."
@@ -199,6 +212,28 @@ def names_to_train(
             )
         names.update(chosen)
     return names
+
+
+def names_but_frozen(module: nn.Module, frozen: Sequence[str]) -> set[str]:
+    """Return the names of the parameters and buffers that `BackboneFreeze.frozen` leaves to train.
+
+    Tied weights are frozen if any of their names is.
+
+    Raises:
+        UserError: A pattern matches no parameter.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    tensors = named_tensors(module)
+    frozen_tensors: set[int] = set()  # by identity
+    for pattern in frozen:
+        names = matching_names(module, [pattern])
+        if names.isdisjoint(parameters):
+            raise UserError(
+                f"No parameter's name begins with {pattern!r}, which is to be frozen: see the "
+                f"module's named_parameters()."
+            )
+        frozen_tensors.update(id(tensors[name]) for name in names)
+    return {name for name, tensor in tensors.items() if id(tensor) not in frozen_tensors}
 
 
 def matching_names(module: nn.Module, patterns: Sequence[str]) -> set[str]:
@@ -253,9 +288,10 @@ def frozen_modules(
     """Return the modules that are frozen in a phase.
 
     A module is frozen if all of its parameters and buffers are, and then with everything in it.
-    Dropouts, and others without parameters and buffers, are frozen if a frozen module follows them.
-    Others that `module` itself has, such as an augmentation, may not be part of the network: they
-    are not.
+    A module without parameters and buffers, such as a dropout, is frozen inside of a frozen module,
+    and in an `nn.Sequential` if the next module that has some is frozen. Elsewhere the order in
+    which modules were registered need not be that in which they run, so that a dropout beside a
+    frozen backbone may be the head's: it is not frozen.
 
     Args:
         module: The whole module.
@@ -289,12 +325,13 @@ def _add_frozen(
         children.append((child, state))
         if state is not None:
             states.append(state)
-    following_is_frozen: bool | None = None
-    for child, state in reversed(children):
-        if state is not None:
-            following_is_frozen = state
-        elif following_is_frozen and (prefix or isinstance(child, DROPOUTS)):
-            frozen.update(child.modules())
+    if type(module).forward is nn.Sequential.forward:
+        following_is_frozen: bool | None = None
+        for child, state in reversed(children):
+            if state is not None:
+                following_is_frozen = state
+            elif following_is_frozen:
+                frozen.update(child.modules())
     if not states:
         return None
     if all(states):
@@ -370,7 +407,7 @@ def describe_training(phases: Sequence[Phase], is_first: bool) -> str:
     """
     names = []
     for phase in phases:
-        names.extend(phase.train)
+        names.extend(phase.entries)
     if EVERYTHING in names:
         text = "everything"
     elif names == [ALL_BUT_FROZEN]:
