@@ -35,7 +35,7 @@ class ExponentialMovingAverage(Callback):
         on_validation_epoch_end    exchange them back
         add_to_checkpoint          put the average in the place of the weights. The module calls it,
                                    because Lightning asks no callback for weights-only checkpoints
-        restart                    average = weights, when a phase begins with those of the best epoch
+        restart                    average = weights, for a phase that begins with the best ones
         on_load_checkpoint         restore the raw weights, and remember the average
         on_fit_end                 exchange, and leave the average in the module
 
