@@ -5,8 +5,8 @@ The result is distributed as that of torchvision's pipeline, which works on one 
     RandomCrop((H, W), padding, padding_mode) -> RandomHorizontalFlip(flip)
     -> ColorJitter(brightness, contrast, saturation, hue) -> RandomRotation(degrees)
 
-(https://docs.pytorch.org/vision/stable/transforms.html; nearest interpolation, black fill). It
-takes two steps:
+(https://docs.pytorch.org/vision/stable/transforms.html; nearest interpolation, black fill). This is
+for images of few pixels. It takes two steps:
 
 1. The colours change in the uncropped image, because crop and flip only move pixels. But the mean
    that contrast needs is that of the crop, a weighted sum; and an extra pixel stands for the
@@ -14,20 +14,33 @@ takes two steps:
 2. Crop, flip and rotation are one look-up by index: every output pixel is a copy of one source
    pixel. A second extra pixel, black, stands for what the rotation brings in from outside.
 
+Photographs are sampled with interpolation instead, see `resampling`, and colours come after that.
+Random erasing is the last step of both.
+
 The parameters live on the host, so that no step waits for the device, and a seed draws the same
 ones on any device.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.primitives import as_primitive
-from cifar_transfer.data.geometry import LARGEST_SIDE
+from cifar_transfer.data.geometry import LARGEST_SIDE, Size
+from cifar_transfer.data.resampling import (
+    Interpolation,
+    Placement,
+    draw_crops,
+    draw_erased,
+    erase,
+    resample,
+    upload,
+)
 
 PaddingMode = Literal["constant", "reflect"]
 # Weights of red, green and blue in a grey value, as in torchvision's `rgb_to_grayscale` (ITU-R
@@ -41,7 +54,10 @@ MAX_STRENGTHS = {
     "saturation": 1000,
     "hue": 0.5,
     "degrees": 360,
+    "translate": 1,
+    "erase": 1,
 }
+MAX_RATIO = 100  # of width to height of a crop
 MAX_PIXELS = 2**24  # of an image, beyond which float32, in which places are computed, has gaps
 
 # Operations in `Parameters.order`, numbered as in torchvision's `ColorJitter`.
@@ -75,20 +91,27 @@ class Parameters:
     order: Tensor
 
     def __getitem__(self, rows: Tensor) -> "Parameters":
-        selected = {field.name: getattr(self, field.name)[rows] for field in fields(self)}
+        selected = {item.name: getattr(self, item.name)[rows] for item in fields(self)}
         return Parameters(**selected)
+
+    @property
+    def changes_colours(self) -> bool:
+        """Whether any image gets other colours."""
+        return bool((self.factors != 1).any() or self.hue.any())
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Random crop, flip, colour jitter and rotation of a batch, drawn for each image.
+    """Random crop, flip, colours, rotation and erasing of a batch, drawn for each image.
 
     The parameters are drawn from torch's global CPU generator. A value of 0 switches an operation
-    off exactly; with all at 0 the result is `images / 255`.
+    off exactly; with all at 0 the result is `images / 255`. The first ten options and their
+    defaults are for small images. Photographs are better cropped with `crop_scale` and sampled with
+    `interpolation="bilinear"`, which is slower.
 
     Args:
         padding: Pixels added on every side before a crop to the original size; the crop's place is
-            uniform.
+            uniform. Not used with `crop_scale`.
         flip: Probability of a left-right flip, in [0, 1].
         brightness: The brightness factor is uniform in [max(0, 1 - brightness), 1 + brightness].
         contrast: The contrast factor is uniform in [max(0, 1 - contrast), 1 + contrast].
@@ -96,6 +119,14 @@ class Augment:
         hue: The hue moves by a fraction of the colour circle, uniform in [-hue, hue]; at most 0.5.
         degrees: The angle of rotation is uniform in [-degrees, degrees].
         padding_mode: "constant" pads with black, "reflect" with the image mirrored at its edge.
+        crop_scale: Bounds in (0, 1] of the share of the image's area that is cut out and enlarged
+            to the image's size, such as [0.35, 1]: torchvision's `RandomResizedCrop`. None crops by
+            `padding`.
+        crop_ratio: Bounds of the ratio of width to height of such a crop.
+        translate: The image moves by up to this share of its height and of its width, in [0, 1].
+        erase: Probability that a rectangle of 2 to 33 % of the image becomes black, in [0, 1]:
+            torchvision's `RandomErasing`.
+        interpolation: How pixels are read between others, "nearest" or "bilinear".
 
     Raises:
         UserError: A value is out of its range.
@@ -109,11 +140,16 @@ class Augment:
     hue: float = 0.1
     degrees: float = 15.0
     padding_mode: PaddingMode = "constant"
+    crop_scale: list[float] | None = None
+    crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    translate: float = 0.0
+    erase: float = 0.0
+    interpolation: Interpolation = "nearest"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = as_primitive(f"The augmentation's {field.name}", getattr(self, field.name))
-            object.__setattr__(self, field.name, value)  # the way of a frozen dataclass
+        for option in fields(self):
+            value = as_primitive(f"The augmentation's {option.name}", getattr(self, option.name))
+            object.__setattr__(self, option.name, value)  # the way of a frozen dataclass
         if self.padding_mode not in ("constant", "reflect"):
             raise UserError(
                 f"The augmentation's padding_mode is {self.padding_mode}; take constant or reflect."
@@ -125,6 +161,24 @@ class Augment:
                 lambda value: 0 <= value <= strongest,  # noqa: B023 # called at once
                 f"0 (off) to {strongest:g}",
             )
+        if self.interpolation not in ("nearest", "bilinear"):
+            raise UserError(
+                f"The augmentation's interpolation is {self.interpolation}; take nearest or "
+                f"bilinear."
+            )
+        if self.crop_scale is not None:
+            check(
+                "The augmentation's crop_scale",
+                self.crop_scale,
+                lambda bounds: _are_bounds(bounds, highest=1),
+                "two shares of the image's area, such as [0.35, 1]",
+            )
+        check(
+            "The augmentation's crop_ratio",
+            self.crop_ratio,
+            lambda bounds: _are_bounds(bounds, highest=MAX_RATIO),
+            "two ratios of width to height, such as [0.75, 1.33]",
+        )
 
     def __call__(self, images: Tensor) -> Tensor:
         """Augment each image with parameters of its own; see `augment`.
@@ -132,9 +186,41 @@ class Augment:
         Raises:
             UserError: An image is too small to be mirrored at its edge so far out.
         """
-        if self.padding_mode == "reflect":
+        if self.padding_mode == "reflect" and self.crop_scale is None:
             self._check_padding(images)
-        return augment(images, self.draw(len(images)), self.padding_mode)
+        parameters = self.draw(len(images))
+        if self._samples:
+            augmented = self._sample(images, parameters)
+        else:
+            augmented = augment(images, parameters, self.padding_mode)
+        if self.erase:
+            height, width = images.shape[-2:]
+            erase(augmented, draw_erased(len(images), (height, width), self.erase))
+        return augmented
+
+    @property
+    def _samples(self) -> bool:
+        """Whether images are sampled anew, not only looked up pixel by pixel."""
+        is_asked_for = self.interpolation == "bilinear" and self.degrees > 0
+        return is_asked_for or self.crop_scale is not None or self.translate > 0
+
+    def _sample(self, images: Tensor, parameters: Parameters) -> Tensor:
+        height, width = images.shape[-2:]
+        size = (height, width)
+        count = len(images)
+        if self.crop_scale is not None:
+            crop = draw_crops(count, size, self.crop_scale, self.crop_ratio)
+        else:
+            images = _padded(images, self.padding, self.padding_mode)
+            sides = torch.tensor([height, width]).expand(count, 2)
+            crop = torch.cat((parameters.shift + self.padding, sides), 1).float()
+        placement = Placement(
+            crop=crop,
+            flip=parameters.flip,
+            angle=parameters.angle,
+            translate=torch.empty(count, 2).uniform_(-self.translate, self.translate),
+        )
+        return augment_sampled(images, parameters, placement, size, self.interpolation)
 
     def _check_padding(self, images: Tensor) -> None:
         height, width = images.shape[-2:]
@@ -160,6 +246,67 @@ class Augment:
             hue=torch.empty(count).uniform_(-self.hue, self.hue),
             order=torch.rand(count, 4).argsort(1),
         )
+
+
+def _are_bounds(bounds: list[float], highest: float) -> bool:
+    return len(bounds) == 2 and 0 < bounds[0] <= bounds[1] <= highest
+
+
+def _padded(images: Tensor, padding: int, padding_mode: PaddingMode) -> Tensor:
+    """Return images with `padding` more pixels on every side."""
+    if padding == 0:
+        return images
+    if padding_mode == "reflect" and not images.is_floating_point():
+        return F.pad(images.float(), [padding] * 4, padding_mode).to(images.dtype)
+    return F.pad(images, [padding] * 4, padding_mode)
+
+
+@torch.no_grad()
+def augment_sampled(
+    images: Tensor,
+    parameters: Parameters,
+    placement: Placement,
+    size: Size,
+    interpolation: Interpolation,
+) -> Tensor:
+    """Crop, flip, turn and shift each image in one sampling, and then change its colours.
+
+    Args:
+        images: uint8 in 0..255 or floating point in [0, 1], [B, 3, H, W], on any device; they are
+            not changed.
+        parameters: Parameters of the B images, of which only those of colours are used.
+        placement: Where each image is read.
+        size: Height and width of the result in pixels.
+        interpolation: "bilinear" or "nearest".
+
+    Returns:
+        float32 [B, 3, *size] in [0, 1], on the images' device.
+    """
+    if not images.is_floating_point():
+        images = images.float().div_(255)
+    if not parameters.changes_colours:
+        return resample(images, placement, size, interpolation)
+    by_hue, sorting, unsorting = _order_by_hue(parameters, images)
+    moved = resample(images.index_select(0, sorting), placement[by_hue], size, interpolation)
+    count = moved[0, 0].numel()
+    pixels = torch.zeros(3, len(images), count + 2, device=images.device)
+    pixels[:, :, :count] = moved.flatten(2).transpose(0, 1)
+    weights = torch.full((len(images), count), 1 / count, device=images.device)
+    _jitter(pixels, weights, parameters[by_hue])
+    jittered = pixels[:, :, :count].transpose(0, 1)
+    return jittered.index_select(0, unsorting).view(moved.shape)
+
+
+def _order_by_hue(parameters: Parameters, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how images are sorted for `_jitter`, by the place of hue in their order.
+
+    Returns:
+        Rows on the CPU, the same on the device of the images, and there also the rows that bring
+        them back; int64 [B].
+    """
+    by_hue = parameters.order.argsort(1)[:, HUE].argsort(descending=True)
+    sorting, unsorting = upload(torch.stack((by_hue, by_hue.argsort())), images).unbind()
+    return by_hue, sorting, unsorting
 
 
 @torch.no_grad()
@@ -192,28 +339,22 @@ def augment(
     size = height * width
     # Sorted by the place of hue in their order, images that share a step lie side by side, which
     # `_jitter` needs.
-    by_hue = parameters.order.argsort(1)[:, HUE].argsort(descending=True)
+    by_hue, sorting, unsorting = _order_by_hue(parameters, images)
     parameters = parameters[by_hue]
-    sorting, unsorting = _upload(torch.stack((by_hue, by_hue.argsort())), images).unbind()
 
     # Colour by colour, so that what is done to one of them runs through memory in one piece.
     pixels = torch.zeros(3, batch, size + 2, device=images.device)
     sorted_images = images.index_select(0, sorting).flatten(2).transpose(0, 1)
     largest_value = 1 if images.is_floating_point() else 255
     torch.div(sorted_images, largest_value, out=pixels[:, :, :size])
-    weights = _crop_weights(images, parameters, padding_mode)
-    _jitter(pixels, weights, parameters)
-    pixels[:, :, -1] = 0
+    if parameters.changes_colours:
+        _jitter(pixels, _crop_weights(images, parameters, padding_mode), parameters)
+        pixels[:, :, -1] = 0
 
     moved = torch.empty(batch, 3, size, device=images.device)
     sources = _sources(images, parameters, padding_mode).view(batch, 1, size)
     torch.gather(pixels.transpose(0, 1), 2, sources.expand(-1, 3, -1), out=moved)
     return moved.index_select(0, unsorting).view(batch, 3, height, width)
-
-
-def _upload(tensor: Tensor, images: Tensor) -> Tensor:
-    """Copy a tensor to the images' device, without waiting for the work queued there."""
-    return tensor.to(images.device, non_blocking=True)
 
 
 def _sources(images: Tensor, parameters: Parameters, padding_mode: PaddingMode) -> Tensor:
@@ -232,7 +373,7 @@ def _sources(images: Tensor, parameters: Parameters, padding_mode: PaddingMode) 
     # after them is to round after the rotation.
     by_x = torch.stack((angle.sin(), mirror * angle.cos()))
     by_y = torch.stack((angle.cos(), -mirror * angle.sin()))
-    maps = _upload(torch.stack((by_x, by_y, shift + edge, shift, edge)), images)[..., None, None]
+    maps = upload(torch.stack((by_x, by_y, shift + edge, shift, edge)), images)[..., None, None]
     by_x, by_y, start, shift, edge = maps.unbind()  # each [2, B, 1, 1], for rows and for columns
     x = torch.arange(width, device=images.device) - (width - 1) / 2
     y = (torch.arange(height, device=images.device) - (height - 1) / 2)[:, None]
@@ -260,7 +401,7 @@ def _crop_weights(images: Tensor, parameters: Parameters, padding_mode: PaddingM
     The padding counts but adds 0: it is black until contrast, which comes once.
     """
     height, width = images.shape[-2:]
-    shifts = _upload(parameters.shift.t().contiguous(), images)[..., None]
+    shifts = upload(parameters.shift.t().contiguous(), images)[..., None]
     weights = []
     for shift, size in zip(shifts, (height, width), strict=True):
         edge = (size - 1) / 2
@@ -297,7 +438,7 @@ def _jitter(pixels: Tensor, weights: Tensor, parameters: Parameters) -> None:
     a = parameters.factors.gather(1, operations)
     b = (1 - a) * (operations == SATURATION)
     c = (1 - a) * (operations == CONTRAST)
-    coefficients = _upload(torch.stack((a, b, c)), pixels).unbind(2)
+    coefficients = upload(torch.stack((a, b, c)), pixels).unbind(2)
     counts_before_hue = [int((places > step).sum()) for step in range(3)]
     for count, values in zip(counts_before_hue, coefficients, strict=True):
         _mix(pixels[:, :count], weights[:count], values[:, :count, None])
@@ -338,7 +479,7 @@ def _turn_hue(pixels: Tensor, turns: Tensor) -> None:
     corners = torch.tensor([0.0, 2.0, 4.0])
     # In [-3, 3], as is the hue, so that their sum is at most once around and `abs` is enough to
     # find the distance.
-    offsets = _upload((6 * turns - corners[:, None] + 3).remainder(6) - 3, pixels)
+    offsets = upload((6 * turns - corners[:, None] + 3).remainder(6) - 3, pixels)
     red, green, blue = pixels
     largest = pixels.amax(0)
     smallest = pixels.amin(0)

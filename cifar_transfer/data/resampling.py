@@ -1,0 +1,240 @@
+"""Crops of any size, rotations and shifts of a batch as one sampling of each image.
+
+The result is that of torchvision's operations (torchvision.transforms.v2), which work on one image
+at a time, in this order::
+
+    RandomResizedCrop((H, W), scale, ratio) -> RandomHorizontalFlip(flip)
+    -> RandomAffine(degrees, translate)
+
+Each of these samples the image anew, which blurs it each time. Here the places that they read are
+computed first, and the image is sampled once.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cifar_transfer.data.geometry import Size
+
+Interpolation = Literal["nearest", "bilinear"]
+ATTEMPTS = 10  # rectangles drawn for an image, of which the first one that fits is taken
+ERASED_SCALE = (0.02, 0.33)  # share of the image's area, as in torchvision's `RandomErasing`
+ERASED_RATIO = (0.3, 3.3)  # of height to width
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where each of B output images reads its source image; every tensor is on the CPU.
+
+    Attributes:
+        crop: Top, left, height and width in pixels of the rectangle that becomes the image, float32
+            [B, 4].
+        flip: Whether the cropped image is mirrored left to right, bool [B].
+        angle: Degrees by which the image then turns counter-clockwise about its centre, float32
+            [B].
+        translate: Shares of height and width by which it then moves down and right, float32 [B, 2].
+    """
+
+    crop: Tensor
+    flip: Tensor
+    angle: Tensor
+    translate: Tensor
+
+    def __getitem__(self, rows: Tensor) -> "Placement":
+        selected = {field.name: getattr(self, field.name)[rows] for field in fields(self)}
+        return Placement(**selected)
+
+
+def draw_crops(count: int, size: Size, scale: Sequence[float], ratio: Sequence[float]) -> Tensor:
+    """Draw rectangles within an image as torchvision's `RandomResizedCrop` does.
+
+    Args:
+        count: Number of rectangles.
+        size: Height and width of the image in pixels.
+        scale: Bounds of the rectangle's share of the image's area, which is uniform.
+        ratio: Bounds of the ratio of width to height, whose logarithm is uniform.
+
+    Returns:
+        Top, left, height and width in whole pixels, float32 [count, 4]. Where no attempt fits into
+        the image, the largest rectangle in its middle whose ratio is allowed.
+    """
+    height, width = size
+    sides, fits = _draw_sides(count, size, scale, ratio)
+    fits &= (sides[0] <= height) & (sides[1] <= width)
+    drawn, any_fits = _first(sides, fits)
+    middle_height = float(height)
+    middle_width = float(width)
+    if width / height < ratio[0]:
+        middle_height = float(round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        middle_width = float(round(height * ratio[1]))
+    middle = torch.tensor([middle_height, middle_width])
+    room = torch.tensor([float(height), float(width)]) - drawn
+    start = (torch.rand(count, 2) * (room + 1)).floor().minimum(room)
+    middle_start = ((torch.tensor([height, width]) - middle) / 2).floor()
+    drawn_crop = torch.cat((start, drawn), 1)
+    middle_crop = torch.cat((middle_start, middle)).expand(count, 4)
+    return torch.where(any_fits[:, None], drawn_crop, middle_crop)
+
+
+def draw_erased(count: int, size: Size, probability: float) -> Tensor:
+    """Draw the rectangles that torchvision's `RandomErasing` would erase.
+
+    Args:
+        count: Number of images.
+        size: Their height and width in pixels.
+        probability: Share of images of which something is erased.
+
+    Returns:
+        Top, left, height and width in whole pixels, float32 [count, 4]; height and width are 0
+        where nothing is erased.
+    """
+    height, width = size
+    inverse_ratio = (1 / ERASED_RATIO[1], 1 / ERASED_RATIO[0])  # of width to height
+    sides, fits = _draw_sides(count, size, ERASED_SCALE, inverse_ratio)
+    fits &= (sides[0] < height) & (sides[1] < width)
+    drawn, any_fits = _first(sides, fits)
+    room = torch.tensor([float(height), float(width)]) - drawn
+    start = (torch.rand(count, 2) * (room + 1)).floor().minimum(room)
+    erases = any_fits & (torch.rand(count) < probability)
+    return torch.cat((start, drawn), 1) * erases[:, None]
+
+
+def _draw_sides(
+    count: int, size: Size, scale: Sequence[float], ratio: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Draw heights and widths of rectangles.
+
+    Returns:
+        Whole numbers, float32 [2, count, ATTEMPTS], and which rectangles are not empty, bool
+        [count, ATTEMPTS].
+    """
+    height, width = size
+    areas = height * width * torch.empty(count, ATTEMPTS).uniform_(*scale)
+    lowest, highest = (math.log(bound) for bound in ratio)
+    ratios = torch.empty(count, ATTEMPTS).uniform_(lowest, highest).exp()
+    sides = torch.stack(((areas / ratios).sqrt().round(), (areas * ratios).sqrt().round()))
+    return sides, (sides > 0).all(0)
+
+
+def _first(sides: Tensor, fits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first rectangle of each image that fits, float32 [B, 2], and whether one does."""
+    attempt = fits.int().argmax(1)
+    chosen = sides[:, torch.arange(len(attempt)), attempt].T
+    any_fits = fits.any(1)
+    return chosen * any_fits[:, None], any_fits
+
+
+def resample(
+    images: Tensor, placement: Placement, size: Size, interpolation: Interpolation
+) -> Tensor:
+    """Crop, flip, turn and shift each image in one sampling.
+
+    Args:
+        images: Floating point [B, 3, H, W], on any device.
+        placement: Where each image is read; crops lie within the images.
+        size: Height and width of the result in pixels, not smaller than the crops: nothing is
+            antialiased.
+        interpolation: "bilinear" or "nearest".
+
+    Returns:
+        [B, 3, *size] on the images' device; black where the turned and shifted image does not
+        reach.
+    """
+    height, width = size
+    places = upload(_places_before_affine(placement, size), images)
+    crops = upload(_crop_maps(placement, images), images)[:, :, None, None]
+    # Places in the cropped image, from -1 to 1 for its left and right or upper and lower edge.
+    inside = F.affine_grid(places, [len(images), 1, height, width], align_corners=False)
+    scale, offset, limit = crops.unbind(1)
+    # What lies between the middle of the crop's outermost pixels and its edge is as these pixels.
+    grid = inside.maximum(-limit).minimum(limit).mul_(scale).add_(offset)
+    result = F.grid_sample(
+        images, grid, mode=interpolation, padding_mode="border", align_corners=False
+    )
+    if placement.angle.any() or placement.translate.any():
+        result.mul_(_coverage(inside, size, interpolation)[:, None])
+    return result
+
+
+def upload(tensor: Tensor, images: Tensor) -> Tensor:
+    """Copy a tensor to the images' device, without waiting for the work queued there."""
+    return tensor.to(images.device, non_blocking=True)
+
+
+def _places_before_affine(placement: Placement, size: Size) -> Tensor:
+    """Return the maps from a place in the result to one in the cropped image, float32 [B, 2, 3].
+
+    Both are x and y from -1 to 1. It is the inverse of a turn and then a shift, as in torchvision's
+    `affine`.
+    """
+    height, width = size
+    angle = placement.angle.deg2rad()
+    cos = angle.cos()
+    sin = angle.sin()
+    # torchvision moves by whole pixels.
+    down = (placement.translate[:, 0] * height).round() * 2 / height
+    right = (placement.translate[:, 1] * width).round() * 2 / width
+    x_by_y = -sin * height / width
+    y_by_x = sin * width / height
+    x_row = torch.stack((cos, x_by_y, -cos * right - x_by_y * down), 1)
+    y_row = torch.stack((y_by_x, cos, -y_by_x * right - cos * down), 1)
+    return torch.stack((x_row, y_row), 1)
+
+
+def _crop_maps(placement: Placement, images: Tensor) -> Tensor:
+    """Return what brings a place in the cropped image to one in its source, float32 [B, 3, 2].
+
+    These are factors and then offsets of x and y, all from -1 to 1, and last the largest x and y
+    that a place may have before.
+    """
+    height, width = images.shape[-2:]
+    top, left, crop_height, crop_width = placement.crop.unbind(1)
+    mirror = 1 - 2 * placement.flip.float()
+    scale = torch.stack((mirror * crop_width / width, crop_height / height), 1)
+    centre = torch.stack(
+        ((2 * left + crop_width) / width - 1, (2 * top + crop_height) / height - 1), 1
+    )
+    limit = torch.stack((1 - 1 / crop_width, 1 - 1 / crop_height), 1)
+    return torch.stack((scale, centre, limit), 1)
+
+
+def _coverage(inside: Tensor, size: Size, interpolation: Interpolation) -> Tensor:
+    """Return how much of each output pixel the cropped image covers, in [0, 1], [B, H, W].
+
+    Args:
+        inside: Places in the cropped image, [B, H, W, 2], from -1 to 1.
+        size: Height and width of the output in pixels.
+        interpolation: With "bilinear", black and image mix over a pixel at the edge.
+    """
+    height, width = size
+    half = torch.tensor([width / 2, height / 2], device=inside.device)
+    # Pixels to the nearest edge, plus one half: 0.5 on the edge itself.
+    covered = (1 - inside.abs()).mul_(half).add_(0.5)
+    if interpolation == "nearest":
+        covered = (covered >= 0.5).to(inside.dtype)
+    covered = covered.clamp_(0, 1)
+    return covered[..., 0] * covered[..., 1]
+
+
+def erase(images: Tensor, boxes: Tensor) -> None:
+    """Make rectangles of images black, in place.
+
+    Args:
+        images: Floating point [B, 3, H, W], on any device.
+        boxes: Top, left, height and width of a rectangle of each, float32 [B, 4], on the CPU.
+    """
+    height, width = images.shape[-2:]
+    device = images.device
+    top, left, box_height, box_width = upload(boxes.T.contiguous(), images)[..., None].unbind(0)
+    rows = torch.arange(height, device=device)
+    columns = torch.arange(width, device=device)
+    in_rows = (rows >= top) & (rows < top + box_height)
+    in_columns = (columns >= left) & (columns < left + box_width)
+    erased = in_rows[:, None, :, None] & in_columns[:, None, None, :]
+    images.masked_fill_(erased, 0)
