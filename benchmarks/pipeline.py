@@ -26,10 +26,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision import models
+from torchvision import models, transforms
 from torchvision.transforms.functional import to_pil_image
 
-from benchmarks.augment import torchvision_pipeline
 from benchmarks.turns import QUARTILES, seconds, table
 from cifar_transfer import BackboneFreeze
 from cifar_transfer.base.errors import one_sentence
@@ -47,7 +46,15 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, count: int) -> None:
         self.images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
-        self.transform = torchvision_pipeline()
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(0.5),
+                transforms.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1),
+                transforms.RandomRotation(15),
+                transforms.ToTensor(),
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.images)

@@ -90,11 +90,15 @@ def test_the_training_loop_is_timed_in_both_phases(monkeypatch, capsys):
 
 def test_the_augmentation_is_timed(monkeypatch, capsys):
     monkeypatch.setattr(augment, "MAX_ROUNDS", 2)
-    monkeypatch.setattr(augment, "BATCH_SIZE", 4)
+    monkeypatch.setattr(augment, "BATCH_SIZES", {32: 4, 96: 2})
     augment.main()
     printed = capsys.readouterr().out
-    assert "batches of 4 images, 32 x 32; 2 rounds" in printed
-    assert len(re.findall(r"^(?:torchvision|Augment), .* \d+\.\d$", printed, re.M)) == 3
+    assert re.findall(r"batches of \d images, \d+ x \d+", printed) == [
+        "batches of 4 images, 32 x 32",
+        "batches of 2 images, 96 x 96",
+    ]
+    rows = re.findall(r"^\| (?:torchvision, .*|`Augment`, .*?) +\| +\d+ \|", printed, re.M)
+    assert len(rows) == 8
 
 
 @pytest.mark.slow

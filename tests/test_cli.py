@@ -1,6 +1,7 @@
 """The commands as users run them: a whole job, evaluation, and a sentence for every mistake."""
 
 import re
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cifar_transfer.commands import demo
 from cifar_transfer.commands.evaluate import evaluate
 from cifar_transfer.commands.figures import figures
 from cifar_transfer.commands.fit import fit
+from cifar_transfer.data.augment import PRESETS
 from cifar_transfer.training.checkpoint_file import newest_checkpoint
 from cifar_transfer.training.report import Report
 
@@ -243,6 +245,8 @@ MISTAKES = [
     (["--trainer.limit_val_batches=0"], "need validation images"),
     (["--trainer.barebones=true"], "barebones=true leaves out the log"),
     (["--data.augment.hue=2"], "hue"),
+    (["--data.augment=foto"], "the presets of augmentation are cifar, photos, none"),
+    (["--data.augment.crop_scale=[0,1]"], "two shares of the image's area, such as [0.35, 1]"),
 ]
 
 
@@ -255,6 +259,18 @@ def test_mistakes_get_a_sentence(tmp_path, monkeypatch, capsys, options, message
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+def test_a_preset_of_augmentation_and_an_option_that_overrides_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["fit"])
+    images = ["--data.train_images=40", "--data.test_images=20", "--trainer.max_epochs=1"]
+    fit([*TINY, *images, "--data.augment=photos", "--data.augment.erase=0.2"])
+    written = yaml.safe_load(Path(RUN, "config.yaml").read_text())["data"]["init_args"]["augment"]
+    assert written == asdict(replace(PRESETS["photos"], erase=0.2))
+    fit([f"--resume={RUN}", "--trainer.max_epochs=2"])
+    with pytest.raises(UserError, match=r"data\.augment\.flip=0\.0 differs from 0\.5"):
+        fit([f"--resume={RUN}", "--trainer.max_epochs=3", "--data.augment=none"])
 
 
 def test_a_network_too_deep_for_the_images_is_refused_before_training(tmp_path, monkeypatch):

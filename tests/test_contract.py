@@ -52,6 +52,12 @@ OUR_WORDS = {  # in place of Lightning's and jsonargparse's
     "--trainer.max_epochs": "Epochs; -1 for no end.",
     "--trainer.default_root_dir": "Where lightning_logs/ is; null for the current folder.",
 }
+# jsonargparse lists only the options of a preset.
+PRESET = {
+    "--data.augment=cifar": "A preset of augmentation: cifar, photos (random crops of any size, "
+    "flips, mild colours; for images of more than 64 pixels) or none. Options behind it override "
+    "its own."
+}
 
 
 class Entry(NamedTuple):
@@ -107,6 +113,7 @@ def list_options(command):
             silent.update(name for name in entry.names if name != entry.name)
     if command == "fit":
         gather_shared(groups)
+        groups[ANY_DATA] = PRESET | groups[ANY_DATA]
     return {heading: options for heading, options in groups.items() if options}, sorted(silent)
 
 

@@ -3,11 +3,13 @@
 `PlainCLI` has the options, the model and the data; `FitCLI` adds the run that they describe.
 """
 
+import json
 import math
 import os
 import re
 import sys
 from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +31,7 @@ from cifar_transfer.cli import parser_messages, recipes, spelling, start
 from cifar_transfer.cli.parser_messages import plain_message
 from cifar_transfer.cli.parsers import HELP_HINT
 from cifar_transfer.data import splits
+from cifar_transfer.data.augment import PRESETS
 from cifar_transfer.data.module import EarlierRun, ImageDataModule
 from cifar_transfer.network.description import NetworkDescription
 from cifar_transfer.network.image_classifier import built_from
@@ -60,6 +63,7 @@ from cifar_transfer.training.run_checkpoints import AtomicCheckpointIO, RunCheck
 FOLDER_OPTION = "--trainer.default_root_dir"
 # A run that begins with the options of another one has its own.
 OPTIONS_OF_ONE_RUN = ("resume", "ckpt_path", "run")
+PRESET_OPTION = "--data.augment="
 
 
 class Parser(LightningArgumentParser):
@@ -354,7 +358,27 @@ def _parse(parser: LightningArgumentParser, args: Sequence[str]) -> Any:
     for file in _values_of(("-c", "--config"), args):
         if os.path.isfile(file):
             read_yaml(Path(file))
-    return parser.parse_args(list(args))
+    return parser.parse_args(_with_presets(args))
+
+
+def _with_presets(args: Sequence[str]) -> list[str]:
+    """Return options in which `--data.augment=photos` has become the options of that preset."""
+    options = []
+    for arg in args:
+        name = arg.removeprefix(PRESET_OPTION)
+        if arg.startswith(PRESET_OPTION) and name in PRESETS:
+            arg = f"{PRESET_OPTION}{json.dumps(asdict(PRESETS[name]))}"
+        elif arg.startswith(PRESET_OPTION) and not _is_file_or_yaml(name):
+            raise UserError(
+                f"{arg}: the presets of augmentation are {', '.join(PRESETS)}; options of its own "
+                f"are --data.augment.flip=0.5 and others."
+            )
+        options.append(arg)
+    return options
+
+
+def _is_file_or_yaml(value: str) -> bool:
+    return "{" in value or ":" in value or Path(value).is_file()
 
 
 def _root(options: Any) -> Path:

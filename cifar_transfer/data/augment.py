@@ -107,7 +107,7 @@ class Augment:
     The parameters are drawn from torch's global CPU generator. A value of 0 switches an operation
     off exactly; with all at 0 the result is `images / 255`. The first ten options and their
     defaults are for small images. Photographs are better cropped with `crop_scale` and sampled with
-    `interpolation="bilinear"`, which is slower.
+    `interpolation="bilinear"`, which is slower; see `PRESETS`.
 
     Args:
         padding: Pixels added on every side before a crop to the original size; the crop's place is
@@ -141,7 +141,7 @@ class Augment:
     degrees: float = 15.0
     padding_mode: PaddingMode = "constant"
     crop_scale: list[float] | None = None
-    crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333])
     translate: float = 0.0
     erase: float = 0.0
     interpolation: Interpolation = "nearest"
@@ -252,6 +252,28 @@ def _are_bounds(bounds: list[float], highest: float) -> bool:
     return len(bounds) == 2 and 0 < bounds[0] <= bounds[1] <= highest
 
 
+PRESETS = {
+    "cifar": Augment(),
+    # The crop is fastai's; timm's and torchvision's for ImageNet, from 0.08, is for longer runs.
+    "photos": Augment(
+        padding=0,
+        hue=0.0,
+        degrees=0.0,
+        crop_scale=[0.35, 1.0],
+        interpolation="bilinear",
+    ),
+    "none": Augment(
+        padding=0,
+        flip=0.0,
+        brightness=0.0,
+        contrast=0.0,
+        saturation=0.0,
+        hue=0.0,
+        degrees=0.0,
+    ),
+}
+
+
 def _padded(images: Tensor, padding: int, padding_mode: PaddingMode) -> Tensor:
     """Return images with `padding` more pixels on every side."""
     if padding == 0:
@@ -288,13 +310,11 @@ def augment_sampled(
         return resample(images, placement, size, interpolation)
     by_hue, sorting, unsorting = _order_by_hue(parameters, images)
     moved = resample(images.index_select(0, sorting), placement[by_hue], size, interpolation)
-    count = moved[0, 0].numel()
-    pixels = torch.zeros(3, len(images), count + 2, device=images.device)
-    pixels[:, :, :count] = moved.flatten(2).transpose(0, 1)
-    weights = torch.full((len(images), count), 1 / count, device=images.device)
+    pixels = moved.flatten(2).transpose(0, 1)
+    count = pixels.shape[2]
+    weights = torch.full((1, count), 1 / count, device=images.device).expand(len(images), count)
     _jitter(pixels, weights, parameters[by_hue])
-    jittered = pixels[:, :, :count].transpose(0, 1)
-    return jittered.index_select(0, unsorting).view(moved.shape)
+    return moved.index_select(0, unsorting)
 
 
 def _order_by_hue(parameters: Parameters, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -428,8 +448,8 @@ def _jitter(pixels: Tensor, weights: Tensor, parameters: Parameters) -> None:
     rest.
 
     Args:
-        pixels: float32 [3, B, N + 2] in [0, 1], the last two of each image black.
-        weights: Weights of the pixels, float32 [B, N], as `_crop_weights` returns them.
+        pixels: float32 [3, B, M] in [0, 1].
+        weights: Weights of the first N pixels in the mean of an image, float32 [B, N], N <= M.
         parameters: Parameters of the B images.
     """
     order = parameters.order
@@ -453,14 +473,14 @@ def _mix(pixels: Tensor, weights: Tensor, coefficients: Tensor) -> None:
     """Turn pixels into clamp(a * pixels + b * grey + c * mean grey) in place.
 
     Args:
-        pixels: float32 [3, B, N + 2].
-        weights: float32 [B, N].
+        pixels: float32 [3, B, M].
+        weights: Weights of the first N pixels in the mean, float32 [B, N].
         coefficients: a, b and c, float32 [3, B, 1].
     """
     a, b, c = coefficients
     red, green, blue = pixels
     grey = (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
-    mean = (grey[:, :-2] * weights).sum(1, keepdim=True)
+    mean = (grey[:, : weights.shape[1]] * weights).sum(1, keepdim=True)
     pixels.mul_(a).add_(grey.mul_(b).add_(c * mean)).clamp_(0, 1)
 
 

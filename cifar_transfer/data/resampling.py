@@ -155,7 +155,7 @@ def resample(
     # What lies between the middle of the crop's outermost pixels and its edge is as these pixels.
     grid = inside.maximum(-limit).minimum(limit).mul_(scale).add_(offset)
     result = F.grid_sample(
-        images, grid, mode=interpolation, padding_mode="border", align_corners=False
+        images.contiguous(), grid, mode=interpolation, padding_mode="border", align_corners=False
     )
     if placement.angle.any() or placement.translate.any():
         result.mul_(_coverage(inside, size, interpolation)[:, None])
