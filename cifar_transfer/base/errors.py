@@ -35,7 +35,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         # A DataLoader raises a worker's error again, with the worker's traceback as its message.
-        message = super().__str__().rsplit("UserError: ", 1)[-1]
+        message = super().__str__().rsplit(f"{type(self).__name__}: ", 1)[-1]
         return printable(message.strip())
 
 

@@ -22,6 +22,15 @@ RESULT = "result.json"  # in the folder of a finished run
 ABANDONED_SECONDS = 3600  # without a byte, after which a temporary file has lost its writer
 
 
+def user_path(path: str | Path) -> Path:
+    """Return a path whose `~` at the beginning, if any, has become the user's home.
+
+    Shells expand it in `NAME ~/x`, but not in `--option=~/x`, nor in files of options. What names
+    no home here stays as it is.
+    """
+    return Path(os.path.expanduser(path))
+
+
 def make_folder(folder: Path, option: str) -> None:
     """Make a folder unless it exists.
 

@@ -56,6 +56,14 @@ def printable(text: str) -> str:
     return "".join(characters)
 
 
+def composed(text: str) -> str:
+    """Return a text in Unicode's form NFC, in which "é" is one character.
+
+    macOS writes it as two in names of files, e and an accent.
+    """
+    return unicodedata.normalize("NFC", text)
+
+
 def program(command: str) -> str:
     """Return a command as the user types it, in the form of the one that is running."""
     if Path(sys.argv[0]).stem == "cifar-transfer":

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import auto_cli
-from lightning import Trainer
+from lightning import LightningDataModule, Trainer
 from lightning.pytorch import Callback
 from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer.base import console
-from cifar_transfer.base.files import CONFIG
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.files import CONFIG, user_path
 from cifar_transfer.cli.parsers import Parser
 from cifar_transfer.data import splits
 from cifar_transfer.data.module import EarlierRun, ImageDataModule
@@ -66,6 +67,7 @@ def evaluate(
         `test/acc_without`. All but the loss are shares of 1.
     """
     console.hush()
+    ckpt = str(user_path(ckpt))
     checkpoint = read_checkpoint(ckpt)
     data = _load_data(ckpt, checkpoint, split, root, leave_out)
     collect = CollectPredictions()
@@ -98,12 +100,25 @@ def _load_data(
     overrides: dict[str, Any] = {}
     if root:
         overrides["root"] = root
+    else:
+        _require_data(checkpoint)
     if leave_out:
         overrides["leave_out"] = None
     data = load_data(checkpoint, **overrides)
     record = splits.read(ckpt, checkpoint.get(RECORDED_RUN_KEY), is_needed=split == "val")
     data.continue_from(EarlierRun(record=record))
     return data
+
+
+def _require_data(checkpoint: dict[str, Any]) -> None:
+    """Raise a `UserError` if the folder of the run's data is not there: it would be made anew."""
+    options = checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    root = options.get("root")
+    if isinstance(root, str) and not Path(root).is_dir():
+        place = "" if Path(root).is_absolute() else f", seen from {Path.cwd()}"
+        raise UserError(
+            f"The data of the run are not in {root}{place}: name their folder with --root=FOLDER."
+        )
 
 
 def _trainer(accelerator: str, devices: int, precision: str) -> Trainer:

@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm
 
 from cifar_transfer.base.files import atomic_write
-from cifar_transfer.data.images import ArrayImages, Images, cores
+from cifar_transfer.data.images import ArrayImages, Images, UnreadableImages, cores
 
 CACHE_FOLDER = ".cifar_transfer"
 DECODED_IMAGES = 64  # images that a thread decodes at once
@@ -49,7 +49,7 @@ def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Im
         source: Called for the images, all of one size, if they are not cached yet.
 
     Raises:
-        UserError: An image is broken; the message names it. Nothing is left behind.
+        UnreadableImages: Images are broken; the message names them. Nothing is left behind.
     """
     cache_folder = _writable_folder(folder)
     if cache_folder is None:
@@ -170,18 +170,38 @@ def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
 
 
 def _decoded_batches(images: Images) -> Iterator[np.ndarray]:
-    """Yield all images in order, uint8 [B, 3, H, W], decoded ahead by threads.
+    """Yield all images in order, uint8 [B, 3, H, W].
 
-    Processes would need shared memory, of which a container may not grant enough: a DataLoader then
-    waits for ever.
+    Raises:
+        UnreadableImages: Images are broken. All that can be read were decoded before, so that the
+            message names all others.
+    """
+    reasons: list[str] = []
+    for batch in _decoded_ahead(images):
+        if isinstance(batch, UnreadableImages):
+            reasons += batch.reasons
+        else:
+            yield batch
+    if reasons:
+        raise UnreadableImages(*reasons)
+
+
+def _decoded_ahead(images: Images) -> Iterator[np.ndarray | UnreadableImages]:
+    """Yield all images in order, uint8 [B, 3, H, W], or why some cannot be read.
+
+    Threads decode ahead. Processes would need shared memory, of which a container may not grant
+    enough: a DataLoader then waits for ever.
     """
 
-    def decode(start: int) -> np.ndarray:
+    def decode(start: int) -> np.ndarray | UnreadableImages:
         rows = np.arange(start, min(start + DECODED_IMAGES, len(images)))
-        return np.ascontiguousarray(images.pixels(rows))
+        try:
+            return np.ascontiguousarray(images.pixels(rows))
+        except UnreadableImages as error:
+            return error
 
     max_waiting = 2 * cores()
-    waiting: deque[Future[np.ndarray]] = deque()
+    waiting: deque[Future[np.ndarray | UnreadableImages]] = deque()
     with ThreadPoolExecutor(cores()) as pool:
         for start in range(0, len(images), DECODED_IMAGES):
             if len(waiting) == max_waiting:

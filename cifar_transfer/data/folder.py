@@ -9,8 +9,9 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cifar_transfer.base.errors import UserError, check
+from cifar_transfer.base.files import user_path
 from cifar_transfer.base.primitives import as_primitive
-from cifar_transfer.base.text import printable
+from cifar_transfer.base.text import composed, printable, program
 from cifar_transfer.data import splits
 from cifar_transfer.data.cache import cached
 from cifar_transfer.data.exact_duplicates import Pair, find_duplicates
@@ -20,11 +21,12 @@ from cifar_transfer.data.images import (
     MAX_MEGAPIXELS,
     FileImages,
     Images,
+    UnreadableImages,
     images_below,
     read_size,
 )
 from cifar_transfer.data.module import ImageDataModule
-from cifar_transfer.data.splits import Split
+from cifar_transfer.data.splits import SPLITS, Split
 
 MAX_SAMPLED_IMAGES = 1000  # training images, evenly spread, whose sizes decide the common size
 MAX_EXAMPLES = 2  # duplicates that a warning names
@@ -36,11 +38,12 @@ class ImageFolderDataModule(ImageDataModule):
     """Your own images: `root/train/<class>/*`, and `root/val/` and `root/test/` alike.
 
     Without `val/`, `val_fraction` of the training images are held out. Without `test/`, a run ends
-    with its validation figure. Images are decoded once into a cache beside the data, unless that
+    with its validation figure; so it does if the images in `test/` are in no folders of classes.
+    Images are decoded once into a cache beside the data, unless that
     would exceed `cache_limit_gb`.
 
     Args:
-        root: Folder with `train/`.
+        root: Folder with `train/`; for an evaluation `test/` or `val/` alone will do.
         decode_size: Side in pixels of the squares that images become when decoded (shorter side
             resized, centre cut out). None takes `image_size` of the network, or the images' own
             size if most of the training share a smaller one; without an `image_size` they keep one
@@ -77,12 +80,16 @@ class ImageFolderDataModule(ImageDataModule):
             )
         check("cache_limit_gb", self.cache_limit_gb, lambda size: size >= 0, "0 or more")
         check("max_megapixels", self.max_megapixels, lambda size: size > 0, "a positive number")
-        self.root = Path(root)
-        self._class_folders = train_class_folders(self.root)
+        self.root = user_path(root)
+        self._train_classes: list[str] | None = None
+        if not _is_for_evaluation(self.root):
+            self._train_classes = train_classes(self.root)
         self._files: dict[Split, Files] = {}
         self._sampled_sizes: list[Size] = []
+        self._sampling_errors: list[str] = []
+        self._unlabelled: set[Split] = set()  # those that were told of
         self.store_options(
-            root=root,
+            root=str(self.root),
             decode_size=self.decode_size,
             cache_limit_gb=self.cache_limit_gb,
             max_megapixels=self.max_megapixels,
@@ -90,14 +97,25 @@ class ImageFolderDataModule(ImageDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the folders in `train/`, sorted; bytes that are not UTF-8 are escaped."""
-        return [printable(name) for name in self._class_folders]
+        """Names of the folders in `train/`, sorted; bytes that are not UTF-8 are escaped.
+
+        Without that folder they are the classes of the run that is evaluated.
+
+        Raises:
+            UserError: They are not known.
+        """
+        if self._train_classes is not None:
+            return self._train_classes
+        if self._earlier.class_names is not None:
+            return list(self._earlier.class_names)
+        return train_classes(self.root)  # which says what is missing
 
     def choose_size(self, largest_side: int | None) -> Size:
         """Return `decode_size`, or the size that suits the training images and the network.
 
         Raises:
-            UserError: A file is not an image; the message names it.
+            UnreadableImages: None of the files that were looked at is an image. If only some are
+                not, whoever decodes them says so.
         """
         if self.decode_size is not None:
             return self.decode_size, self.decode_size
@@ -105,8 +123,18 @@ class ImageFolderDataModule(ImageDataModule):
             paths, _ = self._list_files("train")
             count = min(MAX_SAMPLED_IMAGES, len(paths))
             rows = np.linspace(0, len(paths) - 1, count).astype(int)
-            self._sampled_sizes = [read_size(paths[row], self.max_megapixels) for row in rows]
+            self._sample_sizes([paths[row] for row in rows])
         return choose_size(self._sampled_sizes, largest_side)
+
+    def _sample_sizes(self, paths: Sequence[str]) -> None:
+        self._sampling_errors = []
+        for path in paths:
+            try:
+                self._sampled_sizes.append(read_size(path, self.max_megapixels))
+            except UserError as error:
+                self._sampling_errors.append(str(error))
+        if not self._sampled_sizes:
+            raise UnreadableImages(*self._sampling_errors)
 
     def prepare_data(self) -> None:
         """Decode, and warn of images that are in the training and in another split alike."""
@@ -121,12 +149,29 @@ class ImageFolderDataModule(ImageDataModule):
             if split == "val" and (self.root / "valid").is_dir():
                 rank_zero_warn(f"{self.root / 'valid'} is not looked at: call it val.")
             return None
+        if split != "train" and _is_unlabelled(self.root / split):
+            self._tell_unlabelled(split)
+            return None
         size = self.size or self.choose_size(None)
         if split == "train":
             self._tell_resizing(size)
         paths, labels = self._list_files(split)
         images = FileImages(paths, labels, size, self.max_megapixels)
-        return folder_images(images, self.root, split, self.cache_limit_gb)
+        cached_images = folder_images(images, self.root, split, self.cache_limit_gb)
+        if split == "train" and cached_images.on_the_fly and self._sampling_errors:
+            raise UnreadableImages(*self._sampling_errors)
+        return cached_images
+
+    def _tell_unlabelled(self, split: Split) -> None:
+        """Say once that the images of a split are left alone."""
+        if split in self._unlabelled:
+            return
+        self._unlabelled.add(split)
+        folder = self.root / split
+        rank_zero_info(
+            f"The images in {folder} are in no folders of classes, so they have no labels and are "
+            f"left alone. Afterwards, {program('predict')} {folder} tells their classes."
+        )
 
     def _tell_resizing(self, size: Size) -> None:
         other_sizes = [sampled for sampled in self._sampled_sizes if sampled != size]
@@ -140,7 +185,7 @@ class ImageFolderDataModule(ImageDataModule):
     def _list_files(self, split: Split) -> Files:
         """Return the files of a split, which are kept: listing a large folder takes seconds."""
         if split not in self._files:
-            self._files[split] = class_files(self.root / split, self._class_folders)
+            self._files[split] = class_files(self.root / split, self.class_names)
         return self._files[split]
 
     def _warn_of_duplicates(self) -> None:
@@ -170,41 +215,91 @@ class ImageFolderDataModule(ImageDataModule):
         image_list = splits.read_image_list(self.leave_out)
         remaining = []
         for pair in pairs:
-            names = [Path(path).relative_to(self.root).as_posix() for path in pair]
+            names = [_image_name(self.root, path) for path in pair]
             if len(splits.unlisted_rows(names, image_list)) == len(pair):
                 remaining.append(pair)
         return remaining
 
 
-def train_class_folders(root: Path) -> list[str]:
-    """Return the names of the folders in `root/train`, sorted.
+def _is_for_evaluation(root: Path) -> bool:
+    """Return whether a folder has images of a split, but none to train on."""
+    if (root / "train").is_dir():
+        return False
+    return (root / "test").is_dir() or (root / "val").is_dir()
+
+
+def _is_unlabelled(folder: Path) -> bool:
+    """Return whether a folder has images, but no folders for their classes."""
+    if class_folders(folder):
+        return False
+    return has_images(folder)
+
+
+def train_classes(root: Path) -> list[str]:
+    """Return the names of the classes with a folder in `root/train`, sorted.
 
     Raises:
         UserError: There is no such folder, or fewer than two folders in it.
     """
     train = root / "train"
     if not train.is_dir():
-        raise UserError(
-            f"{train} is missing: put the images of each class into {root}/train/<class>/."
-        )
-    folders = class_folders(train)
-    if not folders:
+        raise _train_is_missing(root)
+    names = list(class_folders(train))
+    if not names:
         raise UserError(f"{train} has no folders: it needs one for each class.")
-    if len(folders) == 1:
-        raise UserError(f"{train} has one class only ({folders[0]}): it needs two or more.")
-    return folders
+    if len(names) == 1:
+        raise UserError(f"{train} has one class only ({names[0]}): it needs two or more.")
+    return names
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Return the names of the folders in a folder, sorted, without hidden ones.
+def _train_is_missing(root: Path) -> UserError:
+    train = root / "train"
+    if root.is_file():
+        return UserError(
+            f"{root} is a file: unpack it if it is an archive, and name the folder with `train/`."
+        )
+    if not root.is_dir():
+        return UserError(f"{train} is missing, because there is no folder {root}: name another.")
+    if root.name in SPLITS and class_folders(root):
+        return UserError(
+            f"{train} is missing: name the folder above, {root.absolute().parent}, whose "
+            f"{root.name}/ has the folders of the classes."
+        )
+    return UserError(
+        f"{train} is missing: put the images of each class into {root}/train/<class>/."
+    )
 
-    Jupyter leaves `.ipynb_checkpoints` anywhere.
+
+def class_folders(folder: Path) -> dict[str, str]:
+    """Return the names of the folders in a folder by the class that each is for, sorted.
+
+    A class is called like its folder, in Unicode's form NFC and with escapes for bytes that are not
+    UTF-8. Hidden folders are left out: Jupyter leaves `.ipynb_checkpoints` anywhere.
+
+    Raises:
+        UserError: Two folders are for one class.
     """
-    names = []
+    folders: dict[str, str] = {}
     for entry in os.scandir(folder):
-        if not entry.name.startswith(".") and os.path.isdir(entry.path):
-            names.append(entry.name)
-    return sorted(names)
+        if entry.name.startswith(".") or not os.path.isdir(entry.path):
+            continue
+        name = printable(composed(entry.name))
+        if name in folders:
+            raise UserError(
+                f"{folder} has two folders called {name}, whose names differ only in how Unicode "
+                f"writes them (NFC and NFD): put the images of both into one."
+            )
+        folders[name] = entry.name
+    return dict(sorted(folders.items()))
+
+
+def has_images(folder: Path) -> bool:
+    """Return whether a folder has files that are named as images, itself and not below it."""
+    for entry in os.scandir(folder):
+        is_hidden = entry.name.startswith(".")
+        if not is_hidden and entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+            return True
+    return False
 
 
 def class_files(folder: Path, class_names: Sequence[str]) -> Files:
@@ -212,7 +307,7 @@ def class_files(folder: Path, class_names: Sequence[str]) -> Files:
 
     Args:
         folder: Folder of a split.
-        class_names: Names of the class folders; the label of an image is the place in this list.
+        class_names: Names of the classes; the label of an image is the place in this list.
 
     Returns:
         Paths and labels, int64 [N].
@@ -221,18 +316,19 @@ def class_files(folder: Path, class_names: Sequence[str]) -> Files:
         UserError: A folder is no class's, cannot be read, or has no images. Outside of "train" a
             class may have none, but not all.
     """
-    unknown = set(class_folders(folder)) - set(class_names)
+    folders = class_folders(folder)
+    unknown = folders.keys() - set(class_names)
     if unknown:
         raise UserError(
-            f"{folder} has classes that training has not ({', '.join(sorted(unknown))}): "
-            f"remove or rename them."
+            f"{folder} has folders that are no classes of training ({', '.join(sorted(unknown))}): "
+            f"rename them, or move them elsewhere."
         )
     paths: list[str] = []
     counts: list[int] = []
     for name in class_names:
         class_paths: list[str] = []
-        if (folder / name).is_dir():
-            class_paths = list(images_below(str(folder / name), _refuse))
+        if name in folders:
+            class_paths = list(images_below(str(folder / folders[name]), _refuse))
         paths += class_paths
         counts.append(len(class_paths))
     empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
@@ -258,7 +354,7 @@ def folder_images(images: FileImages, root: Path, split: Split, cache_limit_gb: 
         cache_limit_gb: Images that take more gigabytes (1e9 bytes) are decoded on the fly.
 
     Raises:
-        UserError: A file cannot be read.
+        UnreadableImages: Files cannot be read.
     """
     fingerprint = _fingerprint(images, root)
     height, width = images.size
@@ -270,7 +366,7 @@ def folder_images(images: FileImages, root: Path, split: Split, cache_limit_gb: 
         )
     else:
         result = cached(root, split, fingerprint, lambda: images)
-    result.names = [_relative_to(root / split, path).replace(os.sep, "/") for path in images.paths]
+    result.names = [_image_name(root / split, path) for path in images.paths]
     return result
 
 
@@ -286,6 +382,11 @@ def _fingerprint(images: FileImages, root: Path) -> list[object]:
             ) from None
         files.append([_relative_to(root, path), status.st_size, status.st_mtime_ns])
     return [files, images.size]
+
+
+def _image_name(folder: Path, path: str) -> str:
+    """Return the name of an image in lists and records, the same on all systems."""
+    return composed(_relative_to(folder, path).replace(os.sep, "/"))
 
 
 def _relative_to(folder: Path, path: str) -> str:

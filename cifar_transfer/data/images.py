@@ -25,6 +25,7 @@ Batch = tuple[Tensor, Tensor]  # images and labels
 
 EXTENSIONS = (*folder.IMG_EXTENSIONS, ".jfif", ".gif", ".avif")  # of images in folders
 MAX_MEGAPIXELS = 100.0  # of an image, unless another limit is asked for: 300 MB in memory
+MAX_NAMED_IMAGES = 20  # in a message about images that cannot be read
 TURNED_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 # `read_image` has a limit of its own, and refuses larger images.
@@ -143,6 +144,23 @@ def to_pixels(image: Image.Image, size: Size | None = None) -> np.ndarray:
     if size is not None:
         rgb = cover(rgb, size)
     return np.array(rgb).transpose(2, 0, 1)  # a copy, which torch can write to
+
+
+class UnreadableImages(UserError):
+    """Images that cannot be read, all that are known in one message.
+
+    Args:
+        *reasons: A sentence for each, which names it.
+    """
+
+    def __init__(self, *reasons: str) -> None:
+        self.reasons = reasons
+        message = " ".join(reasons[:MAX_NAMED_IMAGES])
+        if len(reasons) > 1:
+            message = f"{len(reasons):,} images cannot be read. {message}"
+        if len(reasons) > MAX_NAMED_IMAGES:
+            message += f" And {len(reasons) - MAX_NAMED_IMAGES:,} more."
+        super().__init__(message)
 
 
 class Images(Dataset[Batch]):
@@ -294,9 +312,17 @@ class FileImages(Images):
         """Return the images, uint8 [B, 3, H, W], of some rows, int64 [B].
 
         Raises:
-            UserError: A file is broken; the message names it.
+            UnreadableImages: Files are broken; the message names them.
         """
-        images = [read_image(self.paths[row], self.size, self.max_megapixels) for row in rows]
+        images = []
+        reasons = []
+        for row in rows:
+            try:
+                images.append(read_image(self.paths[row], self.size, self.max_megapixels))
+            except UserError as error:
+                reasons.append(str(error))
+        if reasons:
+            raise UnreadableImages(*reasons)
         return np.stack(images)
 
     def marks(self) -> np.ndarray:

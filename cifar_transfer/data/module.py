@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cifar_transfer.base.errors import UserError, check
+from cifar_transfer.base.files import user_path
 from cifar_transfer.base.primitives import StoredOptions, as_primitive
 from cifar_transfer.data.augment import Augment, step_seed
 from cifar_transfer.data.classes import Balance, loss_weights
 from cifar_transfer.data.geometry import Size, pixels, to_float
-from cifar_transfer.data.images import Batch, Images
+from cifar_transfer.data.images import Batch, Images, UnreadableImages
 from cifar_transfer.data.loading import (
     ResumableLoader,
     Shard,
@@ -60,10 +61,12 @@ class EarlierRun:
         size: Height and width in pixels that images were decoded to, or None to choose them anew.
         record: Names of the images of each split, as `splits.read` returns them, or None to choose
             the splits anew.
+        class_names: Names of the classes, for data that cannot tell them without training images.
     """
 
     size: Size | None = None
     record: Names | None = None
+    class_names: Sequence[str] | None = None
 
 
 class ImageDataModule(LightningDataModule):
@@ -133,7 +136,9 @@ class ImageDataModule(LightningDataModule):
             "class_weights", class_weights
         )
         self.sampler: Balance | None = as_primitive("sampler", sampler)
-        self.leave_out: str | None = as_primitive("leave_out", leave_out)
+        self.leave_out: str | None = None
+        if leave_out is not None:
+            self.leave_out = str(user_path(as_primitive("leave_out", leave_out)))
         self.num_workers: int | None = as_primitive("num_workers", num_workers)
         self.seed: int = as_primitive("seed", seed)
         self._check_options()
@@ -247,6 +252,7 @@ class ImageDataModule(LightningDataModule):
         self._earlier = EarlierRun(
             size=earlier.size or before.size,
             record=earlier.record or before.record,
+            class_names=earlier.class_names or before.class_names,
         )
         if self._splits is None:  # `setup` is still to come
             return
@@ -297,16 +303,27 @@ class ImageDataModule(LightningDataModule):
         self.size = size
         self.images = {}
         self._splits = None
-        self._loaded = {}
-        for split in SPLITS:
-            self._loaded[split] = self._load_split(split)
+        self._loaded = self._load_splits()
 
-    def _load_split(self, split: Split) -> Images | None:
-        """Return what `load` gives for a split.
+    def _load_splits(self) -> dict[Split, Images | None]:
+        """Return what `load` gives for each split.
 
         Raises:
-            UserError: It gives something else than images of this package.
+            UnreadableImages: Images of any split are broken; the message names all that are known.
+            UserError: `load` gives something else than images of this package.
         """
+        loaded: dict[Split, Images | None] = {}
+        reasons: list[str] = []
+        for split in SPLITS:
+            try:
+                loaded[split] = self._load_split(split)
+            except UnreadableImages as error:
+                reasons += error.reasons
+        if reasons:
+            raise UnreadableImages(*reasons)
+        return loaded
+
+    def _load_split(self, split: Split) -> Images | None:
         images: Any = self.load(split)
         if images is None or isinstance(images, Images):
             return images
@@ -338,13 +355,14 @@ class ImageDataModule(LightningDataModule):
                 self._check_labels(split, images.labels)
                 names[split] = self._names(split, images)
                 labels[split] = images.labels
-        if not names.get("train"):
+        if not names.get("train") and self._stage not in ("validate", "test", "predict"):
             raise UserError("There are no training images.")
         chosen = choose_splits(
             names, labels, self.val_fraction, self.seed, self._earlier.record, self.leave_out
         )
-        if not chosen.names["val"] and self._stage not in ("test", "predict"):  # these need none
-            self._refuse_empty_validation(len(names[chosen.val_source]))
+        needs_validation = self._stage not in ("test", "predict")
+        if needs_validation and not chosen.names.get("val"):
+            self._refuse_empty_validation(chosen.val_source)
         return chosen
 
     def _images_by_split(self, chosen: Splits) -> dict[Split, Images]:
@@ -375,14 +393,17 @@ class ImageDataModule(LightningDataModule):
             names = [f"{class_names[label]}/{row}" for row, label in enumerate(images.labels)]
         return [f"{split}/{name}" for name in names]
 
-    def _refuse_empty_validation(self, source_images: int) -> None:
+    def _refuse_empty_validation(self, source: Split) -> None:
         if self._earlier.record is not None:
             raise UserError(
                 "None of the images that the run validated on is left: put them back, or begin a "
                 "new run."
             )
+        if source != "train":
+            raise UserError(f"There are no {source} images to validate on: add some.")
         raise UserError(
-            f"val_fraction={self.val_fraction} of {source_images} images holds out none: raise it."
+            "There is nothing to validate on, because each class has one training image, and that "
+            "is trained on: add images to the classes, or a folder val/."
         )
 
     def _report_splits(self, chosen: Splits) -> None:
@@ -411,6 +432,7 @@ class ImageDataModule(LightningDataModule):
         Raises:
             UserError: The images of the splits have several sizes.
         """
+        self._require_images()
         sizes: dict[Split, Size] = {}
         for split, images in self.images.items():
             if len(images):
@@ -439,15 +461,25 @@ class ImageDataModule(LightningDataModule):
 
     def loss_weights(self) -> Tensor | None:
         """Return the weights of the classes in the loss; see `classes.loss_weights`."""
+        self._require_images()
         labels = self.images["train"].labels
         return loss_weights(labels, self.class_names, self.class_weights, self.sampler)
+
+    def _require_images(self) -> None:
+        """Raise a `UserError` before `setup`."""
+        if self._splits is None:
+            raise UserError(
+                "The images are not loaded yet: call prepare_data() and setup() of the data module "
+                "first, as a Trainer does."
+            )
 
     def record_splits(self, folder: Path) -> None:
         """Record in a run's folder which image is in which split; missing ones stay recorded.
 
         Checkpoints that are written from now on say that the record is theirs.
         """
-        assert self._splits is not None, "setup has not run"
+        self._require_images()
+        assert self._splits is not None
         self.recorded_run = self._splits.write(folder)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -461,6 +493,7 @@ class ImageDataModule(LightningDataModule):
         Raises:
             UserError: The data have no such images.
         """
+        self._require_images()
         if split not in self.images:
             raise UserError(
                 f"There are no {split} images: add a folder {split}/ with the same classes."

@@ -16,7 +16,8 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from cifar_transfer.base.errors import UserError, first_line
-from cifar_transfer.base.files import LOGS, atomic_write
+from cifar_transfer.base.files import LOGS, atomic_write, user_path
+from cifar_transfer.base.text import composed
 from cifar_transfer.base.untrusted import open_regular
 
 Split = Literal["train", "val", "test"]
@@ -104,7 +105,7 @@ def choose_splits(
     """Choose the validation images, and leave out the images that a list names.
 
     Args:
-        names: Names of the images that the data have, "train" at least.
+        names: Names of the images that the data have.
         labels: Their labels, int64 [N] for each split.
         val_fraction: Share of the training images to hold out, in [0, 1); see `hold_out`.
         seed: Seed of `hold_out`.
@@ -115,14 +116,15 @@ def choose_splits(
         UserError: There is nothing to validate on, or `leave_out` does not fit these images.
     """
     val_source = _val_source(names, val_fraction)
+    source_names = names.get(val_source, [])
     if record is not None:
         recorded = set(record["val"])
-        in_val = np.array([name in recorded for name in names[val_source]], dtype=bool)
+        in_val = np.array([name in recorded for name in source_names], dtype=bool)
     elif val_source == "train":
         relative_names = [name.removeprefix("train/") for name in names["train"]]
         in_val = hold_out(relative_names, labels["train"], val_fraction, seed)
     else:
-        in_val = np.ones(len(names[val_source]), dtype=bool)
+        in_val = np.ones(len(source_names), dtype=bool)
 
     rows: dict[Split, np.ndarray] = {}
     split_names: Names = {}
@@ -144,7 +146,7 @@ def choose_splits(
 
 
 def _val_source(names: Names, val_fraction: float) -> Split:
-    if "val" in names:
+    if "val" in names or "train" not in names:  # an evaluation needs no training images
         return "val"
     if val_fraction > 0:
         return "train"
@@ -287,10 +289,11 @@ def read_image_list(path: str | Path) -> frozenset[str]:
         UserError: The file cannot be read, or has no such column.
     """
     try:
-        with open_regular(path) as file:
+        with open_regular(user_path(path)) as file:
             rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
             if "image" in (rows.fieldnames or ()):
-                return frozenset(row["image"] for row in rows if row["image"])
+                names = [row["image"] for row in rows if row["image"]]
+                return frozenset(composed(name) for name in names)
     except (OSError, UnicodeError, csv.Error) as error:
         raise UserError(
             f"leave_out={path} cannot be read as a list of images ({first_line(error)}): "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.files import user_path
 from cifar_transfer.network import catalog
 
 
@@ -82,7 +83,7 @@ def _resolve_weights(text: str, name: str, weights: str) -> str:
     """
     if weights in ("DEFAULT", *catalog.weights(name)):
         return weights
-    path = Path(weights).expanduser()
+    path = user_path(weights)
     if not path.is_file():
         raise UserError(
             f"{text}: {weights} is neither a file nor a name of {name}'s weights, nor none."

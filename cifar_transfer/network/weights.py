@@ -5,7 +5,6 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Size, Tensor, nn
@@ -13,6 +12,7 @@ from torchvision import models
 
 from cifar_transfer.base.console import inform
 from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.files import user_path
 from cifar_transfer.network import catalog
 from cifar_transfer.network.weights_download import published_file
 from cifar_transfer.network.weights_file import State, read_weights
@@ -56,7 +56,7 @@ def read(name: str, weights: str) -> Pretrained:
     if entry is not None:
         state, _ = read_weights(published_file(entry))
         return Pretrained(state, {}, entry)
-    path = Path(weights).expanduser()
+    path = user_path(weights)
     if path.is_file():
         state, description = read_weights(path)
         return Pretrained(state, description, None)

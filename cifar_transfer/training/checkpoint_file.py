@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from cifar_transfer.base.errors import UserError, first_line
-from cifar_transfer.base.files import LOGS
+from cifar_transfer.base.files import LOGS, user_path
 from cifar_transfer.base.text import program
 from cifar_transfer.network.description import (
     NETWORK_KEY,
@@ -51,7 +51,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: The file is missing, damaged, altered, or not a checkpoint of this project.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(

@@ -98,8 +98,8 @@ def load_data(checkpoint: dict[str, Any], **overrides: str | int | None) -> Imag
         raise UserError(
             f"The checkpoint's options for its data are not those of this version ({error})."
         ) from None
-    size = NetworkDescription.from_checkpoint(checkpoint).geometry.size
-    data.continue_from(EarlierRun(size=size))
+    network = NetworkDescription.from_checkpoint(checkpoint)
+    data.continue_from(EarlierRun(size=network.geometry.size, class_names=network.class_names))
     if images_left_out and "leave_out" not in overrides:
         _tell_of_other_list(data, images_left_out)
     return data
