@@ -6,12 +6,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import quiet_trainer, weights
+from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
-from cifar_transfer import ShapesDataModule, TransferClassifier
+from cifar_transfer import (
+    ArrayImages,
+    Augment,
+    BackboneFreeze,
+    ImageDataModule,
+    ShapesDataModule,
+    TransferClassifier,
+)
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.commands.fit import fit
+from cifar_transfer.training.loss import LossOptions, TrainingLoss
 from cifar_transfer.training.loss_guard import (
     MAX_SCALED_OVERFLOWS,
     LossGuard,
@@ -131,22 +140,96 @@ def test_a_head_that_learns_nothing_is_warned_of(tmp_path, monkeypatch, dead):
     assert any("has learned nothing" in str(warning.message) for warning in seen) == dead
 
 
-LABELS = np.repeat([0, 1, 3], [500, 300, 200])  # no image of class 2
+SHARES = np.array([0.5, 0.3, 0.0, 0.2])  # no image of the third class
 
 
 def test_the_loss_of_a_blind_head_is_the_entropy_of_the_classes():
-    assert blind_loss(LABELS) == pytest.approx(1.0297, abs=1e-4)
-    assert blind_loss(np.arange(10)) == pytest.approx(np.log(10))
+    assert blind_loss(SHARES) == pytest.approx(1.0297, abs=1e-4)
+    assert blind_loss(np.full(10, 0.1)) == pytest.approx(np.log(10))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weights", [None, [0.5, 1.0, 2.0, 3.0]])
+def test_the_loss_of_a_blind_head_is_the_least_that_the_training_loss_can_become(
+    smoothing, weights
+):
+    labels = torch.tensor([0] * 5 + [1] * 3 + [3] * 2)
+    class_weights = None if weights is None else torch.tensor(weights)
+    loss = TrainingLoss(LossOptions(label_smoothing=smoothing), class_weights)
+    logits = torch.zeros(4, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=100, line_search_fn="strong_wolfe")
+
+    def step():
+        optimizer.zero_grad()
+        value = loss(torch.empty(0), logits.expand(10, 4), labels)
+        value.backward()
+        return value
+
+    for _ in range(5):
+        optimizer.step(step)
+    expected = blind_loss(SHARES, None if weights is None else np.array(weights), smoothing)
+    assert float(step().detach()) == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize(
     ("loss", "accuracy", "nothing"),
     [
         (1.05, 0.50, True),
-        (1.05, 0.53, True),  # by chance
-        (1.05, 0.80, False),  # a loss of another scale, as with label smoothing
+        (1.05, 0.503, True),  # by chance
+        (1.05, 0.80, False),
         (0.90, 0.50, False),
     ],
 )
 def test_loss_and_accuracy_must_both_say_that_a_head_has_learned_nothing(loss, accuracy, nothing):
-    assert has_learned_nothing(loss, accuracy, LABELS) == nothing
+    assert has_learned_nothing(loss, accuracy, blind_loss(SHARES), SHARES, 10_000) == nothing
+
+
+@pytest.mark.parametrize(("largest", "nothing"), [(0.4, True), (0.9, False)])
+def test_beside_a_teacher_the_accuracy_alone_says_it_if_no_class_has_most_images(largest, nothing):
+    shares = np.array([largest, 1 - largest])
+    shares = np.append(shares[:1], np.full(4, shares[1] / 4))
+    assert has_learned_nothing(9.0, largest, None, shares, 10_000) == nothing
+
+
+STILL = Augment(
+    padding=0, flip=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, degrees=0.0
+)
+
+
+class Unequal(ImageDataModule):
+    """Images of which nine in ten are of the first class, and whose brightness tells the class."""
+
+    class_names = ("dark", "bright")
+
+    def load(self, split):
+        if split == "val":
+            return None
+        labels = (np.arange(400) % 10 == 9).astype(int)
+        chance = np.random.default_rng(0)
+        pixels = chance.integers(0, 156, (400, 3, 32, 32)) + 100 * labels[:, None, None, None]
+        return ArrayImages(pixels.astype(np.uint8), labels)
+
+
+@pytest.mark.parametrize(
+    ("data", "model"),
+    [
+        ({"class_weights": "balanced"}, {}),
+        ({"sampler": "balanced"}, {}),
+        ({}, {"label_smoothing": 0.3}),
+    ],
+    ids=["weights", "sampler", "smoothing"],
+)
+@pytest.mark.parametrize("dead", [True, False])
+def test_unequal_classes_do_not_hide_or_fake_what_a_head_learns(data, model, dead):
+    seed_everything(0)
+    network = TransferClassifier("lenet5", "none", num_classes=2, lr=0.01, **model)
+    if dead:
+        for parameter in network.network.features.parameters():
+            torch.nn.init.zeros_(parameter)
+            parameter.requires_grad_(False)
+    freeze = BackboneFreeze(unfreeze_epoch=1, frozen=r"network\.features\.")
+    trainer = quiet_trainer(max_epochs=2, callbacks=[freeze, LossGuard()])
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer.fit(network, Unequal(batch_size=2, augment=STILL, **data))
+    assert any("has learned nothing from" in str(warning.message) for warning in seen) == dead

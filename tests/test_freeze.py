@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from itertools import pairwise
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -105,6 +106,51 @@ def test_beyond_the_last_epoch_only_the_head_trains(tmp_path):
     after = dict(module.network.named_parameters())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"fc.weight", "fc.bias"}
+
+
+def warned(freeze, model, epochs=1, **options):
+    """Return the warnings of a fit that ends before its first step."""
+    data = ShapesDataModule(train_images=40, test_images=20)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer = quiet_trainer(max_epochs=epochs, callbacks=[freeze], max_steps=0, **options)
+        trainer.fit(model, data)
+    return " ".join(str(warning.message) for warning in seen)
+
+
+def test_a_frozen_backbone_without_weights_is_warned_of_before_training(tmp_path):
+    words = "The backbone has learned nothing (weights=none), and it is frozen at first"
+    model, _ = make()
+    assert words in warned(BackboneFreeze(1), model)
+    assert words in warned(BackboneFreeze(1, frozen=r"network\.conv1"), model)
+    assert words not in warned(BackboneFreeze(0), model)
+    torch.save(model.network.state_dict(), tmp_path / "w.pth")
+    trained, _ = make(weights=str(tmp_path / "w.pth"))
+    assert words not in warned(BackboneFreeze(1), trained)
+    model.load_state_dict(model.state_dict())
+    assert words not in warned(BackboneFreeze(1), model)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "epochs", "words"),
+    [
+        (
+            BackboneFreeze(),
+            3,
+            "The run ends with epoch 3, and all would begin to train with epoch 6",
+        ),
+        (BackboneFreeze(5), 5, "ends with epoch 5, and all would begin to train with epoch 6"),
+        (BackboneFreeze(5), 6, None),
+        (BackboneFreeze(0), 3, None),
+        (BackboneFreeze(5), -1, None),
+        (BackboneFreeze(phases="gradual"), 3, "stage3 would begin to train with epoch 4"),
+    ],
+)
+def test_phases_that_the_run_does_not_reach_are_told_once(freeze, epochs, words):
+    model, _ = make()
+    text = warned(freeze, model, epochs)
+    assert text.count("The run ends with epoch") == (words is not None)
+    assert (words or "") in text
 
 
 def test_patterns_freeze_only_what_they_name(tmp_path):

@@ -5,18 +5,23 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run_fit
+from conftest import TINY, quiet_trainer, run_fit
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from cifar_transfer import ShapesDataModule
+from cifar_transfer import Augment, ShapesDataModule, TransferClassifier
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.images import ArrayImages
 from cifar_transfer.data.loading import (
+    InOrder,
     Shard,
     check_processes,
     evaluation_loader,
     training_loader,
 )
 
+STILL = Augment(
+    padding=0, flip=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, degrees=0.0
+)
 DDP = [
     *TINY,
     "--trainer.devices=2",
@@ -59,6 +64,47 @@ def test_an_epoch_continues_after_the_batches_that_were_read(read):
     assert labels(resumed) == expected[4 * read :]
     assert resumed.batches_read == 3
     assert labels(resumed) == expected, "the next epoch is whole"
+
+
+class Watch(Callback):
+    """Notes epoch, number and sum of each batch."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.batches.append((trainer.current_epoch, batch_idx, float(batch[0].sum())))
+
+
+def overfit(folder, ckpt_path=None, **options):
+    data = ShapesDataModule(train_images=60, test_images=10, batch_size=8, augment=STILL)
+    watch = Watch()
+    last = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1)
+    model = TransferClassifier("lenet5", "none", num_classes=10)
+    callbacks = [watch, last]
+    trainer = quiet_trainer(max_epochs=3, overfit_batches=3, callbacks=callbacks, **options)
+    trainer.fit(model, data, ckpt_path=ckpt_path)
+    return watch.batches, last.last_model_path, trainer
+
+
+def test_the_epochs_of_overfit_batches_are_alike_and_go_on_after_the_batches_that_were_read(
+    tmp_path,
+):
+    whole, _, trainer = overfit(tmp_path / "whole")
+    sums = [total for _, _, total in whole]
+    assert sums == sums[:3] * 3
+    assert len(set(sums)) == 3
+    before, last, _ = overfit(tmp_path / "stopped", max_steps=4)
+    after, _, _ = overfit(tmp_path / "resumed", last)
+    assert before + after == whole
+    assert isinstance(trainer.train_dataloader.sampler, InOrder)
+
+
+def test_processes_share_the_images_of_overfit_batches():
+    shards = []
+    for rank in range(2):
+        shards.append(labels(training_loader(Shard(numbered(8), 0, rank, 2), 2, 0, shuffled=False)))
+    assert shards == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
 @pytest.mark.slow

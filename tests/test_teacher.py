@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY, assert_same_weights, quiet_trainer, run_fit
 from lightning import seed_everything
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from cifar_transfer import BackboneFreeze, Classifier, ShapesDataModule, TransferClassifier
 from cifar_transfer.base.errors import UserError
@@ -64,7 +64,7 @@ class Witness(Callback):
             self.loss = float(outputs["loss"])
 
 
-def fit(folder, callbacks=(), weights=None, trainer=None, **options):
+def fit(folder, callbacks=(), weights=None, trainer=None, ckpt_path=None, **options):
     seed_everything(0)
     data = ShapesDataModule(train_images=160, test_images=40, batch_size=16, class_weights=weights)
     model = TransferClassifier(**{"backbone": NETWORK, "weights": "none"} | ALIKE | options)
@@ -73,7 +73,7 @@ def fit(folder, callbacks=(), weights=None, trainer=None, **options):
         default_root_dir=folder,
         callbacks=list(callbacks),
     )
-    made.fit(model, data)
+    made.fit(model, data, ckpt_path=ckpt_path)
     return model, made
 
 
@@ -220,6 +220,20 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped_and_needs_the_teacher(tm
     moved.rename(teacher)
     run_fit(tmp_path, *resumed)
     assert_same_weights(*(run / "checkpoints" / "last.ckpt" for run in runs))
+
+
+def test_another_file_in_the_place_of_the_teacher_is_refused_on_resuming(tmp_path):
+    path = tmp_path / "teacher.ckpt"
+    write_teacher(path)
+    last = ModelCheckpoint(tmp_path, save_last=True)
+    fit(tmp_path, [last], teacher=str(path))
+    again = {"max_epochs": 2}
+    fit(tmp_path, trainer=again, teacher=str(path), ckpt_path=last.last_model_path)
+    write_teacher(path, normalize="imagenet")
+    with pytest.raises(
+        UserError, match=r"teacher=.*teacher.ckpt is another file than the one with"
+    ):
+        fit(tmp_path, trainer=again, teacher=str(path), ckpt_path=last.last_model_path)
 
 
 def test_another_teacher_on_resuming_is_refused():

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.images import Batch, Images, cores
@@ -52,6 +52,27 @@ class Shuffled(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         return islice(super().__iter__(), self.skipped_images, None)
+
+
+class InOrder(Shuffled, SequentialSampler):
+    """A `Shuffled` that does not shuffle: the images of `overfit_batches`, alike in each epoch.
+
+    Lightning gives every loader whose sampler is no `SequentialSampler` another sampler then, which
+    knows neither the processes nor where an epoch goes on.
+    """
+
+    def __init__(self, images: Images, num_replicas: int, rank: int) -> None:
+        super().__init__(images, num_replicas, rank, shuffle=False)
+
+
+class EachOnce(UnrepeatedDistributedSampler, SequentialSampler):
+    """All images in order, each once over all processes.
+
+    It is a `SequentialSampler` for the same reason as `InOrder`.
+    """
+
+    def __init__(self, images: Images, num_replicas: int, rank: int) -> None:
+        super().__init__(images, num_replicas, rank, shuffle=False)
 
 
 class Balanced(Shuffled):
@@ -140,7 +161,12 @@ def check_processes(images: Mapping[Split, Images], world_size: int) -> None:
 
 
 def training_loader(
-    shard: Shard, batch_size: int, seed: int, balanced: bool = False, first_batch: int = 0
+    shard: Shard,
+    batch_size: int,
+    seed: int,
+    balanced: bool = False,
+    first_batch: int = 0,
+    shuffled: bool = True,
 ) -> ResumableLoader:
     """Return shuffled batches, whose order follows from seed and epoch.
 
@@ -153,11 +179,15 @@ def training_loader(
         seed: Another seed gives another order.
         balanced: Whether to draw all classes equally often; see `Balanced`.
         first_batch: Batches of the first epoch to skip.
+        shuffled: Whether to shuffle; without it the images come in order, and `balanced` is left
+            out.
     """
     sampler = Shuffled(shard.images, shard.world_size, shard.rank, shuffle=True, seed=seed)
     num_samples = len(sampler)
     single_image_left = num_samples % batch_size == 1
-    if balanced:
+    if not shuffled:
+        sampler = InOrder(shard.images, shard.world_size, shard.rank)
+    elif balanced:
         if single_image_left:
             num_samples -= 1
         labels = shard.images.labels
@@ -178,9 +208,7 @@ def evaluation_loader(shard: Shard, batch_size: int) -> DataLoader[Batch]:
 
     Repeated images, which would give all processes equally many, would count in the metrics.
     """
-    sampler = UnrepeatedDistributedSampler(
-        shard.images, shard.world_size, shard.rank, shuffle=False
-    )
+    sampler = EachOnce(shard.images, shard.world_size, shard.rank)
     # By its name, because Lightning makes the loader anew to predict, and has one, too.
     return DataLoader(
         shard.images, batch_size=batch_size, sampler=sampler, **_worker_options(shard.workers)

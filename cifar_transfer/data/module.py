@@ -509,7 +509,8 @@ class ImageDataModule(LightningDataModule):
         return Shard(images, workers, rank, world_size)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return shuffled training batches, a shard for each process."""
+        """Return training batches, a shard for each process: shuffled, or to overfit in order."""
+        overfits = self.trainer is not None and self.trainer.overfit_batches > 0
         first_batch = self._first_batch
         self._first_batch = 0
         return training_loader(
@@ -518,6 +519,7 @@ class ImageDataModule(LightningDataModule):
             self.seed,
             balanced=self.sampler is not None,
             first_batch=first_batch,
+            shuffled=not overfits,
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:

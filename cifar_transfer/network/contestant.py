@@ -8,6 +8,7 @@ from pathlib import Path
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.files import user_path
 from cifar_transfer.network import catalog
+from cifar_transfer.network.weights import are_none
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def parse_contestant(text: str) -> Contestant:
     name, _, weights = text.partition("=")
     catalog.check(name)
     options = [f"--model.backbone={name}"]
-    scratch = weights.lower() == "none"
+    scratch = are_none(weights)
     if scratch:
         kind = "from scratch"
         options.append(f"--model.weights={weights}")

@@ -22,6 +22,7 @@ from cifar_transfer.data.geometry import (
 )
 from cifar_transfer.network import build
 from cifar_transfer.network.description import MAX_CLASSES, NETWORK_KEY, NetworkDescription
+from cifar_transfer.network.weights import are_none
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ class ImageClassifier(nn.Module):
         heads: Names of the layers in `network` that tell the classes apart, mostly one. All the
             rest is the backbone.
         changes: What was adapted to small images, a sentence each.
+        has_learned: Whether the network has weights that somebody has trained: not those that
+            weights=none gives, until others are loaded.
         pretraining: Description of the network whose checkpoint gave the weights, or None if they
             come from elsewhere.
 
@@ -154,6 +157,7 @@ class ImageClassifier(nn.Module):
             geometry=Geometry((size, size), side, tuple(mean), tuple(std)),
         )
         self._take_network(built, description)
+        self.has_learned = not are_none(options.weights)
 
     def _build_untrained(self, description: NetworkDescription) -> None:
         built = build.build_backbone(
@@ -166,6 +170,7 @@ class ImageClassifier(nn.Module):
             patch_size=description.patch_size,
         )
         self._take_network(built, description)
+        self.has_learned = False
 
     def _take_network(self, built: build.Backbone, description: NetworkDescription) -> None:
         # Faster on CPUs and on the tensor cores of GPUs.
@@ -178,6 +183,7 @@ class ImageClassifier(nn.Module):
         self.description = description
         self.register_buffer("mean", _channels(description.geometry.mean), persistent=False)
         self.register_buffer("std", _channels(description.geometry.std), persistent=False)
+        self.register_load_state_dict_post_hook(_note_weights)
 
     @property
     def num_classes(self) -> int:
@@ -331,6 +337,12 @@ class ImageClassifier(nn.Module):
             yield collected
         finally:
             hook.remove()
+
+
+def _note_weights(classifier: nn.Module, _: Any) -> None:
+    """Note that weights were loaded, which somebody has trained."""
+    assert isinstance(classifier, ImageClassifier)
+    classifier.has_learned = True
 
 
 def _normalize(options: NetworkOptions, built: build.Backbone) -> str | list[list[float]]:

@@ -37,6 +37,11 @@ class Pretrained(NamedTuple):
     published: catalog.Weights | None
 
 
+def are_none(weights: str) -> bool:
+    """Return whether the option `weights` asks for a network that has learned nothing."""
+    return weights.lower() == "none"
+
+
 def read(name: str, weights: str) -> Pretrained:
     """Read the weights of a network.
 
@@ -47,7 +52,7 @@ def read(name: str, weights: str) -> Pretrained:
     Raises:
         UserError: Nothing has that name, a file is no file of weights, or a download failed.
     """
-    if weights.lower() == "none":
+    if are_none(weights):
         return Pretrained({}, {}, None)
     entries = catalog.weights(name)
     entry = entries.get(weights)

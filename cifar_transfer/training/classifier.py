@@ -53,6 +53,7 @@ LEARNING_RATE_FIGURE = "lr"
 TRAINABLE_FIGURE = "trainable_parameters"
 STAGE_RATE_PREFIX = "stages/"  # before the name of a stage: its learning rate
 
+TEACHER_KEY = "teacher_sha256"  # in checkpoints of a run that has a teacher
 EPOCH_KEY = "epoch_so_far"  # in checkpoints that are written before their epoch is over
 
 
@@ -321,7 +322,7 @@ class TransferClassifier(LightningModule):
                 module.reset()
 
     def _data_module(self) -> Any:
-        return getattr(self.trainer, "datamodule", None)
+        return getattr(trainer_of(self), "datamodule", None)
 
     def _choose_statistics(self, data: Any) -> None:
         """Take the channel statistics of the data, unless the options name others."""
@@ -410,11 +411,12 @@ class TransferClassifier(LightningModule):
             record = splits.read(
                 self.trainer.ckpt_path,
                 checkpoint.get(RECORDED_RUN_KEY),
-                is_needed=not self.trainer.testing,
+                is_needed=not (self.trainer.testing or self.trainer.predicting),
             )
             data.continue_from(EarlierRun(record=record))
         if is_fitting(self):
             resume.check_checkpoint(self.trainer, self, data, checkpoint)
+            self._check_teacher(checkpoint)
             self._resume_epoch(checkpoint)
         self._check_size(description)
         self._take_description(description)
@@ -432,6 +434,17 @@ class TransferClassifier(LightningModule):
                 f"{pixels(description.geometry.size)} pixels, and the data give {pixels(size)}: "
                 f"give the data the same decode_size."
             )
+
+    def _check_teacher(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another file under the path of the teacher."""
+        digest = checkpoint.get(TEACHER_KEY)
+        if self.loss.teacher is None or digest is None or digest == self.loss.teacher.digest:
+            return
+        raise UserError(
+            f"teacher={self.loss_options.teacher} is another file than the one with which the run "
+            f"began: put that back to continue the run, or begin a new one from its weights with "
+            f"--model.weights=CHECKPOINT."
+        )
 
     def _resume_epoch(self, checkpoint: dict[str, Any]) -> None:
         """Take up the scores of an epoch that had not ended when the checkpoint was written."""
@@ -644,6 +657,8 @@ class TransferClassifier(LightningModule):
             self.weight_average.add_to_checkpoint(checkpoint)
         if not is_fitting(self):
             return
+        if self.loss.teacher is not None:
+            checkpoint[TEACHER_KEY] = self.loss.teacher.digest
         train_states = {}
         if not self.trainer.is_last_batch:
             train_states["train_acc"] = _state_over_processes(self.train_acc)

@@ -62,7 +62,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from cifar_transfer.base.console import say, styled
+from cifar_transfer.base.console import counted, say, styled
 from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.data.module import ImageDataModule
@@ -297,6 +297,35 @@ class BackboneFreeze(Callback):
                 f"fewer."
             )
         self._require_gradients(trainer, pl_module)
+        self._warn_of_untrained_backbone(trainer, pl_module)
+        self._warn_of_missed_phases(trainer)
+
+    def _warn_of_untrained_backbone(self, trainer: Trainer, module: LightningModule) -> None:
+        """Warn if a head would learn from the features of a network that has learned nothing."""
+        classifier = getattr(module, "classifier", None)
+        is_frozen = any(first_phase > 0 for first_phase in self._trainable.values())
+        if not is_frozen or trainer.ckpt_path is not None:
+            return
+        if isinstance(classifier, ImageClassifier) and not classifier.has_learned:
+            rank_zero_warn(
+                "The backbone has learned nothing (weights=none), and it is frozen at first, so "
+                "that the head learns from random features: set --freeze.unfreeze_epoch=0."
+            )
+
+    def _warn_of_missed_phases(self, trainer: Trainer) -> None:
+        """Warn if the run ends before a phase begins."""
+        epochs = trainer.max_epochs
+        if epochs is None or epochs < 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        for phase in self.plan:
+            if phase.epoch is not None and phase.epoch >= epochs:
+                what = ", ".join(phase.entries)
+                rank_zero_warn(
+                    f"The run ends with epoch {epochs}, and {what} would begin to train with epoch "
+                    f"{counted(phase.epoch)}: let it begin earlier (--freeze.unfreeze_epoch), or "
+                    f"train longer (--trainer.max_epochs)."
+                )
+                return
 
     def _make_plan(self, module: LightningModule, stages: dict[str, list[str]]) -> list[Phase]:
         """Return the phases of a run from the options; see the top of this file.
@@ -566,7 +595,7 @@ def _begin_with_logistic(trainer: Trainer, module: LightningModule) -> None:
             "probe=true needs a TransferClassifier and a data module of this package: leave it out."
         )
     # In eval mode an untrained backbone does not even give what it gives in training.
-    if str(module.hparams["weights"]).lower() == "none":
+    if not classifier.has_learned:
         raise UserError(
             "probe=true needs a backbone that has learned something, not weights=none: leave it "
             "out."

@@ -1,5 +1,6 @@
 """The loss of a training step: cross-entropy with smoothing, class weights and a teacher."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,9 @@ class Teacher:
         class_names: Names of the student's classes, if they are known.
         size: Height and width in pixels of the images that the student is given, if known.
 
+    Attributes:
+        digest: SHA-256 of the file, as a hexadecimal number.
+
     Raises:
         UserError: There is no such checkpoint, or it does not fit classes or images.
     """
@@ -61,6 +65,8 @@ class Teacher:
     ) -> None:
         try:
             self.classifier = load_classifier(path)
+            with open(path, "rb") as file:
+                self.digest = hashlib.file_digest(file, "sha256").hexdigest()
             if class_names and self.classifier.has_class_names:
                 check_classes(self.classifier.class_names, class_names)
             if self.classifier.num_classes != num_classes:

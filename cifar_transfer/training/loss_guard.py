@@ -13,11 +13,13 @@ from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.training.freeze import BackboneFreeze
 from cifar_transfer.training.lightning_internals import callbacks_of, has_gradient_scaler
+from cifar_transfer.training.loss import TrainingLoss
 
 STEPS_BETWEEN_CHECKS = 10  # each check waits for the device
 MAX_SCALED_OVERFLOWS = 25  # NaN losses in a row; the gradient scaler of 16-mixed skips such steps
 MIN_STEPS_TO_LEARN = 100  # a head that has made fewer steps may have learned nothing yet
 MAX_BLIND_LOSS = 0.99  # of the loss of a head that knows the shares of the classes alone
+MAX_SHARE_FOR_ACCURACY = 0.5  # of the largest class, above which accuracy alone says nothing
 MAX_BLIND_DEVIATIONS = 2  # standard deviations above the accuracy of such a head
 
 
@@ -95,13 +97,15 @@ class LossGuard(Callback):
             return
         loss = float(trainer.callback_metrics["train/loss_epoch"])
         accuracy = float(trainer.callback_metrics["train/acc"])
-        labels = data.images["train"].labels
-        if has_learned_nothing(loss, accuracy, labels):
+        blind = blind_loss_of_run(pl_module, data)
+        shares = drawn_shares(data)
+        images = len(data.images["train"])
+        if has_learned_nothing(loss, accuracy, blind, shares, images):
             rank_zero_warn(
-                f"The head has learned nothing from the frozen backbone: the training loss is "
-                f"{loss:.3f}, and {blind_loss(labels):.3f} without looking at the images. Its "
-                f"features may be dead at this size (try image_size=64, small_images=true or "
-                f"normalize=weights), or the learning rate may be far off."
+                f"The head has learned nothing from the frozen backbone: the training accuracy is "
+                f"{accuracy:.1%}, no more than without looking at the images. Its features may be "
+                f"dead at this size (try image_size=64, small_images=true or normalize=weights), "
+                f"or the learning rate may be far off."
             )
 
     def _end(self, trainer: Trainer, which_loss: str) -> None:
@@ -125,31 +129,63 @@ def _is_unfrozen_next(trainer: Trainer) -> bool:
     return False
 
 
-def has_learned_nothing(loss: float, accuracy: float, labels: np.ndarray) -> bool:
+def blind_loss_of_run(module: LightningModule, data: ImageDataModule) -> float | None:
+    """Return the `blind_loss` of a run; None if its loss is not a cross-entropy alone."""
+    loss = getattr(module, "loss", None)
+    if not isinstance(loss, TrainingLoss) or loss.teacher is not None:
+        return None
+    weights = None
+    if loss.class_weights is not None:
+        weights = loss.class_weights.cpu().numpy()
+    return blind_loss(drawn_shares(data), weights, loss.options.label_smoothing)
+
+
+def drawn_shares(data: ImageDataModule) -> np.ndarray:
+    """Return the share of each class among the training images that are drawn, float64 [C]."""
+    counts = np.bincount(data.images["train"].labels, minlength=data.num_classes)
+    if data.sampler is not None:  # "balanced"
+        counts = (counts > 0).astype(int)
+    return counts / counts.sum()
+
+
+def has_learned_nothing(
+    loss: float, accuracy: float, blind: float | None, shares: np.ndarray, images: int
+) -> bool:
     """Return whether a head does no better than one that knows only how frequent the classes are.
 
-    Loss and accuracy must both say so. The loss may have another scale, because of label
-    smoothing, weights of the classes or a teacher. The accuracy says nothing where nearly all
-    images are of one class.
+    Loss and accuracy must both say so. Where the loss does not compare, the accuracy alone says it
+    if no class has most of the images.
 
     Args:
-        loss: Mean cross-entropy over the training images.
+        loss: Mean training loss over the images drawn.
         accuracy: Accuracy over the same images, in [0, 1].
-        labels: Their labels, int64 [N].
+        blind: The loss of such a head, see `blind_loss`; None if it does not compare.
+        shares: Share of each class among the images drawn, float64 [C].
+        images: Number of images drawn.
     """
-    largest_share = float(_class_shares(labels).max())
-    deviation = math.sqrt(largest_share * (1 - largest_share) / len(labels))
-    max_accuracy = largest_share + MAX_BLIND_DEVIATIONS * deviation
-    return loss > MAX_BLIND_LOSS * blind_loss(labels) and accuracy <= max_accuracy
+    largest_share = float(shares.max())
+    deviation = math.sqrt(largest_share * (1 - largest_share) / images)
+    if accuracy > largest_share + MAX_BLIND_DEVIATIONS * deviation:
+        return False
+    if blind is None:
+        return largest_share <= MAX_SHARE_FOR_ACCURACY
+    return loss > MAX_BLIND_LOSS * blind
 
 
-def blind_loss(labels: np.ndarray) -> float:
-    """Return the cross-entropy of a head that knows nothing but the shares of the classes."""
-    shares = _class_shares(labels)
-    return float(-(shares * np.log(shares)).sum())
+def blind_loss(
+    shares: np.ndarray, class_weights: np.ndarray | None = None, smoothing: float = 0.0
+) -> float:
+    """Return the lowest mean loss of a head that gives all images the same probabilities.
 
-
-def _class_shares(labels: np.ndarray) -> np.ndarray:
-    """Return the share of each class that has images, float64 [C]."""
-    counts = np.bincount(labels)
-    return counts[counts > 0] / counts.sum()
+    Args:
+        shares: Share of each class among the images, float64 [C].
+        class_weights: Weight of each class in the loss, float [C]; None weighs all alike.
+        smoothing: Share of each label that is spread over all classes, in [0, 1).
+    """
+    weights = np.ones(len(shares)) if class_weights is None else class_weights
+    mass = shares * weights
+    total = float(mass.sum())
+    targets = (1 - smoothing) * mass + smoothing * total / len(shares)
+    # The best probabilities are the targets' shares, whose cross-entropy is their entropy.
+    probabilities = targets[targets > 0] / total
+    return float(-total * (probabilities * np.log(probabilities)).sum())
