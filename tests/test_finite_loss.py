@@ -227,7 +227,7 @@ def test_unequal_classes_do_not_hide_or_fake_what_a_head_learns(data, model, dea
         for parameter in network.network.features.parameters():
             torch.nn.init.zeros_(parameter)
             parameter.requires_grad_(False)
-    freeze = BackboneFreeze(unfreeze_epoch=1, frozen=r"network\.features\.")
+    freeze = BackboneFreeze(unfreeze_epoch=1, frozen=[r"network\.features\."])
     trainer = quiet_trainer(max_epochs=2, callbacks=[freeze, LossGuard()])
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

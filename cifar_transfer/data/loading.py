@@ -65,7 +65,7 @@ class InOrder(Shuffled, SequentialSampler):
         super().__init__(images, num_replicas, rank, shuffle=False)
 
 
-class EachOnce(UnrepeatedDistributedSampler, SequentialSampler):
+class EachOnce(UnrepeatedDistributedSampler, SequentialSampler):  # type: ignore[misc] # both yield rows
     """All images in order, each once over all processes.
 
     It is a `SequentialSampler` for the same reason as `InOrder`.

@@ -510,7 +510,7 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return training batches, a shard for each process: shuffled, or to overfit in order."""
-        overfits = self.trainer is not None and self.trainer.overfit_batches > 0
+        overfits = bool(getattr(self.trainer, "overfit_batches", 0))
         first_batch = self._first_batch
         self._first_batch = 0
         return training_loader(
