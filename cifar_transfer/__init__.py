@@ -8,8 +8,10 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from cifar_transfer.data.augment import Augment as Augment
     from cifar_transfer.data.cifar import CIFAR10DataModule as CIFAR10DataModule
+    from cifar_transfer.data.dataset import DatasetDataModule as DatasetDataModule
     from cifar_transfer.data.folder import ImageFolderDataModule as ImageFolderDataModule
     from cifar_transfer.data.images import ArrayImages as ArrayImages
+    from cifar_transfer.data.library import TorchvisionDataModule as TorchvisionDataModule
     from cifar_transfer.data.module import ImageDataModule as ImageDataModule
     from cifar_transfer.data.shapes import ShapesDataModule as ShapesDataModule
     from cifar_transfer.inference.predictor import Classifier as Classifier
@@ -25,10 +27,12 @@ _MODULES = {
     "BackboneFreeze": "cifar_transfer.training.freeze",
     "CIFAR10DataModule": "cifar_transfer.data.cifar",
     "Classifier": "cifar_transfer.inference.predictor",
+    "DatasetDataModule": "cifar_transfer.data.dataset",
     "ImageDataModule": "cifar_transfer.data.module",
     "ImageFolderDataModule": "cifar_transfer.data.folder",
     "Phase": "cifar_transfer.training.phases",
     "ShapesDataModule": "cifar_transfer.data.shapes",
+    "TorchvisionDataModule": "cifar_transfer.data.library",
     "TransferClassifier": "cifar_transfer.training.classifier",
 }
 __all__ = [*_MODULES]

@@ -209,7 +209,7 @@ MISTAKES = [
     (["--trainer.default_root_dir=/dev/null"], "cannot be written"),
     (
         ["--data=NoSuchModule"],
-        "Data modules: CIFAR10DataModule, ImageFolderDataModule, ShapesDataModule",
+        "ShapesDataModule, TorchvisionDataModule",
     ),
     (["--data=ImageFolderDataModule", "--data.root=/nowhere"], "/nowhere/train is missing"),
     (

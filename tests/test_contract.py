@@ -27,7 +27,12 @@ from cifar_transfer.training.checkpoint_file import RAW_STATE_KEY, STEPS_KEY
 
 CONTRACT = Path(__file__).with_name("contract.json")
 JOB = [*TINY, "--trainer.max_epochs=1", "--freeze.unfreeze_epoch=0", "--report.figures=true"]
-DATA_MODULES = ("CIFAR10DataModule", "ImageFolderDataModule", "ShapesDataModule")
+DATA_MODULES = (
+    "CIFAR10DataModule",
+    "ImageFolderDataModule",
+    "ShapesDataModule",
+    "TorchvisionDataModule",
+)
 OPTIONS = "Options, with their defaults (null: none)"
 ANY_DATA = "Images, with any --data"
 TRAINER = "Lightning's Trainer"
@@ -48,7 +53,7 @@ OUR_WORDS = {  # in place of Lightning's and jsonargparse's
     "--seed_everything": "Seed of all that is drawn: held-out images, their order, augmentation, "
     "new weights.",
     "--data": "Where images come from: CIFAR10DataModule, ImageFolderDataModule, "
-    "ShapesDataModule, or a class.",
+    "ShapesDataModule, TorchvisionDataModule, or a class.",
     "--trainer.max_epochs": "Epochs; -1 for no end.",
     "--trainer.default_root_dir": "Where lightning_logs/ is; null for the current folder.",
 }

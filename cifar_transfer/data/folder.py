@@ -15,7 +15,7 @@ from cifar_transfer.base.text import composed, printable, program
 from cifar_transfer.data import splits
 from cifar_transfer.data.cache import cached
 from cifar_transfer.data.exact_duplicates import Pair, find_duplicates
-from cifar_transfer.data.geometry import LARGEST_SIDE, Size, choose_size, pixels
+from cifar_transfer.data.geometry import Size, check_decode_size, choose_size, pixels
 from cifar_transfer.data.images import (
     EXTENSIONS,
     MAX_MEGAPIXELS,
@@ -71,13 +71,7 @@ class ImageFolderDataModule(ImageDataModule):
         self.cache_limit_gb: float = as_primitive("cache_limit_gb", cache_limit_gb)
         self.max_megapixels: float = as_primitive("max_megapixels", max_megapixels)
         check("root", root, lambda path: isinstance(path, str), "a folder")
-        if self.decode_size is not None:
-            check(
-                "decode_size",
-                self.decode_size,
-                lambda side: 1 <= side <= LARGEST_SIDE,
-                f"1 to {LARGEST_SIDE} pixels",
-            )
+        check_decode_size(self.decode_size)
         check("cache_limit_gb", self.cache_limit_gb, lambda size: size >= 0, "0 or more")
         check("max_megapixels", self.max_megapixels, lambda size: size > 0, "a positive number")
         self.root = user_path(root)

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import center_crop
 
-from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.errors import UserError, check
 
 Size = tuple[int, int]  # height and width in pixels
 
@@ -193,6 +193,21 @@ def to_float(images: Tensor) -> Tensor:
     if images.dtype == torch.bool:
         return images.float()
     return images.float().div_(255)
+
+
+def check_decode_size(side: int | None) -> None:
+    """Refuse a side to which no image can be decoded.
+
+    Raises:
+        UserError: It is neither None nor a number of pixels up to `LARGEST_SIDE`.
+    """
+    if side is not None:
+        check(
+            "decode_size",
+            side,
+            lambda value: 1 <= value <= LARGEST_SIDE,
+            f"1 to {LARGEST_SIDE} pixels",
+        )
 
 
 def pixels(size: Size) -> str:

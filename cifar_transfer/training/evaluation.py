@@ -15,6 +15,7 @@ from cifar_transfer.data.augment import Augment
 from cifar_transfer.data.cifar import CIFAR10DataModule
 from cifar_transfer.data.folder import ImageFolderDataModule
 from cifar_transfer.data.images import Batch
+from cifar_transfer.data.library import TorchvisionDataModule
 from cifar_transfer.data.module import EarlierRun, ImageDataModule
 from cifar_transfer.data.shapes import ShapesDataModule
 from cifar_transfer.data.splits import Split
@@ -26,6 +27,7 @@ DATA_MODULES: dict[str, type[ImageDataModule]] = {
     "CIFAR10DataModule": CIFAR10DataModule,
     "ImageFolderDataModule": ImageFolderDataModule,
     "ShapesDataModule": ShapesDataModule,
+    "TorchvisionDataModule": TorchvisionDataModule,
 }
 
 

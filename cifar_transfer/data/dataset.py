@@ -1,0 +1,165 @@
+"""Datasets that are at hand in Python: torchvision's, Hugging Face's, or one's own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+from cifar_transfer.base.errors import UserError, check
+from cifar_transfer.base.primitives import as_primitive
+from cifar_transfer.data.dataset_images import DatasetImages, sample_sizes
+from cifar_transfer.data.geometry import Size, check_decode_size, choose_size
+from cifar_transfer.data.images import ArrayImages, Images
+from cifar_transfer.data.module import ImageDataModule
+from cifar_transfer.data.splits import Split
+
+BATCH_IMAGES = 64  # read at once
+
+
+class DatasetDataModule(ImageDataModule):
+    """Any map-style dataset of images and labels, from Python.
+
+    ::
+
+        data = DatasetDataModule(
+            train=torchvision.datasets.CIFAR100("data", train=True, download=True),
+            test=torchvision.datasets.CIFAR100("data", train=False),
+        )
+
+    Items are pairs of an image and a label, or mappings with both, as in Hugging Face's datasets.
+    Images are PIL images or uint8 arrays of any size, before `ToTensor` and before normalisation.
+    They are brought to one size and kept in memory, unless that takes more than `memory_limit_gb`
+    or the dataset has a transform, which may be random: it is then read in each epoch. What a
+    transform draws is not repeated by a run that is stopped and resumed.
+
+    Args:
+        train: Training images.
+        test: Test images; without them a run ends with its validation figure.
+        val: Validation images; without them, `val_fraction` of the training images are held out.
+        class_names: Names of the classes in the order of the labels. None takes those of the
+            training images, or numbers.
+        decode_size: Side in pixels of the squares that images become. None chooses as
+            `ImageFolderDataModule` does.
+        image_key: Key of the image in items that are mappings.
+        label_key: Key of the label.
+        memory_limit_gb: A split that takes more gigabytes (1e9 bytes) is read from its dataset in
+            each epoch.
+        **options: Those of `ImageDataModule`.
+
+    Raises:
+        UserError: An option is out of its range; or an item has another form, which is found when
+            the data are set up.
+    """
+
+    def __init__(
+        self,
+        train: Any,
+        test: Any = None,
+        val: Any = None,
+        class_names: Sequence[str] | None = None,
+        decode_size: int | None = None,
+        image_key: str = "image",
+        label_key: str = "label",
+        memory_limit_gb: float = 2.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.datasets: dict[Split, Any] = {"train": train, "val": val, "test": test}
+        for split, dataset in self.datasets.items():
+            is_map_style = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+            if dataset is not None and not is_map_style:
+                raise UserError(
+                    f"{split} is a {type(dataset).__name__}, and no map-style dataset: it needs "
+                    f"len(dataset) and dataset[i]."
+                )
+        self.decode_size: int | None = as_primitive("decode_size", decode_size)
+        check_decode_size(self.decode_size)
+        self.memory_limit_gb: float = as_primitive("memory_limit_gb", memory_limit_gb)
+        check("memory_limit_gb", self.memory_limit_gb, lambda size: size >= 0, "0 or more")
+        self.keys = (image_key, label_key)
+        self._class_names: list[str] | None = as_primitive("class_names", class_names)
+        self._sampled_sizes: list[Size] = []
+        self.store_options(
+            decode_size=self.decode_size,
+            image_key=image_key,
+            label_key=label_key,
+            memory_limit_gb=self.memory_limit_gb,
+        )
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes: those given, or of the dataset, or the numbers of the labels."""
+        if self._class_names is None:
+            self._class_names = self._find_class_names()
+        return self._class_names
+
+    def _find_class_names(self) -> list[str]:
+        train = _without_subsets(self.datasets["train"])
+        names = getattr(train, "classes", None)
+        features = getattr(train, "features", None)  # of Hugging Face's datasets
+        if names is None and features is not None and self.keys[1] in features:
+            names = getattr(features[self.keys[1]], "names", None)
+        if names is None:
+            labels = self._read("train", (1, 1)).labels
+            names = range(int(labels.max()) + 1)
+        return [str(name) for name in names]
+
+    def choose_size(self, largest_side: int | None) -> Size:
+        """Return `decode_size`, or the size that suits the training images and the network."""
+        if self.decode_size is not None:
+            return self.decode_size, self.decode_size
+        if not self._sampled_sizes:
+            self._sampled_sizes = sample_sizes(self.datasets["train"], "train", *self.keys)
+        return choose_size(self._sampled_sizes, largest_side)
+
+    def load(self, split: Split) -> Images | None:
+        """Return the images of a split, or None if there is no dataset for it."""
+        if self.datasets[split] is None:
+            return None
+        assert self.size is not None
+        images = self._read(split, self.size)
+        height, width = self.size
+        is_too_large = 3 * height * width * len(images) > self.memory_limit_gb * 1e9
+        if is_too_large or _has_transform(self.datasets[split]):
+            return images
+        return in_memory(images, split)
+
+    def _read(self, split: Split, size: Size) -> DatasetImages:
+        return DatasetImages(self.datasets[split], split, size, *self.keys)
+
+
+def _without_subsets(dataset: Any) -> Any:
+    """Return the dataset that a `Subset`, or a subset of one, is part of."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
+
+
+def _has_transform(dataset: Any) -> bool:
+    """Return whether a dataset changes its images, as torchvision's and Hugging Face's may."""
+    dataset = _without_subsets(dataset)
+    for attribute in ("transform", "transforms"):
+        if getattr(dataset, attribute, None) is not None:
+            return True
+    return False
+
+
+def in_memory(images: Images, name: str) -> ArrayImages:
+    """Return images with all their pixels in memory.
+
+    They are read one after another, because a dataset of others may not bear threads.
+
+    Args:
+        images: The images, of one size.
+        name: Text of the progress bar.
+    """
+    batches = []
+    bar = tqdm(total=len(images), desc=f"decoding {name}", unit="img", disable=None)
+    with bar:
+        for start in range(0, len(images), BATCH_IMAGES):
+            rows = np.arange(start, min(start + BATCH_IMAGES, len(images)))
+            batches.append(images.pixels(rows))
+            bar.update(len(rows))
+    return ArrayImages(np.concatenate(batches), images.labels)
