@@ -14,7 +14,7 @@ from conftest import RUN, assert_same_weights, quiet_trainer, run_fit
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from test_data import batches, packed  # noqa: F401 # a fixture
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from torchvision.datasets import MNIST
 
 from cifar_transfer import (
@@ -33,7 +33,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (60, 3, 32, 32), dtype=np.uin
 LABELS = np.arange(60) % 3
 
 
-class Pairs:
+class Pairs(Dataset):
     """A map-style dataset of pairs, with torchvision's attributes."""
 
     def __init__(self, images, labels=LABELS, **attributes):
