@@ -209,7 +209,7 @@ MISTAKES = [
     (["--trainer.default_root_dir=/dev/null"], "cannot be written"),
     (
         ["--data=NoSuchModule"],
-        "ShapesDataModule, TorchvisionDataModule",
+        "--data=NoSuchModule names no data module. Data modules: CIFAR10DataModule, Ima",
     ),
     (["--data=ImageFolderDataModule", "--data.root=/nowhere"], "/nowhere/train is missing"),
     (
@@ -225,7 +225,7 @@ MISTAKES = [
         '"trainer.callbacks": the following arguments are required: monitor',
     ),
     (["--trainer.callbacks+=cifar_transfer.Nothing"], "has no attribute 'Nothing'"),
-    (["--trainer.max_epochs=1.5"], "--trainer.max_epochs takes int; null, not 1.5"),
+    (["--trainer.max_epochs=1.5"], "--trainer.max_epochs takes int or null, not 1.5"),
     (
         ["--model.backbone=lenet5", "--model.weights=DEFAULT"],
         "with --model.weights=none and --freeze.unfreeze_epoch=0",
@@ -240,6 +240,8 @@ MISTAKES = [
     (["--ckpt_path=/nowhere/last.ckpt"], "does not exist"),
     (["--resume=/nowhere"], "name the folder of a run"),
     (["--resume"], "expected one argument"),
+    (["photos.zip"], "photos.zip is no option: options begin with two dashes"),
+    (["/"], "for images of your own in that folder, give --data=ImageFolderDataModule --data.root"),
     (["--config=/nowhere.yaml"], "/nowhere.yaml"),
     (["--trainer.strategy=fsdp"], "fsdp"),
     (["--trainer.limit_val_batches=0"], "need validation images"),

@@ -27,6 +27,7 @@ from cifar_transfer import (
     ShapesDataModule,
     TransferClassifier,
 )
+from cifar_transfer.base import download
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.data import cifar
 from cifar_transfer.data.augment import step_seed
@@ -163,6 +164,21 @@ def test_missing_images_are_downloaded_once(tmp_path, batches, monkeypatch):
             data = ready(CIFAR10DataModule(str(tmp_path), url=server.url(f"/{cifar.ARCHIVE}")))
     assert len(data.images["test"]) == PER_BATCH
     assert (tmp_path / cifar.ARCHIVE).read_bytes() == batches[1]
+
+
+def test_a_trickling_mirror_of_cifar10_is_left_for_the_next(tmp_path, batches, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(download, "SECONDS_BEFORE_NEXT", 0.5)
+    path = f"/{cifar.ARCHIVE}"
+    with BrokenServer(files={path: batches[1]}) as server:
+        monkeypatch.setattr(cifar, "MIRRORS", (server.url(f"/trickle{path}"), server.url(path)))
+        ready(CIFAR10DataModule(str(tmp_path)))
+    assert (tmp_path / cifar.ARCHIVE).read_bytes() == batches[1]
+
+
+def test_the_official_host_of_cifar10_which_may_trickle_is_asked_last():
+    assert cifar.MIRRORS[-1] == CIFAR10.url
+    assert len(cifar.MIRRORS) > 1
 
 
 def test_without_a_network_the_message_gives_three_ways_out(tmp_path):

@@ -189,14 +189,42 @@ def test_a_killed_download_leaves_nothing_under_the_name_and_the_next_succeeds(
     process = FORKS.Process(target=fetch, args=args, kwargs={"digest": MD5})
     process.start()
     deadline = time.monotonic() + 60
-    while not any(part.stat().st_size for part in tmp_path.iterdir()):
+    while not any(part.stat().st_size for part in tmp_path.rglob("*") if part.is_file()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not path.exists()
+    assert len(names_in(tmp_path)) == 1, "what it has left"
     assert get(server, path, "/file").read_bytes() == DATA
+    assert names_in(tmp_path) == ["x.bin"]
+
+
+def test_what_a_killed_download_has_left_goes_also_if_the_file_came_otherwise(
+    server: BrokenServer, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.bin"
+    left = tmp_path / ".x.bin.partial"
+    left.mkdir()
+    (left / "tmp12345678").write_bytes(DATA[:100])
+    (tmp_path / "tmp12345678").write_bytes(b"a file of the user")
+    path.write_bytes(b"copied by hand")
+    assert get(server, path, "/file").read_bytes() == b"copied by hand"
+    assert names_in(tmp_path) == ["tmp12345678", "x.bin"]
+    assert not server.hits
+
+
+def test_a_mirror_that_trickles_is_left_soon_if_there_is_another(
+    server: BrokenServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "SECONDS_BEFORE_NEXT", 0.5)
+    urls = [server.url("/trickle/file"), server.url("/slow/file")]
+    server.slow_rate = 100_000  # 1.5 s
+    start = time.monotonic()
+    fetch(urls, tmp_path / "x.bin", digest=MD5, total_seconds=60)
+    assert time.monotonic() - start < 10
+    assert (tmp_path / "x.bin").read_bytes() == DATA
 
 
 def test_after_a_failed_download_a_waiting_process_tries_itself(

@@ -272,6 +272,19 @@ def test_a_place_that_a_file_cannot_have_is_refused(trained, tmp_path):
         export(checkpoint, "state_dict", str(tmp_path / "gone" / "x.pth"))
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torchscript", "--to torchscript is no format here: take torch_export, which PyTorch has"),
+        ("TensorRT", "take onnx, which TensorRT reads"),
+        ("keras", "the formats are state_dict, safetensors, onnx, torch_export"),
+    ],
+)
+def test_another_format_is_answered_with_what_there_is_instead(trained, name, message):
+    with pytest.raises(UserError, match=message):
+        export(trained["lenet5"], name)
+
+
 def test_a_package_that_is_missing_is_named(trained, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match="pip install onnxscript"):

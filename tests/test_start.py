@@ -65,7 +65,7 @@ def test_what_is_answered_within_a_second_imports_nothing_heavy(arguments, statu
     ("command", "options", "message"),
     [
         ("predict", [], "the following arguments are required: images"),
-        ("export", ["--ckpt=x", "--to=coreml"], r"--to takes .*'onnx', .*, not coreml"),
+        ("evaluate", ["--ckpt=x", "--split=train"], "--split takes 'test', 'val', not train"),
         ("evaluate", ["--ckpt=x", "--devices=two"], "--devices takes int, not two"),
         ("figures", ["one", "two"], "unrecognized arguments: two"),
         ("audit", [], r"the following arguments are required: NAME\[=WEIGHTS\]"),
@@ -140,6 +140,39 @@ def test_the_first_hint_is_the_option_that_was_meant(name):
     assert len(hints) == len({*hints}) <= 3
 
 
+@pytest.mark.parametrize("command", start.COMMANDS)
+def test_options_of_several_classes_are_listed_once(command):
+    names = start.option_names(command)
+    assert len(names) == len({*names})
+
+
+GROUPS_WITH_A_VALUE = {
+    "--model=resnet50": r"--model is a group .* did you mean --model\.backbone=resnet50\?",
+    "--model resnet50": r"--model is a group .* did you mean --model\.backbone=resnet50\?",
+    "--freeze=3": r"did you mean --freeze\.unfreeze_epoch=3\?",
+    "--report=false": r"did you mean --report\.figures=false\?",
+    "--trainer=gpu": r"did you mean --trainer\.accelerator=gpu\?",
+    "--data.augment=false": r"give its options, --data\.augment\.",
+    "--data=photos": r"photos is a folder: give --data=ImageFolderDataModule --data\.root=photos",
+}
+
+
+@pytest.mark.parametrize("text", GROUPS_WITH_A_VALUE)
+def test_a_value_where_a_group_of_options_stands_is_explained(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UserError, match=GROUPS_WITH_A_VALUE[text]):
+        start.answer("fit", text.split())
+
+
+@pytest.mark.parametrize("value", ["options.yaml", "{lr: 0.1}", "lr: 0.1"])
+def test_a_file_of_options_may_stand_where_a_group_does(tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "options.yaml").touch()
+    options = [f"--model={value}", "--freeze", value, "--data=ShapesDataModule"]
+    assert start.answer("fit", options) == options
+
+
 def test_a_name_that_is_like_no_other_gets_no_hint():
     with pytest.raises(UserError, match=r"^There is no option --xyzzy\. All options: --help$"):
         start.answer("fit", ["--xyzzy=1"])
@@ -209,6 +242,16 @@ def test_a_recipe_is_found_by_its_name_unless_there_is_such_a_file(tmp_path, mon
     assert recipes.with_recipe_files(unchanged) == unchanged
     Path("fast").touch()
     assert recipes.with_recipe_files(["--config", "fast"]) == ["--config", "fast"]
+
+
+def test_a_recipe_is_found_in_a_home_and_a_folder_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "folder").mkdir()
+    expected = [f"--config={tmp_path / 'mine.yaml'}"]
+    assert start.answer("fit", ["--config=~/mine.yaml"]) == expected
+    with pytest.raises(UserError, match="folder is a folder: name a file of options, or a recipe"):
+        start.answer("fit", ["--config=~/folder"])
 
 
 def test_the_help_of_fit_fits_the_terminal_and_begins_with_what_people_change_first(monkeypatch):

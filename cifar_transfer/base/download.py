@@ -1,12 +1,13 @@
 """Download a file with pooch from the first of several mirrors that delivers it whole.
 
-pooch gives the file a temporary name, tries each mirror twice and draws the progress. Added here
-are digests of which only the beginning is known (in the names of torchvision's files), a limit on
-the size, and a limit on the total time: no time-out of requests ends a download that receives a
-byte now and then.
+pooch tries each mirror twice and draws the progress. Added here are digests of which only the
+beginning is known (in the names of torchvision's files), a limit on the size, and a limit on the
+total time: no time-out of requests ends a download that receives a byte now and then. A file is
+downloaded into a hidden folder of its own, which the next download removes if this one is killed.
 """
 
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -31,6 +32,7 @@ with warnings.catch_warnings():
 
 CONNECT_SECONDS = 5.0  # to each network address of a host
 READ_SECONDS = 20.0  # without a byte
+SECONDS_BEFORE_NEXT = 300.0  # that a mirror has at most if another one is still to be tried
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal for a bar
 REASONS = {
     requests.TooManyRedirects: "endless redirects",
@@ -64,24 +66,34 @@ def fetch(
         path: Where the file belongs. Only the whole file ever gets this name.
         digest: `md5:` or `sha256:` and at least the first digits of the digest, hexadecimal.
         max_bytes: A mirror that sends more is left.
-        total_seconds: A mirror that has not delivered after this time is left.
+        total_seconds: A mirror that has not delivered after this time is left. All but the last
+            have `SECONDS_BEFORE_NEXT` at most.
 
     Raises:
         UserError: No mirror delivers, or the folder cannot be written to. The text is a sentence
             without its full stop, so that the caller can add what to do.
     """
-    download = partial(_download, digest=digest, max_bytes=max_bytes, total_seconds=total_seconds)
+    download = partial(_download, digest=digest, max_bytes=max_bytes)
+    folder = path.with_name(f".{path.name}.partial")
     try:
-        if path.exists():
+        if path.exists() and not _can_be_removed(folder):
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path):
-            if not path.exists():
-                _fetch_from_first(urls, path, download)
+            shutil.rmtree(folder, ignore_errors=True)  # of a killed process
+            try:
+                if not path.exists():
+                    _fetch_from_first(urls, path, folder, total_seconds, download)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(f"cannot write to {path.parent}: {reason}") from error
     return path
+
+
+def _can_be_removed(folder: Path) -> bool:
+    return folder.exists() and os.access(folder.parent, os.W_OK)
 
 
 def through_proxy(url: str) -> str:
@@ -93,12 +105,22 @@ def through_proxy(url: str) -> str:
     return f" through the proxy {proxy.rpartition('@')[2]!r}"
 
 
-def _fetch_from_first(urls: Sequence[str], path: Path, download: Callable[..., None]) -> None:
+def _fetch_from_first(
+    urls: Sequence[str],
+    path: Path,
+    folder: Path,
+    total_seconds: float,
+    download: Callable[..., None],
+) -> None:
+    """Download into `folder` from one address after another, and move the whole file to `path`."""
     failures = []
-    for url in urls:
+    for number, url in enumerate(urls, 1):
+        seconds = total_seconds
+        if number < len(urls):
+            seconds = min(seconds, SECONDS_BEFORE_NEXT)
         host = urlsplit(url).netloc.rpartition("@")[2] or url
         mirror = pooch.create(
-            path.parent,
+            folder,
             base_url="",
             registry={path.name: None},  # the downloader compares the digest
             urls={path.name: url},
@@ -106,12 +128,13 @@ def _fetch_from_first(urls: Sequence[str], path: Path, download: Callable[..., N
         )
         _say(f"downloading {path.name} from {host}")
         try:
-            mirror.fetch(path.name, downloader=download)
+            mirror.fetch(path.name, downloader=partial(download, total_seconds=seconds))
         except (requests.RequestException, TimeoutError, ValueError) as error:
             reason = _reason(error)
             _say(f"{host}: {reason}")
             failures.append(f"{host}{through_proxy(url)} ({reason})")
         else:
+            os.replace(folder / path.name, path)
             _say(f"downloaded {path.name}: {_size(path.stat().st_size)}")
             return
     raise UserError(f"could not download {path.name}: {'; '.join(failures)}")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lightning import Trainer
 
 from cifar_transfer.base.errors import check
-from cifar_transfer.base.files import require_writable
+from cifar_transfer.base.files import require_writable, user_path
 from cifar_transfer.cli.fit_cli import PlainCLI
 from cifar_transfer.cli.parsers import PartParser
 from cifar_transfer.data.module import ImageDataModule
@@ -53,11 +53,15 @@ def parser(command: str, out: Path) -> PartParser:
         "--config", action="append", default=[], metavar="FILE", help="A recipe, as fit takes it."
     )
     options.add_argument(
-        "--out", type=Path, default=out, metavar="FOLDER", help=f"Where to write (default: {out})."
+        "--out",
+        type=user_path,
+        default=out,
+        metavar="FOLDER",
+        help=f"Where to write (default: {out}).",
     )
     options.add_argument(
         "--features",
-        type=Path,
+        type=user_path,
         metavar="FOLDER",
         help="Where features are kept (default: in the user's cache).",
     )

@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import Logger
 
 from cifar_transfer.base import console
 from cifar_transfer.base.errors import UserError, caused_by_us, check
-from cifar_transfer.base.files import CONFIG, LOGS, RESULT, require_writable
+from cifar_transfer.base.files import CONFIG, LOGS, RESULT, require_writable, user_path
 from cifar_transfer.base.text import without_password
 from cifar_transfer.base.untrusted import read_yaml
 from cifar_transfer.cli import parser_messages, recipes, spelling, start
@@ -81,6 +81,15 @@ class Parser(LightningArgumentParser):
         option = parser_messages.unknown_option(message)
         if option is not None:
             raise spelling.unknown_option(option, start.option_names("fit"))
+        argument = parser_messages.unknown_argument(message)
+        if argument is not None:
+            raise spelling.no_option(argument)
+        name = parser_messages.unknown_class(message, "data")
+        if name is not None:
+            raise UserError(
+                f"--data={name} names no data module. Data modules: "
+                f"{', '.join(sorted(DATA_MODULES))}, or MODULE.CLASS of your own. ({HELP_HINT})"
+            )
         raise UserError(f"{message}{self._hint(message)}")
 
     def _hint(self, message: str) -> str:
@@ -91,8 +100,6 @@ class Parser(LightningArgumentParser):
                 return f" (Did you mean {', '.join(similar_keys)}?)"
         if parser_messages.is_import_refusal(message):
             return " (If you trust it, name it on the command line too.)"
-        if parser_messages.is_unknown_class(message, "data"):
-            return f" (Data modules: {', '.join(sorted(DATA_MODULES))}.)"
         if HELP_HINT in message:  # the parser of a class has said it
             return ""
         return f" ({HELP_HINT})"
@@ -240,7 +247,7 @@ class FitCLI(PlainCLI):
             path = self._resumed_run / CHECKPOINTS / LAST
             return path if path.is_file() else None  # killed in its first epoch: begin again
         if self.config.ckpt_path is not None:
-            return Path(self.config.ckpt_path)
+            return user_path(self.config.ckpt_path)
         if self.config.run is not None:
             return self._requeued_checkpoint(self.config.run)
         return None
@@ -383,7 +390,7 @@ def _is_file_or_yaml(value: str) -> bool:
 
 def _root(options: Any) -> Path:
     """Return the folder that holds the folder of the runs, given options of the Trainer."""
-    return Path(options.default_root_dir or ".").expanduser().resolve()
+    return user_path(options.default_root_dir or ".").resolve()
 
 
 def _resumed_run(args: Sequence[str]) -> Path | None:
@@ -391,7 +398,7 @@ def _resumed_run(args: Sequence[str]) -> Path | None:
     folders = _values_of(("--resume",), args)
     if not folders:
         return None
-    run = Path(folders[-1])
+    run = user_path(folders[-1])
     if not (run / CONFIG).is_file():
         raise UserError(
             f"--resume {run}: there is no {run / CONFIG}: name the folder of a run, "

@@ -21,6 +21,7 @@ PLAIN_WORDS = {
     r"Expected a typing\.Literal\[([^\]]*)\]": r"\1",
     r"[;.] (Got|Given) value: ": ", not ",
     r"\bNoneType\b": "null",
+    r"; null\b": " or null",
 }
 
 
@@ -64,6 +65,17 @@ def unknown_key(message: str) -> str | None:
     return match and match[1]
 
 
+def unknown_argument(message: str) -> str | None:
+    """Return the first argument that jsonargparse knows as no option's value, or None.
+
+    Since jsonargparse 4.35.
+    """
+    prefix = "unrecognized arguments: "
+    if not message.startswith(prefix) or message.startswith(prefix + "-"):
+        return None
+    return message.removeprefix(prefix)
+
+
 def is_import_refusal(message: str) -> bool:
     """Return whether jsonargparse says that a class is not on the list of what may be imported.
 
@@ -72,9 +84,12 @@ def is_import_refusal(message: str) -> bool:
     return "is not allowed" in message
 
 
-def is_unknown_class(message: str, key: str) -> bool:
-    """Return whether jsonargparse says that the value of an option names no class.
+def unknown_class(message: str, key: str) -> str | None:
+    """Return the value of an option that names no class, by a message of jsonargparse, or None.
 
     Since jsonargparse 4.35.
     """
-    return f'key "{key}"' in message and "import path" in message
+    if f'key "{key}"' not in message:
+        return None
+    match = re.search(r"import path string: ([^;\s]*)", message)
+    return match and match[1]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.base.files import CONFIG
+from cifar_transfer.base.files import CONFIG, user_path
 from cifar_transfer.base.text import without_password
 
 RECIPE_FILE = "recipe.json"  # in a folder of results: the options that they were made with
@@ -37,7 +37,12 @@ def with_recipe_files(args: Sequence[str]) -> list[str]:
 
 def _recipe_file(name: str) -> str:
     is_yaml = "{" in name or ":" in name  # options themselves, which jsonargparse takes too
-    if is_yaml or Path(name).exists():
+    path = user_path(name)
+    if path.is_dir():
+        raise UserError(f"--config {name} is a folder: name a file of options, or a recipe.")
+    if path.exists():
+        return str(path)
+    if is_yaml:
         return name
     files = {path.stem: str(path) for path in sorted(RECIPES.glob("*.yaml"))}
     if name not in files:

@@ -1,6 +1,7 @@
 """Misspelt names of options: which ones certainly do not exist, and what they may mean."""
 
 import difflib
+import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from importlib import metadata
@@ -8,6 +9,13 @@ from importlib import metadata
 from cifar_transfer.base.errors import UserError
 
 MAX_HINTS = 3  # names in a message
+# Options that are meant where a group of options is given a value.
+MEANT_BY_GROUP = {
+    "--freeze": "--freeze.unfreeze_epoch",
+    "--model": "--model.backbone",
+    "--report": "--report.figures",
+    "--trainer": "--trainer.accelerator",
+}
 MIN_LIKENESS = 0.6  # of a name in a message, from 0 to 1
 MAX_BEHIND_THE_BEST = 0.1  # by which a name in a message may be less like than the likeliest
 SYNONYMS = {
@@ -47,7 +55,7 @@ SYNONYMS = {
 
 
 def check_options(args: Sequence[str], names: Collection[str], lightning: str) -> None:
-    """Refuse an option that does not exist.
+    """Refuse an option that does not exist, and a value where only a file of options can stand.
 
     Options of a class that may not be one of this package's are left to the parser.
 
@@ -57,11 +65,14 @@ def check_options(args: Sequence[str], names: Collection[str], lightning: str) -
         lightning: Version of Lightning whose Trainer has the listed options.
 
     Raises:
-        UserError: There is no such option.
+        UserError: There is no such option, or it takes no such value.
     """
-    for arg in args:
+    for index, arg in enumerate(args):
         name = arg.partition("=")[0].removesuffix("+")
-        if not name.startswith("--") or name in names:
+        if not name.startswith("--"):
+            continue
+        if name in names:
+            _check_value(name, _value(args, index), names)
             continue
         group = _closest_parent(name, names)
         if group == "--data":
@@ -71,8 +82,52 @@ def check_options(args: Sequence[str], names: Collection[str], lightning: str) -
         else:
             takes_a_class = f"{group}.help" in names
             complete = not takes_a_class
+        if complete and _members(name, names):
+            raise _group_given_a_value(name, _value(args, index) or "given", names)
         if complete:
             raise unknown_option(name, names)
+
+
+def _value(args: Sequence[str], index: int) -> str | None:
+    """Return the value of the option at an index, behind "=" or as the next argument, or None."""
+    _, equals, value = args[index].partition("=")
+    if equals:
+        return value
+    if index + 1 < len(args) and not args[index + 1].startswith("--"):
+        return args[index + 1]
+    return None
+
+
+def _check_value(name: str, value: str | None, names: Collection[str]) -> None:
+    """Refuse a value of a group of options, and a folder in the place of a data module.
+
+    Values that may be a file of options, or such options themselves, are left to the parser.
+    """
+    if value is None or os.path.isfile(value) or set(value) & set("{:"):
+        return
+    if name == "--data" and os.path.isdir(value):
+        raise UserError(
+            f"--data takes a data module, and {value} is a folder: give "
+            f"--data=ImageFolderDataModule --data.root={value}"
+        )
+    takes_a_class = f"{name}.help" in names
+    if not takes_a_class and _members(name, names):
+        raise _group_given_a_value(name, value, names)
+
+
+def _members(name: str, names: Iterable[str]) -> list[str]:
+    """Return the options of a group, such as "--model.lr" for "--model"."""
+    return [candidate for candidate in names if candidate.startswith(f"{name}.")]
+
+
+def _group_given_a_value(name: str, value: str, names: Iterable[str]) -> UserError:
+    problem = f"{name} is a group of options, and not one that can be {value}"
+    if name in MEANT_BY_GROUP:
+        return UserError(
+            f"{problem}: did you mean {MEANT_BY_GROUP[name]}={value}? All options: --help"
+        )
+    members = ", ".join(_members(name, names)[:MAX_HINTS])
+    return UserError(f"{problem}: give its options, {members}, ... All options: --help")
 
 
 def _closest_parent(name: str, names: Collection[str]) -> str:
@@ -112,6 +167,16 @@ def unknown_option(name: str, names: Iterable[str]) -> UserError:
     return UserError(
         f"There is no option {name}: did you mean {' or '.join(hints)}? All options: --help"
     )
+
+
+def no_option(argument: str) -> UserError:
+    """Return the error for an argument that is neither an option nor the value of one."""
+    if os.path.isdir(argument):
+        return UserError(
+            f"{argument} is no option: for images of your own in that folder, give "
+            f"--data=ImageFolderDataModule --data.root={argument}"
+        )
+    return UserError(f"{argument} is no option: options begin with two dashes. All: --help")
 
 
 def similar(name: str, names: Iterable[str]) -> list[str]:

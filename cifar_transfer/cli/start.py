@@ -169,7 +169,8 @@ def option_names(command: str) -> list[str]:
         for options in about["groups"].values():
             names += [option.partition("=")[0] for option in options]
         names += about["silent"]
-    return [name for name in names if name.startswith("--")]
+    options = dict.fromkeys(names)  # several classes have an option of one name
+    return [name for name in options if name.startswith("--")]
 
 
 def completions(line: str) -> list[str]:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar_transfer.base.files import LOGS, make_folder, write_json
+from cifar_transfer.base.files import LOGS, make_folder, user_path, write_json
 from cifar_transfer.cli.fit_process import (
     finished_runs,
     fit_once,
@@ -50,7 +50,7 @@ def main(args: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=user_path,
         default=OUT,
         metavar="FOLDER",
         help=f"Folder of the runs, tables and figure (default: {OUT}).",

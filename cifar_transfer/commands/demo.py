@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.base.files import LOGS, RESULT, new_versions
+from cifar_transfer.base.files import LOGS, RESULT, new_versions, user_path
 from cifar_transfer.cli.fit_process import read_result, refuse_names_of_runs, run_fit
 
 DEMO = "demo"  # folder of the runs, in `LOGS`
@@ -48,8 +48,9 @@ def main(args: Sequence[str]) -> None:
 def _root(options: Sequence[str]) -> Path:
     """Return the folder that holds the folder of the runs."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--trainer.default_root_dir", dest="root", type=Path, default=Path())
-    return Path(parser.parse_known_args(options)[0].root).expanduser()
+    parser.add_argument("--trainer.default_root_dir", dest="root", type=user_path, default=Path())
+    root: Path = parser.parse_known_args(options)[0].root
+    return root
 
 
 def _fit(name: str, folder: Path, options: Sequence[str]) -> Path:

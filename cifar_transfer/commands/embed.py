@@ -8,12 +8,11 @@ image that cannot be read is named on stderr and left out. The exit status is th
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse import Namespace
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.base.files import require_writable
+from cifar_transfer.base.files import require_writable, user_path
 from cifar_transfer.cli.parsers import Parser
 from cifar_transfer.inference.embeddings import MAX_PROJECTED_IMAGES, embed
 from cifar_transfer.inference.named_images import NamedImages, add_options, check_output_file
@@ -44,11 +43,11 @@ def main(args: Sequence[str]) -> int:
 def _parse(args: Sequence[str]) -> Namespace:
     parser = Parser(prog="python -m cifar_transfer embed")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.npz", help="Where the features go."
+        "--out", type=user_path, required=True, metavar="FILE.npz", help="Where the features go."
     )
     parser.add_argument(
         "--projector",
-        type=Path,
+        type=user_path,
         metavar="FOLDER",
         help=f"A new folder, for TensorBoard's projector: the first {MAX_PROJECTED_IMAGES:,} "
         "images among their neighbours.",

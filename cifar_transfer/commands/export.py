@@ -9,15 +9,15 @@ is read back, and must give the logits of the checkpoint before it gets its name
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse import auto_cli
 
+from cifar_transfer.base.files import user_path
 from cifar_transfer.cli.parsers import Parser
-from cifar_transfer.inference.exporter import BATCH_SIZES, Exporter, Format
+from cifar_transfer.inference.exporter import BATCH_SIZES, Exporter
 
 
-def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = True) -> float | None:
+def export(ckpt: str, to: str, out: str | None = None, preprocess: bool = True) -> float | None:
     """Write a checkpoint's network in another format, and read it back.
 
     Args:
@@ -38,7 +38,7 @@ def export(ckpt: str, to: Format, out: str | None = None, preprocess: bool = Tru
         UserError: The checkpoint is unfit, a package is missing, the format cannot hold the
             network, or the file does not give the checkpoint's logits. It is then removed.
     """
-    exporter = Exporter(Path(ckpt), to, Path(out) if out else None, preprocess)
+    exporter = Exporter(user_path(ckpt), to, user_path(out) if out else None, preprocess)
     print(f"Writing {exporter.path}, and trying it ...", file=sys.stderr)
     difference = exporter.export()
     megabytes = exporter.path.stat().st_size / 1e6

@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import auto_cli
 
 from cifar_transfer.base.errors import UserError, disk_fault, first_line
-from cifar_transfer.base.files import CONFIG
+from cifar_transfer.base.files import CONFIG, user_path
 from cifar_transfer.cli.parsers import Parser
 from cifar_transfer.results.predictions import FIGURES_FOLDER, Predictions, predictions_path
 from cifar_transfer.results.run_figures import prediction_figures, save_figures
@@ -33,7 +33,7 @@ def figures(run: str) -> list[Path]:
     Raises:
         UserError: The folder is not that of a run, or a file in it is damaged.
     """
-    folder = Path(run)
+    folder = user_path(run)
     config = folder / CONFIG
     if not config.is_file():
         raise UserError(f"There is no {config}: name a run's folder, say lightning_logs/version_0.")

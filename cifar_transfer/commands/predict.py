@@ -12,7 +12,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.base.files import make_folder
+from cifar_transfer.base.files import make_folder, user_path
 from cifar_transfer.cli.parsers import Parser
 from cifar_transfer.inference.named_images import NamedImages, add_options, check_output_file
 from cifar_transfer.inference.prediction_formats import FORMATS
@@ -52,13 +52,13 @@ def _parse(args: Sequence[str]) -> Namespace:
     )
     parser.add_argument(
         "--figure",
-        type=Path,
+        type=user_path,
         metavar="FILE.png",
         help="Draw the first 24 images with their classes.",
     )
     parser.add_argument(
         "--explain",
-        type=Path,
+        type=user_path,
         metavar="FOLDER",
         help="Draw for each image where its class is seen (Grad-CAM).",
     )

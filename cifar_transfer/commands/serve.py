@@ -8,9 +8,9 @@ Files are read as `predict` reads them.
 
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from cifar_transfer.base.errors import check
+from cifar_transfer.base.files import user_path
 from cifar_transfer.cli.parsers import Parser
 from cifar_transfer.inference.named_images import add_classifier_options
 from cifar_transfer.inference.page import Page
@@ -38,7 +38,7 @@ def main(args: Sequence[str]) -> None:
     add_classifier_options(parser)
     options = parser.parse_args(list(args))
     check("port", options.port, lambda port: 0 <= port <= MAX_PORT, f"0 to {MAX_PORT}")
-    ckpt = Path(options.ckpt or newest_checkpoint())
+    ckpt = user_path(options.ckpt or newest_checkpoint())
     classifier = Classifier.load(ckpt, options.accelerator, options.max_megapixels)
     with Page(ckpt, classifier, options.host, options.port) as server:
         print(f"{server.url} shows what {ckpt} sees. Ctrl-C ends it.", flush=True)

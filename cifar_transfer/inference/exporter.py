@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,23 @@ from cifar_transfer.network.image_classifier import ImageClassifier
 from cifar_transfer.network.lenet import lenet5
 from cifar_transfer.training.checkpoint_file import load_classifier
 
-Format = Literal["state_dict", "safetensors", "onnx", "torch_export"]
-ENDINGS = {
+ENDINGS = {  # of the files of each format
     "state_dict": ".pth",
     "safetensors": ".safetensors",
     "onnx": ".onnx",
     "torch_export": ".pt2",
+}
+# What to take in the place of formats that people ask for.
+INSTEAD = {
+    "torchscript": "torch_export, which PyTorch has in its place",
+    "jit": "torch_export, which PyTorch has in the place of TorchScript",
+    "pt2": "torch_export",
+    "pt": "state_dict for weights alone, or torch_export for a graph",
+    "pth": "state_dict",
+    "pytorch": "state_dict for weights alone, or torch_export for a graph",
+    "coreml": "torch_export, which coremltools converts",
+    "openvino": "onnx, which OpenVINO reads",
+    "tensorrt": "onnx, which TensorRT reads",
 }
 GRAPHS = ("onnx", "torch_export")
 BATCH_SIZES = (1, 2, 5)  # of the random images that a file is tried with
@@ -45,7 +56,7 @@ class Exporter:
 
     Args:
         ckpt: The checkpoint.
-        to: The format.
+        to: The format, one of `ENDINGS`.
         out: The file; None for the name of the checkpoint with the ending of the format.
         preprocess: Put resizing and normalisation into a graph. Weights alone hold neither.
 
@@ -54,11 +65,12 @@ class Exporter:
         notes: What a program has to know beside the network. They are stored with it.
 
     Raises:
-        UserError: The checkpoint is unfit, a package is missing, the format cannot hold the
-            network, or the file cannot be that of the format.
+        UserError: There is no such format, the checkpoint is unfit, a package is missing, the
+            format cannot hold the network, or the file cannot be that of the format.
     """
 
-    def __init__(self, ckpt: Path, to: Format, out: Path | None, preprocess: bool) -> None:
+    def __init__(self, ckpt: Path, to: str, out: Path | None, preprocess: bool) -> None:
+        _check_format(to)
         if to == "onnx":
             _require_onnx()
         self._format = to
@@ -181,13 +193,23 @@ class Exporter:
         return (resize(images, self._geometry.input_side) - mean) / std
 
 
+def _check_format(name: str) -> None:
+    if name in ENDINGS:
+        return
+    advice = f"the formats are {', '.join(ENDINGS)}."
+    instead = INSTEAD.get(name.lower().strip("._"))
+    if instead is not None:
+        advice = f"take {instead}."
+    raise UserError(f"--to {name} is no format here: {advice}")
+
+
 def _require_onnx() -> None:
     missing = [package for package in ("onnx", "onnxscript") if find_spec(package) is None]
     if missing:
         raise UserError(f"ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
 
 
-def _check_path(path: Path, to: Format, ckpt: Path) -> None:
+def _check_path(path: Path, to: str, ckpt: Path) -> None:
     if path.suffix != ENDINGS[to] or path.resolve() == ckpt.resolve():
         raise UserError(
             f"{path} cannot be the file of {to}: "

@@ -8,6 +8,7 @@ from jsonargparse import Namespace
 from tqdm import tqdm
 
 from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.files import user_path
 from cifar_transfer.cli.parsers import Parser
 from cifar_transfer.data.images import MAX_MEGAPIXELS
 from cifar_transfer.inference.predictor import Classifier
@@ -68,7 +69,7 @@ class NamedImages:
             self.ckpt = newest_checkpoint()
             print(f"The newest run's checkpoint: {self.ckpt}", file=sys.stderr)
         else:
-            self.ckpt = Path(options.ckpt)
+            self.ckpt = user_path(options.ckpt)
         self.classifier = Classifier.load(self.ckpt, options.accelerator, options.max_megapixels)
         self.num_predicted = 0
         self.num_unreadable = 0

@@ -18,13 +18,16 @@ def image_files(names: Iterable[str], on_error: Callable[[UserError], None]) -> 
     Args:
         names: Files, which need not exist; folders, for all images anywhere below them, sorted;
             patterns with `*`, `?`, `[...]` and `**`, for shells that do not expand them; "-" for
-            names on standard input, one a line.
+            names on standard input, one a line. `~` at the beginning is the user's home.
         on_error: Called with the reason if a name stands for nothing.
     """
     for name in names:
         if name == "-":
             yield from image_files(_names_on_stdin(), on_error)
-        elif _URL.match(name):
+            continue
+        if not os.path.lexists(name):
+            name = os.path.expanduser(name)
+        if _URL.match(name):
             on_error(
                 UserError(
                     f"{name} is a URL, and only files are read: "
