@@ -123,6 +123,22 @@ def test_onnx(trained, tmp_path, name, preprocess):
     assert_describes(parsed(session.get_modelmeta().custom_metadata_map), preprocess)
 
 
+@pytest.mark.parametrize("preprocess", [True, False])
+def test_the_mirror_image_is_in_the_graph(trained, tmp_path, preprocess):
+    out = tmp_path / "x.pt2"
+    export(str(trained["lenet5"]), "torch_export", str(out), preprocess, mirrored=True)
+    network = torch.export.load(out).module()
+    classifier = load_classifier(trained["lenet5"])
+    images = torch.rand(5, 3, *SIZE, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        shares = classifier(images).softmax(1) + classifier(images.flip(3)).softmax(1)
+        logits = network(images if preprocess else prepared(images))
+    torch.testing.assert_close(logits.exp(), shares / 2, atol=1e-5, rtol=0)
+    assert (shares / 2 - classifier(images).softmax(1)).abs().max() > 1e-3
+    with pytest.raises(UserError, match="state_dict holds weights alone, and no mirror image"):
+        export(str(trained["lenet5"]), "state_dict", mirrored=True)
+
+
 @pytest.mark.parametrize(("name", "preprocess"), [("lenet5", True), ("resnet18", False)])
 def test_torch_export(trained, tmp_path, name, preprocess):
     out = tmp_path / "x.pt2"

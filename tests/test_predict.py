@@ -174,6 +174,26 @@ def test_json_agrees_with_the_network_for_images_of_every_mode(here, classifier,
         assert prediction["classes"][0][0] == NAMES[int(row.argmax())]
 
 
+def test_an_image_and_its_mirror_image_are_predicted_together(here, classifier, tmp_path, capsys):
+    image = Image.open("alpha.png").convert("RGB")
+    image.save(tmp_path / "plain.png")
+    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored.png")
+    shares = []
+    for mirrored in ("false", "true"):
+        options = [f"--mirrored={mirrored}", "--top_k=4", "--format=json"]
+        predict([str(tmp_path / "plain.png"), str(tmp_path / "mirrored.png"), *options])
+        predictions = json.loads(capsys.readouterr().out)
+        shares.append([dict(prediction["classes"]) for prediction in predictions])
+    (plain, mirror), (both, both_of_mirror) = shares
+    assert both == pytest.approx(both_of_mirror, abs=1e-5)
+    assert both == pytest.approx(
+        {name: (plain[name] + mirror[name]) / 2 for name in NAMES}, abs=1e-5
+    )
+    assert max(abs(plain[name] - mirror[name]) for name in NAMES) > 1e-3
+    loaded = Classifier.load(BEST, "cpu", mirrored=True)
+    assert dict(loaded.predict(tmp_path / "plain.png")) == pytest.approx(both, abs=1e-5)
+
+
 @pytest.fixture
 def predicted(here, capsys):
     """Two classes of each photo, as the JSON has them, and a function for the other formats."""

@@ -17,7 +17,13 @@ from cifar_transfer.cli.parsers import Parser
 from cifar_transfer.inference.exporter import BATCH_SIZES, Exporter
 
 
-def export(ckpt: str, to: str, out: str | None = None, preprocess: bool = True) -> float | None:
+def export(
+    ckpt: str,
+    to: str,
+    out: str | None = None,
+    preprocess: bool = True,
+    mirrored: bool = False,
+) -> float | None:
     """Write a checkpoint's network in another format, and read it back.
 
     Args:
@@ -29,6 +35,8 @@ def export(ckpt: str, to: str, out: str | None = None, preprocess: bool = True) 
         preprocess: Put resizing and normalisation into the graph of onnx and torch_export, which
             then takes images as they are in [0, 1]; otherwise it takes what the network takes.
             Weights alone hold neither.
+        mirrored: Have the graph look at each image and at its mirror image. What it gives are then
+            logarithms of the mean of both probabilities, in twice the time.
 
     Returns:
         The largest absolute difference of a logit between the file and the checkpoint, or None if
@@ -38,7 +46,7 @@ def export(ckpt: str, to: str, out: str | None = None, preprocess: bool = True) 
         UserError: The checkpoint is unfit, a package is missing, the format cannot hold the
             network, or the file does not give the checkpoint's logits. It is then removed.
     """
-    exporter = Exporter(user_path(ckpt), to, user_path(out) if out else None, preprocess)
+    exporter = Exporter(user_path(ckpt), to, user_path(out) if out else None, preprocess, mirrored)
     print(f"Writing {exporter.path}, and trying it ...", file=sys.stderr)
     difference = exporter.export()
     megabytes = exporter.path.stat().st_size / 1e6

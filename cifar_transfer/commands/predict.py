@@ -14,7 +14,12 @@ from jsonargparse import Namespace
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.files import make_folder, user_path
 from cifar_transfer.cli.parsers import Parser
-from cifar_transfer.inference.named_images import NamedImages, add_options, check_output_file
+from cifar_transfer.inference.named_images import (
+    NamedImages,
+    add_mirrored_option,
+    add_options,
+    check_output_file,
+)
 from cifar_transfer.inference.prediction_formats import FORMATS
 from cifar_transfer.inference.sources import image_files
 
@@ -29,7 +34,7 @@ def main(args: Sequence[str]) -> int:
         UserError: A checkpoint or an option is unfit, or the network has no heat maps.
     """
     options = _parse(args)
-    images = NamedImages(options)
+    images = NamedImages(options, options.mirrored)
     predictions = images.predictions(options.top_k)
     if options.figure or options.explain:
         # Only here, because matplotlib takes a second to be imported.
@@ -62,6 +67,7 @@ def _parse(args: Sequence[str]) -> Namespace:
         metavar="FOLDER",
         help="Draw for each image where its class is seen (Grad-CAM).",
     )
+    add_mirrored_option(parser)
     add_options(parser)
     options = parser.parse_args(list(args))
     if options.figure:

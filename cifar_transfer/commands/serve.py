@@ -12,9 +12,12 @@ from contextlib import suppress
 from cifar_transfer.base.errors import check
 from cifar_transfer.base.files import user_path
 from cifar_transfer.cli.parsers import Parser
-from cifar_transfer.inference.named_images import add_classifier_options
+from cifar_transfer.inference.named_images import (
+    add_classifier_options,
+    add_mirrored_option,
+    load_classifier,
+)
 from cifar_transfer.inference.page import Page
-from cifar_transfer.inference.predictor import Classifier
 from cifar_transfer.training.checkpoint_file import newest_checkpoint
 
 MAX_PORT = 2**16 - 1
@@ -35,11 +38,12 @@ def main(args: Sequence[str]) -> None:
         default="127.0.0.1",
         help="Where to listen; 0.0.0.0 lets in whoever can reach this machine.",
     )
+    add_mirrored_option(parser)
     add_classifier_options(parser)
     options = parser.parse_args(list(args))
     check("port", options.port, lambda port: 0 <= port <= MAX_PORT, f"0 to {MAX_PORT}")
     ckpt = user_path(options.ckpt or newest_checkpoint())
-    classifier = Classifier.load(ckpt, options.accelerator, options.max_megapixels)
+    classifier = load_classifier(ckpt, options, options.mirrored)
     with Page(ckpt, classifier, options.host, options.port) as server:
         print(f"{server.url} shows what {ckpt} sees. Ctrl-C ends it.", flush=True)
         with suppress(KeyboardInterrupt):

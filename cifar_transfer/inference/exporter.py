@@ -24,6 +24,7 @@ from cifar_transfer.network import catalog
 from cifar_transfer.network.build import INCEPTION_NAMES
 from cifar_transfer.network.image_classifier import ImageClassifier
 from cifar_transfer.network.lenet import lenet5
+from cifar_transfer.network.mirrored import Mirrored
 from cifar_transfer.training.checkpoint_file import load_classifier
 
 ENDINGS = {  # of the files of each format
@@ -59,6 +60,7 @@ class Exporter:
         to: The format, one of `ENDINGS`.
         out: The file; None for the name of the checkpoint with the ending of the format.
         preprocess: Put resizing and normalisation into a graph. Weights alone hold neither.
+        mirrored: Have a graph look at each image and its mirror image, see `Mirrored`.
 
     Attributes:
         path: The file.
@@ -69,8 +71,20 @@ class Exporter:
             format cannot hold the network, or the file cannot be that of the format.
     """
 
-    def __init__(self, ckpt: Path, to: str, out: Path | None, preprocess: bool) -> None:
+    def __init__(
+        self,
+        ckpt: Path,
+        to: str,
+        out: Path | None,
+        preprocess: bool,
+        mirrored: bool = False,
+    ) -> None:
         _check_format(to)
+        if mirrored and to not in GRAPHS:
+            raise UserError(
+                f"{to} holds weights alone, and no mirror image: leave mirrored out, or take "
+                f"{' or '.join(GRAPHS)}."
+            )
         if to == "onnx":
             _require_onnx()
         self._format = to
@@ -84,6 +98,7 @@ class Exporter:
             _require_library_network(self._classifier)
             self._preprocess = False
             self._geometry = library_geometry(self._classifier)
+        self._mirrored = mirrored
         self.notes = self._describe()
 
     def _describe(self) -> dict[str, Any]:
@@ -98,6 +113,7 @@ class Exporter:
             "input": described_input,
             "input_shape": ["batch", channels, height, width],
             "preprocess": self._preprocess,
+            "mirrored": self._mirrored,
             **self._geometry.describe(self._preprocess),
         }
 
@@ -136,7 +152,11 @@ class Exporter:
         return difference
 
     def _write(self, path: Path) -> None:
-        network = self._classifier if self._preprocess else self._classifier.network
+        network: nn.Module = self._classifier.network
+        if self._preprocess:
+            network = self._classifier
+        if self._mirrored:
+            network = Mirrored(network).eval()
         example = self._network_input(self._random_images(BATCH_SIZES[-1]))
         if self._format == "onnx":
             export_files.write_onnx(network, example, self.notes, path)
@@ -163,11 +183,14 @@ class Exporter:
         network = self._load(path)
         if network is None:
             return None
+        reference: nn.Module = self._classifier
+        if self._mirrored:
+            reference = Mirrored(reference)
         expected_logits = []
         logits = []
         for batch_size in BATCH_SIZES:
             images = self._random_images(batch_size)
-            expected_logits.append(self._classifier(images))
+            expected_logits.append(reference(images))
             logits.append(network(self._network_input(images)))
         expected = torch.cat(expected_logits)
         difference = float((expected - torch.cat(logits)).abs().max())

@@ -48,11 +48,27 @@ def add_classifier_options(parser: Parser) -> None:
     )
 
 
+def add_mirrored_option(parser: Parser) -> None:
+    """Add the option of those commands that predict."""
+    parser.add_argument(
+        "--mirrored",
+        type=bool,
+        default=False,
+        help="Predict from each image and its mirror image together, in twice the time.",
+    )
+
+
+def load_classifier(ckpt: Path, options: Namespace, mirrored: bool) -> Classifier:
+    """Load the classifier of a checkpoint with the options of `add_classifier_options`."""
+    return Classifier.load(ckpt, options.accelerator, options.max_megapixels, mirrored)
+
+
 class NamedImages:
     """The images that a command line names, and the classifier that looks at them.
 
     Args:
         options: Options of `add_options`.
+        mirrored: Predict from each image and its mirror image together.
 
     Attributes:
         ckpt: The checkpoint.
@@ -64,13 +80,13 @@ class NamedImages:
         UserError: The checkpoint or an option is unfit.
     """
 
-    def __init__(self, options: Namespace) -> None:
+    def __init__(self, options: Namespace, mirrored: bool = False) -> None:
         if options.ckpt is None:
             self.ckpt = newest_checkpoint()
             print(f"The newest run's checkpoint: {self.ckpt}", file=sys.stderr)
         else:
             self.ckpt = user_path(options.ckpt)
-        self.classifier = Classifier.load(self.ckpt, options.accelerator, options.max_megapixels)
+        self.classifier = load_classifier(self.ckpt, options, mirrored)
         self.num_predicted = 0
         self.num_unreadable = 0
         self._names = options.images
