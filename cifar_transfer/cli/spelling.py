@@ -16,6 +16,8 @@ MEANT_BY_GROUP = {
     "--report": "--report.figures",
     "--trainer": "--trainer.accelerator",
 }
+# The value of this group may be the name of a preset, which only the parser knows.
+GROUP_WITH_PRESETS = "--data.augment"
 MIN_LIKENESS = 0.6  # of a name in a message, from 0 to 1
 MAX_BEHIND_THE_BEST = 0.1  # by which a name in a message may be less like than the likeliest
 SYNONYMS = {
@@ -104,6 +106,8 @@ def _check_value(name: str, value: str | None, names: Collection[str]) -> None:
     Values that may be a file of options, or such options themselves, are left to the parser.
     """
     if value is None or os.path.isfile(value) or set(value) & set("{:"):
+        return
+    if name == GROUP_WITH_PRESETS:
         return
     if name == "--data" and os.path.isdir(value):
         raise UserError(
