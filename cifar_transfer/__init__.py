@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cifar_transfer.training.classifier import TransferClassifier as TransferClassifier
     from cifar_transfer.training.freeze import BackboneFreeze as BackboneFreeze
     from cifar_transfer.training.phases import Phase as Phase
+    from cifar_transfer.training.report import Report as Report
 
 # Modules of the public names. They are imported when they are first used, because a command that
 # needs no network should not wait for torch.
@@ -31,6 +32,7 @@ _MODULES = {
     "ImageDataModule": "cifar_transfer.data.module",
     "ImageFolderDataModule": "cifar_transfer.data.folder",
     "Phase": "cifar_transfer.training.phases",
+    "Report": "cifar_transfer.training.report",
     "ShapesDataModule": "cifar_transfer.data.shapes",
     "TorchvisionDataModule": "cifar_transfer.data.library",
     "TransferClassifier": "cifar_transfer.training.classifier",

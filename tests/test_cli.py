@@ -275,6 +275,74 @@ def test_a_preset_of_augmentation_and_an_option_that_overrides_it(tmp_path, monk
         fit([f"--resume={RUN}", "--trainer.max_epochs=3", "--data.augment=none"])
 
 
+OWN = """
+from lightning import Trainer
+from lightning.pytorch import Callback
+from cifar_transfer import ShapesDataModule
+
+class Mine(Callback):
+    def __init__(self, fault):
+        self.fault = fault
+        if fault == "constructor":
+            raise ValueError("of mine")
+
+    def on_train_start(self, trainer, pl_module):
+        if self.fault == "hook":
+            raise ValueError("of mine")
+        if self.fault == "disk":
+            raise PermissionError(13, "of mine")
+        if self.fault == "Lightning's":
+            pl_module.log("figure", "of mine")
+        if self.fault == "options":
+            Trainer(strategy="of mine")
+
+class NoConstructor(ShapesDataModule):
+    def __init__(self, **options):
+        raise TypeError("of mine")
+
+class NoImages(ShapesDataModule):
+    def load(self, split):
+        raise OSError(28, "of mine")
+"""
+FAULTS = ("constructor", "hook", "disk", "Lightning's", "options")
+OWN_FAULTS = {
+    fault: [
+        "--data=ShapesDataModule",
+        "--trainer.callbacks=own_code.Mine",
+        f"--trainer.callbacks.fault={fault}",
+    ]
+    for fault in FAULTS
+}
+OWN_FAULTS["data's constructor"] = ["--data=own_code.NoConstructor"]
+OWN_FAULTS["data's load"] = ["--data=own_code.NoImages"]
+OWN_FAULTS["import"] = ["--data=own_import.Data"]
+
+
+@pytest.mark.parametrize("options", OWN_FAULTS.values(), ids=OWN_FAULTS)
+def test_what_code_of_the_users_own_raises_keeps_its_traceback(tmp_path, monkeypatch, options):
+    """Whoever called it, and whatever it is: who wrote it needs the line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_code.py").write_text(OWN)
+    (tmp_path / "own_import.py").write_text("raise RuntimeError('of mine')\n")
+    small = ["--model.backbone=lenet5", "--model.weights=none", "--trainer.accelerator=cpu"]
+    with (
+        pytest.raises((ValueError, TypeError, OSError, RuntimeError), match="of mine") as raised,
+        one_sentence(),
+    ):
+        fit([*options, *small, "--report.figures=false", "--trainer.max_epochs=1"])
+    files = {Path(entry.path).name for entry in raised.traceback}
+    assert files & {"own_code.py", "own_import.py"}
+
+
+def test_with_debug_the_traceback_comes_before_the_sentence(tmp_path):
+    mistake = [*TINY, "--model.lr=-1"]
+    done = run_fit(tmp_path, *mistake, "--debug", expect=2)
+    assert "Traceback (most recent call last)" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: lr is -1.0: take a positive rate")
+    assert "Traceback" not in run_fit(tmp_path, *mistake, expect=2).stderr
+
+
 def test_a_network_too_deep_for_the_images_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(

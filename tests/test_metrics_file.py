@@ -5,6 +5,8 @@ Runs that were stopped are in test_resume and test_killed.
 
 import pytest
 from conftest import quiet_trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers.logger import Logger
 
 from cifar_transfer import ShapesDataModule, TransferClassifier
 from cifar_transfer.training.metrics_file import MetricsFile, trim_metrics
@@ -59,3 +61,43 @@ def test_a_short_run_is_logged_more_often_unless_told_how_often(asked, done):
     )
     trainer.fit(model, data)
     assert trainer.log_every_n_steps == done
+
+
+class Witness(Logger):
+    """A logger as others write them, which keeps what it is told."""
+
+    name = "witness"
+    version = 0
+
+    def __init__(self):
+        super().__init__()
+        self.logged = []
+
+    def log_metrics(self, metrics, step=None):
+        self.logged.append((step, dict(metrics)))
+
+    def log_hyperparams(self, params, *args):
+        pass
+
+
+@pytest.mark.parametrize("validations", [1.0, 0.25], ids=["by epoch", "within epochs"])
+def test_loggers_of_others_get_every_figure_at_the_step_of_the_optimizer(validations):
+    """W&B ignores a step that is lower than the one before. A validation may come before any."""
+    data = ShapesDataModule(train_images=160, test_images=10, batch_size=16)
+    model = TransferClassifier("lenet5", "none", class_names=data.class_names)
+    witness = Witness()
+    trainer = quiet_trainer(
+        max_epochs=2,
+        logger=witness,
+        log_every_n_steps=1,
+        accumulate_grad_batches=4,
+        val_check_interval=validations,
+        callbacks=[LearningRateMonitor("step")],
+    )
+    trainer.fit(model, data)
+    steps = [step for step, _ in witness.logged]
+    assert steps == sorted(steps)
+    assert steps[0] == 0
+    by_epoch = [(step, figures) for step, figures in witness.logged if "steps" in figures]
+    assert [step for step, _ in by_epoch] == [figures["steps"] for _, figures in by_epoch]
+    assert [figures["epoch"] for _, figures in by_epoch] == [0, 1]

@@ -108,6 +108,16 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_a_classifier_is_printed_with_its_network_and_classes(place):
+    classifier = Classifier.load(place / BEST, accelerator="cpu")
+    assert repr(classifier) == (
+        "Classifier(lenet5, 4 classes: cat, 飞机, $5 or $6, a longer name; 32 x 32 pixels, cpu)"
+    )
+    many = TransferClassifier("lenet5", "none", class_names=[f"class {n}" for n in range(9)])
+    set_size(many, SIZE)
+    assert ", class 4, ...; " in repr(Classifier(many.classifier, accelerator="cpu"))
+
+
 def test_a_folder_stands_for_all_images_below_it(folder):
     files, errors = files_of("d")
     assert files == ["d/a/x/3.webp", "d/b/1.JPG", "d/b/2.png", "d/z.png"]

@@ -241,6 +241,19 @@ def test_the_python_examples_of_the_readme_run(tmp_path, monkeypatch):
     assert 0 < len(data.images["val"]) < len(data.images["train"]) < len(data.images["test"]) == 80
 
 
+def test_the_checkpoint_of_the_options_has_no_folder_in_its_name(tmp_path):
+    ((_, text),) = blocks(ROOT / "docs/options.md", "python")
+    names = {}
+    exec(text, names)
+    keep = names["keep"]
+    keep.dirpath = str(tmp_path)
+    data = cifar_transfer.ShapesDataModule(train_images=60, test_images=10, batch_size=20)
+    model = cifar_transfer.TransferClassifier("lenet5", "none", class_names=data.class_names)
+    quiet_trainer(max_epochs=1, callbacks=[keep]).fit(model, data)
+    (path,) = tmp_path.iterdir()
+    assert re.fullmatch(r"0-\d\.\d{3}\.ckpt", path.name)
+
+
 def test_the_python_example_of_the_recipes_runs():
     ((_, text),) = blocks(ROOT / "docs/recipes.md", "python")
     names = {}

@@ -78,6 +78,23 @@ def again(finished, tmp_path):
             "strategy=ddp_spawn starts processes that end with their results: take ddp",
         ),
         (["--trainer.default_root_dir=/dev/null/runs"], "cannot be written"),
+        (
+            ["--trainer.limit_train_batches=0"],
+            r"limit_train_batches=0 trains nothing: give a number of batches",
+        ),
+        (
+            ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val_loss"],
+            r"^EarlyStopping has --?.*monitor=val_loss, and there is no such figure: take one of "
+            r"val/loss, val/acc, train/loss_epoch",
+        ),
+        (
+            ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=accuracy"],
+            r"^ModelCheckpoint has .*monitor=accuracy, and there is no such figure",
+        ),
+        (
+            ["--trainer.sync_batchnorm=true", "--trainer.devices=2"],
+            "sync_batchnorm=true needs GPUs: leave it out on CPUs",
+        ),
     ],
 )
 def test_a_refused_start_leaves_nothing(tmp_path, options, words):
@@ -231,6 +248,27 @@ def test_the_results_of_other_commands_go_into_no_folder_of_a_run(tmp_path, agai
         pytest.raises(UserError, match="is the folder of a run: name another"),
     ):
         compare.main(["lenet5", f"--out={again}"])
+
+
+MONITORING = """
+from lightning.pytorch import Callback
+
+class Mine(Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        pl_module.log("mine", 1.0)
+"""
+
+
+def test_a_figure_of_a_callback_of_the_users_own_may_be_monitored(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("monitoring.py").write_text(MONITORING)
+    callbacks = ["--trainer.callbacks=monitoring.Mine", "--trainer.callbacks+=EarlyStopping"]
+    options = ["--trainer.callbacks.monitor=mine", "--trainer.callbacks.patience=2"]
+    fit([*SMALL, *callbacks, *options, "--trainer.max_epochs=9"])
+    printed = capsys.readouterr().out
+    assert "Stopped early: mine has not improved for 2 validations (patience=2)." in printed
+    assert "  3/9  " in printed
+    assert "  4/9  " not in printed
 
 
 def test_without_a_validation_the_last_weights_are_the_best(capsys):

@@ -274,6 +274,6 @@ def test_the_help_of_fit_lists_every_option(monkeypatch):
         if line.startswith("  --"):
             listed.add(line.strip().split()[0].partition("=")[0].partition("[")[0])
     silent = json.loads(start.OPTIONS.read_text("utf-8"))["commands"]["fit"]["silent"]
-    expected = {*start.option_names("fit")} - {*silent} - {"--help", "--version"}
+    expected = {*start.option_names("fit")} - {*silent} - {"--help", "--version", "--debug"}
     assert "--data.augment.flip" in expected
     assert expected <= listed

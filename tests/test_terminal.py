@@ -2,11 +2,13 @@
 
 import fcntl
 import io
+import logging
 import os
 import pty
 import re
 import select
 import struct
+import sys
 import termios
 import threading
 import time
@@ -14,14 +16,19 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
-from conftest import FORKS, RUN, TINY, run_fit, run_module
+from conftest import FORKS, RUN, TINY, quiet_trainer, run_fit, run_module
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
 
-from cifar_transfer import BackboneFreeze, Phase
-from cifar_transfer.base.console import duration, hush, say, styled
+from cifar_transfer import BackboneFreeze, Phase, ShapesDataModule, TransferClassifier
+from cifar_transfer.base.console import _is_worth_printing, duration, hush, say, styled
+from cifar_transfer.base.errors import UserError, one_sentence
+from cifar_transfer.base.text import wrapped
+from cifar_transfer.cli.fit_cli import FitCLI
 from cifar_transfer.data import images
 from cifar_transfer.results.epoch_table import EpochRow, EpochTable
+from cifar_transfer.training import progress_bar
 from cifar_transfer.training.progress_bar import OneLineProgressBar
 from cifar_transfer.training.report import Report
 from cifar_transfer.training.run_clock import RunClock
@@ -80,6 +87,9 @@ def test_a_run_at_80_columns_and_its_continuation_in_a_pipe(tmp_path):
     written = on_terminal(tmp_path, 80, *TINY, *more)
     pieces, lines = drawn(written)
     assert max(map(len, pieces)) < 80, "no line wraps"
+    said = (tmp_path / "err").read_text()
+    for nothing in ("Seed set to", "GPU available: False", "`Trainer.fit` stopped"):
+        assert nothing not in written + said
     form = r"epoch 4/4 [█▏▎▍▌▋▊▉ ]{20,40} \d+%  loss \d\.\d{3}  \d+ images/s  \d\d:\d\d left *"
     last_epoch = [piece for piece in pieces if "4/4" in piece]
     assert any(re.fullmatch(form, piece) for piece in last_epoch), last_epoch
@@ -211,6 +221,88 @@ def test_warnings_of_this_package_are_printed_without_their_place(monkeypatch):
         theirs = warnings.formatwarning("a fault", UserWarning, pytest.__file__, 1)
     assert ours == "warning: a fault\n"
     assert theirs != "warning: a fault\n"
+
+
+SENTENCE = "The name of a folder is /tmp/a-long/path-without/any-space: give another name."
+
+
+def test_lines_are_broken_between_words_on_a_terminal_and_nowhere_else(monkeypatch):
+    terminal = take_terminal(monkeypatch, 40)
+    broken = "The name of a folder is\n/tmp/a-long/path-without/any-space:\ngive another name."
+    assert wrapped(SENTENCE, terminal) == broken
+    assert wrapped(SENTENCE, io.StringIO()) == SENTENCE
+    assert wrapped(SENTENCE, None) == SENTENCE
+    assert wrapped("a  table   of\n\ntwo  rows", terminal) == "a  table   of\n\ntwo  rows"
+    coloured = f"{'x' * 20} \x1b[32m{'y' * 18}\x1b[0m"
+    assert wrapped(coloured, terminal) == coloured, "styles take no place"
+    say(trainer(), SENTENCE)
+    assert terminal.getvalue().splitlines() == broken.splitlines()
+
+
+def test_warnings_log_lines_and_errors_are_broken_between_words_too(monkeypatch):
+    monkeypatch.setattr("sys.stderr", take_terminal(monkeypatch, 40))
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    with warnings.catch_warnings():
+        hush()
+        warning = warnings.formatwarning(SENTENCE, UserWarning, images.__file__, 1)
+    record = logging.LogRecord("lightning", logging.INFO, "", 1, "%s", (SENTENCE,), None)
+    assert _is_worth_printing(record)
+    with pytest.raises(SystemExit, match=r"^2$"), one_sentence():
+        raise UserError(SENTENCE)
+    written = [warning, record.getMessage(), sys.stderr.getvalue()]
+    for text in written:
+        assert max(map(len, text.splitlines())) < 40
+        assert " ".join(text.split()).removeprefix("warning: ").removeprefix("error: ") == SENTENCE
+
+
+@pytest.mark.parametrize(
+    ("line", "is_printed"),
+    [
+        ("Seed set to 0", False),
+        ("GPU available: False, used: False", False),
+        ("GPU available: True (cuda), used: False", True),
+        ("`Trainer.fit` stopped: `max_epochs=2` reached.", False),
+        ("`Trainer.fit` stopped: `max_steps=20` reached.", True),
+        ("Time limit reached. Elapsed time is 0:00:01. Signaling Trainer to stop.", True),
+    ],
+)
+def test_lines_that_say_nothing_are_left_out(line, is_printed):
+    record = logging.LogRecord("lightning", logging.INFO, "", 1, line, (), None)
+    assert _is_worth_printing(record) == is_printed
+
+
+class ZMQInteractiveShell:
+    """What a notebook has by this name."""
+
+
+@pytest.fixture(params=[False, True], ids=["terminal", "notebook"])
+def shows_notebook(request, monkeypatch):
+    """Whether Python runs in a notebook, which has no ipywidgets."""
+    shell = ZMQInteractiveShell() if request.param else None
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setattr(progress_bar, "find_spec", lambda name: None)
+    return request.param
+
+
+def test_a_notebook_that_cannot_show_lightnings_bar_gets_ours(shows_notebook):
+    data = ShapesDataModule(train_images=40, test_images=10, batch_size=20)
+    model = TransferClassifier("lenet5", "none", class_names=data.class_names)
+    fitter = quiet_trainer(max_epochs=1, enable_progress_bar=True, callbacks=[RichProgressBar()])
+    fitter.fit(model, data)
+    bars = [bar for bar in fitter.callbacks if isinstance(bar, OneLineProgressBar)]
+    assert len(bars) == int(shows_notebook)
+    assert fitter.progress_bar_callback.is_disabled == shows_notebook
+    fitter.fit(model, data)
+    assert len([bar for bar in fitter.callbacks if isinstance(bar, OneLineProgressBar)]) == len(
+        bars
+    )
+
+
+def test_a_run_in_a_notebook_has_a_bar(tmp_path, monkeypatch, shows_notebook):
+    monkeypatch.chdir(tmp_path)
+    cli = FitCLI(["--model.backbone=lenet5", "--model.weights=none", "--data=ShapesDataModule"])
+    bars = [bar for bar in cli.trainer.callbacks if isinstance(bar, OneLineProgressBar)]
+    assert len(bars) == int(shows_notebook)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from cifar_transfer.base.text import wrapped
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -29,6 +31,9 @@ IGNORED_WARNINGS = (
 IGNORED_LINES = re.compile(
     "Tip:"  # advertisements for other products
     "|TPU available"  # beside the line on GPUs
+    "|^GPU available: False"  # where there is none, nobody expects one
+    "|^Seed set to"  # the option is in the configuration
+    "|^`Trainer.fit` stopped: `max_epochs="  # the table of epochs shows it
     "|^Loading `train_dataloader`"  # to count the steps of a schedule
     "|Detected KeyboardInterrupt"  # `Interrupt` has its own words
     "|^Restoring states|^Loaded model weights"  # of the test, which names the best checkpoint
@@ -61,12 +66,16 @@ def _format_warning(
     line: str | None = None,
 ) -> str:
     if filename.startswith(PACKAGE):
-        return f"warning: {message}\n"
+        return wrapped(f"warning: {message}", sys.stderr) + "\n"
     return _library_format(message, category, filename, lineno, line)
 
 
 def _is_worth_printing(record: logging.LogRecord) -> bool:
-    return not IGNORED_LINES.search(record.getMessage())
+    """Return whether a line is worth printing, and break it between words."""
+    line = record.getMessage()
+    record.msg = wrapped(line, sys.stderr)
+    record.args = ()
+    return not IGNORED_LINES.search(line)
 
 
 def _report_thread_error(error: threading.ExceptHookArgs) -> None:
@@ -78,8 +87,16 @@ def _report_thread_error(error: threading.ExceptHookArgs) -> None:
 def say(trainer: "Trainer", line: str) -> None:
     """Print a line on the first rank, above the progress bar if there is one."""
     if trainer.is_global_zero:
-        tqdm.write(line, file=sys.stdout)
+        tqdm.write(wrapped(line, sys.stdout), file=sys.stdout)
         sys.stdout.flush()
+
+
+def is_notebook() -> bool:
+    """Return whether this process shows what it prints in a notebook."""
+    ipython = sys.modules.get("IPython")
+    if ipython is None:
+        return False
+    return type(ipython.get_ipython()).__name__ == "ZMQInteractiveShell"
 
 
 def inform(line: str) -> None:

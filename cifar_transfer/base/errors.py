@@ -4,15 +4,24 @@ import errno
 import os
 import signal
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
-from cifar_transfer.base.text import printable
+from cifar_transfer.base.text import printable, wrapped
 
+DEBUG = "CIFAR_TRANSFER_DEBUG"  # environment variable that `--debug` sets, also for other processes
 USER_ERROR_STATUS = 2
 SIGNAL_STATUS = 128  # shells add the number of the signal that ended a program
+
+# Modules that call code of the user's own: hooks of callbacks and data modules, and constructors.
+CALLERS_OF_OWN_CODE = ("lightning.", "jsonargparse.", "cifar_transfer.data.module")
+PACKAGE = str(Path(__file__).parents[1])
+LIBRARIES = (sysconfig.get_path("stdlib"), PACKAGE, "<frozen ")
 
 FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FAILING_DISK_ERRORS = (
@@ -70,9 +79,57 @@ def first_line(error: BaseException) -> str:
 
 def caused_by_us(error: BaseException | None) -> UserError | None:
     """Return the `UserError` that a library has wrapped in errors of its own, or None."""
-    while error is not None and not isinstance(error, UserError):
+    for wrapped_error in _chain(error):
+        if isinstance(wrapped_error, UserError):
+            return wrapped_error
+    return None
+
+
+def raised_by_own_code(error: BaseException | None) -> BaseException | None:
+    """Return the error of the user's own code that a library has wrapped in its own, or None."""
+    for wrapped_error in _chain(error):
+        if is_from_own_code(wrapped_error):
+            return wrapped_error
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that led to it, each once: one that is raised again may be both."""
+    yielded: list[BaseException] = []
+    while error is not None and error not in yielded:
+        yield error
+        yielded.append(error)
         error = error.__cause__ or error.__context__
-    return error
+
+
+def is_from_own_code(error: BaseException) -> bool:
+    """Return whether code of the user's own raised an error, or called what raised it.
+
+    That is a callback, a data module or another class that Lightning, jsonargparse or
+    `ImageDataModule` has called. Whoever wrote it needs the traceback.
+    """
+    caller = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__", "")
+        if _is_in_library(frame):
+            if not _is_in_standard_library(frame):
+                caller = module
+        elif caller.startswith(CALLERS_OF_OWN_CODE):
+            return True
+    return False
+
+
+def _is_in_library(frame: FrameType) -> bool:
+    file = frame.f_code.co_filename
+    is_installed = "site-packages" in file or "dist-packages" in file
+    return is_installed or file.startswith(LIBRARIES)
+
+
+def _is_in_standard_library(frame: FrameType) -> bool:
+    """Return whether a frame is one of Python's, as those that import a module are."""
+    file = frame.f_code.co_filename
+    is_installed = "site-packages" in file or "dist-packages" in file
+    return not is_installed and not file.startswith(PACKAGE)
 
 
 def disk_fault(error: BaseException | None) -> str | None:
@@ -98,7 +155,8 @@ def one_sentence() -> Iterator[None]:
     """End the program with a line on stderr where the user can mend the error.
 
     These errors end with status 2: a `UserError`, Lightning's errors about settings, and faults of
-    the disk. A signal ends the program with the shell's status for it. All other errors pass.
+    the disk; with `--debug` the traceback comes before the line. A signal ends the program with the
+    shell's status for it. All other errors pass, and so do those of the user's own code.
     """
     try:
         try:
@@ -123,13 +181,19 @@ def one_sentence() -> Iterator[None]:
         line = _sentence(error)
         if line is None:
             raise
+        if os.environ.get(DEBUG):
+            traceback.print_exception(error)
         _end(f"error: {' '.join(line.split())}", USER_ERROR_STATUS)
 
 
 def _sentence(error: Exception) -> str | None:
     """Return what to say about an error that the user can mend, or None for any other error."""
+    if isinstance(error, UserError):
+        return str(error)
+    if is_from_own_code(error):
+        return None
     # Known by its name, because importing Lightning takes seconds.
-    if isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException":
+    if type(error).__name__ == "MisconfigurationException":
         return str(error)
     fault = disk_fault(error)
     if fault is not None:
@@ -144,5 +208,5 @@ def _sentence(error: Exception) -> str | None:
 
 
 def _end(line: str, status: int) -> NoReturn:
-    print(line, file=sys.stderr)
+    print(wrapped(line, sys.stderr), file=sys.stderr)
     sys.exit(status)

@@ -1,11 +1,16 @@
 """Text for people and files."""
 
 import re
+import shutil
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
+MIN_COLUMNS = 20  # a terminal that says that it has fewer says nothing
+STYLE = r"\x1b\[\d*m"  # ANSI's, which takes no place
 MIN_COLUMN_WIDTH = 3  # Markdown wants three dashes
 
 
@@ -33,6 +38,32 @@ def _markdown_column(cells: Sequence[str]) -> list[str]:
         rule = "-" * (width + 2)
         padded = [f" {cell:<{width}} " for cell in cells]
     return [padded[0], rule, *padded[1:]]
+
+
+def wrapped(text: str, stream: TextIO | None) -> str:
+    """Return a text with lines that fit a terminal, broken between words; a pipe gets it as it is.
+
+    Args:
+        text: The text. Its lines that fit stay as they are.
+        stream: Where it will be printed.
+    """
+    if stream is None or not stream.isatty():
+        return text
+    # The last column stays free, because some terminals break a line that fills it.
+    columns = max(MIN_COLUMNS, shutil.get_terminal_size().columns - 1)
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if len(re.sub(STYLE, "", line)) <= columns:
+            lines.append(line)
+            continue
+        lines += textwrap.wrap(
+            line,
+            columns,
+            break_long_words=False,
+            break_on_hyphens=False,
+            replace_whitespace=False,
+        )
+    return "\n".join(lines)
 
 
 def without_password(text: str) -> str:

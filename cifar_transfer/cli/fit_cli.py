@@ -23,7 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 
 from cifar_transfer.base import console
-from cifar_transfer.base.errors import UserError, caused_by_us, check
+from cifar_transfer.base.errors import UserError, caused_by_us, check, raised_by_own_code
 from cifar_transfer.base.files import CONFIG, LOGS, RESULT, require_writable, user_path
 from cifar_transfer.base.text import without_password
 from cifar_transfer.base.untrusted import read_yaml
@@ -77,6 +77,9 @@ class Parser(LightningArgumentParser):
         """Raise a `UserError` with jsonargparse's message and a hint."""
         if ex is not None and isinstance(ex.__cause__, UserError):  # of a link between options
             raise ex.__cause__
+        own_error = raised_by_own_code(ex)
+        if own_error is not None:
+            raise own_error from None
         message = plain_message(message)
         option = parser_messages.unknown_option(message)
         if option is not None:
@@ -178,13 +181,22 @@ class PlainCLI(LightningCLI):
         except (UserError, ValueError, TypeError) as error:
             # Ours, jsonargparse's around one of ours, or the Trainer's.
             ours = caused_by_us(error)
-            if ours is None:
-                raise UserError(plain_message(str(error))) from None
-            raise self.named_as_options(ours) from None
+            if ours is not None:
+                raise self.named_as_options(ours) from error
+            own_error = raised_by_own_code(error)
+            if own_error is not None:
+                raise own_error from None
+            raise UserError(plain_message(str(error))) from error
         if has_temporary_processes(self.trainer):
             raise UserError(
                 f"--trainer.strategy={self.config.trainer.strategy} starts processes that end with "
                 f"their results: take ddp."
+            )
+        on_cpu = self.trainer.strategy.root_device.type == "cpu"
+        if self.config.trainer.sync_batchnorm and on_cpu and self.trainer.world_size > 1:
+            raise UserError(
+                "sync_batchnorm=true needs GPUs: leave it out on CPUs, where each process takes "
+                "the statistics of its own batch."
             )
 
     def named_as_options(self, error: UserError) -> UserError:
@@ -452,6 +464,11 @@ def _check_trainer_options(options: Any) -> None:
             "limit_val_batches=0: the schedule and the choice of the checkpoint need validation "
             "images."
         )
+    if options.limit_train_batches == 0:
+        raise UserError(
+            "limit_train_batches=0 trains nothing: give a number of batches, or a share of them in "
+            "(0, 1]. To score a checkpoint there is the command evaluate."
+        )
     if options.barebones:
         raise UserError(
             "barebones=true leaves out the log, the checkpoints and all else that a run is chosen "
@@ -518,7 +535,8 @@ def _has_progress_bar(options: Any) -> bool:
     """Return whether there is a progress bar: one of the user's own, or ours on a terminal."""
     if options.enable_progress_bar is False:
         return False
-    return bool(_own_progress_bars(options)) or sys.stdout.isatty()
+    is_shown = sys.stdout.isatty() or console.is_notebook()
+    return bool(_own_progress_bars(options)) or is_shown
 
 
 def _own_progress_bars(options: Any) -> list[ProgressBar]:

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from cifar_transfer import __version__
-from cifar_transfer.base.errors import one_sentence
+from cifar_transfer.base.errors import DEBUG, one_sentence
 from cifar_transfer.base.text import program
 from cifar_transfer.cli import recipes, spelling
 
@@ -52,6 +52,7 @@ def run(command: str, args: Sequence[str] | None = None) -> NoReturn:
     """
     if args is None:
         args = sys.argv[1:]
+    args = _without_debug(args)
     with one_sentence():
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
@@ -86,6 +87,17 @@ def answer(command: str, args: Sequence[str]) -> list[str]:
         sys.exit()
     spelling.check_options(options, option_names(command), _read_options()["lightning"])
     return recipes.with_recipe_files(args)
+
+
+def _without_debug(args: Sequence[str]) -> list[str]:
+    """Return options without `--debug`, which has errors shown with their traceback."""
+    end = len(args)
+    if "--" in args:
+        end = list(args).index("--")
+    options = [arg for arg in args[:end] if arg != "--debug"]
+    if len(options) < end:
+        os.environ[DEBUG] = "1"
+    return [*options, *args[end:]]
 
 
 @contextmanager
@@ -135,6 +147,7 @@ def help_text(command: str) -> str:
         for option, description in options.items():
             lines.append(_option_help(option, description, columns))
         paragraphs.append("\n".join(lines))
+    paragraphs.append("With --debug, an error is shown with its traceback.")
     return "\n\n".join(paragraphs)
 
 
@@ -154,7 +167,10 @@ def list_text() -> str:
     for name in COMMANDS:
         lines.append(f"  {name:<10}  {commands[name]['title']}")
     lines.append("")
-    lines.append("Each takes --help and --version, and is python -m cifar_transfer COMMAND too.")
+    lines.append(
+        "Each takes --help, --version and --debug, which shows an error with its traceback."
+    )
+    lines.append("Each is python -m cifar_transfer COMMAND too.")
     return "\n".join(lines)
 
 
@@ -163,7 +179,7 @@ def option_names(command: str) -> list[str]:
     commands = [command]
     if command in TAKE_OPTIONS_OF_FIT:
         commands.append("fit")
-    names = ["--help", "--version"]
+    names = ["--help", "--version", "--debug"]
     for name in commands:
         about = _read_options()["commands"][name]
         for options in about["groups"].values():

@@ -31,7 +31,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from cifar_transfer.base.console import counted, duration, say, styled
-from cifar_transfer.base.errors import UserError, disk_fault
+from cifar_transfer.base.errors import UserError, disk_fault, is_from_own_code
 from cifar_transfer.base.files import LOGS
 from cifar_transfer.base.text import program
 from cifar_transfer.cli.fit_cli import FitCLI
@@ -96,7 +96,7 @@ def fit(args: Sequence[str]) -> Outcome | None:
         raise cli.named_as_options(error) from error
     except (OSError, ValueError) as error:  # Lightning's for a figure that cannot be written
         fault = disk_fault(error)
-        if fault is None:
+        if fault is None or is_from_own_code(error):
             raise
         raise UserError(f"{fault} {_how_to_continue(cli)}") from error
     except RuntimeError as error:

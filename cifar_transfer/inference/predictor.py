@@ -23,6 +23,8 @@ Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor
 ClassShare = tuple[str, float]  # the name of a class and its probability
 Batch = list[tuple[Picture, Future[np.ndarray]]]  # pictures, and their pixels once they are decoded
 
+MAX_NAMES_SHOWN = 5  # of classes, where a classifier is printed
+
 
 class Classifier:
     """A trained network that classifies pictures of any size.
@@ -59,6 +61,17 @@ class Classifier:
         self._predicting: nn.Module = Mirrored(self.model) if mirrored else self.model
         self.class_names = model.class_names
         self.size = model.geometry.size
+
+    def __repr__(self) -> str:
+        height, width = self.size
+        count = len(self.class_names)
+        names = ", ".join(self.class_names[:MAX_NAMES_SHOWN])
+        if count > MAX_NAMES_SHOWN:
+            names += ", ..."
+        return (
+            f"Classifier({self.model.backbone}, {count} classes: {names}; "
+            f"{height} x {width} pixels, {self.model.device})"
+        )
 
     @classmethod
     def load(

@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -42,9 +44,10 @@ from cifar_transfer.training.checkpoint_file import (
 )
 from cifar_transfer.training.ema import ExponentialMovingAverage
 from cifar_transfer.training.image_sizes import ImageSizes
-from cifar_transfer.training.lightning_internals import is_fitting, trainer_of
+from cifar_transfer.training.lightning_internals import callbacks_of, is_fitting, trainer_of
 from cifar_transfer.training.loss import LossOptions, Teacher, TrainingLoss
 from cifar_transfer.training.optimizer import OptimizerName, OptimizerOptions, ScheduleName
+from cifar_transfer.training.progress_bar import plain_progress_bar
 
 # Names of the figures that are logged by epoch, beside "train/acc", "train/loss_epoch", "val/acc"
 # and "val/loss".
@@ -54,6 +57,10 @@ TRAINABLE_FIGURE = "trainable_parameters"
 STAGE_RATE_PREFIX = "stages/"  # before the name of a stage: its learning rate
 
 TEACHER_KEY = "teacher_sha256"  # in checkpoints of a run that has a teacher
+
+# What `EarlyStopping` and `ModelCheckpoint` may wait for.
+MONITORS = ("val/loss", "val/acc", "train/loss_epoch", "train/acc", "train/loss", "train/acc_step")
+
 EPOCH_KEY = "epoch_so_far"  # in checkpoints that are written before their epoch is over
 
 
@@ -277,8 +284,11 @@ class TransferClassifier(LightningModule):
         return self.classifier(images)
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Return the callbacks that the options `train_sizes` and `ema` ask for."""
-        callbacks = (self.image_sizes, self.weight_average)
+        """Return the callbacks that the options `train_sizes` and `ema` ask for.
+
+        In a notebook that cannot show Lightning's progress bar, ours takes its place.
+        """
+        callbacks = (self.image_sizes, self.weight_average, plain_progress_bar(self.trainer))
         return [callback for callback in callbacks if callback is not None]
 
     def setup(self, stage: str) -> None:
@@ -289,6 +299,8 @@ class TransferClassifier(LightningModule):
         if stage == "fit" and self.classifier.changes:
             changes = "; ".join(self.classifier.changes)
             rank_zero_info(f"{self.classifier.backbone} adapted: {changes}.")
+        if stage == "fit":
+            self._check_monitors()
         data = self._data_module()
         self._choose_statistics(data)
         if isinstance(data, ImageDataModule):
@@ -320,6 +332,26 @@ class TransferClassifier(LightningModule):
         for module in self.children():
             if isinstance(module, Metric):
                 module.reset()
+
+    def _check_monitors(self) -> None:
+        """Refuse callbacks of Lightning that wait for a figure that nobody logs.
+
+        A callback or a subclass of the user's own may log any.
+        """
+        callbacks = callbacks_of(self.trainer)
+        modules = [type(part).__module__ for part in (self, *callbacks)]
+        if not all(module.startswith(("lightning.", "cifar_transfer.")) for module in modules):
+            return
+        for callback in callbacks:
+            if not isinstance(callback, EarlyStopping | ModelCheckpoint):
+                continue
+            monitor = callback.monitor
+            if monitor is None or monitor in MONITORS or monitor.startswith("lr"):
+                continue
+            raise UserError(
+                f"{type(callback).__name__} has monitor={monitor}, and there is no such figure: "
+                f"take one of {', '.join(MONITORS)}."
+            )
 
     def _data_module(self) -> Any:
         return getattr(trainer_of(self), "datamodule", None)
@@ -585,8 +617,19 @@ class TransferClassifier(LightningModule):
             "val/loss_step": self._validation_scores["val/loss"],
             "epoch": self.current_epoch,
         }
+        last_step = max(self.global_step - 1, 0)  # from 0; a validation may precede the first one
+        self._log_scores(by_step, tensorboard_step=last_step)
+
+    def _log_scores(self, figures: dict[str, float], tensorboard_step: int) -> None:
+        """Log figures, of which only TensorBoard takes those of an epoch by another step.
+
+        All others have one count of steps, which never falls: that of Lightning, `global_step`.
+        """
         for logger in self.loggers:
-            logger.log_metrics(by_step, step=self.global_step - 1)  # the last step, from 0
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_metrics(figures, step=tensorboard_step)
+            else:
+                logger.log_metrics({**figures, "epoch": self.current_epoch}, step=self.global_step)
 
     def _log_class_scores(self, split: str) -> None:
         """Log the scores that weigh all classes alike, if the classes are unequal."""
@@ -627,8 +670,8 @@ class TransferClassifier(LightningModule):
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         figures[TRAINABLE_FIGURE] = float(trainable)
         figures[STEPS_FIGURE] = float(self.global_step)
+        self._log_scores(figures, tensorboard_step=counted(self.current_epoch))
         for logger in self.loggers:
-            logger.log_metrics(figures, step=counted(self.current_epoch))
             logger.save()
         if not self.trainer.is_last_batch:
             return  # `max_steps` or `max_time` ended the run within the epoch; a resume ends it
@@ -650,7 +693,8 @@ class TransferClassifier(LightningModule):
         """Add what prediction needs to know of the network, and what a resume needs."""
         checkpoint[VERSION_KEY] = __version__
         checkpoint[NETWORK_KEY] = self.classifier.description.to_primitives()
-        recorded_run = getattr(self._data_module(), "recorded_run", None)
+        data = getattr(trainer_of(self), "datamodule", None)
+        recorded_run = getattr(data, "recorded_run", None)
         if recorded_run is not None:
             checkpoint[RECORDED_RUN_KEY] = recorded_run
         if self.weight_average is not None:

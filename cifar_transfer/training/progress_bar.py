@@ -3,12 +3,13 @@
 import shutil
 import sys
 import time
+from importlib.util import find_spec
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer, callbacks
 from tqdm import tqdm
 
-from cifar_transfer.base.console import epoch_of, shows_colours
+from cifar_transfer.base.console import epoch_of, is_notebook, shows_colours
 
 MAX_COLUMNS = 80
 MIN_COLUMNS_FOR_TIME = 60  # narrower terminals do not show the time left
@@ -114,6 +115,20 @@ class OneLineProgressBar(callbacks.ProgressBar):
         if is_wide and self._is_open and batches > self._bar.initial:
             parts.append(" {remaining} left")
         return " ".join(parts)
+
+
+def plain_progress_bar(trainer: Trainer) -> OneLineProgressBar | None:
+    """Return a bar in the place of one that a notebook cannot show, or None if there is none.
+
+    Lightning's bar of rich needs `ipywidgets` in a notebook, and without it shows nothing.
+    """
+    bar = trainer.progress_bar_callback
+    if not isinstance(bar, callbacks.RichProgressBar) or not is_notebook():
+        return None
+    if find_spec("ipywidgets") is not None:
+        return None
+    bar.disable()
+    return OneLineProgressBar()
 
 
 def _number_of_batches(trainer: Trainer, stage: str) -> int | None:

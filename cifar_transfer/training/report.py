@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from cifar_transfer.base.console import counted, say
 from cifar_transfer.data.augment import step_seed
@@ -126,6 +126,18 @@ class Report(Callback):
             time_left=self._time_left(trainer, pl_module),
         )
         say(trainer, self._table.line(row))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say why the run ends before its last epoch, if `EarlyStopping` has ended it."""
+        for callback in callbacks_of(trainer):
+            if not isinstance(callback, EarlyStopping):
+                continue
+            if trainer.should_stop and callback.wait_count >= callback.patience:
+                say(
+                    trainer,
+                    f"Stopped early: {callback.monitor} has not improved for {callback.wait_count} "
+                    f"validations (patience={callback.patience}).",
+                )
 
     def _is_best(self, trainer: Trainer, accuracy: float | None) -> bool:
         """Return whether the best checkpoint so far is of this epoch, and remember its accuracy.
