@@ -247,6 +247,7 @@ MISTAKES = [
     (["--trainer.limit_val_batches=0"], "need validation images"),
     (["--trainer.barebones=true"], "barebones=true leaves out the log"),
     (["--data.augment.hue=2"], "hue"),
+    (["--data.augment=false"], "the presets of augmentation are cifar, photos, none"),
     (["--data.augment=foto"], "the presets of augmentation are cifar, photos, none"),
     (["--data.augment.crop_scale=[0,1]"], "two shares of the image's area, such as [0.35, 1]"),
 ]

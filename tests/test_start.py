@@ -152,7 +152,6 @@ GROUPS_WITH_A_VALUE = {
     "--freeze=3": r"did you mean --freeze\.unfreeze_epoch=3\?",
     "--report=false": r"did you mean --report\.figures=false\?",
     "--trainer=gpu": r"did you mean --trainer\.accelerator=gpu\?",
-    "--data.augment=false": r"give its options, --data\.augment\.",
     "--data=photos": r"photos is a folder: give --data=ImageFolderDataModule --data\.root=photos",
 }
 
