@@ -5,8 +5,10 @@ import pytest
 import torch
 from conftest import quiet_trainer
 from lightning import seed_everything
+from lightning.pytorch.callbacks import ModelPruning
 from PIL import Image
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader, TensorDataset
 
 from cifar_transfer import Classifier, ShapesDataModule, TransferClassifier
@@ -106,6 +108,32 @@ def test_sizes_that_the_network_cannot_take_are_refused_before_training(tmp_path
     )
     with pytest.raises(UserError, match="cannot take images of 16 pixels"):
         quiet_trainer(default_root_dir=tmp_path, max_epochs=1).fit(module, data)
+
+
+def test_parameters_are_contiguous_as_pruning_and_vectors_of_them_need(tmp_path):
+    module = TransferClassifier("lenet5", "none", num_classes=10)
+    vector = parameters_to_vector(module.parameters())
+    vector_to_parameters(vector, module.parameters())
+    assert len(vector) == sum(parameter.numel() for parameter in module.parameters())
+    convolutions = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    layers = [(layer, "weight") for layer in convolutions]
+    pruning = ModelPruning(
+        "l1_unstructured", layers, amount=0.5, use_lottery_ticket_hypothesis=False
+    )
+    data = ShapesDataModule(train_images=40, test_images=10)
+    quiet_trainer(max_epochs=1, callbacks=[pruning], default_root_dir=tmp_path).fit(module, data)
+    weights = torch.cat([layer.weight.flatten() for layer in convolutions])
+    assert float((weights == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_images_reach_the_network_channels_last():
+    module = TransferClassifier("lenet5", "none", num_classes=10)
+    formats = []
+    module.network.register_forward_pre_hook(
+        lambda _, inputs: formats.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    module(torch.rand(2, 3, 32, 32))
+    assert formats == [True]
 
 
 def test_compiled_networks_keep_their_names_and_their_results(tmp_path, monkeypatch):

@@ -199,23 +199,29 @@ USER = """
     torch.save(logits, Path(folder, "logits.pt"))
 """
 FAMILIES = [
-    pytest.param("alexnet", 64, marks=pytest.mark.whole),  # files of hundreds of megabytes
-    pytest.param("convnext_tiny", 64, marks=pytest.mark.slow),
-    pytest.param("densenet121", 64, marks=pytest.mark.slow),
-    pytest.param("efficientnet_b0", 64, marks=pytest.mark.slow),
-    pytest.param("googlenet", 64, marks=pytest.mark.slow),
-    pytest.param("inception_v3", 96, marks=pytest.mark.slow),
-    pytest.param("mnasnet0_5", 64, marks=pytest.mark.slow),
-    pytest.param("mobilenet_v2", 64, marks=pytest.mark.slow),
-    pytest.param("mobilenet_v3_small", 64, marks=pytest.mark.slow),
-    pytest.param("regnet_y_400mf", 64, marks=pytest.mark.slow),
-    pytest.param("resnext50_32x4d", 64, marks=pytest.mark.slow),
-    pytest.param("shufflenet_v2_x0_5", 64, marks=pytest.mark.slow),
-    pytest.param("squeezenet1_1", 64, marks=pytest.mark.slow),
-    pytest.param("swin_t", 64, marks=pytest.mark.slow),
+    ("googlenet", 64),  # whose network has a state beside its weights, as inception_v3's has
+    ("squeezenet1_1", 64),
+    pytest.param("alexnet", 64, marks=pytest.mark.whole),
+    pytest.param("convnext_tiny", 64, marks=pytest.mark.whole),
+    pytest.param("densenet121", 64, marks=pytest.mark.whole),
+    pytest.param("efficientnet_b0", 64, marks=pytest.mark.whole),
+    pytest.param("efficientnet_v2_s", 64, marks=pytest.mark.whole),
+    pytest.param("inception_v3", 96, marks=pytest.mark.whole),
+    pytest.param("maxvit_t", 224, marks=pytest.mark.whole),
+    pytest.param("mnasnet0_5", 64, marks=pytest.mark.whole),
+    pytest.param("mobilenet_v2", 64, marks=pytest.mark.whole),
+    pytest.param("mobilenet_v3_small", 64, marks=pytest.mark.whole),
+    pytest.param("regnet_x_400mf", 64, marks=pytest.mark.whole),
+    pytest.param("regnet_y_400mf", 64, marks=pytest.mark.whole),
+    pytest.param("resnet18", 64, marks=pytest.mark.whole),
+    pytest.param("resnext50_32x4d", 64, marks=pytest.mark.whole),
+    pytest.param("shufflenet_v2_x0_5", 64, marks=pytest.mark.whole),
+    pytest.param("swin_t", 64, marks=pytest.mark.whole),
+    pytest.param("swin_v2_t", 64, marks=pytest.mark.whole),
     pytest.param("vgg11", 64, marks=pytest.mark.whole),
     pytest.param("vit_b_32", 224, marks=pytest.mark.whole),
-    pytest.param("timm/mobilenetv1_100", 64, marks=pytest.mark.slow),
+    pytest.param("wide_resnet50_2", 64, marks=pytest.mark.whole),
+    pytest.param("timm/mobilenetv1_100", 64, marks=pytest.mark.whole),
 ]
 
 

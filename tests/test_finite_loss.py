@@ -197,7 +197,7 @@ STILL = Augment(
 
 
 class Unequal(ImageDataModule):
-    """Images of which nine in ten are of the first class, and whose brightness tells the class."""
+    """Images of which nine in ten are of the first class, and whose brightness hints at it."""
 
     class_names = ("dark", "bright")
 
@@ -206,7 +206,8 @@ class Unequal(ImageDataModule):
             return None
         labels = (np.arange(400) % 10 == 9).astype(int)
         chance = np.random.default_rng(0)
-        pixels = chance.integers(0, 156, (400, 3, 32, 32)) + 100 * labels[:, None, None, None]
+        brightness = (100 + 35 * labels + chance.normal(0, 20, 400)).clip(0, 255)
+        pixels = np.broadcast_to(brightness[:, None, None, None], (400, 3, 32, 32))
         return ArrayImages(pixels.astype(np.uint8), labels)
 
 

@@ -387,17 +387,6 @@ def test_an_error_of_gloo_or_nccl_tells_of_a_lost_process():
     assert not lightning_internals.is_lost_process(RuntimeError("out of memory"))
 
 
-def test_the_processor_says_whether_it_has_bfloat16(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert lightning_internals.has_native_bfloat16()
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
-    assert not lightning_internals.has_native_bfloat16()
-    monkeypatch.undo()
-    flags = Path("/proc/cpuinfo").read_text()
-    has_flag = "avx512_bf16" in flags or "amx_bf16" in flags
-    assert lightning_internals.has_native_bfloat16() == has_flag
-
-
 @pytest.fixture
 def parser():
     class Parser(LightningArgumentParser):

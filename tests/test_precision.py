@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import quiet_trainer, weights
+from conftest import weights
 
 from cifar_transfer import Classifier
 from cifar_transfer.commands.evaluate import evaluate
-from cifar_transfer.commands.fit import fit, slow_precision
+from cifar_transfer.commands.fit import fit
 
 JOB = [
     "--model.backbone=lenet5",
@@ -44,17 +44,3 @@ def test_a_converted_network_trains_evaluates_and_predicts(tmp_path, monkeypatch
     image = np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8)
     found = Classifier.load(outcome.best).predict(image, top_k=10)
     assert math.isclose(sum(share for _, share in found), 1, abs_tol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("has", "precision", "said"),
-    [
-        ({"avx512_bf16": True}, "32-true", True),
-        ({"amx_bf16": True}, "32-true", True),
-        ({"avx512_bf16": True}, "bf16-mixed", False),
-        ({"avx512_f": True, "avx512_bf16": False}, "32-true", False),
-    ],
-)
-def test_bfloat16_is_advised_where_the_processor_has_it(monkeypatch, has, precision, said):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
-    assert slow_precision(quiet_trainer(accelerator="cpu", precision=precision)) == said

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from lightning import Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -35,14 +34,13 @@ from cifar_transfer.base.errors import UserError, disk_fault, is_from_own_code
 from cifar_transfer.base.files import LOGS
 from cifar_transfer.base.text import program
 from cifar_transfer.cli.fit_cli import FitCLI
-from cifar_transfer.data.shapes import ShapesDataModule
 from cifar_transfer.data.splits import Split
 from cifar_transfer.results.predictions import Predictions
 from cifar_transfer.training.checkpoint_file import newest_checkpoint
 from cifar_transfer.training.collect_predictions import CollectPredictions
 from cifar_transfer.training.evaluation import evaluate_checkpoint
 from cifar_transfer.training.final_report import draw_final, log_final, write_result
-from cifar_transfer.training.lightning_internals import has_native_bfloat16, is_lost_process
+from cifar_transfer.training.lightning_internals import is_lost_process
 
 GREEN = 32  # ANSI's number
 SCORE_NAMES = {
@@ -143,12 +141,6 @@ def train(cli: FitCLI) -> None:
         SystemExit: The run was told to stop. It is saved.
     """
     trainer = cli.trainer
-    is_worth_a_hint = not isinstance(cli.datamodule, ShapesDataModule)  # it takes seconds
-    if is_worth_a_hint and slow_precision(trainer):
-        say(
-            trainer,
-            "This processor computes in bfloat16: --trainer.precision=bf16-mixed takes less time.",
-        )
     try:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path)
     except SystemExit:  # Lightning's for the KeyboardInterrupt of `Interrupt`
@@ -160,12 +152,6 @@ def train(cli: FitCLI) -> None:
         raise SystemExit(cli.interrupt.exit_status if trainer.is_global_zero else 0) from None
     if trainer.received_sigterm:  # after the last step
         raise SIGTERMException
-
-
-def slow_precision(trainer: Trainer) -> bool:
-    """Return whether a run computes in float32 on a processor that has bfloat16."""
-    is_on_cpu = trainer.strategy.root_device.type == "cpu"
-    return is_on_cpu and trainer.precision == "32-true" and has_native_bfloat16()
 
 
 def best_checkpoint(cli: FitCLI) -> Path | None:

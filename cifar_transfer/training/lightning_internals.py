@@ -8,6 +8,7 @@ Each function says why it is needed and since which version it was seen to work.
 import math
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cifar_transfer.data.splits import REQUEUED
+
+
+# Gradients of contiguous weights with kernels of 1 x 1 come with other strides of the same meaning
+# if images are channels last. DDP copies them into its buckets in any case. Since torch 1.7.
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
@@ -299,13 +305,3 @@ def is_lost_process(error: BaseException) -> bool:
     return isinstance(error, DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     )
-
-
-def has_native_bfloat16() -> bool:
-    """Return whether the processor computes in bfloat16 itself, and does not emulate it slowly.
-
-    torch 2.10 does not tell, and the answer is no. Since torch 2.11.
-    """
-    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
-    capabilities: Mapping[str, Any] = get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
