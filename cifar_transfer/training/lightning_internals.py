@@ -30,7 +30,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cifar_transfer.data.splits import REQUEUED
 
-
 # Gradients of contiguous weights with kernels of 1 x 1 come with other strides of the same meaning
 # if images are channels last. DDP copies them into its buckets in any case. Since torch 1.7.
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
