@@ -240,6 +240,12 @@ MISTAKES = [
     (["--ckpt_path=/nowhere/last.ckpt"], "does not exist"),
     (["--resume=/nowhere"], "name the folder of a run"),
     (["--resume"], "expected one argument"),
+    (["--model.image_size=big"], "--model.image_size takes int, 'native' or null, not big"),
+    (["--data.val_fraction=10%"], "--data.val_fraction takes float, not 10%"),
+    (
+        ["--data=ShapesDataModule", "--data.leave_out=/nowhere.csv"],
+        "--data.leave_out=/nowhere.csv cannot be read as a list of images (No such file or dir",
+    ),
     (["photos.zip"], "photos.zip is no option: options begin with two dashes"),
     (["/"], "for images of your own in that folder, give --data=ImageFolderDataModule --data.root"),
     (["--config=/nowhere.yaml"], "/nowhere.yaml"),
@@ -342,6 +348,35 @@ def test_with_debug_the_traceback_comes_before_the_sentence(tmp_path):
     assert "Traceback (most recent call last)" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: lr is -1.0: take a positive rate")
     assert "Traceback" not in run_fit(tmp_path, *mistake, expect=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: resnet50\n", r"--model is a group .*did you mean --model\.backbone=resnet50\?"),
+        ("trainer: gpu\n", r"did you mean --trainer\.accelerator=gpu\?"),
+        ("data: photos\n", r"--data=photos names no data module"),
+        ("", r"mine\.yaml has no options: give them as YAML"),
+        ("- model\n- lr\n", r"mine\.yaml has no options: give them as YAML"),
+        ("some words\n", r"mine\.yaml has no options: give them as YAML"),
+    ],
+)
+def test_a_slip_in_a_file_of_options_gets_a_sentence(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        fit(["--config=mine.yaml"])
+
+
+def test_the_folder_of_a_run_as_a_checkpoint_is_answered_with_its_best(job):
+    with pytest.raises(UserError, match=rf"is the folder of a run: name .*{RUN}/checkpoints/best"):
+        evaluate(str(job[0] / RUN))
+
+
+def test_a_list_to_leave_out_is_read_before_the_images_are_scored(job, monkeypatch):
+    monkeypatch.setattr("cifar_transfer.commands.evaluate.evaluate_checkpoint", pytest.fail)
+    with pytest.raises(UserError, match=r"leave_out=nowhere\.csv cannot be read"):
+        evaluate(str(job[0] / RUN / "checkpoints/best.ckpt"), leave_out="nowhere.csv")
 
 
 def test_a_network_too_deep_for_the_images_is_refused_before_training(tmp_path, monkeypatch):

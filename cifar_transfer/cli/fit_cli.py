@@ -87,6 +87,10 @@ class Parser(LightningArgumentParser):
         argument = parser_messages.unknown_argument(message)
         if argument is not None:
             raise spelling.no_option(argument)
+        group = parser_messages.group_with_a_value(message)
+        if group is not None:
+            names = start.option_names("fit")
+            raise spelling.group_given_a_value(f"--{group[0]}", group[1], names)
         name = parser_messages.unknown_class(message, "data")
         if name is not None:
             raise UserError(
@@ -375,8 +379,11 @@ class FitCLI(PlainCLI):
 def _parse(parser: LightningArgumentParser, args: Sequence[str]) -> Any:
     """Parse options, after a look at their files, whose mistakes jsonargparse tells at length."""
     for file in _values_of(("-c", "--config"), args):
-        if os.path.isfile(file):
-            read_yaml(Path(file))
+        if os.path.isfile(file) and not isinstance(read_yaml(Path(file)), dict):
+            raise UserError(
+                f"{file} has no options: give them as YAML, for example `model:` and below it, "
+                f"indented, `lr: 0.001`."
+            )
     return parser.parse_args(_with_presets(args))
 
 

@@ -22,6 +22,7 @@ PLAIN_WORDS = {
     r"[;.] (Got|Given) value: ": ", not ",
     r"\bNoneType\b": "null",
     r"; null\b": " or null",
+    r'Parser key "(\w+)": (\w+) takes ': r"--\1.\2 takes ",
 }
 
 
@@ -42,6 +43,8 @@ def plain_message(message: str) -> str:
     text = "; ".join(lines).replace(":; ", ": ")
     for pattern, words in PLAIN_WORDS.items():
         text = re.sub(pattern, words, text)
+    if re.match(r"--\S+ takes ", text):
+        text = text.replace("; ", ", ")
     return text
 
 
@@ -74,6 +77,15 @@ def unknown_argument(message: str) -> str | None:
     if not message.startswith(prefix) or message.startswith(prefix + "-"):
         return None
     return message.removeprefix(prefix)
+
+
+def group_with_a_value(message: str) -> tuple[str, str] | None:
+    """Return a group, "model", and the value in its place, by a message of jsonargparse, or None.
+
+    Since jsonargparse 4.35.
+    """
+    match = re.match(r"""Parser key "(\w+)": Unable to load config ['"]([^'"]*)['"]""", message)
+    return match and (match[1], match[2])
 
 
 def is_import_refusal(message: str) -> bool:

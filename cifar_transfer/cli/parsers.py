@@ -21,7 +21,15 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a `UserError` that says what is wrong."""
+        required = "the following arguments are required: "
+        if message.startswith(required):
+            names = [self._as_typed(name) for name in message.removeprefix(required).split(", ")]
+            message = required + ", ".join(names)
         raise UserError(f"{plain_message(message)} ({HELP_HINT})")
+
+    def _as_typed(self, name: str) -> str:
+        """Return "--ckpt" for "ckpt", if that is an option and not an argument by its place."""
+        return f"--{name}" if f"--{name}" in self._option_string_actions else name
 
 
 class PartParser(argparse.ArgumentParser):

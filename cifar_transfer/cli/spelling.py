@@ -85,7 +85,7 @@ def check_options(args: Sequence[str], names: Collection[str], lightning: str) -
             takes_a_class = f"{group}.help" in names
             complete = not takes_a_class
         if complete and _members(name, names):
-            raise _group_given_a_value(name, _value(args, index) or "given", names)
+            raise group_given_a_value(name, _value(args, index) or "given", names)
         if complete:
             raise unknown_option(name, names)
 
@@ -116,7 +116,7 @@ def _check_value(name: str, value: str | None, names: Collection[str]) -> None:
         )
     takes_a_class = f"{name}.help" in names
     if not takes_a_class and _members(name, names):
-        raise _group_given_a_value(name, value, names)
+        raise group_given_a_value(name, value, names)
 
 
 def _members(name: str, names: Iterable[str]) -> list[str]:
@@ -124,7 +124,8 @@ def _members(name: str, names: Iterable[str]) -> list[str]:
     return [candidate for candidate in names if candidate.startswith(f"{name}.")]
 
 
-def _group_given_a_value(name: str, value: str, names: Iterable[str]) -> UserError:
+def group_given_a_value(name: str, value: str, names: Iterable[str]) -> UserError:
+    """Return the error for a value in the place of a group of options, such as "--model"."""
     problem = f"{name} is a group of options, and not one that can be {value}"
     if name in MEANT_BY_GROUP:
         return UserError(

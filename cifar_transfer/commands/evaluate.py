@@ -69,6 +69,8 @@ def evaluate(
     console.hush()
     ckpt = str(user_path(ckpt))
     checkpoint = read_checkpoint(ckpt)
+    if leave_out:
+        splits.read_image_list(leave_out)  # its mistakes, before the time that scoring takes
     data = _load_data(ckpt, checkpoint, split, root, leave_out)
     collect = CollectPredictions()
     callbacks: list[Callback] = []

@@ -295,9 +295,11 @@ def read_image_list(path: str | Path) -> frozenset[str]:
                 names = [row["image"] for row in rows if row["image"]]
                 return frozenset(composed(name) for name in names)
     except (OSError, UnicodeError, csv.Error) as error:
+        reason = first_line(error)
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
         raise UserError(
-            f"leave_out={path} cannot be read as a list of images ({first_line(error)}): "
-            f"name another one."
+            f"leave_out={path} cannot be read as a list of images ({reason}): name another one."
         ) from None
     raise UserError(
         f"leave_out={path} has no column `image`: it takes a CSV as "

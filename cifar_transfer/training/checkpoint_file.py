@@ -53,6 +53,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = user_path(path)
     if not path.is_file():
+        own = path / "checkpoints" / "best.ckpt"
+        if own.is_file():
+            raise UserError(f"The checkpoint {path} is the folder of a run: name {own}.")
         reason = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(
             f"The checkpoint {path} {reason}: a run keeps its own in RUN/checkpoints/best.ckpt."
