@@ -58,8 +58,8 @@ def test_the_rule_of_confident_learning_by_hand():
     # image is of class 2. So rows 0, 1 and 4 are of class 0, rows 2 and 3 of class 1.
     assert findings.expected_label_errors(probabilities, labels) == 2
     assert findings.wrong_labels(probabilities, labels) == [
-        (4, 0.5, 0),
-        (3, pytest.approx(0.4), 1),
+        (4, 0.75, 0),
+        (3, pytest.approx(0.7), 1),
     ]
 
 
@@ -145,7 +145,6 @@ def test_neighbours_and_outliers_are_those_of_plain_loops(monkeypatch):
         "train": Features([values[:8]], labels[:8]),
         "test": Features([values[8:]], labels[8:]),
     }
-    monkeypatch.setattr(torch, "randn", lambda rows, columns, generator: torch.eye(rows, columns))
     neighbours = findings.nearest_images(features)
     points = (values - values[:8].mean(0)) / values[:8].std(0)
     points /= np.linalg.norm(points, axis=1, keepdims=True)
@@ -158,6 +157,37 @@ def test_neighbours_and_outliers_are_those_of_plain_loops(monkeypatch):
     distances = 1 - np.sort(cosines)[:, -findings.NUM_NEIGHBOURS :].mean(1)
     rows = [finding.row for finding in findings.outliers(neighbours)]
     assert rows == np.argsort(-distances).tolist()
+
+
+def test_a_feature_that_is_constant_in_training_makes_no_outliers_and_hides_no_neighbours():
+    """Test images have other values. Divided by almost nothing, they would be all there is."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(60, 6)).astype(np.float32)
+    values[50:] = values[:10]
+    values[20] = 30 * np.array([1, -1, 1, -1, 1, -1])
+    constant = np.full((60, 1), 0.5, np.float32)
+    constant[50:] = rng.normal(size=(10, 1))
+    labels = np.zeros(60, np.int64)
+    seen = []
+    for array in (values, np.hstack([values, constant])):
+        features = {
+            "train": Features([array[:50]], labels[:50]),
+            "test": Features([array[50:]], labels[50:]),
+        }
+        neighbours = findings.nearest_images(features)
+        assert neighbours.rows[50:, 0].tolist() == list(range(10)), "the copies"
+        seen.append([finding.row for finding in findings.outliers(neighbours)])
+    assert seen[0] == seen[1]
+
+
+def test_labels_are_ranked_by_how_improbable_they_are():
+    """An image that looks like two other classes is surer than one whose label is still likely."""
+    probabilities = torch.tensor(
+        [[0.05, 0.5, 0.45], [0.3, 0.7, 0], [0.6, 0.4, 0], [0.1, 0.5, 0.4], [0, 0.1, 0.9]]
+    )
+    labels = torch.tensor([0, 0, 0, 1, 2])
+    label_findings = findings.wrong_labels(probabilities, labels)
+    assert label_findings == [(0, pytest.approx(0.95), 1), (1, pytest.approx(0.7), 1)]
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import write_images
+from PIL import Image
 
 from cifar_transfer import ImageFolderDataModule
 from cifar_transfer.data.cache import CACHE_FOLDER, cached
-from cifar_transfer.data.images import ArrayImages
+from cifar_transfer.data.images import ArrayImages, FileImages
 
 # Sets up a data module on the folder `photos`, and prints whether its images are decoded each time
 # that they are read, and the sum of their pixels.
@@ -204,3 +205,44 @@ cache._write = witnessed
     assert first[:2] == second[:2]
     assert not first[0]
     assert (tmp_path / "decodes").read_text() == "one\n"
+
+
+def replace_with_same_size_and_time(path, other):
+    """Put another file's content in place of a file, with the size and the time that it had."""
+    stamp = os.stat(path)
+    content = other.read_bytes()
+    padding = bytes(max(0, stamp.st_size - len(content)))
+    replacement = path.with_name("replacement")
+    replacement.write_bytes(content + padding)
+    os.truncate(replacement, stamp.st_size)
+    os.utime(replacement, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    replacement.rename(path)
+    assert os.stat(path).st_size == stamp.st_size
+    assert os.stat(path).st_mtime_ns == stamp.st_mtime_ns
+
+
+def test_an_image_replaced_by_one_of_the_same_name_size_and_time_is_decoded_anew(tmp_path):
+    """BMP files of one size in pixels have one size in bytes."""
+    for kind, brightness in (("cat", 50), ("dog", 200)):
+        (tmp_path / "train" / kind).mkdir(parents=True)
+        for row in range(4):
+            image = Image.new("RGB", (8, 8), (brightness + row,) * 3)
+            image.save(tmp_path / "train" / kind / f"{row}.bmp")
+    before = ready(tmp_path)
+    assert all_images(before)[0][0].max() == 50
+    path = tmp_path / "train" / "cat" / "0.bmp"
+    replace_with_same_size_and_time(path, tmp_path / "train" / "dog" / "3.bmp")
+    after = ready(tmp_path)
+    assert all_images(after)[0][0].min() == 203
+
+
+def test_an_uncached_image_replaced_by_one_of_the_same_name_size_and_time_has_another_mark(
+    tmp_path,
+):
+    """Features on disk are kept by these marks."""
+    for name, brightness in (("a", 50), ("b", 200)):
+        Image.new("RGB", (8, 8), (brightness,) * 3).save(tmp_path / f"{name}.bmp")
+    images = FileImages([str(tmp_path / "a.bmp")], np.zeros(1, np.int64), (8, 8))
+    before = images.marks()
+    replace_with_same_size_and_time(tmp_path / "a.bmp", tmp_path / "b.bmp")
+    assert images.marks() != before

@@ -140,6 +140,29 @@ def test_the_heat_is_where_the_class_is(width):
     assert heat[:, :20].max() == 0
 
 
+@pytest.mark.parametrize("portrait", [False, True])
+def test_heat_is_placed_on_the_centre_if_the_network_sees_only_that(portrait):
+    """A network that counts red pixels: the red edge of the centre is within the long image."""
+    options = NetworkOptions("lenet5", "none", num_classes=2, normalize=[[0.0] * 3, [1.0] * 3])
+    classifier = ImageClassifier(options).eval()
+    colour = nn.Conv2d(3, 2, 1, bias=False)
+    colour.weight.data = torch.tensor([[1.0, -1, -1], [-1, -1, 1]])[..., None, None]
+    classifier.network = nn.Sequential(colour, nn.ReLU(), nn.AvgPool2d(4), nn.Flatten())
+    size = (96, 32) if portrait else (32, 96)
+    classifier.set_geometry(replace(classifier.geometry, size=size, input_side=32))
+    pixels = np.full((3, 32, 96), 128, np.uint8)
+    pixels[:, :, 32:40] = np.array([255, 0, 0])[:, None, None]  # the left edge of the centre
+    pixels[:, :, :24] = np.array([255, 0, 0])[:, None, None]  # what the network does not see
+    if portrait:
+        pixels = pixels.transpose(0, 2, 1).copy()
+    heat = heat_map(classifier, pixels)
+    if portrait:
+        heat = heat.T
+    assert heat[:, 32:36].min() > 0.9
+    assert heat[:, :32].max() == 0
+    assert heat[:, 48:].max() == 0
+
+
 def test_a_network_without_positions_has_no_heat_map():
     classifier = ImageClassifier(NetworkOptions("lenet5", "none", num_classes=2)).eval()
     classifier.network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2))

@@ -147,19 +147,23 @@ def test_predictions_survive_saving(tmp_path):
     assert loaded.names == predictions.names
     assert torch.equal(loaded.labels, predictions.labels)
     assert torch.equal(loaded.images, predictions.images)
-    torch.testing.assert_close(loaded.probabilities, predictions.probabilities, atol=1e-3, rtol=0)
+    assert torch.equal(loaded.probabilities, predictions.probabilities)
     assert [path.name for path in tmp_path.iterdir()] == ["predictions-test.npz"]
 
 
-def test_rounding_changes_no_prediction(tmp_path):
-    close = 0.5 + torch.rand(1000, 2, generator=torch.Generator().manual_seed(0)) * 1e-4
-    close[:10] = torch.tensor([0.0, 1.0])
-    predictions = without_images(["a", "b"], torch.zeros(1000, dtype=torch.long), close)
+def test_saved_predictions_have_the_calibration_error_of_the_exact_ones(tmp_path):
+    """Confidences just below the edge of a bin would be rounded into the next one."""
+    confidences = torch.full((1000,), 14 / 15 - 1e-5)
+    confidences[:500] = 14 / 15 + 0.06
+    probabilities = torch.stack((confidences, 1 - confidences), 1)
+    labels = (torch.arange(1000) % 20 < 8).long()
+    labels[:500] = 0
+    predictions = without_images(["a", "b"], labels, probabilities)
     predictions.save(tmp_path / "p.npz")
     loaded = Predictions.load(tmp_path / "p.npz")
-    assert torch.equal(loaded.predicted, predictions.predicted)
-    assert loaded.probabilities.max() <= 1
-    torch.testing.assert_close(loaded.probabilities, close, atol=1e-3, rtol=0)
+    exact = predictions.confidence_bins(15).calibration_error
+    assert loaded.confidence_bins(15).calibration_error == exact
+    assert torch.equal(loaded.probabilities, probabilities)
 
 
 def test_augmented_images_are_shown_at_the_networks_size_and_disturb_no_draw(tmp_path, monkeypatch):

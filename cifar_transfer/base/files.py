@@ -31,6 +31,19 @@ def user_path(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def file_version(path: str | Path) -> list[int]:
+    """Return numbers that change when a file is written to or replaced.
+
+    Size and time of writing alone would not tell: `cp -p`, rsync and archives set that time. The
+    time of the last change of the file's entry, and its number on the disk, cannot be set.
+
+    Raises:
+        OSError: The file is missing or cannot be looked at.
+    """
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
 def make_folder(folder: Path, option: str) -> None:
     """Make a folder unless it exists.
 

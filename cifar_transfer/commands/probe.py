@@ -24,7 +24,8 @@ from cifar_transfer.base.files import LOGS, RESULT, write_json
 from cifar_transfer.base.text import markdown
 from cifar_transfer.cli.features_cli import Extraction, extract, parser
 from cifar_transfer.cli.recipes import RECIPE_FILE, check_recipe
-from cifar_transfer.features.heads import LinearHead, evaluate_heads
+from cifar_transfer.features.heads import evaluate_heads
+from cifar_transfer.features.logistic import LinearHead
 from cifar_transfer.features.new_head import sample_images, set_head
 from cifar_transfer.network.contestant import Contestant, parse_contestants
 from cifar_transfer.results import probe_table

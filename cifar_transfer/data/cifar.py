@@ -17,7 +17,7 @@ from torchvision.datasets.utils import check_integrity
 
 from cifar_transfer.base.download import fetch
 from cifar_transfer.base.errors import UserError, check
-from cifar_transfer.base.files import user_path
+from cifar_transfer.base.files import file_version, user_path
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.base.text import without_password
 from cifar_transfer.data.cache import cached
@@ -189,7 +189,7 @@ def batch_images(source: Path, split: Split) -> Images:
     for path in paths:
         if not path.is_file():
             raise _missing(path)
-        fingerprint.append([path.name, path.stat().st_size, path.stat().st_mtime_ns])
+        fingerprint.append([path.name, *file_version(path)])
     return cached(source.parent, f"cifar10-{split}", fingerprint, lambda: _read(source, split))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cifar_transfer.base.errors import UserError, check
-from cifar_transfer.base.files import user_path
+from cifar_transfer.base.files import file_version, user_path
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.base.text import composed, printable, program
 from cifar_transfer.data import splits
@@ -369,12 +369,12 @@ def _fingerprint(images: FileImages, root: Path) -> list[object]:
     files = []
     for path in images.paths:
         try:
-            status = os.stat(path)
+            version = file_version(path)
         except OSError as error:
             raise UserError(
                 f"{error.filename} cannot be read ({error.strerror}): mend or remove it."
             ) from None
-        files.append([_relative_to(root, path), status.st_size, status.st_mtime_ns])
+        files.append([_relative_to(root, path), *version])
     return [files, images.size]
 
 

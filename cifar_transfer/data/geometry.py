@@ -74,6 +74,18 @@ class Geometry:
             return self.size
         return (self.input_side, self.input_side)
 
+    @property
+    def seen_centre(self) -> tuple[slice, slice]:
+        """Rows and columns of a decoded image that the network sees; see `resize`."""
+        height, width = self.size
+        if self.input_side is None:
+            return slice(0, height), slice(0, width)
+        side = min(height, width)
+        # As torchvision's `center_crop` rounds.
+        top = round((height - side) / 2)
+        left = round((width - side) / 2)
+        return slice(top, top + side), slice(left, left + side)
+
     def describe(self, inside: bool) -> dict[str, Any]:
         """Return what a program must do to an image for an exported network, in words and numbers.
 

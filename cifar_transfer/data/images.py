@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import folder
 
 from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.files import file_version
 from cifar_transfer.base.untrusted import open_regular
 from cifar_transfer.data.geometry import Size, cover
 
@@ -326,11 +327,10 @@ class FileImages(Images):
         return np.stack(images)
 
     def marks(self) -> np.ndarray:
-        """Return a number, uint32 [N], that follows from path, size and time of each file."""
+        """Return a number, uint32 [N], that follows from path and version of each file."""
         marks = np.empty(len(self), np.uint32)
         for row, path in enumerate(self.paths):
-            status = os.stat(path)
-            text = f"{path} {status.st_size} {status.st_mtime_ns} {self.size}"
+            text = f"{path} {file_version(path)} {self.size}"
             marks[row] = zlib.crc32(text.encode(errors="surrogateescape"))
         return marks
 

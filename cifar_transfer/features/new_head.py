@@ -11,8 +11,8 @@ from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.geometry import to_float
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.features.extract import FeatureExtractor
-from cifar_transfer.features.heads import LinearHead, logistic
-from cifar_transfer.features.standardise import compute_moments
+from cifar_transfer.features.logistic import LinearHead, fit_logistic
+from cifar_transfer.features.standardise import fit_standardisation
 from cifar_transfer.network.image_classifier import ImageClassifier
 
 MAX_SAMPLE_IMAGES = 16  # on which the logits are compared
@@ -69,7 +69,8 @@ def begin_with_logistic(
     fitted: Any = None  # in the other processes, until the first one sends it
     if trainer.is_global_zero:
         train = features["train"]
-        fitted = logistic(train, features["val"], data.num_classes, compute_moments(train))
+        standardisation = fit_standardisation(train)
+        fitted = fit_logistic(train, features["val"], data.num_classes, standardisation)
     head, _ = trainer.strategy.broadcast(fitted)
     set_head(classifier, head, sample_images(data))
     for module, training in modes.items():

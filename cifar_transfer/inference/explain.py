@@ -34,7 +34,7 @@ def heat_map(classifier: ImageClassifier, pixels: np.ndarray) -> np.ndarray:
 
     Returns:
         float32 [H, W]; 1 at the place that speaks most for the class, 0 where nothing does, which
-        may be everywhere.
+        may be everywhere. It is 0 outside of the centre if that is all that the network sees.
 
     Raises:
         UserError: No layer has enough positions.
@@ -43,7 +43,11 @@ def heat_map(classifier: ImageClassifier, pixels: np.ndarray) -> np.ndarray:
     for min_positions in (PREFERRED_POSITIONS, MIN_POSITIONS):
         for activations, gradients in layers:
             if min(activations.shape[1:]) >= min_positions:
-                return _grad_cam(activations, gradients, pixels.shape[1:])
+                rows, columns = classifier.geometry.seen_centre
+                heat = np.zeros(pixels.shape[1:], np.float32)
+                seen_size = heat[rows, columns].shape
+                heat[rows, columns] = _grad_cam(activations, gradients, seen_size)
+                return heat
     raise UserError(
         f"There is no heat map of {classifier.backbone} at this size: "
         "no layer of it has 2 x 2 places or more."

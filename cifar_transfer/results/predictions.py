@@ -99,18 +99,13 @@ class Predictions:
         )
 
     def save(self, path: Path) -> None:
-        """Write an `.npz` file of plain arrays, with probabilities in half precision."""
-        half = self.probabilities.half()
-        # Where rounding makes another class win, the predicted class gets the next larger number.
-        changed = (half.argmax(1) != self.predicted).nonzero()[:, 0]
-        largest = half[changed].amax(1)
-        half[changed, self.predicted[changed]] = largest.nextafter(torch.ones(1).half())
+        """Write an `.npz` file of plain arrays."""
         with atomic_write(path) as file:
             np.savez_compressed(
                 file,
                 names=np.array(self.names),
                 labels=self.labels.numpy(),
-                probabilities=half.numpy(),
+                probabilities=self.probabilities.numpy(),
                 rows=self.rows.numpy(),
                 images=self.images.numpy(),
             )
@@ -127,7 +122,7 @@ class Predictions:
             return cls(
                 arrays["names"].tolist(),
                 torch.from_numpy(arrays["labels"]),
-                torch.from_numpy(arrays["probabilities"]).float(),
+                torch.from_numpy(arrays["probabilities"]),
                 torch.from_numpy(arrays["rows"]),
                 torch.from_numpy(arrays["images"]),
             )

@@ -43,13 +43,13 @@ class ProbeResult:
         label: Name of the backbone and its weights.
         val: Accuracy of logistic regression on the validation images.
         test: The same on the test images; None without any.
-        balanced: Mean of the accuracies on each class of these images.
-        neighbours: Accuracy by the number of nearest neighbours.
-        means: Accuracy of the nearest class mean.
+        balanced_accuracy: Mean of the accuracies on each class of these images.
+        nearest_neighbours: Accuracy of a vote, by the number of neighbours that vote.
+        nearest_mean: Accuracy of the nearest class mean.
         few_shot: Accuracies of several draws by the number of training images of a class.
         penalty: L2 penalty of the logistic regression.
         width: Number of features.
-        per_class: Training images of a class, on average.
+        images_per_class: Training images of a class, on average.
         precision: Precision in which the features were computed, "32-true" or "bf16-mixed".
         computed: Number of images whose features were not on disk.
         feature_seconds: Time that the features took.
@@ -59,13 +59,13 @@ class ProbeResult:
     label: str
     val: float
     test: float | None
-    balanced: float
-    neighbours: dict[str, float]
-    means: float
+    balanced_accuracy: float
+    nearest_neighbours: dict[str, float]
+    nearest_mean: float
     few_shot: dict[str, list[float]]
     penalty: float
     width: int
-    per_class: int
+    images_per_class: int
     precision: str
     computed: int
     feature_seconds: float
@@ -92,12 +92,12 @@ def row_cells(result: ProbeResult) -> list[str]:
     return [
         result.label,
         _percent(result.test),
-        _percent(result.balanced),
+        _percent(result.balanced_accuracy),
         _percent(result.val),
-        _percent(result.neighbours["1"]),
-        _percent(result.neighbours["5"]),
-        _percent(result.neighbours["20"]),
-        _percent(result.means),
+        _percent(result.nearest_neighbours["1"]),
+        _percent(result.nearest_neighbours["5"]),
+        _percent(result.nearest_neighbours["20"]),
+        _percent(result.nearest_mean),
         _mean_and_deviation(result.few_shot.get("1")),
         _mean_and_deviation(result.few_shot.get("5")),
         _mean_and_deviation(result.few_shot.get("10")),
@@ -203,5 +203,5 @@ def _accuracy_by_images(result: ProbeResult) -> Mapping[int, float]:
     accuracies: dict[int, float] = {}
     for shots, draws in result.few_shot.items():
         accuracies[int(shots)] = float(np.mean(draws))
-    accuracies[result.per_class] = result.accuracy
+    accuracies[result.images_per_class] = result.accuracy
     return accuracies
