@@ -18,7 +18,7 @@ from cifar_transfer.base.errors import UserError
 from cifar_transfer.commands import audit
 from cifar_transfer.commands.evaluate import evaluate
 from cifar_transfer.data import splits
-from cifar_transfer.features import findings
+from cifar_transfer.features import findings, near_duplicates
 from cifar_transfer.features.extract import Features
 from cifar_transfer.training import resume
 from cifar_transfer.training.evaluation import load_data
@@ -95,17 +95,25 @@ def compressed(image):
     return Image.open(file)
 
 
+def shifted(image, right, down):
+    return image.transform(image.size, Image.Transform.AFFINE, (1, 0, right, 0, 1, down))
+
+
 CHANGES = {
     "the same": lambda image: image,
     "mirrored": ImageOps.mirror,
+    "upside down": ImageOps.flip,
     "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.2),
+    "less contrast": lambda image: ImageEnhance.Contrast(image).enhance(0.6),
+    "without colours": lambda image: image.convert("L").convert("RGB"),
     "compressed": compressed,
-    "shifted": lambda image: image.transform(
-        image.size, Image.Transform.AFFINE, (1, 0, 4, 0, 1, -5)
+    "shifted": lambda image: shifted(image, 4, -5),
+    "mirrored, shifted": lambda image: shifted(ImageOps.mirror(image), 6, 3),
+    "mirrored, shifted, compressed": lambda image: compressed(
+        shifted(ImageOps.mirror(image), -4, 4)
     ),
-    "mirrored, shifted": lambda image: ImageOps.mirror(image).transform(
-        image.size, Image.Transform.AFFINE, (1, 0, 6, 0, 1, 3)
-    ),
+    "turned": lambda image: image.rotate(5, Image.Resampling.BILINEAR),
+    "cut": lambda image: image.crop((4, 4, 60, 60)).resize(image.size),
 }
 
 
@@ -116,27 +124,59 @@ def grey(images):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_copies_correlate_and_other_images_do_not(change):
+def test_changed_copies_are_alike_and_other_images_are_not(change):
     images = [photo(seed) for seed in range(20)]
     plain = grey(images)
     changed = grey([CHANGES[change](image) for image in images])
-    assert findings.pixel_correlations(plain, changed).min() > findings.MIN_CORRELATION
-    others = findings.pixel_correlations(plain, plain.roll(1, 0))
-    assert others.max() < findings.MIN_CORRELATION - 0.1
+    alike = near_duplicates.similarities(plain, changed)
+    assert alike.min() > near_duplicates.MIN_CORRELATION
+    assert near_duplicates.similarities(plain, plain.roll(1, 0)).max() == 0
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_copies_are_found_whatever_the_features_say(change):
+    """Spectra propose them too: a copy without colours has other features."""
+    images = [photo(seed) for seed in range(60)]
+    copies = [CHANGES[change](image) for image in images[:20]]
+    nowhere = findings.Neighbours(torch.zeros(80, 1), torch.zeros(80, 1, dtype=torch.long))
+    duplicates = near_duplicates.near_duplicates(nowhere, grey(images + copies))
+    assert len(duplicates) >= 18
+    for finding in duplicates:
+        assert finding.like == finding.row - 60
+
+
+def silhouette(seed):
+    """A dark shape of its own before the same sky: only what is coarse is alike."""
+    sky = np.linspace(250, 60, 64)[:, None, None] * np.ones((1, 64, 3))
+    noise = np.random.default_rng(seed).normal(0, 20, (32, 32, 1)).repeat(2, 0).repeat(2, 1)
+    return Image.fromarray((sky + noise).clip(0, 255).astype(np.uint8))
+
+
+def test_images_that_are_alike_in_what_is_coarse_alone_are_no_duplicates():
+    plain = grey([silhouette(seed) for seed in range(20)])
+    parts = near_duplicates._parts(plain.roll(1, 0).float())
+    coarse = near_duplicates._align(plain.float(), parts).correlations
+    assert coarse.min() > near_duplicates.MIN_CORRELATION
+    assert near_duplicates.similarities(plain, plain.roll(1, 0)).max() == 0
 
 
 def test_near_duplicates_name_the_later_image_once():
     images = grey([photo(seed) for seed in (0, 1, 0, 0)])
     rows = torch.tensor([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]])
     like = findings.Neighbours(torch.full((4, 3), 0.9), rows)
-    pairs = [(finding.row, finding.like) for finding in findings.near_duplicates(like, images)]
-    assert sorted(pairs) == [(2, 0), (3, 0)]
-    unlike = findings.Neighbours(torch.full((4, 3), 0.3), rows)
-    assert findings.near_duplicates(unlike, images) == [], "features disagree"
+    duplicates = near_duplicates.near_duplicates(like, images)
+    assert sorted((finding.row, finding.like) for finding in duplicates) == [(2, 0), (3, 0)]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_few_or_blank_images_have_no_duplicates(count):
+    nowhere = findings.Neighbours(torch.zeros(count, 1), torch.zeros(count, 1, dtype=torch.long))
+    blank = torch.full((count, 32, 32), 90, dtype=torch.uint8)
+    assert near_duplicates.near_duplicates(nowhere, blank) == []
 
 
 def test_neighbours_and_outliers_are_those_of_plain_loops(monkeypatch):
-    """Few features are not projected to fewer, so that cosines keep; blocks have two images."""
+    """Few features are not projected to fewer; blocks have two images."""
     monkeypatch.setattr(findings, "MAX_COSINES", 24)
     rng = np.random.default_rng(0)
     values = rng.normal(size=(12, 6)).astype(np.float32)
@@ -237,7 +277,7 @@ def test_the_files_and_the_page_tell_what_was_found(audited):
     ]
     (copy,) = rows(out / "duplicates.csv")
     assert (copy["image"], copy["like"]) == ("test/cat/copy.png", "train/cat/005.png")
-    assert float(copy["score"]) > findings.MIN_CORRELATION
+    assert float(copy["score"]) > near_duplicates.MIN_CORRELATION
     assert {row["like"] for row in rows(out / "labels.csv")} <= {"cat", "<b>dog"}
     page = (out / "audit.html").read_text()
     assert (
@@ -308,6 +348,7 @@ def test_a_run_does_without_what_is_listed(photos, tmp_path):
         "--data=ImageFolderDataModule",
         f"--data.root={photos}",
         f"--data.leave_out={tmp_path / 'out.csv'}",
+        "--data.leave_out_splits=[train,val,test]",
     ]
     done = run_fit(
         tmp_path,
@@ -403,7 +444,9 @@ def test_all_of_a_split_is_refused(tmp_path):
     names = "".join(f"test/{kind}/{row:03}.png\n" for kind in ("cat", "dog") for row in range(2))
     (tmp_path / "list.csv").write_text(f"image\n{names}")
     data = ImageFolderDataModule(
-        root=str(tmp_path / "photos"), leave_out=str(tmp_path / "list.csv")
+        root=str(tmp_path / "photos"),
+        leave_out=str(tmp_path / "list.csv"),
+        leave_out_splits="test",
     )
     with pytest.raises(UserError, match="lists all test images: list fewer"):
         data.setup()

@@ -29,7 +29,7 @@ from cifar_transfer import (
 )
 from cifar_transfer.base import download
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.data import cifar
+from cifar_transfer.data import cifar, splits
 from cifar_transfer.data.augment import step_seed
 from cifar_transfer.data.cache import CACHE_FOLDER
 from cifar_transfer.data.images import read_image
@@ -278,12 +278,74 @@ def test_an_image_that_is_left_out_is_no_duplicate(tmp_path):
     shutil.copy(tmp_path / "train" / "cat" / "000.png", tmp_path / "test" / "cat" / "copy.png")
     with pytest.warns(
         UserWarning,
-        match=r"1 of 9 test images are also among those of training .* list them for leave_out",
+        match=r"1 of 9 test images are also among those of training .* list those of training for",
     ):
         ImageFolderDataModule(str(tmp_path)).prepare_data()
-    (tmp_path / "list.csv").write_text("image\ntest/cat/copy.png\n")
+    (tmp_path / "list.csv").write_text("image\ntrain/cat/000.png\n")
     with warnings.catch_warnings(action="error"):
         ImageFolderDataModule(str(tmp_path), leave_out=str(tmp_path / "list.csv")).prepare_data()
+
+
+def test_a_duplicate_is_left_out_of_the_splits_that_are_asked_for(tmp_path):
+    for split, seed in (("train", 0), ("test", 1)):
+        write_images(tmp_path / split, 4, seed=seed)
+    shutil.copy(tmp_path / "train" / "cat" / "000.png", tmp_path / "test" / "cat" / "copy.png")
+    (tmp_path / "list.csv").write_text("image\ntest/cat/copy.png\n")
+    options = {"root": str(tmp_path), "leave_out": str(tmp_path / "list.csv")}
+    with pytest.warns(UserWarning, match="1 of 9 test images are also"):
+        ImageFolderDataModule(**options).prepare_data()
+    with warnings.catch_warnings(action="error"):
+        data = ImageFolderDataModule(**options, leave_out_splits=["val", "test"])
+        data.prepare_data()
+    data.setup()
+    assert len(data.images["test"]) == 8
+    assert "test/cat/copy.png" not in data.names_of_images("test")
+
+
+def test_a_list_leaves_test_and_validation_images_alone_unless_asked(tmp_path):
+    write_images(tmp_path / "train", 10)
+    write_images(tmp_path / "test", 4)
+    whole = ImageFolderDataModule(str(tmp_path), val_fraction=0.3)
+    whole.setup()
+    listed = [whole.names[split][0] for split in ("train", "val", "test")]
+    (tmp_path / "list.csv").write_text("\n".join(["image", *listed]))
+    options = {"root": str(tmp_path), "val_fraction": 0.3, "leave_out": str(tmp_path / "list.csv")}
+    for splits_asked, gone in (("train", 1), (["train", "val"], 2), (["train", "val", "test"], 3)):
+        data = ImageFolderDataModule(**options, leave_out_splits=splits_asked)
+        data.setup()
+        for number, split in enumerate(("train", "val", "test")):
+            expected = whole.names[split][1:] if number < gone else whole.names[split]
+            assert data.names_of_images(split) == expected
+            assert len(data.images[split]) == len(expected)
+
+
+def test_a_list_of_test_images_alone_is_refused_unless_they_are_meant(tmp_path):
+    write_images(tmp_path / "train", 10)
+    write_images(tmp_path / "test", 4)
+    (tmp_path / "list.csv").write_text("image\ntest/cat/000.png\n")
+    data = ImageFolderDataModule(str(tmp_path), leave_out=str(tmp_path / "list.csv"))
+    with pytest.raises(
+        UserError,
+        match=r"lists 1 images, but none of the train images: name their splits too, "
+        r"leave_out_splits=\[train,val,test\]",
+    ):
+        data.setup()
+    with pytest.raises(UserError, match=r"leave_out_splits .*train, val, test, or a list of them"):
+        ImageFolderDataModule(str(tmp_path), leave_out_splits=["training"])
+
+
+def test_a_list_names_images_of_cifar10_by_number_or_by_file(tmp_path):
+    """The audit names them as all layouts do; a folder shows files."""
+    names = {"train": ["train/cat/7", "train/cat/8", "train/dog/7"]}
+    for listed in ("train/cat/7", "train/cat/00007.png", "train/cat/7.jpg"):
+        (tmp_path / "list.csv").write_text(f"image\n{listed}\n")
+        left = splits.rows_left(names, str(tmp_path / "list.csv"))
+        assert left["train"].tolist() == [1, 2]
+    names = {"train": ["train/cat/00007.png", "train/cat/7.jpg", "train/cat/8.png"]}
+    for listed, rows in (("train/cat/7.jpg", [0, 2]), ("train/cat/7", [2])):
+        (tmp_path / "list.csv").write_text(f"image\n{listed}\n")
+        left = splits.rows_left(names, str(tmp_path / "list.csv"))
+        assert left["train"].tolist() == rows
 
 
 def test_pixels_that_are_floats_are_refused(tmp_path):

@@ -4,7 +4,6 @@ A batch file is a pickle, and a pickle is a program. torchvision unpickles a bat
 is the official one.
 """
 
-import re
 import tarfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +23,7 @@ from cifar_transfer.data.cache import cached
 from cifar_transfer.data.folder import class_files, class_folders, folder_images, has_images
 from cifar_transfer.data.images import ArrayImages, FileImages, Images
 from cifar_transfer.data.module import ImageDataModule
-from cifar_transfer.data.splits import Split
+from cifar_transfer.data.splits import Split, by_number
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ARCHIVE: str = CIFAR10.filename
@@ -90,13 +89,8 @@ class CIFAR10DataModule(ImageDataModule):
         paths, labels = class_files(folder / split, CLASSES)
         images = folder_images(FileImages(paths, labels, IMAGE_SIZE), folder, split, CACHE_LIMIT_GB)
         assert images.names is not None
-        images.names = [_name_as_in_batches(name) for name in images.names]
+        images.names = [by_number(name) for name in images.names]
         return images
-
-
-def _name_as_in_batches(name: str) -> str:
-    """Return "cat/42" for "cat/00042.png", so that both layouts hold out the same images."""
-    return re.sub(r"/(\d+)(\.[^/]*)?$", lambda match: f"/{int(match[1])}", name)
 
 
 def find_batches(root: Path) -> Path | None:

@@ -12,7 +12,6 @@ from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.files import file_version, user_path
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.base.text import composed, printable, program
-from cifar_transfer.data import splits
 from cifar_transfer.data.cache import cached
 from cifar_transfer.data.exact_duplicates import Pair, find_duplicates
 from cifar_transfer.data.geometry import Size, check_decode_size, choose_size, pixels
@@ -192,27 +191,28 @@ class ImageFolderDataModule(ImageDataModule):
             if not images:
                 continue
             paths, _ = self._list_files(split)
-            pairs = self._not_left_out(find_duplicates(train, train_paths, images, paths))
+            pairs = find_duplicates(train, train_paths, images, paths)
+            pairs = self._not_left_out(split, pairs)
             if not pairs:
                 continue
             examples = [f"{path} is {train_path}" for train_path, path in pairs[:MAX_EXAMPLES]]
             rank_zero_warn(
                 f"{len(pairs):,} of {len(paths):,} {split} images are also among those of training "
                 f"({printable('; '.join(examples))}), so the {split} figure will be too good: "
-                f"remove them from either, or list them for leave_out."
+                f"remove them from either, or list those of training for leave_out."
             )
 
-    def _not_left_out(self, pairs: list[Pair]) -> list[Pair]:
-        """Return the pairs of which neither image is listed by `leave_out`."""
-        if self.leave_out is None:
-            return pairs
-        image_list = splits.read_image_list(self.leave_out)
-        remaining = []
-        for pair in pairs:
-            names = [_image_name(self.root, path) for path in pair]
-            if len(splits.unlisted_rows(names, image_list)) == len(pair):
-                remaining.append(pair)
-        return remaining
+    def _not_left_out(self, split: Split, pairs: list[Pair]) -> list[Pair]:
+        """Return the pairs of a training image and one of a split of which both stay."""
+        names = []
+        train_names = []
+        for train_path, path in pairs:
+            train_names.append(_image_name(self.root, train_path))
+            names.append(_image_name(self.root, path))
+        rows = np.intersect1d(
+            self.rows_that_stay("train", train_names), self.rows_that_stay(split, names)
+        )
+        return [pairs[row] for row in rows]
 
 
 def _is_for_evaluation(root: Path) -> bool:

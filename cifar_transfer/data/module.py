@@ -46,6 +46,8 @@ from cifar_transfer.data.splits import (
     Splits,
     choose_splits,
     list_digest,
+    read_image_list,
+    unlisted_rows,
 )
 
 MAX_BATCH_IMAGES = 65536  # more is a slip of the finger
@@ -95,9 +97,12 @@ class ImageDataModule(LightningDataModule):
             weights.
         sampler: "balanced" draws each class equally often, in epochs of the same length, see
             `loading.Balanced`.
-        leave_out: A file that lists images to leave out of all splits: one of those that
+        leave_out: A file that lists images to leave out: one of those that
             `python -m cifar_transfer audit` writes, or any CSV with a column `image` that names
             them in the same way, for example "train/cat/007.png".
+        leave_out_splits: The splits that they are left out of: "train", or several. Figures of
+            test images that a network has chosen would be too good, so that they stay unless you
+            ask.
         num_workers: Processes that decode images that are not cached; None takes one for each core.
             Cached images are read by the process itself, which is faster.
         seed: Decides which images are held out, the shuffling, the augmentation and dropout.
@@ -124,6 +129,7 @@ class ImageDataModule(LightningDataModule):
         class_weights: Balance | list[float] | None = None,
         sampler: Balance | None = None,
         leave_out: str | None = None,
+        leave_out_splits: Split | list[Split] = "train",
         num_workers: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -139,6 +145,9 @@ class ImageDataModule(LightningDataModule):
         self.leave_out: str | None = None
         if leave_out is not None:
             self.leave_out = str(user_path(as_primitive("leave_out", leave_out)))
+        self.leave_out_splits: Split | list[Split] = as_primitive(
+            "leave_out_splits", leave_out_splits
+        )
         self.num_workers: int | None = as_primitive("num_workers", num_workers)
         self.seed: int = as_primitive("seed", seed)
         self._check_options()
@@ -185,6 +194,12 @@ class ImageDataModule(LightningDataModule):
                 "class_weights=balanced and sampler=balanced make up for the same twice: "
                 "take one of them."
             )
+        check(
+            "leave_out_splits",
+            self.leave_out_splits,
+            lambda names: bool(names) and set(_as_list(names)) <= set(SPLITS),
+            "train, val, test, or a list of them",
+        )
         if self.num_workers is not None:
             check(
                 "num_workers",
@@ -212,6 +227,7 @@ class ImageDataModule(LightningDataModule):
             class_weights=self.class_weights,
             sampler=self.sampler,
             leave_out=self.leave_out,
+            leave_out_splits=self.leave_out_splits,
             left_out=list_digest(self.leave_out) if self.leave_out else None,
             num_workers=self.num_workers,
             seed=self.seed,
@@ -358,7 +374,13 @@ class ImageDataModule(LightningDataModule):
         if not names.get("train") and self._stage not in ("validate", "test", "predict"):
             raise UserError("There are no training images.")
         chosen = choose_splits(
-            names, labels, self.val_fraction, self.seed, self._earlier.record, self.leave_out
+            names,
+            labels,
+            self.val_fraction,
+            self.seed,
+            self._earlier.record,
+            self.leave_out,
+            _as_list(self.leave_out_splits),
         )
         needs_validation = self._stage not in ("test", "predict")
         if needs_validation and not chosen.names.get("val"):
@@ -424,6 +446,17 @@ class ImageDataModule(LightningDataModule):
     def names(self) -> Names:
         """Names of the images of each split, including those left out; empty before `setup`."""
         return self._splits.names if self._splits else {}
+
+    def names_of_images(self, split: Split) -> list[str]:
+        """Return the names of `images[split]`, in their order."""
+        names = self.names[split]
+        return [names[row] for row in self.rows_that_stay(split, names)]
+
+    def rows_that_stay(self, split: Split, names: Sequence[str]) -> np.ndarray:
+        """Return the rows, int64, of the names in a split that `leave_out` does not leave out."""
+        if self.leave_out is None or split not in _as_list(self.leave_out_splits):
+            return np.arange(len(names))
+        return unlisted_rows(names, read_image_list(self.leave_out))
 
     @property
     def image_size(self) -> Size:
@@ -571,6 +604,12 @@ class ImageDataModule(LightningDataModule):
         if batches >= self.trainer.num_training_batches:
             batches = 0
         return {"first_batch": batches}
+
+
+def _as_list(splits: Split | list[Split]) -> list[Split]:
+    if isinstance(splits, str):
+        return [splits]
+    return splits
 
 
 def _are_class_weights(weights: list[float]) -> bool:

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import secrets
 import zlib
 from collections.abc import Collection, Mapping, Sequence
@@ -101,6 +102,7 @@ def choose_splits(
     seed: int,
     record: Names | None = None,
     leave_out: str | None = None,
+    leave_out_splits: Collection[Split] = SPLITS,
 ) -> Splits:
     """Choose the validation images, and leave out the images that a list names.
 
@@ -111,6 +113,7 @@ def choose_splits(
         seed: Seed of `hold_out`.
         record: Splits of an earlier run. Its validation images, and no others, are validated on.
         leave_out: Path of a CSV; see `read_image_list`.
+        leave_out_splits: The splits that listed images are left out of.
 
     Raises:
         UserError: There is nothing to validate on, or `leave_out` does not fit these images.
@@ -140,7 +143,8 @@ def choose_splits(
         rows[split] = np.flatnonzero(in_split)
         split_names[split] = [names[source][row] for row in rows[split]]
     if leave_out is not None:
-        for split, remaining in rows_left(split_names, leave_out).items():
+        remaining_rows = rows_left(split_names, leave_out, leave_out_splits)
+        for split, remaining in remaining_rows.items():
             rows[split] = rows[split][remaining]
     return Splits(split_names, rows, val_source, record)
 
@@ -317,25 +321,63 @@ def as_listed(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
+def by_number(name: str) -> str:
+    """Return "cat/42" for "cat/00042.png"; other names stay as they are.
+
+    CIFAR-10 has numbers for names. So its images are called alike in all of its layouts.
+    """
+    return re.sub(r"/(\d+)(\.[^/]*)?$", lambda match: f"/{int(match[1])}", name)
+
+
 def unlisted_rows(names: Sequence[str], image_list: Collection[str]) -> np.ndarray:
-    """Return the rows, int64, of the names that are not in a list."""
-    return np.flatnonzero([as_listed(name) not in image_list for name in names])
+    """Return the rows, int64, of the names that are not in a list.
+
+    A list may name an image by its number ("cat/42") or by its file ("cat/00042.png").
+    """
+    numbers = {by_number(listed) for listed in image_list}
+    unlisted = []
+    for row, name in enumerate(names):
+        written = as_listed(name)
+        # Two files, "cat/1.png" and "cat/1.jpg", are not the same image: one side is a number.
+        if written in image_list or by_number(written) in image_list or written in numbers:
+            continue
+        unlisted.append(row)
+    return np.array(unlisted, np.int64)
 
 
-def rows_left(names: Names, path: str) -> dict[Split, np.ndarray]:
-    """Return the rows, int64, of each split's images that a CSV does not list.
+def rows_left(
+    names: Names, path: str, leave_out_splits: Collection[Split] = SPLITS
+) -> dict[Split, np.ndarray]:
+    """Return the rows, int64, of each split's images that remain without those that a CSV lists.
+
+    Args:
+        names: Names of the images of each split.
+        path: The CSV.
+        leave_out_splits: The splits that listed images are left out of. The others keep all.
 
     Raises:
-        UserError: The CSV cannot be read, or lists none of these images, or all of a split.
+        UserError: The CSV cannot be read, or lists no image of these splits, or all of one.
     """
     image_list = read_image_list(path)
     rows: dict[Split, np.ndarray] = {}
     listed = 0
+    listed_elsewhere = 0
     for split, split_names in names.items():
         rows[split] = unlisted_rows(split_names, image_list)
+        num_listed = len(split_names) - len(rows[split])
+        if split not in leave_out_splits:
+            listed_elsewhere += num_listed
+            rows[split] = np.arange(len(split_names))
+            continue
+        listed += num_listed
         if split_names and not len(rows[split]):
             raise UserError(f"leave_out={path} lists all {split} images: list fewer.")
-        listed += len(split_names) - len(rows[split])
+    if image_list and not listed and listed_elsewhere:
+        raise UserError(
+            f"leave_out={path} lists {listed_elsewhere:,} images, but none of the "
+            f"{', '.join(leave_out_splits)} images: name their splits too, "
+            f"leave_out_splits=[{','.join(SPLITS)}]."
+        )
     if image_list and not listed:
         raise UserError(
             f"leave_out={path} lists none of these images, but, for example, {min(image_list)}: "

@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from cifar_transfer.base.text import markdown, printable
-from cifar_transfer.data import splits
 from cifar_transfer.data.loading import rows_loader
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split
 from cifar_transfer.features import findings
 from cifar_transfer.features.extract import Features
 from cifar_transfer.features.findings import Finding
+from cifar_transfer.features.near_duplicates import near_duplicates
 
 LABELS = "labels"
 DUPLICATES = "duplicates"
@@ -45,13 +45,10 @@ class AuditedImages:
         self.splits = list(data.images)
         if data.names["val"] == data.names.get("test"):
             self.splits.remove("test")
-        left_out = splits.read_image_list(data.leave_out) if data.leave_out else frozenset[str]()
         self.names: list[str] = []
         labels = []
         for split in self.splits:
-            names = data.names[split]
-            for row in splits.unlisted_rows(names, left_out):
-                self.names.append(names[row])
+            self.names += data.names_of_images(split)
             labels.append(data.images[split].labels)
         self.labels = torch.from_numpy(np.concatenate(labels))
         self.class_names = data.class_names
@@ -111,7 +108,7 @@ def find_all(images: AuditedImages, features: Mapping[Split, Features]) -> dict[
     compared = findings.compared_images(images.batches())
     return {
         LABELS: findings.wrong_labels(probabilities, images.labels),
-        DUPLICATES: findings.near_duplicates(neighbours, compared.grey),
+        DUPLICATES: near_duplicates(neighbours, compared.grey),
         OUTLIERS: findings.outliers(neighbours),
         BLANK: findings.blank_images(compared.deviations),
     }

@@ -1,4 +1,4 @@
-"""What is wrong with images by their features: labels, near-duplicates, outliers, blanks.
+"""What is wrong with images: labels, outliers, blanks; and which images are most like each other.
 
 All images of all splits are one sequence of N rows here, in the order of the splits, the training
 images first.
@@ -24,11 +24,8 @@ PROJECTED_WIDTH = (
 NUM_NEIGHBOURS = 5
 MAX_COSINES = 2**26  # that are in memory at once
 COMPARED_SIDE = 32  # pixels of the square images that are compared
-MAX_SHIFT = 4  # pixels by which compared images may be shifted
-NUM_COMPARED_PAIRS = 256  # that are compared at once
-MIN_COSINE = 0.5  # of the features of near-duplicates
-MIN_CORRELATION = 0.9  # of the pixels of near-duplicates
-TIE_MARGIN = 1e-6  # correlations that differ by less are equal
+# Weights of R, G, B in grey, as in programs that take the colours away (ITU-R BT.601).
+LUMINANCE = (0.299, 0.587, 0.114)
 MAX_BLANK_DEVIATION = 4.0  # of the pixels of a blank image, which are 0 to 255
 MAX_OUTLIERS = 100
 
@@ -152,12 +149,23 @@ def nearest_images(features: Mapping[Split, Features]) -> Neighbours:
     Many features are projected at random first, which keeps cosines up to some hundredths.
     """
     points = _projected(features)
-    count = min(NUM_NEIGHBOURS, len(points) - 1)
+    return most_similar(points, points, NUM_NEIGHBOURS)
+
+
+def most_similar(points: Tensor, others: Tensor, count: int) -> Neighbours:
+    """Return the rows of `others` with the largest cosine to each row of `points`, but not its own.
+
+    Args:
+        points: Unit vectors, float32 [N, P].
+        others: Unit vectors of the same images, float32 [N, P].
+        count: Number of neighbours; fewer if there are not as many other images.
+    """
+    count = min(count, len(others) - 1)
     cosine_blocks = []
     row_blocks = []
     first = 0
-    for block in points.split(max(1, MAX_COSINES // len(points))):
-        cosines = block @ points.T
+    for block in points.split(max(1, MAX_COSINES // len(others))):
+        cosines = block @ others.T
         block_rows = torch.arange(len(block))
         cosines[block_rows, first + block_rows] = -1  # the image itself
         nearest = cosines.topk(count)
@@ -198,12 +206,13 @@ def outliers(neighbours: Neighbours) -> list[Finding]:
 
 def compared_images(batches: Iterable[Tensor]) -> ComparedImages:
     """Return what is compared of images, given in batches, uint8 [B, 3, H, W]."""
+    weights = torch.tensor(LUMINANCE)[:, None, None]
     grey_batches = []
     deviation_batches = []
     for images in batches:
         floats = images.float()
         grey = F.interpolate(
-            floats.mean(1, keepdim=True),
+            (floats * weights).sum(1, keepdim=True),
             (COMPARED_SIDE, COMPARED_SIDE),
             mode="bilinear",
             antialias=True,
@@ -225,75 +234,3 @@ def blank_images(deviations: Tensor) -> list[Finding]:
         if deviation < MAX_BLANK_DEVIATION:
             findings.append(Finding(row, 1 - deviation / 255))
     return findings
-
-
-def near_duplicates(neighbours: Neighbours, grey: Tensor) -> list[Finding]:
-    """Return images that are nearly an earlier one, the surest first.
-
-    They may be shifted, mirrored, brightened or compressed. Features propose pairs, pixels decide.
-    An image that is like several is listed with the one most like it, or the earliest of equal
-    ones.
-
-    Args:
-        neighbours: Neighbours of each image.
-        grey: See `ComparedImages`.
-    """
-    candidates = _candidate_pairs(neighbours)
-    if len(candidates) == 0:
-        return []
-    best: dict[int, Finding] = {}
-    for pairs in candidates.split(NUM_COMPARED_PAIRS):
-        correlations = pixel_correlations(grey[pairs[:, 0]], grey[pairs[:, 1]])
-        for (later, earlier), correlation in zip(
-            pairs.tolist(), correlations.tolist(), strict=True
-        ):
-            if correlation < MIN_CORRELATION:
-                continue
-            if later not in best or correlation > best[later].score + TIE_MARGIN:
-                best[later] = Finding(later, correlation, earlier)
-    return sorted(best.values(), key=lambda finding: -finding.score)
-
-
-def _candidate_pairs(neighbours: Neighbours) -> Tensor:
-    """Return the pairs (later row, earlier row) with like features, int64 [P, 2], sorted."""
-    rows = torch.arange(len(neighbours.rows))[:, None].expand_as(neighbours.rows)
-    later = torch.maximum(rows, neighbours.rows)
-    earlier = torch.minimum(rows, neighbours.rows)
-    pairs = torch.stack((later, earlier), 2)
-    return pairs[neighbours.cosines >= MIN_COSINE].unique(dim=0)
-
-
-def pixel_correlations(images: Tensor, others: Tensor) -> Tensor:
-    """Return the highest correlation of the middle of an image with any part of the other one.
-
-    Mirror images of the other one are compared too.
-
-    Args:
-        images: uint8 [B, COMPARED_SIDE, COMPARED_SIDE].
-        others: The same.
-
-    Returns:
-        float32 [B].
-    """
-    side = COMPARED_SIDE - 2 * MAX_SHIFT
-    middles = images[:, MAX_SHIFT:-MAX_SHIFT, MAX_SHIFT:-MAX_SHIFT].flatten(1).float()
-    middles = F.normalize(middles - middles.mean(1, keepdim=True), eps=1.0)
-    middles = middles.view(-1, 1, side, side)
-    plain = _best_correlation(middles, others.float())
-    mirrored = _best_correlation(middles, others.flip(2).float())
-    return torch.maximum(plain, mirrored)
-
-
-def _best_correlation(middles: Tensor, others: Tensor) -> Tensor:
-    """Return the highest correlation of each middle over all shifts, float32 [B].
-
-    Args:
-        middles: Of mean 0 and norm 1, float32 [B, 1, S, S].
-        others: float32 [B, COMPARED_SIDE, COMPARED_SIDE].
-    """
-    side = middles.shape[-1]
-    products = F.conv2d(others[None], middles, groups=len(middles))[0]  # of each shift
-    means = F.avg_pool2d(others[None], side, 1)[0]
-    variances = F.avg_pool2d(others[None] ** 2, side, 1)[0] - means**2
-    deviations = (side**2 * variances).clamp_min(1).sqrt()
-    return (products / deviations).amax((1, 2))
