@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks import augment, pipeline, recipes, settings, startup, turns
+from benchmarks import audit, augment, pipeline, recipes, settings, startup, turns
 
 
 def test_contestants_take_turns_and_the_first_round_does_not_count():
@@ -142,3 +143,20 @@ def test_data_parallelism_is_timed():
     assert done.returncode == 0, done.stderr
     assert "DDP after the unfreezing" in done.stdout
     assert re.search(r"^efficiency of plain DDP: \d+% of twice that$", done.stdout, re.M)
+
+
+def test_the_audit_is_scored_on_changed_labels_and_planted_copies(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(audit, "COPIES", 2)
+    options = ["--data=ShapesDataModule", "--data.train_images=150", "--data.test_images=40"]
+    audit.main(["lenet5=none", "--features=kept", "--trainer.accelerator=cpu", *options])
+    printed = capsys.readouterr().out
+    assert re.search(r"^\| +\d+ \| +0\.\d\d \| +\d+ \| +(\d+|nan)% \| +\d+% \|$", printed, re.M)
+    for kind in audit.CHANGES:
+        assert re.search(rf"^\| {kind} +\| +2 \| +[0-2] \|$", printed, re.M), kind
+
+
+def test_average_precision_by_hand():
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6])
+    wrong = torch.tensor([True, False, True, False])
+    assert audit.average_precision(scores, wrong) == pytest.approx((1 + 2 / 3) / 2)
