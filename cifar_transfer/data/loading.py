@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Se
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.images import Batch, Images, cores
 from cifar_transfer.data.splits import Split
+from cifar_transfer.data.transformed_images import TransformedImages
 
 RESERVED_FILES = 40  # files that a process may have open beside those of its workers
 FILES_PER_WORKER = 6  # its queues and pipes, and the images in shared memory
@@ -46,11 +47,19 @@ class Shuffled(DistributedSampler):
 
     Attributes:
         skipped_images: Images of this process that the next epoch leaves out at its beginning.
+        indices_per_epoch: Number by which an index is larger in each epoch than in the one before:
+            0, or the number of images for `TransformedImages`, which learn the epoch from it.
     """
 
     skipped_images = 0
+    indices_per_epoch = 0
 
     def __iter__(self) -> Iterator[int]:
+        first_index = self.epoch * self.indices_per_epoch
+        for row in self._rows():
+            yield first_index + row
+
+    def _rows(self) -> Iterator[int]:
         return islice(super().__iter__(), self.skipped_images, None)
 
 
@@ -100,8 +109,8 @@ class Balanced(Shuffled):
         boundaries = np.flatnonzero(np.diff(labels[by_class])) + 1
         self.rows_of_classes = np.split(by_class, boundaries)
 
-    def __iter__(self) -> Iterator[int]:
-        for place in super().__iter__():
+    def _rows(self) -> Iterator[int]:
+        for place in super()._rows():
             place_over_epochs = self.epoch * self.total_size + place
             turn, label = divmod(place_over_epochs, len(self.rows_of_classes))
             rows = self.rows_of_classes[label]
@@ -192,6 +201,8 @@ def training_loader(
             num_samples -= 1
         labels = shard.images.labels
         sampler = Balanced(labels, num_samples, shard.world_size, shard.rank, seed)
+    if isinstance(shard.images, TransformedImages):
+        sampler.indices_per_epoch = len(shard.images)
     loader = ResumableLoader(
         shard.images,
         batch_size,

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cifar_transfer.base.errors import UserError, check
@@ -48,6 +48,11 @@ from cifar_transfer.data.splits import (
     list_digest,
     read_image_list,
     unlisted_rows,
+)
+from cifar_transfer.data.transformed_images import (
+    Transform,
+    TransformedImages,
+    describe,
 )
 
 MAX_BATCH_IMAGES = 65536  # more is a slip of the finger
@@ -89,6 +94,10 @@ class ImageDataModule(LightningDataModule):
             the test figure is then not clean. Not used when the data have their own validation
             images.
         augment: Training augmentation; its options switch each operation off at 0.
+        transforms: Transforms of single training images before `augment`, from uint8 [3, H, W] to
+            the same, in worker processes: those of torchvision v2, such as `[{"class_path":
+            "torchvision.transforms.v2.TrivialAugmentWide"}]`, or from Python any functions. What
+            they draw follows from seed, epoch and image.
         class_weights: Weights of the classes in the training loss: "balanced", which is
             N / (classes * images of the class) as in scikit-learn, or a positive number for each
             class. Only their ratios matter, because they are scaled to a mean of 1 over the images
@@ -126,6 +135,7 @@ class ImageDataModule(LightningDataModule):
         eval_batch_size: int = 256,
         val_fraction: float = 0.1,
         augment: Augment = Augment(),  # noqa: B008 # frozen
+        transforms: list[nn.Module] | None = None,
         class_weights: Balance | list[float] | None = None,
         sampler: Balance | None = None,
         leave_out: str | None = None,
@@ -138,6 +148,7 @@ class ImageDataModule(LightningDataModule):
         self.eval_batch_size: int = as_primitive("eval_batch_size", eval_batch_size)
         self.val_fraction: float = as_primitive("val_fraction", val_fraction)
         self.augment = augment
+        self.transforms: list[Transform] = list(transforms or [])
         self.class_weights: Balance | list[float] | None = as_primitive(
             "class_weights", class_weights
         )
@@ -224,6 +235,7 @@ class ImageDataModule(LightningDataModule):
             eval_batch_size=self.eval_batch_size,
             val_fraction=self.val_fraction,
             augment=as_primitive("augment", self.augment),
+            transforms=[describe(transform) for transform in self.transforms] or None,
             class_weights=self.class_weights,
             sampler=self.sampler,
             leave_out=self.leave_out,
@@ -532,6 +544,8 @@ class ImageDataModule(LightningDataModule):
                 f"There are no {split} images: add a folder {split}/ with the same classes."
             )
         images = self.images[split]
+        if split == "train" and self.transforms:
+            images = TransformedImages(images, self.transforms, self.seed)
         rank = self.trainer.global_rank if self.trainer else 0
         world_size = self.trainer.world_size if self.trainer else 1
         workers = 0

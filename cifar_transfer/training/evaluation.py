@@ -95,6 +95,7 @@ def load_data(checkpoint: dict[str, Any], **overrides: str | int | None) -> Imag
     try:
         options["augment"] = Augment(**options["augment"])
         images_left_out = options.pop("left_out")
+        options.pop("transforms")  # of training, as texts
         data = DATA_MODULES[name](**options | overrides)
     except (KeyError, TypeError) as error:
         raise UserError(

@@ -22,7 +22,7 @@ def import_nothing_else(args: Sequence[str]) -> None:
     Args:
         args: Options of the command line.
     """
-    allowed = ["cifar_transfer", "lightning"]
+    allowed = ["cifar_transfer", "lightning", "torchvision.transforms.v2"]
     for arg in args:
         value = arg.partition("=")[2] if arg.startswith("--") else arg
         if re.fullmatch(r"(?!jsonargparse\.)[^\W\d]\w*(\.[^\W\d]\w*)+", value):
