@@ -2,9 +2,11 @@
 
 import re
 import shlex
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from cifar_transfer.commands.export import export
 from cifar_transfer.data.cifar import CLASSES
 
 ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = ROOT / "docs/options.md"
 DOCUMENTS = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted(ROOT.glob("docs/*.md"))]
 # Commands of others, word for word; what they need is not at hand, or takes too long.
 FOREIGN = [
@@ -242,7 +245,7 @@ def test_the_python_examples_of_the_readme_run(tmp_path, monkeypatch):
 
 
 def test_the_checkpoint_of_the_options_has_no_folder_in_its_name(tmp_path):
-    ((_, text),) = blocks(ROOT / "docs/options.md", "python")
+    (text,) = [text for _, text in blocks(OPTIONS, "python") if "ModelCheckpoint" in text]
     names = {}
     exec(text, names)
     keep = names["keep"]
@@ -252,6 +255,24 @@ def test_the_checkpoint_of_the_options_has_no_folder_in_its_name(tmp_path):
     quiet_trainer(max_epochs=1, callbacks=[keep]).fit(model, data)
     (path,) = tmp_path.iterdir()
     assert re.fullmatch(r"0-\d\.\d{3}\.ckpt", path.name)
+
+
+def test_the_dataset_of_the_options_is_taken(monkeypatch):
+    (text,) = [text for _, text in blocks(OPTIONS, "python") if "load_dataset" in text]
+    rows = [{"image": Image.new("RGB", (20, 30)), "labels": row % 3} for row in range(30)]
+    library = ModuleType("datasets")
+    library.load_dataset = lambda name: dict.fromkeys(("train", "validation", "test"), rows)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    names = {}
+    exec(text, names)
+    data = names["data"]
+    data.setup()
+    assert data.num_classes == 3
+    assert {split: len(images) for split, images in data.images.items()} == {
+        "train": 30,
+        "val": 30,
+        "test": 30,
+    }
 
 
 def test_the_python_example_of_the_recipes_runs():
