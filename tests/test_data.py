@@ -376,6 +376,56 @@ def test_every_mode_of_image_becomes_rgb(tmp_path):
         ), path.name
 
 
+GREY = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "ending"),
+    [
+        (GREY.astype(np.uint16), "png"),
+        (GREY.astype(np.int32), "tif"),
+        (GREY.astype(np.uint16) * 257, "png"),
+        (GREY.astype(np.uint16) * 257, "tif"),
+    ],
+    ids=["8 bits in 16", "8 bits in 32", "16 bits", "16 bits in TIFF"],
+)
+def test_grey_values_are_read_by_the_bits_that_they_use(tmp_path, values, ending):
+    Image.fromarray(values).save(tmp_path / f"x.{ending}")
+    assert np.array_equal(read_image(tmp_path / f"x.{ending}"), np.stack([GREY] * 3))
+
+
+def test_sixteen_bits_that_would_be_nearly_black_are_warned_of(tmp_path):
+    Image.fromarray(GREY.astype(np.uint16) * 16).save(tmp_path / "x.png")
+    with pytest.warns(UserWarning, match="use 12 of them or fewer, .* nearly black: scale them"):
+        assert read_image(tmp_path / "x.png").max() == 15
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "x.png")
+    assert read_image(tmp_path / "x.png").max() == 0
+
+
+@pytest.mark.parametrize(("ink", "paper"), [(0, 255), (200, 0)])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_a_drawing_in_the_transparency_alone_is_seen(tmp_path, mode, ink, paper):
+    alpha = np.where(GREY > 128, 255, 0).astype(np.uint8)
+    drawing = Image.fromarray(np.full_like(GREY, ink))
+    drawing.putalpha(Image.fromarray(alpha))
+    if mode == "P":
+        drawing = Image.fromarray((GREY > 128).astype(np.uint8), "P")
+        drawing.putpalette([ink] * 6)
+        drawing.info["transparency"] = bytes([0, 255])
+    else:
+        drawing = drawing.convert(mode)
+    drawing.save(tmp_path / "x.png")
+    expected = np.where(alpha == 255, ink, paper)
+    assert np.array_equal(read_image(tmp_path / "x.png")[0], expected)
+
+
+def test_of_a_picture_the_transparency_is_dropped(tmp_path):
+    picture = Image.fromarray(GREY)
+    picture.putalpha(Image.fromarray(GREY))
+    picture.save(tmp_path / "x.png")
+    assert np.array_equal(read_image(tmp_path / "x.png")[0], GREY)
+
+
 @pytest.mark.parametrize("workers", ["cache", "on the fly"])
 def test_a_broken_image_is_named(tmp_path, workers):
     write_images(tmp_path / "train", 20)

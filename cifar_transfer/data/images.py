@@ -27,6 +27,9 @@ Batch = tuple[Tensor, Tensor]  # images and labels
 EXTENSIONS = (*folder.IMG_EXTENSIONS, ".jfif", ".gif", ".avif")  # of images in folders
 MAX_MEGAPIXELS = 100.0  # of an image, unless another limit is asked for: 300 MB in memory
 MAX_NAMED_IMAGES = 20  # in a message about images that cannot be read
+MAX_8_BITS = 255
+MAX_12_BITS = 4095
+MAX_16_BITS = 65535
 TURNED_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 # `read_image` has a limit of its own, and refuses larger images.
@@ -39,7 +42,9 @@ def read_image(
     """Decode an image file of any mode that Pillow reads, upright as its EXIF says.
 
     Of an animation the first frame is decoded. Transparency is dropped, as torchvision's loader
-    does. The contents tell the format, not the name.
+    does, but where a drawing is in it alone, in one colour: that is put on white or black. Of 16
+    bits the upper 8 are taken, unless all fit into the lower 8. The contents tell the format, not
+    the name.
 
     Args:
         path: The file, or its contents.
@@ -138,13 +143,51 @@ def to_pixels(image: Image.Image, size: Size | None = None) -> np.ndarray:
     if image.mode == "F":
         raise ValueError("its pixels are floats, whose range is not known")
     if image.mode.startswith("I"):
-        # 16 bits a pixel, which `convert` would clip instead of scale.
-        values = np.asarray(image).clip(0, 65535) // 257
-        image = Image.fromarray(values.astype(np.uint8))
-    rgb = image.convert("RGB")
+        image = Image.fromarray(_as_bytes(np.asarray(image)))
+    rgb = _opaque(image).convert("RGB")
     if size is not None:
         rgb = cover(rgb, size)
     return np.array(rgb).transpose(2, 0, 1)  # a copy, which torch can write to
+
+
+def _as_bytes(values: np.ndarray) -> np.ndarray:
+    """Return grey values of 16 or 32 bits as uint8, of the same shape.
+
+    White is 65535, as files say who keep to their format. Values that all fit into 8 bits are
+    taken for such, because they would be black. A warning tells of others that use so little of
+    their range that they become nearly black: what is white in them is not known.
+    """
+    values = values.clip(0, MAX_16_BITS)
+    brightest = int(values.max())
+    if brightest <= MAX_8_BITS:
+        return values.astype(np.uint8)
+    if brightest <= MAX_12_BITS:
+        warnings.warn(
+            f"Images of 16 bits use 12 of them or fewer, up to {MAX_12_BITS} of {MAX_16_BITS}, and "
+            f"are read as nearly black: scale them to 8 bits, or to all 16.",
+            stacklevel=1,
+        )
+    return (values // 257).astype(np.uint8)  # `convert` would clip instead of scale
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Return an image whose drawing is in its transparency alone on white or black, as it shows.
+
+    Of other images the transparency is dropped later: what is below it belongs to the picture.
+    """
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode not in ("LA", "PA", "RGBA"):
+        return image
+    drawing = image.convert("RGBA")
+    *colours, alpha = drawing.split()
+    levels = [len(colour.getcolors() or ()) for colour in colours]
+    if max(levels) > 1 or len(alpha.getcolors() or ()) == 1:
+        return image
+    grey = np.asarray(drawing.convert("L"))
+    is_dark = grey[0, 0] <= MAX_8_BITS // 2
+    background = Image.new("RGBA", image.size, "white" if is_dark else "black")
+    return Image.alpha_composite(background, drawing)
 
 
 class UnreadableImages(UserError):
