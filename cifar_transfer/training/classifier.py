@@ -44,7 +44,12 @@ from cifar_transfer.training.checkpoint_file import (
 )
 from cifar_transfer.training.ema import ExponentialMovingAverage
 from cifar_transfer.training.image_sizes import ImageSizes
-from cifar_transfer.training.lightning_internals import callbacks_of, is_fitting, trainer_of
+from cifar_transfer.training.lightning_internals import (
+    callbacks_of,
+    is_fitting,
+    is_temporary,
+    trainer_of,
+)
 from cifar_transfer.training.loss import LossOptions, Teacher, TrainingLoss
 from cifar_transfer.training.optimizer import OptimizerName, OptimizerOptions, ScheduleName
 from cifar_transfer.training.progress_bar import plain_progress_bar
@@ -349,8 +354,8 @@ class TransferClassifier(LightningModule):
             if monitor is None or monitor in MONITORS or monitor.startswith("lr"):
                 continue
             raise UserError(
-                f"{type(callback).__name__} has monitor={monitor}, and there is no such figure: "
-                f"take one of {', '.join(MONITORS)}."
+                f"{type(callback).__name__} monitors {monitor}, and there is no such figure: take "
+                f"one of {', '.join(MONITORS)}."
             )
 
     def _data_module(self) -> Any:
@@ -435,6 +440,8 @@ class TransferClassifier(LightningModule):
         if trainer_of(self) is None:
             self._take_description(description)
             return
+        if is_temporary(self.trainer.ckpt_path):
+            return  # the same network before the Tuner has tried options
         data = self._data_module()
         class_names = self.hparams["class_names"] or getattr(data, "class_names", None)
         if description.class_names and class_names:
@@ -494,9 +501,13 @@ class TransferClassifier(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make one optimizer over all parameters, frozen or not.
 
-        Groups that are added later would break resuming.
+        Groups that are added later would break resuming. The rates are those of the
+        hyper-parameters, because Lightning's Tuner changes them there.
         """
-        return optimizer.configure(self.trainer, self.network, self.stages, self.optimizer_options)
+        options = replace(
+            self.optimizer_options, lr=self.hparams["lr"], head_lr=self.hparams["head_lr"]
+        )
+        return optimizer.configure(self.trainer, self.network, self.stages, options)
 
     def on_fit_start(self) -> None:
         """Bring the parts of the loss to the device."""

@@ -188,6 +188,17 @@ def move_profiler(trainer: Trainer, source: Path, target: Path) -> None:
         profiler.dirpath = str(target)
 
 
+def is_temporary(checkpoint: str | Path | None) -> bool:
+    """Return whether a checkpoint is one that Lightning's Tuner writes, reads and removes.
+
+    It puts a module back to where it was before sizes of batches or learning rates were tried. Only
+    the name of the file tells it from one that the user has named. Since Lightning 2.0.
+    """
+    if checkpoint is None:
+        return False
+    return Path(checkpoint).name.startswith((".scale_batch_size_", ".lr_find_"))
+
+
 def ended_epoch(checkpoint: Mapping[str, Any]) -> bool:
     """Return whether the epoch of a checkpoint was over when it was written.
 
