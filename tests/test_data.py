@@ -286,6 +286,29 @@ def test_an_image_that_is_left_out_is_no_duplicate(tmp_path):
         ImageFolderDataModule(str(tmp_path), leave_out=str(tmp_path / "list.csv")).prepare_data()
 
 
+@pytest.mark.parametrize("cache_limit_gb", [8, 0], ids=["cached", "on the fly"])
+def test_copies_of_which_some_are_held_out_are_warned_of(tmp_path, cache_limit_gb):
+    write_images(tmp_path / "train", 12)
+    options = {"val_fraction": 0.3, "cache_limit_gb": cache_limit_gb}
+    with warnings.catch_warnings(action="error"):
+        data = ImageFolderDataModule(str(tmp_path), **options)
+        data.setup()
+    held_out = tmp_path / data.names["val"][0]
+    for number in range(20):
+        shutil.copy(held_out, held_out.with_name(f"copy{number}.png"))
+    data = ImageFolderDataModule(str(tmp_path), **options)
+    with pytest.warns(
+        UserWarning, match=r"held-out val images are also among those of training .* the val figure"
+    ):
+        data.setup()
+    copies = [name for name in data.names["train"] if "copy" in name]
+    (tmp_path / "list.csv").write_text("\n".join(["image", *copies]))
+    with warnings.catch_warnings(action="error"):
+        ImageFolderDataModule(
+            str(tmp_path), **options, leave_out=str(tmp_path / "list.csv")
+        ).setup()
+
+
 def test_a_duplicate_is_left_out_of_the_splits_that_are_asked_for(tmp_path):
     for split, seed in (("train", 0), ("test", 1)):
         write_images(tmp_path / split, 4, seed=seed)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,9 +16,21 @@ BEGINNING_BYTES = 4096  # which tell almost all files of one size apart
 Pair = tuple[str, str]  # paths of a training image and of the same image in another split
 
 
-def find_duplicates(
-    train: Images, train_paths: Sequence[str], eval_images: Images, eval_paths: Sequence[str]
-) -> list[Pair]:
+class SplitFiles(NamedTuple):
+    """The images of a split, and their files.
+
+    Attributes:
+        images: Images that the split is taken from.
+        paths: Path of each of them.
+        rows: Rows of the images that are in the split, int64 [N].
+    """
+
+    images: Images
+    paths: Sequence[str]
+    rows: np.ndarray
+
+
+def find_duplicates(train: SplitFiles, other: SplitFiles) -> list[Pair]:
     """Return pairs of a training file and a file of another split that are the same image.
 
     Cached images are compared by their pixels, at no cost, because their checksums are known.
@@ -27,32 +40,35 @@ def find_duplicates(
     Raises:
         UserError: A file cannot be read.
     """
-    if isinstance(train, ArrayImages) and isinstance(eval_images, ArrayImages):
-        return _same_pixels(train, train_paths, eval_images, eval_paths)
+    if isinstance(train.images, ArrayImages) and isinstance(other.images, ArrayImages):
+        return _same_pixels(train.images, train, other.images, other)
     try:
-        return _same_files(train_paths, eval_paths)
+        return _same_files(_paths(train), _paths(other))
     except OSError as error:  # the file has gone since the folder was listed
         raise UserError(
             f"{error.filename} cannot be read ({error.strerror}): mend or remove it."
         ) from None
 
 
+def _paths(files: SplitFiles) -> list[str]:
+    return [files.paths[row] for row in files.rows]
+
+
 def _same_pixels(
-    train: ArrayImages,
-    train_paths: Sequence[str],
-    eval_images: ArrayImages,
-    eval_paths: Sequence[str],
+    train_images: ArrayImages, train: SplitFiles, other_images: ArrayImages, other: SplitFiles
 ) -> list[Pair]:
-    if train.checksums is None or eval_images.checksums is None:
+    if train_images.checksums is None or other_images.checksums is None:
         return []
-    train_rows = {checksum: row for row, checksum in enumerate(train.checksums.tolist())}
+    train_rows = {}
+    for row in train.rows.tolist():
+        train_rows[int(train_images.checksums[row])] = row
     pairs = []
-    for row, checksum in enumerate(eval_images.checksums.tolist()):
-        train_row = train_rows.get(checksum)
+    for row in other.rows.tolist():
+        train_row = train_rows.get(int(other_images.checksums[row]))
         if train_row is None:
             continue
-        if np.array_equal(train.array[train_row], eval_images.array[row]):
-            pairs.append((train_paths[train_row], eval_paths[row]))
+        if np.array_equal(train_images.array[train_row], other_images.array[row]):
+            pairs.append((train.paths[train_row], other.paths[row]))
     return pairs
 
 

@@ -13,7 +13,7 @@ from cifar_transfer.base.files import file_version, user_path
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.base.text import composed, printable, program
 from cifar_transfer.data.cache import cached
-from cifar_transfer.data.exact_duplicates import Pair, find_duplicates
+from cifar_transfer.data.exact_duplicates import Pair, SplitFiles, find_duplicates
 from cifar_transfer.data.geometry import Size, check_decode_size, choose_size, pixels
 from cifar_transfer.data.images import (
     EXTENSIONS,
@@ -25,7 +25,7 @@ from cifar_transfer.data.images import (
     read_size,
 )
 from cifar_transfer.data.module import ImageDataModule
-from cifar_transfer.data.splits import SPLITS, Split
+from cifar_transfer.data.splits import SPLITS, Split, Splits
 
 MAX_SAMPLED_IMAGES = 1000  # training images, evenly spread, whose sizes decide the common size
 MAX_EXAMPLES = 2  # duplicates that a warning names
@@ -191,16 +191,25 @@ class ImageFolderDataModule(ImageDataModule):
             if not images:
                 continue
             paths, _ = self._list_files(split)
-            pairs = find_duplicates(train, train_paths, images, paths)
-            pairs = self._not_left_out(split, pairs)
-            if not pairs:
-                continue
-            examples = [f"{path} is {train_path}" for train_path, path in pairs[:MAX_EXAMPLES]]
-            rank_zero_warn(
-                f"{len(pairs):,} of {len(paths):,} {split} images are also among those of training "
-                f"({printable('; '.join(examples))}), so the {split} figure will be too good: "
-                f"remove them from either, or list those of training for leave_out."
+            pairs = find_duplicates(
+                SplitFiles(train, train_paths, np.arange(len(train))),
+                SplitFiles(images, paths, np.arange(len(images))),
             )
+            _warn_of_pairs(self._not_left_out(split, pairs), len(paths), split)
+
+    def _report_splits(self, chosen: Splits) -> None:
+        """Report the splits, and warn of copies that are held out of the training images."""
+        super()._report_splits(chosen)
+        images = self._loaded["train"]
+        is_first_process = self.trainer is None or self.trainer.is_global_zero
+        if chosen.val_source != "train" or images is None or not is_first_process:
+            return
+        paths, _ = self._list_files("train")
+        held_out = chosen.rows["val"]
+        pairs = find_duplicates(
+            SplitFiles(images, paths, chosen.rows["train"]), SplitFiles(images, paths, held_out)
+        )
+        _warn_of_pairs(pairs, len(held_out), "held-out val")
 
     def _not_left_out(self, split: Split, pairs: list[Pair]) -> list[Pair]:
         """Return the pairs of a training image and one of a split of which both stay."""
@@ -213,6 +222,18 @@ class ImageFolderDataModule(ImageDataModule):
             self.rows_that_stay("train", train_names), self.rows_that_stay(split, names)
         )
         return [pairs[row] for row in rows]
+
+
+def _warn_of_pairs(pairs: Sequence[Pair], count: int, split: str) -> None:
+    """Warn of images of a split, of `count` in all, that are also among those of training."""
+    if not pairs:
+        return
+    examples = [f"{path} is {train_path}" for train_path, path in pairs[:MAX_EXAMPLES]]
+    rank_zero_warn(
+        f"{len(pairs):,} of {count:,} {split} images are also among those of training "
+        f"({printable('; '.join(examples))}), so the {split.split()[-1]} figure will be too good: "
+        f"remove them from either, or list those of training for leave_out."
+    )
 
 
 def _is_for_evaluation(root: Path) -> bool:
