@@ -259,6 +259,7 @@ def test_warnings_log_lines_and_errors_are_broken_between_words_too(monkeypatch)
     ("line", "is_printed"),
     [
         ("Seed set to 0", False),
+        ("[rank: 1] Seed set to 0", False),
         ("GPU available: False, used: False", False),
         ("GPU available: True (cuda), used: False", True),
         ("`Trainer.fit` stopped: `max_epochs=2` reached.", False),

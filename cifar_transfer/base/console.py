@@ -32,7 +32,7 @@ IGNORED_LINES = re.compile(
     "Tip:"  # advertisements for other products
     "|TPU available"  # beside the line on GPUs
     "|^GPU available: False"  # where there is none, nobody expects one
-    "|^Seed set to"  # the option is in the configuration
+    "|Seed set to"  # the option is in the configuration
     "|^`Trainer.fit` stopped: `max_epochs="  # the table of epochs shows it
     "|^Loading `train_dataloader`"  # to count the steps of a schedule
     "|Detected KeyboardInterrupt"  # `Interrupt` has its own words
@@ -41,6 +41,7 @@ IGNORED_LINES = re.compile(
 LIGHTNING_LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
 )
 PACKAGE = str(Path(__file__).parents[1])
 
