@@ -357,8 +357,8 @@ class ImageDataModule(LightningDataModule):
             return images
         raise UserError(
             f"{type(self).__name__}.load gives a {type(images).__name__}, and not Images: return "
-            f"ArrayImages(array, labels) with an array uint8 [N, 3, H, W], or take "
-            f"ImageFolderDataModule for folders of images."
+            f"ArrayImages(array, labels) with an array uint8 [N, 3, H, W], or give the dataset to "
+            f"DatasetDataModule."
         )
 
     def _split_images(self) -> None:
