@@ -12,7 +12,7 @@ from cifar_transfer import BackboneFreeze, Classifier, ImageFolderDataModule, Tr
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.commands.evaluate import evaluate
 from cifar_transfer.commands.export import export
-from cifar_transfer.data.geometry import STATISTICS, Geometry, choose_size, cover, resize
+from cifar_transfer.data.geometry import STATISTICS, Geometry, choose_size, fit_image, resize
 from cifar_transfer.data.images import read_image, read_size
 from cifar_transfer.training.checkpoint_file import read_checkpoint
 from cifar_transfer.training.collect_predictions import CollectPredictions
@@ -248,8 +248,8 @@ def test_the_size_of_the_upright_image_is_read_from_the_header(tmp_path):
 
 def test_an_image_of_the_right_size_is_not_changed():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
-    assert cover(image, (32, 48)) is image
-    assert cover(image, (48, 32)).size == (32, 48)
+    assert fit_image(image, (32, 48)) is image
+    assert fit_image(image, (48, 32)).size == (32, 48)
 
 
 def test_rectangles_are_cut_not_squashed():

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.data.dataset_images import DatasetImages, sample_sizes
-from cifar_transfer.data.geometry import Size, check_decode_size, choose_size
+from cifar_transfer.data.geometry import Fit, Size, check_decode_size, check_fit, choose_size
 from cifar_transfer.data.images import ArrayImages, Images
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split
@@ -42,6 +42,8 @@ class DatasetDataModule(ImageDataModule):
             training images, or numbers.
         decode_size: Side in pixels of the squares that images become. None chooses as
             `ImageFolderDataModule` does.
+        fit: How images of another shape are brought to the size: "crop" takes the centre, "pad"
+            adds black on two sides, "stretch" takes no care of the shape.
         image_key: Key of the image in items that are mappings.
         label_key: Key of the label.
         memory_limit_gb: A split that takes more gigabytes (1e9 bytes) is read from its dataset in
@@ -60,6 +62,7 @@ class DatasetDataModule(ImageDataModule):
         val: Any = None,
         class_names: Sequence[str] | None = None,
         decode_size: int | None = None,
+        fit: Fit = "crop",
         image_key: str = "image",
         label_key: str = "label",
         memory_limit_gb: float = 2.0,
@@ -76,6 +79,8 @@ class DatasetDataModule(ImageDataModule):
                 )
         self.decode_size: int | None = as_primitive("decode_size", decode_size)
         check_decode_size(self.decode_size)
+        self.fit: Fit = as_primitive("fit", fit)
+        check_fit(self.fit)
         self.memory_limit_gb: float = as_primitive("memory_limit_gb", memory_limit_gb)
         check("memory_limit_gb", self.memory_limit_gb, lambda size: size >= 0, "0 or more")
         self.keys = (image_key, label_key)
@@ -83,6 +88,7 @@ class DatasetDataModule(ImageDataModule):
         self._sampled_sizes: list[Size] = []
         self.store_options(
             decode_size=self.decode_size,
+            fit=self.fit,
             image_key=image_key,
             label_key=label_key,
             memory_limit_gb=self.memory_limit_gb,
@@ -127,7 +133,7 @@ class DatasetDataModule(ImageDataModule):
         return in_memory(images, split)
 
     def _read(self, split: Split, size: Size) -> DatasetImages:
-        return DatasetImages(self.datasets[split], split, size, *self.keys)
+        return DatasetImages(self.datasets[split], split, size, *self.keys, self.fit)
 
 
 def _without_subsets(dataset: Any) -> Any:

@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.data.geometry import Size
+from cifar_transfer.data.geometry import Fit, Size
 from cifar_transfer.data.images import Images, to_pixels
 
 MAX_SAMPLED_IMAGES = 200  # whose sizes decide the common size
@@ -25,9 +25,10 @@ class DatasetImages(Images):
         dataset: `dataset[i]` is a pair of an image and its label, or a mapping with both. An image
             is a PIL image, or an array or tensor, uint8 [H, W], [H, W, 3] or [3, H, W].
         name: Name of the split, for messages.
-        size: Height and width in pixels to bring images to, see `geometry.cover`.
+        size: Height and width in pixels to bring images to, see `geometry.fit_image`.
         image_key: Key of the image, where items are mappings as those of Hugging Face's datasets.
         label_key: Key of the label.
+        fit: How images of another shape are brought to the size.
 
     Raises:
         UserError: An item has another form; the message says which one, and what it is.
@@ -42,11 +43,13 @@ class DatasetImages(Images):
         size: Size,
         image_key: str = "image",
         label_key: str = "label",
+        fit: Fit = "crop",
     ) -> None:
         super().__init__(read_labels(dataset, name, image_key, label_key))
         self.dataset = dataset
         self.name = name
         self.size = size
+        self.fit: Fit = fit
         self.keys = (image_key, label_key)
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
@@ -54,7 +57,7 @@ class DatasetImages(Images):
         images = []
         for row in rows.tolist():
             image, _ = read_item(self.dataset, self.name, row, *self.keys)
-            images.append(to_pixels(image, self.size))
+            images.append(to_pixels(image, self.size, self.fit))
         return np.stack(images)
 
 

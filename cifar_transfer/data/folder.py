@@ -14,7 +14,14 @@ from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.base.text import composed, printable, program
 from cifar_transfer.data.cache import cached
 from cifar_transfer.data.exact_duplicates import Pair, SplitFiles, find_duplicates
-from cifar_transfer.data.geometry import Size, check_decode_size, choose_size, pixels
+from cifar_transfer.data.geometry import (
+    Fit,
+    Size,
+    check_decode_size,
+    check_fit,
+    choose_size,
+    pixels,
+)
 from cifar_transfer.data.images import (
     EXTENSIONS,
     MAX_MEGAPIXELS,
@@ -28,6 +35,11 @@ from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import SPLITS, Split, Splits
 
 MAX_SAMPLED_IMAGES = 1000  # training images, evenly spread, whose sizes decide the common size
+FITTING: dict[Fit, str] = {
+    "crop": "resized and cut to the centre",
+    "pad": "resized, with black beside them",
+    "stretch": "stretched",
+}
 MAX_EXAMPLES = 2  # duplicates that a warning names
 
 Files = tuple[list[str], np.ndarray]  # paths of N images, and their labels, int64 [N]
@@ -47,6 +59,8 @@ class ImageFolderDataModule(ImageDataModule):
             resized, centre cut out). None takes `image_size` of the network, or the images' own
             size if most of the training share a smaller one; without an `image_size` they keep one
             common size up to 256 x 256, and else become squares of 224 pixels or less.
+        fit: How images of another shape are brought to the size: "crop" takes the centre, "pad"
+            adds black on two sides, "stretch" takes no care of the shape.
         cache_limit_gb: A split whose decoded images exceed this many gigabytes (1e9 bytes) is
             decoded on the fly.
         max_megapixels: An image of more million pixels is refused, before it is decoded.
@@ -60,6 +74,7 @@ class ImageFolderDataModule(ImageDataModule):
         self,
         root: str,
         decode_size: int | None = None,
+        fit: Fit = "crop",
         cache_limit_gb: float = 8.0,
         max_megapixels: float = MAX_MEGAPIXELS,
         **options: Any,
@@ -71,6 +86,8 @@ class ImageFolderDataModule(ImageDataModule):
         self.max_megapixels: float = as_primitive("max_megapixels", max_megapixels)
         check("root", root, lambda path: isinstance(path, str), "a folder")
         check_decode_size(self.decode_size)
+        self.fit: Fit = as_primitive("fit", fit)
+        check_fit(self.fit)
         check("cache_limit_gb", self.cache_limit_gb, lambda size: size >= 0, "0 or more")
         check("max_megapixels", self.max_megapixels, lambda size: size > 0, "a positive number")
         self.root = user_path(root)
@@ -84,6 +101,7 @@ class ImageFolderDataModule(ImageDataModule):
         self.store_options(
             root=str(self.root),
             decode_size=self.decode_size,
+            fit=self.fit,
             cache_limit_gb=self.cache_limit_gb,
             max_megapixels=self.max_megapixels,
         )
@@ -149,7 +167,7 @@ class ImageFolderDataModule(ImageDataModule):
         if split == "train":
             self._tell_resizing(size)
         paths, labels = self._list_files(split)
-        images = FileImages(paths, labels, size, self.max_megapixels)
+        images = FileImages(paths, labels, size, self.max_megapixels, self.fit)
         cached_images = folder_images(images, self.root, split, self.cache_limit_gb)
         if split == "train" and cached_images.on_the_fly and self._sampling_errors:
             raise UnreadableImages(*self._sampling_errors)
@@ -170,7 +188,7 @@ class ImageFolderDataModule(ImageDataModule):
         other_sizes = [sampled for sampled in self._sampled_sizes if sampled != size]
         if other_sizes:
             rank_zero_info(
-                f"Images become {pixels(size)} pixels when decoded, resized and cut to the centre: "
+                f"Images become {pixels(size)} pixels when decoded, {FITTING[self.fit]}: "
                 f"{len(other_sizes):,} of {len(self._sampled_sizes):,} looked at have another size "
                 f"(decode_size=N makes them N x N)"
             )
@@ -396,7 +414,7 @@ def _fingerprint(images: FileImages, root: Path) -> list[object]:
                 f"{error.filename} cannot be read ({error.strerror}): mend or remove it."
             ) from None
         files.append([_relative_to(root, path), *version])
-    return [files, images.size]
+    return [files, images.size, images.fit]
 
 
 def _image_name(folder: Path, path: str) -> str:

@@ -1,6 +1,6 @@
 """The way of an image of any size into the network. No other module knows it.
 
-    file -> upright, RGB -> resized to cover `size`, the centre cut out: uint8, once, by Pillow
+    file -> upright, RGB -> brought to `size` (mostly its centre): uint8, once, by Pillow
          -> float in [0, 1] -> resized to `input_side` on the device -> normalised -> network
 
 Training, evaluation, prediction and exported graphs all follow one `Geometry`, which the checkpoint
@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torchvision.transforms.functional import center_crop
 from cifar_transfer.base.errors import UserError, check
 
 Size = tuple[int, int]  # height and width in pixels
+Fit = Literal["crop", "pad", "stretch"]  # how an image of another shape is brought to a size
 
 # Largest side in pixels that an image may be asked to be resized to.
 LARGEST_SIDE = 4000
@@ -43,18 +44,19 @@ class Geometry:
     """What is done to an image on its way to the network. All resizing is bilinear and antialiased.
 
     Attributes:
-        size: Height and width in pixels that images are decoded to: they are resized to cover it,
-            and the centre is cut out.
+        size: Height and width in pixels that images are decoded to.
         input_side: Side in pixels of the square that the network takes. Images are resized to it on
             the device. None: the network takes them as decoded.
         mean: Means of R, G, B in [0, 1].
         std: Deviations of R, G, B in [0, 1].
+        fit: How images of another shape are brought to `size`, see `fit_image`.
     """
 
     size: Size
     input_side: int | None
     mean: Sequence[float]
     std: Sequence[float]
+    fit: Fit = "crop"
 
     @classmethod
     def from_primitives(cls, stored: Mapping[str, Any]) -> "Geometry":
@@ -65,6 +67,7 @@ class Geometry:
             input_side=stored["input_side"],
             mean=tuple(stored["mean"]),
             std=tuple(stored["std"]),
+            fit=stored["fit"],
         )
 
     @property
@@ -103,7 +106,7 @@ class Geometry:
             "geometry": {
                 "size": list(self.size),
                 "input_size": list(input_size),
-                "crop": "centre",
+                "fit": self.fit,
                 "interpolation": "bilinear",
                 "antialias": True,
                 "range": [0, 1],
@@ -118,14 +121,25 @@ class Geometry:
     def _decoding_words(self) -> str:
         """Return the sentence about decoding an image to `size`."""
         height, width = self.size
-        if height == width:
-            target = f"the shorter side to {height} pixels"
+        size = pixels(self.size)
+        if self.fit == "stretch":
+            steps = f"resize it to {size} pixels whatever its shape (bilinear, antialiased)"
+        elif self.fit == "pad":
+            steps = (
+                f"resize it to fit into {size} pixels (bilinear, antialiased), and add black on "
+                f"both sides to {size} pixels"
+            )
+        elif height == width:
+            steps = (
+                f"resize it (the shorter side to {height} pixels; bilinear, antialiased), cut out "
+                f"the centre, {size} pixels"
+            )
         else:
-            target = f"to cover {pixels(self.size)} pixels"
-        return (
-            f"Turn the image upright as its EXIF says, make it RGB, resize it ({target}; bilinear, "
-            f"antialiased), cut out the centre, {pixels(self.size)} pixels, and divide by 255."
-        )
+            steps = (
+                f"resize it (to cover {size} pixels; bilinear, antialiased), cut out the centre, "
+                f"{size} pixels"
+            )
+        return f"Turn the image upright as its EXIF says, make it RGB, {steps}, and divide by 255."
 
     def _preprocessing_words(self) -> str:
         """Return the sentences about what is done between decoding and the network."""
@@ -163,16 +177,36 @@ def choose_size(sizes: Sequence[Size], largest: int | None) -> Size:
     return side, side
 
 
-def cover(image: Image.Image, size: Size) -> Image.Image:
-    """Return the centre of an image that is resized to cover a size.
+def fit_image(image: Image.Image, size: Size, fit: Fit = "crop") -> Image.Image:
+    """Return an image brought to a size.
 
-    This is torchvision's `Resize` and `CenterCrop`, except for rounding.
+    Args:
+        image: RGB, of any size.
+        size: Height and width in pixels.
+        fit: "crop" resizes the image to cover the size and takes the centre, as torchvision's
+            `Resize` and `CenterCrop` do, except for rounding. "pad" resizes it to fit into the size
+            and adds black on both sides. "stretch" gives it the size whatever its shape.
     """
     height, width = size
     if image.size == (width, height):
         return image
+    if fit == "stretch":
+        return image.resize((width, height), Image.Resampling.BILINEAR)
+    if fit == "pad":
+        return _padded(image, width, height)
     # Only what is cut out is resized: all of an image of 1 x 60,000 pixels would become gigabytes.
     return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+
+
+def _padded(image: Image.Image, width: int, height: int) -> Image.Image:
+    # `ImageOps.pad` would make a side of no pixels of a very long image.
+    scale = min(width / image.width, height / image.height)
+    inner_width = max(1, round(scale * image.width))
+    inner_height = max(1, round(scale * image.height))
+    resized = image.resize((inner_width, inner_height), Image.Resampling.BILINEAR)
+    padded = Image.new("RGB", (width, height))
+    padded.paste(resized, ((width - inner_width) // 2, (height - inner_height) // 2))
+    return padded
 
 
 def resize(images: Tensor, side: int | None) -> Tensor:
@@ -220,6 +254,15 @@ def check_decode_size(side: int | None) -> None:
             lambda value: 1 <= value <= LARGEST_SIDE,
             f"1 to {LARGEST_SIDE} pixels",
         )
+
+
+def check_fit(fit: Any) -> None:
+    """Refuse what is none of the ways to fit an image.
+
+    Raises:
+        UserError: It is none.
+    """
+    check("fit", fit, lambda name: name in get_args(Fit), "crop, pad or stretch")
 
 
 def pixels(size: Size) -> str:

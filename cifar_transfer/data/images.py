@@ -20,7 +20,7 @@ from torchvision.datasets import folder
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.files import file_version
 from cifar_transfer.base.untrusted import open_regular
-from cifar_transfer.data.geometry import Size, cover
+from cifar_transfer.data.geometry import Fit, Size, fit_image
 
 Batch = tuple[Tensor, Tensor]  # images and labels
 
@@ -37,7 +37,10 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def read_image(
-    path: str | Path | bytes, size: Size | None = None, max_megapixels: float = MAX_MEGAPIXELS
+    path: str | Path | bytes,
+    size: Size | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    fit: Fit = "crop",
 ) -> np.ndarray:
     """Decode an image file of any mode that Pillow reads, upright as its EXIF says.
 
@@ -48,9 +51,10 @@ def read_image(
 
     Args:
         path: The file, or its contents.
-        size: Height and width to bring it to, see `geometry.cover`; None keeps its own.
+        size: Height and width to bring it to, see `geometry.fit_image`; None keeps its own.
         max_megapixels: A larger image is refused undecoded: a file of kilobytes may claim to fill
             all memory.
+        fit: How an image of another shape is brought to the size.
 
     Returns:
         RGB pixels, uint8 [3, H, W].
@@ -59,7 +63,7 @@ def read_image(
         UserError: The file is too large or cannot be decoded; the message names it.
     """
     with _opened(path, max_megapixels) as image:
-        return to_pixels(image, size)
+        return to_pixels(image, size, fit)
 
 
 def read_size(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> Size:
@@ -125,12 +129,13 @@ def _refuse(path: str | Path | bytes, error: Exception) -> NoReturn:
     raise UserError(f"{name} cannot be decoded as an image ({reason}): {advice}.") from None
 
 
-def to_pixels(image: Image.Image, size: Size | None = None) -> np.ndarray:
+def to_pixels(image: Image.Image, size: Size | None = None, fit: Fit = "crop") -> np.ndarray:
     """Return an opened image as RGB pixels, uint8 [3, H, W], upright.
 
     Args:
         image: Of any mode, but for floats.
-        size: Height and width to bring it to, see `geometry.cover`; None keeps its own.
+        size: Height and width to bring it to, see `geometry.fit_image`; None keeps its own.
+        fit: How an image of another shape is brought to the size.
 
     Raises:
         ValueError: The pixels are floats.
@@ -146,7 +151,7 @@ def to_pixels(image: Image.Image, size: Size | None = None) -> np.ndarray:
         image = Image.fromarray(_as_bytes(np.asarray(image)))
     rgb = _opaque(image).convert("RGB")
     if size is not None:
-        rgb = cover(rgb, size)
+        rgb = fit_image(rgb, size, fit)
     return np.array(rgb).transpose(2, 0, 1)  # a copy, which torch can write to
 
 
@@ -336,6 +341,7 @@ class FileImages(Images):
         labels: Whole numbers, int64 [N].
         size: Height and width to bring the images to, as in `read_image`.
         max_megapixels: A larger image is refused, as in `read_image`.
+        fit: How images of another shape are brought to the size, as in `read_image`.
     """
 
     on_the_fly = True
@@ -346,11 +352,13 @@ class FileImages(Images):
         labels: np.ndarray,
         size: Size,
         max_megapixels: float = MAX_MEGAPIXELS,
+        fit: Fit = "crop",
     ) -> None:
         super().__init__(labels)
         self.paths = paths
         self.size = size
         self.max_megapixels = max_megapixels
+        self.fit: Fit = fit
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
         """Return the images, uint8 [B, 3, H, W], of some rows, int64 [B].
@@ -362,7 +370,8 @@ class FileImages(Images):
         reasons = []
         for row in rows:
             try:
-                images.append(read_image(self.paths[row], self.size, self.max_megapixels))
+                path = self.paths[row]
+                images.append(read_image(path, self.size, self.max_megapixels, self.fit))
             except UserError as error:
                 reasons.append(str(error))
         if reasons:
@@ -373,7 +382,7 @@ class FileImages(Images):
         """Return a number, uint32 [N], that follows from path and version of each file."""
         marks = np.empty(len(self), np.uint32)
         for row, path in enumerate(self.paths):
-            text = f"{path} {file_version(path)} {self.size}"
+            text = f"{path} {file_version(path)} {self.size} {self.fit}"
             marks[row] = zlib.crc32(text.encode(errors="surrogateescape"))
         return marks
 

@@ -16,7 +16,7 @@ from cifar_transfer.base.time_limit import within
 from cifar_transfer.data import cifar
 from cifar_transfer.data.cache import cached
 from cifar_transfer.data.dataset_images import DatasetImages, sample_sizes
-from cifar_transfer.data.geometry import Size, check_decode_size, choose_size
+from cifar_transfer.data.geometry import Fit, Size, check_decode_size, check_fit, choose_size
 from cifar_transfer.data.images import Images
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split
@@ -62,6 +62,8 @@ class TorchvisionDataModule(ImageDataModule):
         root: Folder of the data.
         decode_size: Side in pixels of the squares that images become. None chooses as
             `ImageFolderDataModule` does.
+        fit: How images of another shape are brought to the size: "crop" takes the centre, "pad"
+            adds black on two sides, "stretch" takes no care of the shape.
         cache_limit_gb: A split whose decoded images exceed this many gigabytes (1e9 bytes) is
             decoded on the fly.
         **options: Those of `ImageDataModule`.
@@ -75,6 +77,7 @@ class TorchvisionDataModule(ImageDataModule):
         name: str = "CIFAR100",
         root: str = "data",
         decode_size: int | None = None,
+        fit: Fit = "crop",
         cache_limit_gb: float = 8.0,
         **options: Any,
     ) -> None:
@@ -87,6 +90,8 @@ class TorchvisionDataModule(ImageDataModule):
         self.root = Path(root).expanduser()
         self.decode_size: int | None = as_primitive("decode_size", decode_size)
         check_decode_size(self.decode_size)
+        self.fit: Fit = as_primitive("fit", fit)
+        check_fit(self.fit)
         self.cache_limit_gb: float = as_primitive("cache_limit_gb", cache_limit_gb)
         check("cache_limit_gb", self.cache_limit_gb, lambda size: size >= 0, "0 or more")
         if self.name == "CIFAR10":
@@ -97,6 +102,7 @@ class TorchvisionDataModule(ImageDataModule):
             name=self.name,
             root=root,
             decode_size=self.decode_size,
+            fit=self.fit,
             cache_limit_gb=self.cache_limit_gb,
         )
 
@@ -127,11 +133,11 @@ class TorchvisionDataModule(ImageDataModule):
         height, width = self.size
         if 3 * height * width * len(images) > self.cache_limit_gb * 1e9:
             return images
-        fingerprint = [torchvision.__version__, len(images), self.size]
+        fingerprint = [torchvision.__version__, len(images), self.size, self.fit]
         return cached(self.root, f"{self.name}-{split}", fingerprint, lambda: images)
 
     def _images(self, split: Split, size: Size) -> DatasetImages:
-        return DatasetImages(self._dataset(split), f"{self.name} {split}", size)
+        return DatasetImages(self._dataset(split), f"{self.name} {split}", size, fit=self.fit)
 
     def _dataset(self, split: Split) -> Any:
         """Return torchvision's dataset for a split, which is opened once."""

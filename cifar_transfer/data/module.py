@@ -29,7 +29,7 @@ from cifar_transfer.base.files import user_path
 from cifar_transfer.base.primitives import StoredOptions, as_primitive
 from cifar_transfer.data.augment import Augment, step_seed
 from cifar_transfer.data.classes import Balance, loss_weights
-from cifar_transfer.data.geometry import Size, pixels, to_float
+from cifar_transfer.data.geometry import Fit, Size, pixels, to_float
 from cifar_transfer.data.images import Batch, Images, UnreadableImages
 from cifar_transfer.data.loading import (
     ResumableLoader,
@@ -119,6 +119,7 @@ class ImageDataModule(LightningDataModule):
     Attributes:
         statistics: Name of the channel statistics that the network takes if it is asked for no
             others; None: those of its weights.
+        fit: How `load` brings images of another shape to `size`.
         size: Height and width in pixels that `load` is to bring images to; None: any one size.
         images: Images of each split, without those that are left out; known after `setup`.
         recorded_run: Identifier of the run that has recorded the splits, or None.
@@ -128,6 +129,7 @@ class ImageDataModule(LightningDataModule):
     """
 
     statistics: str | None = None
+    fit: Fit = "crop"
 
     def __init__(
         self,

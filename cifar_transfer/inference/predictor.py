@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cifar_transfer.base.errors import UserError, check
-from cifar_transfer.data.geometry import Size, to_float
+from cifar_transfer.data.geometry import to_float
 from cifar_transfer.data.images import MAX_MEGAPIXELS, cores, read_image, to_pixels
 from cifar_transfer.network.image_classifier import ImageClassifier
 from cifar_transfer.network.mirrored import Mirrored
@@ -103,7 +103,8 @@ class Classifier:
     def predict(self, images: Any, top_k: int = 5) -> list[ClassShare] | list[list[ClassShare]]:
         """Return the likeliest classes of one picture or of several.
 
-        Each picture is resized to cover `size`, and its centre is cut out.
+        Each picture is brought to `size` as the images of the training were, see
+        `geometry.fit_image`.
 
         Args:
             images: A file, the bytes of a file, a PIL image of any mode, a uint8 array [H, W, 3],
@@ -155,8 +156,15 @@ class Classifier:
     ) -> Batch:
         batch = []
         for image in islice(images, batch_size):
-            batch.append((image, pool.submit(_decode, image, self.size, self.max_megapixels)))
+            batch.append((image, pool.submit(self._decode, image)))
         return batch
+
+    def _decode(self, image: Picture) -> np.ndarray:
+        """Return any picture as the network was trained on images, uint8 [3, H, W], RGB."""
+        fit = self.model.geometry.fit
+        if isinstance(image, str | Path | bytes):
+            return read_image(image, self.size, self.max_megapixels, fit)
+        return to_pixels(_to_pil(image), self.size, fit)
 
     def _predict_batch(
         self, batch: Batch, top_k: int, on_error: Callable[[UserError], object] | None
@@ -189,21 +197,18 @@ class Classifier:
         return rows
 
 
-def _decode(image: Picture, size: Size, max_megapixels: float) -> np.ndarray:
-    """Return any picture as uint8 [3, H, W] of a size, RGB."""
-    if isinstance(image, str | Path | bytes):
-        return read_image(image, size, max_megapixels)
+def _to_pil(image: Picture) -> Image.Image:
+    """Return a picture that is no file as a PIL image."""
+    picture = None
     if isinstance(image, Tensor):
         picture = _from_tensor(image)
     elif isinstance(image, np.ndarray):
         picture = _from_array(image)
     elif isinstance(image, Image.Image):
         picture = image
-    else:
-        picture = None
     if picture is None:
         raise _not_a_picture(image)
-    return to_pixels(picture, size)
+    return picture
 
 
 def _from_tensor(image: Tensor) -> Image.Image | None:

@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.primitives import as_primitive
-from cifar_transfer.data.geometry import LARGEST_SIDE, Geometry
+from cifar_transfer.data.geometry import LARGEST_SIDE, Fit, Geometry
 
 MAX_CLASSES = 10**6  # more would be a mistake, and fill the machine's memory
 MAX_VALUE_CHARS = 80  # of a value in a message
@@ -119,4 +119,6 @@ def _is_geometry(value: Any) -> bool:
             return False
         if not all(map(_is_number, channels)):
             return False
+    if value["fit"] not in get_args(Fit):
+        return False
     return min(value["std"]) > 0

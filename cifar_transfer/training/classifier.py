@@ -22,7 +22,7 @@ from cifar_transfer.base.errors import UserError, check, first_line
 from cifar_transfer.base.primitives import StoredOptions, as_primitive
 from cifar_transfer.data import splits
 from cifar_transfer.data.classes import check_classes
-from cifar_transfer.data.geometry import LARGEST_SIDE, Size, pixels, statistics
+from cifar_transfer.data.geometry import LARGEST_SIDE, Fit, Size, pixels, statistics
 from cifar_transfer.data.loading import ends_in_one_image
 from cifar_transfer.data.module import EarlierRun, ImageDataModule
 from cifar_transfer.data.splits import Split
@@ -320,7 +320,7 @@ class TransferClassifier(LightningModule):
         if data is None or not hasattr(data, "num_classes"):
             return
         self._check_classes(data, stage)
-        self._settle_size(data.image_size)
+        self._settle_size(data.image_size, data.fit)
         if stage == "fit":
             self._tell_of_sizes()
         sides = [self.classifier.geometry.input_side]
@@ -389,10 +389,11 @@ class TransferClassifier(LightningModule):
         if takes_names and hasattr(data, "class_names"):
             self.classifier.set_class_names(data.class_names)
 
-    def _settle_size(self, size: Size) -> None:
-        """Record height and width in pixels to which images are decoded."""
+    def _settle_size(self, size: Size, fit: Fit = "crop") -> None:
+        """Record height and width in pixels to which images are decoded, and how."""
         height, width = size
-        self.classifier.set_geometry(replace(self.classifier.geometry, size=(height, width)))
+        geometry = replace(self.classifier.geometry, size=(height, width), fit=fit)
+        self.classifier.set_geometry(geometry)
         self._size_is_known = True
 
     def _tell_of_sizes(self) -> None:
