@@ -346,7 +346,10 @@ def test_what_is_no_image_is_refused(classifier, image, part):
         (["--explain=alpha.png"], "cannot be made a folder"),
         (["--ckpt=gone.ckpt"], "gone.ckpt does not exist"),
         (["--ckpt=alpha.png"], "cannot be read as a checkpoint"),
-        (["--ckpt=lightning_logs/version_0"], "a run keeps its own in RUN/checkpoints/best.ckpt"),
+        (
+            ["--ckpt=lightning_logs/version_0"],
+            "is the folder of a run: name lightning_logs/version_0/checkpoints/best.ckpt",
+        ),
     ],
 )
 def test_a_mistake_in_the_options_gets_a_sentence(here, capsys, options, message):
