@@ -1,5 +1,6 @@
 """Figures: complete, readable in any script, and the same from what a run has kept."""
 
+import itertools
 import warnings
 
 import numpy as np
@@ -312,3 +313,18 @@ def test_nothing_is_shaded_where_everything_trains():
     rates = {"stem": np.ones(4), "head": np.ones(4)}
     curves = RunCurves(trainable_parameters=Curve(x, np.full(4, 10.0)), stage_rates=rates)
     assert run_figures.frozen_phases(curves).beginnings == []
+
+
+@pytest.mark.parametrize("draw", [plots.confusion, plots.per_class])
+def test_many_classes_with_long_names_are_drawn_in_full(draw):
+    """The label of the axis is within the figure, and headings do not overlap."""
+    names = [f"species_with_a_long_latin_name_{number:03d}" for number in range(120)]
+    figure = draw(some_predictions(names, count=360))
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        label = axes.xaxis.label.get_window_extent()
+        assert label.y0 >= figure.bbox.y0
+        headings = [text for text in axes.texts if text.get_weight() == "bold"]
+        boxes = [heading.get_window_extent() for heading in headings]
+        for left, right in itertools.pairwise(boxes):
+            assert left.x1 < right.x0

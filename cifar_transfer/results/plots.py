@@ -335,7 +335,8 @@ def confusion(predictions: Predictions, split: str = "test") -> Figure:
 
     layout = _matrix_layout(names)
     width = 2 * (layout.matrix_inches + layout.name_inches + 1)
-    height = layout.matrix_inches + layout.name_inches + 1.8
+    # The widths leave a matrix a little more room than it asks for, and it stays a square.
+    height = 1.08 * layout.matrix_inches + layout.name_inches + 1.8
     figure = Figure(figsize=(width, height), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.set_title(word("number of images"))
@@ -438,7 +439,9 @@ def per_class(predictions: Predictions) -> Figure:
     order = np.argsort(f1, kind="stable")[:MAX_CLASSES]
     names, letters = _names_of(predictions, order)
 
-    figure = Figure(figsize=(7, 0.9 + 0.24 * len(order)), layout="constrained")
+    # Beside long names the columns need their width all the same.
+    width = max(7, 5.6 + LETTER_INCHES * max(map(_width, names)))
+    figure = Figure(figsize=(width, 0.9 + 0.24 * len(order)), layout="constrained")
     axes = figure.subplots()
     lines = range(len(order))
     axes.barh(lines, 100 * f1[order], color=BLUE, alpha=0.3, height=0.8)
