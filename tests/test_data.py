@@ -622,12 +622,20 @@ def test_options_of_cifar10_are_stored_as_primitives(name, value, stored):
     assert (option, type(option)) == (stored, str)
 
 
+# Of those whose default is no number.
+GIVEN = {
+    "padding_mode": (np.str_("reflect"), "reflect"),
+    "interpolation": (np.str_("bilinear"), "bilinear"),
+    "crop_scale": (np.array([0.5, 1.0]), [0.5, 1.0]),
+    "crop_ratio": ((np.float32(0.5), 2), [0.5, 2]),
+}
+
+
 @pytest.mark.parametrize("field", fields(Augment), ids=lambda field: field.name)
 def test_options_of_the_augmentation_are_stored_as_primitives(field):
-    given = np.str_("reflect") if field.name == "padding_mode" else np.array(field.default)
+    given, expected = GIVEN.get(field.name, (np.array(field.default), field.default))
     augment = Augment(**{field.name: given})
     option = reloaded_options(ShapesDataModule(augment=augment))["augment"][field.name]
-    expected = "reflect" if field.name == "padding_mode" else field.default
     assert (option, type(option)) == (expected, type(expected))
     assert type(getattr(augment, field.name)) is type(expected)
 

@@ -428,5 +428,5 @@ def test_jsonargparse_says_that_an_import_is_not_allowed(parser):
 
 def test_jsonargparse_says_that_a_class_is_unknown(parser):
     message = refused(parser, "--data=NoSuchModule")
-    assert parser_messages.is_unknown_class(message, "data")
-    assert not parser_messages.is_unknown_class(refused(parser, "--lr=fast"), "data")
+    assert parser_messages.unknown_class(message, "data") == "NoSuchModule"
+    assert parser_messages.unknown_class(refused(parser, "--lr=fast"), "data") is None
