@@ -426,7 +426,7 @@ def test_evaluate_tells_both(run, tmp_path, monkeypatch):
             r"lists none of these images, but, for example, train/kite/1\.png",
         ),
         (b"image\n\xff\n", "cannot be read as a list of images"),
-        (None, r"cannot be read as a list of images \(\[Errno 2\]"),
+        (None, r"cannot be read as a list of images \(No such file or directory\)"),
     ],
 )
 def test_a_list_of_nothing_is_refused(tmp_path, text, match):

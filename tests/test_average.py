@@ -25,7 +25,7 @@ from cifar_transfer.training.checkpoint_file import RAW_STATE_KEY, STEPS_KEY
 
 DECAY = 0.7  # reached by the warm-up at the seventh step
 JOB = [*TINY, f"--model.ema={DECAY}", "--freeze.unfreeze_epoch=1", "--trainer.max_epochs=3"]
-BEST, LAST = (f"{RUN}/checkpoints/{name}.ckpt" for name in ("best", "last"))
+BEST, LAST, RAW = (f"{RUN}/checkpoints/{name}.ckpt" for name in ("best", "last", "raw"))
 
 
 def copy(module):
@@ -182,14 +182,14 @@ def test_every_use_of_a_checkpoint_is_of_the_average(tmp_path, monkeypatch, undi
             == evaluate(BEST, split, accelerator="cpu", figures=False)[f"{split}/acc"]
         )
     checkpoint = torch.load(LAST, weights_only=True)
-    torch.save(checkpoint | {"state_dict": checkpoint[RAW_STATE_KEY]}, "raw.ckpt")
+    torch.save(checkpoint | {"state_dict": checkpoint[RAW_STATE_KEY]}, RAW)
     shown = curves(RUN)["val/loss"][-1][1]
     losses = {
         name: evaluate(name, "val", accelerator="cpu", figures=False)["val/loss"]
-        for name in (LAST, "raw.ckpt")
+        for name in (LAST, RAW)
     }
     assert losses[LAST] == pytest.approx(shown, rel=1e-5)
-    assert losses["raw.ckpt"] != pytest.approx(shown, rel=1e-3)
+    assert losses[RAW] != pytest.approx(shown, rel=1e-3)
     export(LAST, "state_dict")
     exported = torch.load(Path(LAST).with_suffix(".pth"), weights_only=True)
     assert same(exported, copy(Classifier.load(LAST, "cpu").model.network))

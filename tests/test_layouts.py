@@ -153,7 +153,8 @@ def test_a_list_names_an_image_in_either_way_of_unicode(tmp_path):
     write_images(tmp_path / "train", 6, classes=[NFD, "tea"])
     for number, name in enumerate((NFC, NFD)):
         (tmp_path / "list.csv").write_text(f"image\ntrain/{name}/00{number}.png\n")
-        data = ready(ImageFolderDataModule(str(tmp_path), leave_out=str(tmp_path / "list.csv")))
+        left_out = {"leave_out": str(tmp_path / "list.csv"), "leave_out_splits": ["train", "val"]}
+        data = ready(ImageFolderDataModule(str(tmp_path), **left_out))
         assert sum(map(len, data.images.values())) == 11
 
 
