@@ -154,6 +154,7 @@ def turned(orientation):
     return PHOTO.transpose(undo[orientation]) if orientation in undo else PHOTO, exif
 
 
+@pytest.mark.filterwarnings("ignore:.*held-out val images are also among those of training")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_images_are_turned_upright_in_training_and_prediction(tmp_path, kind):
     write_images(tmp_path / "train", 2, size=PHOTO.size)

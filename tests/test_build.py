@@ -237,7 +237,7 @@ def test_native_size_and_statistics_come_from_the_weights():
 def test_images_that_do_not_fit_are_refused_before_training():
     model = TransferClassifier("inception_v3", "none", num_classes=3)
     data = SimpleNamespace(num_classes=3, image_size=(32, 32))
-    model._trainer = SimpleNamespace(datamodule=data, ckpt_path=None)
+    model._trainer = SimpleNamespace(datamodule=data, ckpt_path=None, callbacks=[])
     message = r"cannot take images of 32 x 32 pixels .*image_size=75 or more"
     with pytest.raises(UserError, match=message):
         model.setup("fit")

@@ -320,7 +320,7 @@ class TransferClassifier(LightningModule):
         if data is None or not hasattr(data, "num_classes"):
             return
         self._check_classes(data, stage)
-        self._settle_size(data.image_size, data.fit)
+        self._settle_size(data.image_size, getattr(data, "fit", "crop"))
         if stage == "fit":
             self._tell_of_sizes()
         sides = [self.classifier.geometry.input_side]
