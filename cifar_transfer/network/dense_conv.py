@@ -1,7 +1,8 @@
 """A convolution and a max-pool for small images, which torch does not have.
 
 `DenseConv2d.convert` changes the class of a convolution instead of replacing it, because only
-`forward` differs: the parameters stay, and no random numbers are drawn for a new layer.
+`forward` differs: the parameters and their memory format stay, and no random numbers are drawn for
+a new layer.
 """
 
 import torch
@@ -26,7 +27,7 @@ class DenseConv2d(nn.Conv2d):
         columns = self._window_starts(width, axis=1)
         if not rows or not columns:
             return super().forward(input)
-        # Images are kept channels last: of them nothing is copied.
+        # The networks are kept channels last: there, nothing but the windows is copied.
         kernel = self.weight.permute(0, 2, 3, 1)
         windows = []
         for row in rows:

@@ -104,8 +104,6 @@ def load_classifier(path: str | Path) -> ImageClassifier:
         raise UserError(
             f"{path} does not hold the network that it says it does ({first_line(error)})."
         ) from None
-    # No conversion with each batch. It pays for single images, and these weights are not trained.
-    classifier.network.to(memory_format=torch.channels_last)
     return classifier.eval()
 
 

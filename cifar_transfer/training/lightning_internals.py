@@ -8,7 +8,6 @@ Each function says why it is needed and since which version it was seen to work.
 import math
 import os
 import signal
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +28,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cifar_transfer.data.splits import REQUEUED
-
-# Gradients of contiguous weights with kernels of 1 x 1 come with other strides of the same meaning
-# if images are channels last. DDP copies them into its buckets in any case. Since torch 1.7.
-warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
