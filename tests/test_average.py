@@ -252,7 +252,7 @@ def test_killed_and_resumed_it_is_that_of_a_run_never_killed(tmp_path, undisturb
     assert_same_run(tmp_path, undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_two_processes_have_the_same_average(tmp_path):
     """Batch-norm's statistics too, although each process has seen other images."""
     subprocess.run(

@@ -114,7 +114,7 @@ def test_each_setting_is_timed(monkeypatch, capsys):
     assert rows[0] == "as in fit"
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_the_start_is_timed_of_two_checkouts(monkeypatch, capsys):
     for name in ("IMPORTS", "PROGRAMS"):
         programs = getattr(startup, name)
@@ -135,7 +135,7 @@ def test_the_start_is_timed_of_two_checkouts(monkeypatch, capsys):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_data_parallelism_is_timed():
     command = [sys.executable, "-m", "benchmarks.ddp", "--rounds=1", "--backbone=lenet5"]
     checkout = Path(__file__).parents[1]

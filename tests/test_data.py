@@ -260,6 +260,7 @@ def test_folders_for_validation_and_test_are_used(tmp_path):
     }
 
 
+@pytest.mark.filterwarnings("ignore:.*held-out val images are also among those of training")
 def test_a_folder_called_valid_is_warned_of_and_newer_endings_are_read(tmp_path):
     write_images(tmp_path / "train", 3)
     write_images(tmp_path / "valid", 1)

@@ -84,8 +84,12 @@ ALL = ("",)
 @pytest.mark.parametrize(
     ("job", "epoch", "trains"),
     [
-        *(("plain", 0, HEAD), ("plain", 1, ALL), ("plain", 2, ALL)),
-        *(("phases", 0, HEAD), ("phases", 1, MIDDLE), ("phases", 2, ALL)),
+        ("plain", 0, HEAD),
+        ("plain", 1, ALL),
+        pytest.param("plain", 2, ALL, marks=pytest.mark.whole),
+        pytest.param("phases", 0, HEAD, marks=pytest.mark.whole),
+        pytest.param("phases", 1, MIDDLE, marks=pytest.mark.whole),
+        pytest.param("phases", 2, ALL, marks=pytest.mark.whole),
     ],
 )
 def test_a_step_has_the_gradients_of_one_process_on_the_joint_batch(request, job, epoch, trains):
@@ -143,7 +147,14 @@ def test_the_command_runs_and_resumes_on_two_processes(tmp_path):
 @pytest.mark.skipif(
     not Path("/proc/self/task").is_dir(), reason="names of threads are in Linux's /proc"
 )
-@pytest.mark.parametrize(("end", "status"), [("", 0), ("error", 2), ("stop", 128 + signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        ("stop", 128 + signal.SIGTERM),
+        pytest.param("", 0, marks=pytest.mark.whole),
+        pytest.param("error", 2, marks=pytest.mark.whole),
+    ],
+)
 def test_no_thread_of_the_process_group_outlives_the_job(tmp_path, end, status):
     """A thread that freed a tensor while the interpreter ended aborted one run of ten."""
     job = [

@@ -38,7 +38,7 @@ def fit_with_file_limit(folder, max_bytes, *options):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_no_room_for_a_checkpoint_keeps_the_one_before_and_the_run_continues(tmp_path):
     """Unfrozen, the optimizer's state makes a checkpoint of 4 MB of one of 1.4 MB."""
     whole_run = tmp_path / "whole"

@@ -43,9 +43,9 @@ def whole(*names):
     "name",
     [
         r"config\.yaml",
-        r"tfevents.*\.1$",  # opened for the final figures
-        r"metrics\.csv",
         *whole(
+            r"tfevents.*\.1$",  # opened for the final figures
+            r"metrics\.csv",
             r"splits\.json",
             r"hparams\.yaml",
             r"tfevents.*\.0$",

@@ -112,13 +112,16 @@ CASES = {
         (40, 40),
     ),
 }
+SAMPLE = ("one of 33 pixels among 32", "rectangles, larger", "mixed sizes", "sizes of training")
+MARKS = {name: pytest.mark.whole for name in CASES if name not in SAMPLE}
 # The graphs of the other cases are not different.
 EXPORTED = ("one of 33 pixels among 32", "rectangles", "rectangles, larger", "decoded to a size")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("images", "model", "data", "size"), [pytest.param(*CASES[name], id=name) for name in CASES]
+    ("images", "model", "data", "size"),
+    [pytest.param(*CASES[name], id=name, marks=MARKS.get(name, ())) for name in CASES],
 )
 def test_the_same_images_give_the_same_everywhere(
     tmp_path, request, record_property, images, model, data, size
@@ -151,7 +154,7 @@ def test_the_same_images_give_the_same_everywhere(
         assert_same(record_property, "torch_export", predicted, exported, 1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "name",
     [

@@ -105,7 +105,7 @@ def test_killed_again_and_again_ends_with_the_weights_of_a_run_that_never_was(
     assert curves(run) == curves(expected)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "victims",
     [

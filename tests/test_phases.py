@@ -249,7 +249,7 @@ def test_plans_that_cannot_be_are_refused_before_anything_is_written(tmp_path, o
     assert re.search(message, done.stderr), done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_a_run_shows_its_stages_and_continues_in_its_phase(tmp_path):
     plan = [
         {"train": ["head"]},

@@ -110,7 +110,7 @@ def assert_ends_alike(folder, how, variant, processes, count=None):
     assert freeze["phase"] == EPOCHS - 1
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_stopped_again_and_again_with_an_average_ends_alike(tmp_path):
     assert_ends_alike(tmp_path, "told to stop", "adamw, cosine, layer decay, average", 1, count=5)
 

@@ -110,7 +110,7 @@ def test_weights_alone_are_no_run_to_continue(tmp_path, from_python):
         quiet_trainer(max_epochs=2).fit(*lenet(), ckpt_path=tmp_path / "weights.ckpt")
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_words_for_size_and_statistics_mean_on_resuming_what_they_meant(tmp_path):
     """The weights, which said what they mean, are not at hand any more."""
     statistics = [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]

@@ -184,7 +184,17 @@ INTERVALS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", INTERVALS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "validation at the end",
+        "twice an epoch",
+        "ended by max_steps",
+        pytest.param("after 4 of 6", marks=pytest.mark.whole),
+        pytest.param("two batches a step", marks=pytest.mark.whole),
+        pytest.param("ended by max_steps, continued to more", marks=pytest.mark.whole),
+    ],
+)
 def test_an_epoch_that_is_stopped_and_resumed_is_that_of_a_run_never_stopped(
     tmp_path, monkeypatch, steps, case
 ):

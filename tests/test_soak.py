@@ -39,7 +39,7 @@ class Gauge(Callback):
         self.rows.append((memory, files, disk))
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("epochs", "memory_a_thousand"),
     # The allocator itself takes up to 80 kB an epoch on a busy machine (seen over forty epochs); a

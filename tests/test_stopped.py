@@ -124,7 +124,11 @@ def slurm(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "first", "second"), [([], "version_0", "version_1"), (["--run=job"], "job", "job")]
+    ("name", "first", "second"),
+    [
+        pytest.param([], "version_0", "version_1", marks=pytest.mark.whole),
+        (["--run=job"], "job", "job"),
+    ],
 )
 def test_lightning_requeues_a_slurm_job_and_the_run_goes_on_from_there(
     tmp_path, slurm, name, first, second

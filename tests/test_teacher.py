@@ -200,7 +200,7 @@ def test_mistakes_get_a_sentence(tmp_path, options, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_a_resumed_run_ends_as_one_that_was_not_stopped_and_needs_the_teacher(tmp_path, teacher):
     job = [
         *TINY,

@@ -175,7 +175,7 @@ def test_a_repository_without_either_file_is_told(hub):
         published_file(HUB_ENTRY)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_without_the_hub_three_ways_out_are_named(hub):
     """huggingface_hub tries for half a minute."""
     hub.shutdown()
