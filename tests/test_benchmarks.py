@@ -46,7 +46,7 @@ def test_ratios_are_those_within_a_round():
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_recipes_are_run_once_evaluated_each_epoch_and_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(recipes.RECIPES, "fast", ["--model.schedule=linear"])
     options = [

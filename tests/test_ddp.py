@@ -143,17 +143,13 @@ def test_the_command_runs_and_resumes_on_two_processes(tmp_path):
     assert not torch.equal(first_convolution(before), first_convolution(after))
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.skipif(
     not Path("/proc/self/task").is_dir(), reason="names of threads are in Linux's /proc"
 )
 @pytest.mark.parametrize(
     ("end", "status"),
-    [
-        ("stop", 128 + signal.SIGTERM),
-        pytest.param("", 0, marks=pytest.mark.whole),
-        pytest.param("error", 2, marks=pytest.mark.whole),
-    ],
+    [("", 0), ("error", 2), ("stop", 128 + signal.SIGTERM)],
 )
 def test_no_thread_of_the_process_group_outlives_the_job(tmp_path, end, status):
     """A thread that freed a tensor while the interpreter ended aborted one run of ten."""

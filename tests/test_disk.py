@@ -59,7 +59,7 @@ def test_no_room_for_a_checkpoint_keeps_the_one_before_and_the_run_continues(tmp
     assert_same_weights(folder / LAST, whole_run / LAST)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_no_room_for_the_curves_ends_the_run_with_a_sentence(tmp_path):
     options = [*JOB, "--trainer.enable_checkpointing=false"]
     done = fit_with_file_limit(tmp_path, 6000, *options)

@@ -77,7 +77,7 @@ def test_the_whole_package_is_installed_and_no_tests(installed):
     assert not (installed[0] / "tests").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_it_works_in_any_folder(installed, tmp_path):
     place = {"PYTHONPATH": str(installed[0])}
     where = [sys.executable, "-c", "import cifar_transfer; print(cifar_transfer.__file__)"]

@@ -260,7 +260,7 @@ def test_a_run_that_is_stopped_and_resumed_is_one_never_stopped(tmp_path, photos
     assert curves(whole / RUN)["train/loss"] == curves(stopped / RUN)["train/loss"]
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_a_step_of_two_processes_has_the_gradients_of_their_joint_batch(tmp_path):
     command = [
         sys.executable,
