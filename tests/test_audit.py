@@ -398,6 +398,7 @@ def test_a_run_does_without_what_is_listed(photos, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_evaluate_tells_both(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run / RUN, tmp_path / "run")

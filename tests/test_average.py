@@ -110,6 +110,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_that_of_ten_lines_and_of_timm_from_its_first_step_on(tmp_path, monkeypatch, case):
     compile = nn.Module.compile

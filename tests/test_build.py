@@ -120,6 +120,7 @@ def test_every_network_of_the_table(name, tmp_path, monkeypatch):
         assert torch.equal(value, state[key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "vit_b_32"])
 def test_weights_of_an_unadapted_network_fit_the_librarys(name):
     network = build_backbone(name, "none", 3, image_size=224).network

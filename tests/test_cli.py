@@ -153,6 +153,7 @@ def test_the_configuration_of_a_run_is_beside_it_and_runs_again(job, tmp_path):
     assert accuracies[0] == accuracies[1]
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_figures_of_the_run(job, monkeypatch, capsys):
     folder, done = job
     monkeypatch.chdir(folder)
@@ -165,6 +166,7 @@ def test_evaluate_gives_the_figures_of_the_run(job, monkeypatch, capsys):
         )
 
 
+@pytest.mark.slow
 def test_no_weights_are_fetched_to_use_or_continue_a_checkpoint(job, tmp_path):
     """A run that claims ImageNet weights goes on where there is neither network nor cache."""
     folder, _ = job
@@ -270,6 +272,7 @@ def test_mistakes_get_a_sentence(tmp_path, monkeypatch, capsys, options, message
     assert message in errors[0]
 
 
+@pytest.mark.slow
 def test_a_preset_of_augmentation_and_an_option_that_overrides_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["fit"])

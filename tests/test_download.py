@@ -163,6 +163,7 @@ def _fetch_with_stderr_in(file: Path, urls: list[str], path: Path) -> None:
     fetch(urls, path, digest=SHA256)
 
 
+@pytest.mark.slow
 def test_of_four_processes_one_downloads(server: BrokenServer, tmp_path: Path) -> None:
     server.slow_rate = 40_000
     path = tmp_path / "there" / "x.bin"

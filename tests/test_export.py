@@ -139,6 +139,7 @@ def test_the_mirror_image_is_in_the_graph(trained, tmp_path, preprocess):
         export(str(trained["lenet5"]), "state_dict", mirrored=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "preprocess"), [("lenet5", True), ("resnet18", False)])
 def test_torch_export(trained, tmp_path, name, preprocess):
     out = tmp_path / "x.pt2"
@@ -225,6 +226,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "side"), FAMILIES)
 def test_the_librarys_own_network_gives_the_same_logits_in_a_process_of_its_own(
     tmp_path, name, side

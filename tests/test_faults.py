@@ -99,6 +99,7 @@ def of_commands(run, images, out):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", of_commands(Path(), Path(), Path()))
 def test_no_room_for_what_a_command_writes_keeps_what_was_there(run, tmp_path, capfd, name):
     write_images(tmp_path / "photos" / "a", 1, classes=["b"])
@@ -195,6 +196,7 @@ def test_a_file_system_that_knows_no_fsync_is_written_all_the_same(tmp_path):
     assert "test accuracy" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("event", "name", "error"),
     [

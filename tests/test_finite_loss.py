@@ -118,6 +118,7 @@ def test_the_gradient_scaler_may_skip_some_steps(tmp_path, monkeypatch, scaled):
         trainer(most).fit(model, data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [True, False])
 def test_a_head_that_learns_nothing_is_warned_of(tmp_path, monkeypatch, dead):
     monkeypatch.chdir(tmp_path)
@@ -211,6 +212,7 @@ class Unequal(ImageDataModule):
         return ArrayImages(pixels.astype(np.uint8), labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "model"),
     [

@@ -72,6 +72,7 @@ JOB = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fit", "lowest", "highest"), [("crop", 0.3, 0.7), ("pad", 0.95, 1.0)])
 def test_marks_at_the_ends_are_seen_only_if_the_whole_image_is(
     tmp_path, long_images, fit, lowest, highest

@@ -67,6 +67,7 @@ def test_features_are_written_into_a_home(home):
     assert (home / "projector").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_in_a_home_is_evaluated_drawn_and_exported(home):
     assert "test/acc" in evaluate(BEST, accelerator="cpu", figures=False)
     assert all(path.is_relative_to(home) for path in figures(f"~/{RUN}"))

@@ -223,6 +223,7 @@ def test_a_data_module_that_is_not_set_up_says_so(use, prepared):
         use(data)
 
 
+@pytest.mark.slow
 def test_new_images_in_test_alone_are_evaluated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "photos" / "train", 8, classes=["ape", "bee", "cow"])

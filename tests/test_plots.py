@@ -315,6 +315,7 @@ def test_nothing_is_shaded_where_everything_trains():
     assert run_figures.frozen_phases(curves).beginnings == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [plots.confusion, plots.per_class])
 def test_many_classes_with_long_names_are_drawn_in_full(draw):
     """The label of the axis is within the figure, and headings do not overlap."""

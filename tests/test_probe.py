@@ -315,6 +315,7 @@ def with_feature(features, column):
     return Features([np.hstack([features.views[0], column])], features.labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("constant", [0.0, 0.1, 1000.0])
 def test_a_feature_that_is_constant_in_training_changes_nothing(drawn, constant):
     """Rounding makes it vary a little, and test images have other values."""
@@ -393,6 +394,7 @@ def test_balanced_accuracy_is_the_mean_of_the_classes_with_images():
     assert heads.balanced_accuracy(logits, labels, 3) == pytest.approx((2 / 3 + 0) / 2)
 
 
+@pytest.mark.slow
 def test_few_shots_draw_as_many_images_of_each_class(drawn, monkeypatch):
     train, val, test = drawn
     samples = []
@@ -478,6 +480,7 @@ def without_times(result):
     return {name: value for name, value in result.items() if not name.endswith("seconds")}
 
 
+@pytest.mark.slow
 def test_the_checkpoint_has_the_accuracy_of_the_probe(probed, monkeypatch):
     folder, done = probed
     monkeypatch.chdir(folder)
@@ -536,6 +539,7 @@ def test_another_recipe_needs_another_folder(probed, tmp_path, monkeypatch):
         probe.main(options)
 
 
+@pytest.mark.slow
 def test_the_same_recipe_adds_to_the_table(probed, tmp_path):
     folder, _ = probed
     shutil.copytree(folder / "lightning_logs", tmp_path / "lightning_logs")
@@ -562,6 +566,7 @@ def test_options_that_continue_a_run_are_refused(tmp_path, monkeypatch, option):
         probe.main([f"{NETWORK}=none", f"{option}=run", *TINY[2:]])
 
 
+@pytest.mark.slow
 def test_fit_goes_on_from_the_head_of_the_probe(probed, tmp_path):
     folder, _ = probed
     learns_nothing = [

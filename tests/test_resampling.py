@@ -146,6 +146,7 @@ PHOTOS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(32, 32), (24, 37)])
 def test_results_are_distributed_as_torchvisions(size):
     torch.manual_seed(3)

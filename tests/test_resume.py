@@ -26,6 +26,7 @@ def undisturbed(tmp_path_factory):
     return once(tmp_path_factory, "undisturbed", lambda folder: run_fit(folder, *JOB))
 
 
+@pytest.mark.slow
 def test_interrupted_within_an_epoch_continues_from_that_step(tmp_path, undisturbed):
     """Its third epoch has the steps 13 to 18."""
     done = run_fit(tmp_path, "Ctrl-C", 15, *JOB, module="killed_job", expect=130)
@@ -53,6 +54,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path, 
     assert (other != weights(undisturbed / LAST)[name]).any()
 
 
+@pytest.mark.slow
 def test_a_changed_option_is_refused_and_more_epochs_are_trained(tmp_path, undisturbed):
     shutil.copytree(undisturbed / "lightning_logs", tmp_path / "lightning_logs")
     resume = [f"--resume={RUN}", "--trainer.max_epochs=5"]

@@ -151,6 +151,7 @@ class DotLogger(Logger):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", LOGGERS.values(), ids=LOGGERS)
 def test_whatever_the_logger_each_run_has_a_folder_of_its_own(
     tmp_path, monkeypatch, capsys, options
@@ -183,6 +184,7 @@ def test_whatever_the_logger_each_run_has_a_folder_of_its_own(
     assert not Path("checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["small", "sweep/lr 3"])
 def test_a_run_with_a_name_is_never_written_into(tmp_path, monkeypatch, name):
     options = [*SMALL, f"--run={name}", "--trainer.max_epochs=1"]
@@ -366,6 +368,7 @@ def test_a_change_is_refused_before_anything_is_decoded(tmp_path):
             fit([f"--resume={run}", change])
 
 
+@pytest.mark.slow
 def test_what_makes_no_other_run_may_change(again):
     changes = [
         "--trainer.max_epochs=3",

@@ -58,6 +58,7 @@ def test_every_shape_stands_out_from_its_background(task):
         assert 0.08 < np.median(inked[labels == label]) < 0.5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_pixels_are_useless_to_a_linear_classifier_and_the_outline_is_not(task):
     """Ridge regression to one-hot labels fails on pixels; it succeeds on an invariant of rotation.

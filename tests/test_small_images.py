@@ -292,6 +292,7 @@ def test_swin_with_smaller_patches_is_the_stock_one_on_the_enlarged_image():
     assert (actual - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["resnet18", "mobilenet_v2", "vgg11", "vit_b_32", "swin_t", "alexnet"]
 )

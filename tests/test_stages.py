@@ -50,6 +50,7 @@ STAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_have_the_names_and_the_order_of_the_network(name):
     if name.startswith("timm/"):

@@ -95,6 +95,7 @@ def test_only_training_images_are_transformed():
     ]
 
 
+@pytest.mark.slow
 def test_a_run_with_transforms_is_stopped_resumed_and_evaluated(tmp_path):
     transforms = [
         {"class_path": "torchvision.transforms.v2.TrivialAugmentWide"},

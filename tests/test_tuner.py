@@ -25,6 +25,7 @@ def is_trained_with(data, batch_size):
     return data.batch_size == data.hparams.batch_size == len(images) == batch_size
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec")
 def test_a_size_of_batches_is_found_and_taken(tmp_path):
     trainer, model, data = parts(60)

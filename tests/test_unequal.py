@@ -313,6 +313,7 @@ def test_scores_by_class_are_those_of_torchmetrics_and_leave_out_classes_without
             torch.testing.assert_close(scores[name], by_class[classes].mean())
 
 
+@pytest.mark.slow
 def test_reports_count_classes_alike_where_they_are_unequal(in_tmp_path, photos, capsys):
     outcome = fit([*JOB, f"--data.root={photos}", "--trainer.max_epochs=2"])
     output = capsys.readouterr().out

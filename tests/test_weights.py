@@ -289,6 +289,7 @@ def moco_v3(network, head, width):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "head"),
     [("resnet50", "fc"), pytest.param("timm/vit_base_patch16_224", "head", id="vit_base")],

@@ -72,6 +72,7 @@ def drawn(names):
     return "\n".join(texts)
 
 
+@pytest.mark.slow
 def test_every_word_is_chinese_and_names_are_if_they_are_cifar10s(fonts_have):
     fonts_have(range(0x10000))
     with language("zh", CIFAR10):
@@ -118,6 +119,7 @@ def test_every_translation_is_used(fonts_have):
     assert asked | elsewhere == words.CHINESE.words.keys() | {""}
 
 
+@pytest.mark.slow
 def test_without_a_font_figures_are_in_english_which_is_said_once(fonts_have, capsys):
     fonts_have(range(128))
     for _ in range(2):
