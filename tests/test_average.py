@@ -290,6 +290,7 @@ def test_what_it_cannot_be_with_is_refused(tmp_path, options, words):
         train(*options.pop("callbacks", ()), epochs=1, default_root_dir=tmp_path, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", ["0.8", "null"])
 def test_another_average_on_resuming_is_refused(tmp_path, monkeypatch, undisturbed, decay):
     monkeypatch.chdir(tmp_path)
@@ -301,6 +302,7 @@ def test_another_average_on_resuming_is_refused(tmp_path, monkeypatch, undisturb
         fit([f"--resume={RUN}", f"--model.ema={decay}", "--trainer.max_epochs=4"])
 
 
+@pytest.mark.slow
 def test_a_run_without_an_average_is_continued_without(tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run / "lightning_logs", "lightning_logs")

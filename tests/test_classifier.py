@@ -139,6 +139,7 @@ def test_images_reach_the_network_channels_last():
     assert formats == [True]
 
 
+@pytest.mark.slow
 def test_compiled_networks_keep_their_names_and_their_results(tmp_path, monkeypatch):
     compile = nn.Module.compile
     monkeypatch.setattr(

@@ -189,6 +189,7 @@ def test_a_file_system_without_locks_is_told_and_trained_on(tmp_path):
     assert "test accuracy" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_file_system_that_knows_no_fsync_is_written_all_the_same(tmp_path):
     done = run_fit(
         tmp_path, "fsync", ".", 1, "EINVAL", "cifar_transfer.fit", *JOB, module="fault_job"

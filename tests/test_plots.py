@@ -68,6 +68,7 @@ def shaded_until(axes):
     return shade.transformed(axes.transData.inverted()).x1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
 def test_no_name_is_cut_off_or_boxed(names):
     figures = run_figures.prediction_figures(some_predictions(names), "test")

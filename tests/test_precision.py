@@ -26,6 +26,7 @@ JOB += [
 JOB += ["--freeze.unfreeze_epoch=1", "--report.figures=false"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "dtype"),
     [("bf16-true", torch.bfloat16), ("16-true", torch.float16), ("64-true", torch.float64)],

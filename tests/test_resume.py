@@ -65,6 +65,7 @@ def test_a_changed_option_is_refused_and_more_epochs_are_trained(tmp_path, undis
     assert [step for step, _ in curves(tmp_path / RUN)["val/acc"]] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_ckpt_path_continues_in_a_new_run(tmp_path, undisturbed):
     run_fit(tmp_path, *JOB, "--trainer.max_epochs=5", f"--ckpt_path={undisturbed / LAST}")
     assert [step for step, _ in curves(tmp_path / RUN)["val/acc"]] == [5]

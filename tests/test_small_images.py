@@ -115,6 +115,7 @@ def photographs(shared):
     return (images / 255 - mean) / std
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "file", "factor", "min_cosine"),
     [

@@ -223,6 +223,7 @@ def test_a_change_on_resuming_is_refused():
             refuse_changes(before, before | {name: "balanced"})
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_resumed_is_one_never_stopped(tmp_path, photos, monkeypatch):
     job = [
         *JOB,

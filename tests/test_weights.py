@@ -197,6 +197,7 @@ def test_a_transformer_of_ours_goes_from_one_size_to_another(tmp_path):
     assert torch.equal(second.network.conv_proj.weight, first.network.conv_proj.weight)
 
 
+@pytest.mark.slow
 def test_torchvisions_old_names_of_densenet(tmp_path):
     """Its files of DenseNet have `norm.1` where the network has `norm1`, and no counters."""
     torch.manual_seed(0)
@@ -247,6 +248,7 @@ def test_auxiliary_heads_of_published_files_are_ignored(tmp_path):
     assert not any(".aux1." in key for key in model.state_dict())
 
 
+@pytest.mark.slow
 def test_a_head_without_bias_is_dropped(tmp_path):
     network = models.maxvit_t(num_classes=7)
     path = save_weights(network, tmp_path / "w.pth")
