@@ -277,7 +277,7 @@ def test_a_preset_of_augmentation_and_an_option_that_overrides_it(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["fit"])
     images = ["--data.train_images=40", "--data.test_images=20", "--trainer.max_epochs=1"]
-    fit([*TINY, *images, "--data.augment=photos", "--data.augment.erase=0.2"])
+    fit([*TINY, *images, "--data.augment", "photos", "--data.augment.erase=0.2"])
     written = yaml.safe_load(Path(RUN, "config.yaml").read_text())["data"]["init_args"]["augment"]
     assert written == asdict(replace(PRESETS["photos"], erase=0.2))
     fit([f"--resume={RUN}", "--trainer.max_epochs=2"])

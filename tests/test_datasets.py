@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import struct
+import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from test_data import batches, packed  # noqa: F401 # a fixture
 from torch.utils.data import Dataset, Subset
-from torchvision.datasets import MNIST
+from torchvision.datasets import MNIST, SVHN
 
 from cifar_transfer import (
     ArrayImages,
@@ -27,6 +28,7 @@ from cifar_transfer import (
 )
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.commands.evaluate import evaluate
+from cifar_transfer.data import library
 
 NAMES = ["ant", "bee", "cat"]
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 3, 32, 32), dtype=np.uint8)
@@ -112,6 +114,27 @@ def test_classes_without_names_are_numbers():
     assert DatasetDataModule(Pairs(pictures()), class_names=NAMES).class_names == NAMES
 
 
+def test_labels_are_those_of_the_items():
+    class Shifted(Pairs):
+        def __getitem__(self, row):
+            image, label = super().__getitem__(row)
+            return image, (label + 1) % 3
+
+    class Rare(Pairs):
+        def __getitem__(self, row):
+            image, label = super().__getitem__(row)
+            return image, 2 if row == 17 else label
+
+    shifted = Shifted(pictures(), targets=LABELS, classes=NAMES)
+    rare = Rare(pictures(), targets=LABELS, classes=NAMES, target_transform=lambda label: label)
+    expected = LABELS.copy()
+    expected[17] = 2
+    for dataset, labels in ((shifted, (LABELS + 1) % 3), (rare, expected)):
+        data = DatasetDataModule(dataset, dataset)
+        data.setup()
+        assert data.images["test"].labels.tolist() == labels.tolist()
+
+
 def test_a_transform_is_applied_in_each_epoch_and_other_images_are_read_once():
     class Changing(Pairs):
         reads = 0
@@ -121,8 +144,12 @@ def test_a_transform_is_applied_in_each_epoch_and_other_images_are_read_once():
             image, label = super().__getitem__(row)
             return image, label
 
-    for transform, again in ((None, 0), (lambda image: image, 60)):
-        dataset = Changing(PIXELS, transform=transform, targets=LABELS)
+    for attributes, again in (
+        ({}, 0),
+        ({"transform": lambda image: image}, 60),
+        ({"format": {"type": "custom"}}, 60),
+    ):
+        dataset = Changing(PIXELS, targets=LABELS, **attributes)
         data = DatasetDataModule(dataset, batch_size=10, num_workers=0, class_names=NAMES)
         data.setup()
         before = dataset.reads
@@ -242,6 +269,23 @@ def test_a_data_set_that_cannot_be_had_gets_a_sentence(tmp_path, mnist, monkeypa
         TorchvisionDataModule("MNIST", str(tmp_path / "data")).prepare_data()
     with pytest.raises(UserError, match="name=ImageNet is unknown: take CIFAR10, CIFAR100, "):
         TorchvisionDataModule("ImageNet")
+
+
+def test_a_package_that_a_data_set_needs_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    (tmp_path / "train_32x32.mat").write_bytes(b"")
+    monkeypatch.setattr(SVHN, "_check_integrity", lambda self: True)
+    with pytest.raises(UserError, match=r"^SVHN needs scipy.*: pip install scipy"):
+        TorchvisionDataModule("SVHN", str(tmp_path)).prepare_data()
+
+
+def test_a_data_set_in_a_folder_of_others_is_read(tmp_path, mnist, monkeypatch):
+    root = str(tmp_path / "data")
+    TorchvisionDataModule("MNIST", root).prepare_data()
+    monkeypatch.setattr(library, "FileLock", pytest.fail)
+    monkeypatch.setattr(library.os, "access", lambda path, mode: False)
+    assert TorchvisionDataModule("MNIST", root).class_names[0] == "0 - zero"
 
 
 def test_a_run_on_a_data_set_by_name_is_evaluated(tmp_path, mnist, monkeypatch):

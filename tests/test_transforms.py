@@ -87,9 +87,13 @@ def test_only_training_images_are_transformed():
     plain = ShapesDataModule(train_images=60, test_images=20)
     plain.setup()
     for split in ("train", "val", "test"):
-        pixels = data.shard(split).images[0][0]
         expected = plain.shard(split).images[0][0]
-        assert torch.equal(pixels, expected // 2 if split == "train" else expected)
+        assert torch.equal(data.shard(split).images[0][0], expected), "features are of these"
+    pixels, _ = next(iter(data.train_dataloader()))
+    brightest = {int(pixels.max()) for pixels, _ in plain.train_dataloader()}
+    assert int(pixels.max()) <= max(brightest) // 2
+    pixels, _ = next(iter(data.val_dataloader()))
+    assert torch.equal(pixels, next(iter(plain.val_dataloader()))[0])
     assert data.hparams["transforms"] == [
         "test_only_training_images_are_transformed.<locals>.<lambda>"
     ]

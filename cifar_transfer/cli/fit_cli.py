@@ -63,7 +63,7 @@ from cifar_transfer.training.run_checkpoints import AtomicCheckpointIO, RunCheck
 FOLDER_OPTION = "--trainer.default_root_dir"
 # A run that begins with the options of another one has its own.
 OPTIONS_OF_ONE_RUN = ("resume", "ckpt_path", "run")
-PRESET_OPTION = "--data.augment="
+PRESET_OPTION = "--data.augment"
 
 
 class Parser(LightningArgumentParser):
@@ -390,17 +390,32 @@ def _parse(parser: LightningArgumentParser, args: Sequence[str]) -> Any:
 def _with_presets(args: Sequence[str]) -> list[str]:
     """Return options in which `--data.augment=photos` has become the options of that preset."""
     options = []
+    value_follows = False
     for arg in args:
-        name = arg.removeprefix(PRESET_OPTION)
-        if arg.startswith(PRESET_OPTION) and name in PRESETS:
-            arg = f"{PRESET_OPTION}{json.dumps(asdict(PRESETS[name]))}"
-        elif arg.startswith(PRESET_OPTION) and not _is_file_or_yaml(name):
-            raise UserError(
-                f"{arg}: the presets of augmentation are {', '.join(PRESETS)}; options of its own "
-                f"are --data.augment.flip=0.5 and others."
-            )
-        options.append(arg)
+        if value_follows:
+            options.append(_preset(arg))
+        elif arg.startswith(f"{PRESET_OPTION}="):
+            options.append(f"{PRESET_OPTION}={_preset(arg.removeprefix(f'{PRESET_OPTION}='))}")
+        else:
+            options.append(arg)
+        value_follows = arg == PRESET_OPTION
     return options
+
+
+def _preset(name: str) -> str:
+    """Return the options of a preset as JSON; a file of options or such options stay as they are.
+
+    Raises:
+        UserError: It is none of these.
+    """
+    if name in PRESETS:
+        return json.dumps(asdict(PRESETS[name]))
+    if not _is_file_or_yaml(name):
+        raise UserError(
+            f"{PRESET_OPTION}={name}: the presets of augmentation are {', '.join(PRESETS)}; "
+            f"options of its own are --data.augment.flip=0.5 and others."
+        )
+    return name
 
 
 def _is_file_or_yaml(value: str) -> bool:

@@ -1,6 +1,6 @@
 """Datasets that are at hand in Python: torchvision's, Hugging Face's, or one's own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -149,7 +149,8 @@ def _has_transform(dataset: Any) -> bool:
     for attribute in ("transform", "transforms"):
         if getattr(dataset, attribute, None) is not None:
             return True
-    return False
+    form = getattr(dataset, "format", None)  # of Hugging Face's: "custom" after `set_transform`
+    return isinstance(form, Mapping) and form.get("type") == "custom"
 
 
 def in_memory(images: Images, name: str) -> ArrayImages:

@@ -13,6 +13,7 @@ from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.geometry import Fit, Size
 from cifar_transfer.data.images import Images, to_pixels
 
+CHECKED_LABELS = 10  # items whose label is compared with the one that the dataset keeps elsewhere
 MAX_SAMPLED_IMAGES = 200  # whose sizes decide the common size
 LABELS = ("targets", "labels", "_labels")  # attributes that torchvision's datasets keep labels in
 KINDS = "a PIL image, or uint8 of shape [H, W], [H, W, 3] or [3, H, W]"
@@ -84,13 +85,30 @@ def read_labels(dataset: Any, name: str, image_key: str, label_key: str) -> np.n
         labels = read_labels(dataset.dataset, name, image_key, label_key)
         return labels[np.asarray(dataset.indices, np.int64)]
     known = _known_labels(dataset, label_key)
-    if known is not None and len(known) == len(dataset):
+    if known is not None and _are_those_of_items(known, dataset, name, image_key, label_key):
         return known
     labels = np.empty(len(dataset), np.int64)
     for row in tqdm(range(len(dataset)), desc=f"labels of {name}", unit="img", disable=None):
         _, label = read_item(dataset, name, row, image_key, label_key)
         labels[row] = label
     return labels
+
+
+def _are_those_of_items(
+    labels: np.ndarray, dataset: Any, name: str, image_key: str, label_key: str
+) -> bool:
+    """Return whether labels are those of the items, as far as some items tell.
+
+    A `target_transform`, or a dataset that wraps another one, may change the labels of the items.
+    """
+    if len(labels) != len(dataset):
+        return False
+    count = min(CHECKED_LABELS, len(labels))
+    for row in np.linspace(0, len(labels) - 1, count).astype(int).tolist():
+        _, label = read_item(dataset, name, row, image_key, label_key)
+        if label != labels[row]:
+            return False
+    return getattr(dataset, "target_transform", None) is None
 
 
 def _known_labels(dataset: Any, label_key: str) -> np.ndarray | None:

@@ -1,6 +1,6 @@
 """Data sets by name: those that torchvision reads, splits and downloads."""
 
-import urllib.error
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from filelock import FileLock
 from torchvision import datasets
 
 from cifar_transfer.base.errors import UserError, check, first_line
-from cifar_transfer.base.files import make_folder
+from cifar_transfer.base.files import make_folder, user_path
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.base.time_limit import within
 from cifar_transfer.data import cifar
@@ -87,7 +87,7 @@ class TorchvisionDataModule(ImageDataModule):
             raise UserError(f"name={self.name} is unknown: take {', '.join(SPLITS_OF)}.")
         root = as_primitive("root", root)
         check("root", root, lambda path: isinstance(path, str), "a folder")
-        self.root = Path(root).expanduser()
+        self.root = user_path(root)
         self.decode_size: int | None = as_primitive("decode_size", decode_size)
         check_decode_size(self.decode_size)
         self.fit: Fit = as_primitive("fit", fit)
@@ -159,21 +159,31 @@ def open_dataset(name: str, root: Path, split: Split) -> Any:
     Raises:
         UserError: It can be neither read nor downloaded.
     """
-    kind = getattr(datasets, name)
     arguments = SPLITS_OF[name][split]
     make_folder(root, "root")
+    if not os.access(root, os.W_OK):
+        return _open(name, root, arguments)
     with FileLock(root / f".{name}.lock"):
-        try:
-            return kind(root, **arguments)
-        except (RuntimeError, FileNotFoundError):  # it is not there, or not whole
-            pass
-        try:
-            if name == "CIFAR10":  # from the mirrors; torchvision unpacks what is there
-                cifar.download(root)
-            return within(MAX_DOWNLOAD_SECONDS, lambda: kind(root, download=True, **arguments))
-        except (RuntimeError, OSError, urllib.error.URLError) as error:
-            raise UserError(
-                f"{name} is not in {root.resolve()}, and cannot be downloaded "
-                f"({first_line(error)}): put the files there that torchvision.datasets.{name} "
-                f"reads, or name another folder with --data.root=FOLDER."
-            ) from None
+        return _open(name, root, arguments)
+
+
+def _open(name: str, root: Path, arguments: Mapping[str, Any]) -> Any:
+    kind = getattr(datasets, name)
+    try:
+        return kind(root, **arguments)
+    except ImportError as error:  # some are in files that scipy reads
+        raise UserError(f"{name} needs {error.name}: pip install {error.name}.") from None
+    except (RuntimeError, FileNotFoundError):  # it is not there, or not whole
+        pass
+    try:
+        if name == "CIFAR10":  # from the mirrors; torchvision unpacks what is there
+            cifar.download(root)
+        return within(MAX_DOWNLOAD_SECONDS, lambda: kind(root, download=True, **arguments))
+    except ImportError as error:
+        raise UserError(f"{name} needs {error.name}: pip install {error.name}.") from None
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"{name} is not in {root.resolve()}, and cannot be downloaded ({first_line(error)}): "
+            f"put the files there that torchvision.datasets.{name} reads, or name another folder "
+            f"with --data.root=FOLDER."
+        ) from None

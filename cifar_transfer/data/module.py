@@ -534,8 +534,12 @@ class ImageDataModule(LightningDataModule):
         if self.trainer is None or self.trainer.training:  # Lightning also restores for a test
             self._first_batch = state_dict["first_batch"]
 
-    def shard(self, split: Split) -> Shard:
+    def shard(self, split: Split, transformed: bool = False) -> Shard:
         """Return what this process reads of a split.
+
+        Args:
+            split: The split.
+            transformed: Whether images go through `transforms`, as in training.
 
         Raises:
             UserError: The data have no such images.
@@ -546,7 +550,7 @@ class ImageDataModule(LightningDataModule):
                 f"There are no {split} images: add a folder {split}/ with the same classes."
             )
         images = self.images[split]
-        if split == "train" and self.transforms:
+        if transformed and self.transforms:
             images = TransformedImages(images, self.transforms, self.seed)
         rank = self.trainer.global_rank if self.trainer else 0
         world_size = self.trainer.world_size if self.trainer else 1
@@ -563,7 +567,7 @@ class ImageDataModule(LightningDataModule):
         first_batch = self._first_batch
         self._first_batch = 0
         return training_loader(
-            self.shard("train"),
+            self.shard("train", transformed=True),
             self.batch_size,
             self.seed,
             balanced=self.sampler is not None,

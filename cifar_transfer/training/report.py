@@ -195,7 +195,7 @@ def augmented_images(data: ImageDataModule, side: int | None) -> tuple[np.ndarra
     Returns:
         uint8 [N, 3, H, W], RGB, N <= 32, and the name of the class of each.
     """
-    images = data.shard("train").images
+    images = data.shard("train", transformed=True).images
     count = min(MAX_AUGMENTED_IMAGES, len(images))
     rows = np.linspace(0, len(images) - 1, count).astype(int)
     pixels, labels = images.__getitems__(rows.tolist())
