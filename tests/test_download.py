@@ -33,16 +33,33 @@ SHA256 = "sha256:" + hashlib.sha256(DATA).hexdigest()[:8]
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[BrokenServer]:
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
-    monkeypatch.setattr(download, "READ_SECONDS", 0.8)
     without_pause = SimpleNamespace(sleep=lambda seconds: None)
     monkeypatch.setattr(pooch.core, "time", without_pause)
     with BrokenServer({"/file": DATA}, slow_rate=200_000) as server:
         yield server
 
 
-def get(server: BrokenServer, path: Path, *sources: str, digest: str = MD5) -> Path:
+def get(
+    server: BrokenServer,
+    path: Path,
+    *sources: str,
+    digest: str = MD5,
+    total_seconds: float = 60,
+) -> Path:
     urls = [server.url(source) for source in sources]
-    return fetch(urls, path, digest=digest, max_bytes=10_000_000, total_seconds=2)
+    return fetch(urls, path, digest=digest, max_bytes=10_000_000, total_seconds=total_seconds)
+
+
+def be_impatient(behaviour: str, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Return the total seconds for a download, and set those of silence: few where they will pass.
+
+    A server that answers is not hurried: how soon it does depends on what else the machine does.
+    """
+    if behaviour in ("stall", "silent"):
+        monkeypatch.setattr(download, "READ_SECONDS", 0.8)
+    if behaviour.startswith("trickle"):
+        return 2
+    return 60
 
 
 def names_in(folder: Path) -> list[str]:
@@ -72,21 +89,23 @@ HITS = {"loop": 62, "trickle": 1, "trickle_head": 1}
 
 @pytest.mark.parametrize("behaviour", BROKEN)
 def test_a_broken_source_is_named_and_leaves_nothing(
-    server: BrokenServer, tmp_path: Path, behaviour: str
+    server: BrokenServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str
 ) -> None:
-    start = time.monotonic()
+    total_seconds = be_impatient(behaviour, monkeypatch)
     message = rf"^could not download x\.bin: {server.host} \({BROKEN[behaviour]}\)$"
     with pytest.raises(UserError, match=message):
-        get(server, tmp_path / "x.bin", f"/{behaviour}/file")
-    assert time.monotonic() - start < 10
+        get(server, tmp_path / "x.bin", f"/{behaviour}/file", total_seconds=total_seconds)
     assert server.hits[f"/{behaviour}/file"] == HITS.get(behaviour, 2)
     assert names_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("behaviour", ["trickle", "stall", "wrong", "missing"])
 def test_a_broken_source_is_left_for_the_next(
-    server: BrokenServer, tmp_path: Path, behaviour: str
+    server: BrokenServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str
 ) -> None:
+    be_impatient(behaviour, monkeypatch)
+    if behaviour == "trickle":
+        monkeypatch.setattr(download, "SECONDS_BEFORE_NEXT", 0.5)
     path = get(server, tmp_path / "x.bin", f"/{behaviour}/file", "/file")
     assert path.read_bytes() == DATA
     assert server.hits["/file"] == 1
@@ -221,16 +240,17 @@ def test_a_mirror_that_trickles_is_left_soon_if_there_is_another(
 ) -> None:
     monkeypatch.setattr(download, "SECONDS_BEFORE_NEXT", 0.5)
     urls = [server.url("/trickle/file"), server.url("/slow/file")]
-    server.slow_rate = 100_000  # 1.5 s
-    start = time.monotonic()
-    fetch(urls, tmp_path / "x.bin", digest=MD5, total_seconds=60)
-    assert time.monotonic() - start < 10
+    server.slow_rate = 100_000  # 1.5 s: the last one has all the time
+    fetch(urls, tmp_path / "x.bin", digest=MD5, total_seconds=3600)
+    assert server.hits == {"/trickle/file": 1, "/slow/file": 1}
     assert (tmp_path / "x.bin").read_bytes() == DATA
 
 
 def test_after_a_failed_download_a_waiting_process_tries_itself(
-    server: BrokenServer, tmp_path: Path
+    server: BrokenServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    be_impatient("stall", monkeypatch)
+
     def fail() -> None:
         with pytest.raises(UserError, match=r"could not download x\.bin"):
             get(server, tmp_path / "x.bin", "/stall/file")
@@ -244,21 +264,21 @@ def test_after_a_failed_download_a_waiting_process_tries_itself(
     assert server.hits == {"/stall/file": 2, "/file": 1}
 
 
-def test_an_interrupt_leaves_nothing(
-    server: BrokenServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(download, "READ_SECONDS", 20)
+def test_an_interrupt_leaves_nothing(server: BrokenServer, tmp_path: Path) -> None:
+    def interrupt() -> None:
+        while not any(part.stat().st_size for part in tmp_path.rglob("*") if part.is_file()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
     # Shells make background jobs ignore the signal.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-        start = time.monotonic()
+        threading.Thread(target=interrupt, daemon=True).start()
         with pytest.raises(KeyboardInterrupt, match=r"^$"):
             get(server, tmp_path / "x.bin", "/stall/file")
     finally:
         signal.signal(signal.SIGINT, before)
-    assert time.monotonic() - start < 1.8
-    assert server.hits["/stall/file"] == 1
+    assert server.hits["/stall/file"] == 1, "neither read to its time-out nor tried again"
     assert names_in(tmp_path) == []
 
 
