@@ -568,6 +568,10 @@ REFUSED = [
     ("trainer.devices", "true"),
     ("trainer.val_check_interval", "1000"),
     ("trainer.check_val_every_n_epoch", "0"),
+    ("trainer.limit_train_batches", ".nan"),
+    ("trainer.limit_val_batches", "-.inf"),
+    ("trainer.limit_test_batches", ".nan"),
+    ("trainer.overfit_batches", "-1"),
     ("model.num_classes", "1000000000"),
     ("trainer.default_root_dir", "/dev/null"),
 ]

@@ -64,6 +64,14 @@ FOLDER_OPTION = "--trainer.default_root_dir"
 # A run that begins with the options of another one has its own.
 OPTIONS_OF_ONE_RUN = ("resume", "ckpt_path", "run")
 PRESET_OPTION = "--data.augment"
+# Options of the Trainer that are a number of batches or a share of them.
+BATCH_LIMITS = (
+    "limit_train_batches",
+    "limit_val_batches",
+    "limit_test_batches",
+    "limit_predict_batches",
+    "overfit_batches",
+)
 
 
 class Parser(LightningArgumentParser):
@@ -491,6 +499,12 @@ def _check_trainer_options(options: Any) -> None:
             "limit_train_batches=0 trains nothing: give a number of batches, or a share of them in "
             "(0, 1]. To score a checkpoint there is the command evaluate."
         )
+    for name in BATCH_LIMITS:
+        value = getattr(options, name)
+        if value is not None:  # Lightning looks at none that another one replaces
+            check(
+                name, value, lambda share: 0 <= share < math.inf, "a number of batches or a share"
+            )
     if options.barebones:
         raise UserError(
             "barebones=true leaves out the log, the checkpoints and all else that a run is chosen "
