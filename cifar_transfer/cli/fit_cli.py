@@ -487,8 +487,12 @@ def _named_as_options(text: str, keys: Sequence[str]) -> str:
     return text
 
 
-def _check_trainer_options(options: Any) -> None:
-    """Refuse values that Lightning takes, and that give a run without validation, end or steps."""
+def _is_number_of_batches(value: Any) -> bool:
+    return 0 <= value < math.inf
+
+
+def _check_batch_limits(options: Any) -> None:
+    """Refuse a run without batches, and what Lightning does not look at if another replaces it."""
     if options.limit_val_batches == 0:
         raise UserError(
             "limit_val_batches=0: the schedule and the choice of the checkpoint need validation "
@@ -501,10 +505,13 @@ def _check_trainer_options(options: Any) -> None:
         )
     for name in BATCH_LIMITS:
         value = getattr(options, name)
-        if value is not None:  # Lightning looks at none that another one replaces
-            check(
-                name, value, lambda share: 0 <= share < math.inf, "a number of batches or a share"
-            )
+        if value is not None:
+            check(name, value, _is_number_of_batches, "a number of batches or a share of them")
+
+
+def _check_trainer_options(options: Any) -> None:
+    """Refuse values that Lightning takes, and that give a run without validation, end or steps."""
+    _check_batch_limits(options)
     if options.barebones:
         raise UserError(
             "barebones=true leaves out the log, the checkpoints and all else that a run is chosen "
