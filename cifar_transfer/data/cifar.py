@@ -20,7 +20,8 @@ from cifar_transfer.base.files import file_version, user_path
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.base.text import without_password
 from cifar_transfer.data.cache import cached
-from cifar_transfer.data.folder import class_files, class_folders, folder_images, has_images
+from cifar_transfer.data.files import cached_files
+from cifar_transfer.data.folder import class_files, class_folders, has_images
 from cifar_transfer.data.images import ArrayImages, FileImages, Images
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split, by_number
@@ -86,11 +87,10 @@ class CIFAR10DataModule(ImageDataModule):
             return batch_images(batches, split)
         folder = find_image_folder(self.root)
         assert folder is not None, "prepare_data has not run"
-        paths, labels = class_files(folder / split, CLASSES)
-        images = folder_images(FileImages(paths, labels, IMAGE_SIZE), folder, split, CACHE_LIMIT_GB)
-        assert images.names is not None
-        images.names = [by_number(name) for name in images.names]
-        return images
+        files = class_files(folder / split, CLASSES)
+        names = [by_number(name) for name in files.names]
+        images = FileImages(files.paths, files.labels, IMAGE_SIZE)
+        return cached_files(images, names, folder, split, CACHE_LIMIT_GB)
 
 
 def find_batches(root: Path) -> Path | None:
