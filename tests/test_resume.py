@@ -90,6 +90,7 @@ def lenet(model=None, data=None):
     [
         ({"lr": 0.5}, {}, r"model\.lr=0\.5 differs from 0\.001, with which the run began"),
         ({"schedule": "cosine"}, {}, r"model\.schedule=cosine differs from plateau"),
+        ({"mixup_alpha": 0.2}, {}, r"model\.mixup_alpha=0\.2 differs from 0\.0"),
         ({}, {"batch_size": 8}, r"data\.batch_size=8 differs from 12"),
         ({}, {"seed": 3}, "seed_everything=3 differs from 0"),
     ],

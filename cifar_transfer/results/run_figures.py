@@ -121,18 +121,30 @@ def _image_title(predictions: Predictions, row: int) -> list[str]:
     ]
 
 
-def augmented_figure(images: np.ndarray, class_names: Sequence[str]) -> Figure:
+def augmented_figure(images: np.ndarray, shares: np.ndarray, class_names: Sequence[str]) -> Figure:
     """Draw augmented training images.
 
     Args:
         images: uint8 [N, 3, H, W], RGB.
-        class_names: Name of the class of each image.
+        shares: Share of each class in the label of each image, float [N, C].
+        class_names: Names of the C classes.
     """
-    titles = [[class_name(name)] for name in class_names]
+    titles = [_title_of_shares(row, class_names) for row in shares]
     heading = word(
         "Training images as the network sees them, {size} pixels", size=pixels(images.shape[2:])
     )
     return plots.grid(images, titles, heading)
+
+
+def _title_of_shares(shares: np.ndarray, class_names: Sequence[str]) -> list[str]:
+    """Return the classes that are in an image, the largest first, with their shares of several."""
+    classes = np.argsort(-shares, kind="stable")[: np.count_nonzero(shares)]
+    if len(classes) == 1:
+        return [class_name(class_names[classes[0]])]
+    lines = []
+    for number in classes:
+        lines.append(f"{class_name(class_names[number])} {shares[number]:.0%}")
+    return lines
 
 
 def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:

@@ -51,6 +51,7 @@ from cifar_transfer.training.lightning_internals import (
     trainer_of,
 )
 from cifar_transfer.training.loss import LossOptions, Teacher, TrainingLoss
+from cifar_transfer.training.mixing import BatchMixing, MixingOptions
 from cifar_transfer.training.optimizer import OptimizerName, OptimizerOptions, ScheduleName
 from cifar_transfer.training.progress_bar import plain_progress_bar
 
@@ -82,7 +83,8 @@ class TransferClassifier(LightningModule):
         on_fit_start                  loss with class weights and teacher
         on_train_start                compile the network, if that is asked for
         for each epoch:
-            training_step             loss of a batch; count it and its accuracy
+            training_step             mix its images, if that is asked for; loss of the batch;
+                                      count it and its accuracy
             validation_step           add a batch to val/loss and val/acc
             on_validation_epoch_end   keep val/loss and val/acc, log them by step
             (best.ckpt is written)
@@ -125,6 +127,14 @@ class TransferClassifier(LightningModule):
         teacher_weight: Weight of the teacher in the loss, in [0, 1]; 1 learns from it alone.
         temperature: Divides the logits of both in that divergence (4 as in Tian et al. 2020,
             https://arxiv.org/abs/1910.10699).
+        mixup_alpha: Mixup (https://arxiv.org/abs/1710.09412): each training image becomes a
+            weighted mean with another one of its batch, and so does its label. The weight is drawn
+            for each batch from Beta(alpha, alpha): torchvision's `MixUp`. 0: off.
+        cutmix_alpha: CutMix (https://arxiv.org/abs/1905.04899): a rectangle of each training image
+            comes from another one of its batch, and that share of the label too; its area is drawn
+            in the same way: torchvision's `CutMix`. 0: off. With both, either is drawn for each
+            batch.
+        mix_off_epochs: Last epochs of the run, whose images are not mixed.
         optimizer: "adam", "adamw" or "sgd" (with Nesterov's momentum).
         lr: Learning rate, until the unfreezing or the schedule changes it.
         head_lr: Learning rate of the heads, also after the unfreezing; None: that of the backbone.
@@ -149,6 +159,7 @@ class TransferClassifier(LightningModule):
         heads: Names of the layers of `network` that tell the classes apart.
         stages: Names of the network's parameters and buffers by stage, from stem to head.
         image_sizes: The callback that chooses the side of training images, or None.
+        mixing: The callback that mixes training images and their labels, or None.
         weight_average: The callback that averages the weights, or None.
 
     Raises:
@@ -176,6 +187,9 @@ class TransferClassifier(LightningModule):
         teacher: str | None = None,
         teacher_weight: float = 0.5,
         temperature: float = 4.0,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        mix_off_epochs: int = 0,
         optimizer: OptimizerName = "adam",
         lr: float = 1e-3,
         head_lr: float | None = None,
@@ -206,6 +220,11 @@ class TransferClassifier(LightningModule):
             teacher_weight=teacher_weight,
             temperature=temperature,
         )
+        mixing_options = MixingOptions(
+            mixup_alpha=mixup_alpha,
+            cutmix_alpha=cutmix_alpha,
+            mix_off_epochs=mix_off_epochs,
+        )
         self.optimizer_options = OptimizerOptions(
             optimizer=optimizer,
             lr=lr,
@@ -229,6 +248,7 @@ class TransferClassifier(LightningModule):
             {
                 **asdict(network_options),
                 **asdict(self.loss_options),
+                **asdict(mixing_options),
                 **asdict(self.optimizer_options),
                 "train_sizes": train_sizes,
                 "ema": ema,
@@ -244,6 +264,9 @@ class TransferClassifier(LightningModule):
         self.stages = find_stages(self.network, self.heads)
         self.loss = TrainingLoss(self.loss_options)
         self.image_sizes = None if train_sizes is None else ImageSizes(train_sizes)
+        self.mixing: BatchMixing | None = None
+        if mixing_options.is_on:
+            self.mixing = BatchMixing(mixing_options, self.classifier.num_classes)
         self.weight_average = None if ema is None else ExponentialMovingAverage(ema)
         self._statistics_are_chosen = normalize is not None
         self._size_is_known = False
@@ -289,11 +312,16 @@ class TransferClassifier(LightningModule):
         return self.classifier(images)
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Return the callbacks that the options `train_sizes` and `ema` ask for.
+        """Return the callbacks that options ask for: of `train_sizes`, mixing and `ema`.
 
         In a notebook that cannot show Lightning's progress bar, ours takes its place.
         """
-        callbacks = (self.image_sizes, self.weight_average, plain_progress_bar(self.trainer))
+        callbacks = (
+            self.image_sizes,
+            self.mixing,
+            self.weight_average,
+            plain_progress_bar(self.trainer),
+        )
         return [callback for callback in callbacks if callback is not None]
 
     def setup(self, stage: str) -> None:
@@ -528,6 +556,8 @@ class TransferClassifier(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean loss of a batch, and count it and its accuracy.
 
+        The accuracy of mixed images is that of the label with the larger share.
+
         Args:
             batch: Images, float [B, 3, H, W] in [0, 1] or integers from 0 to 255, RGB, and labels,
                 integers [B]; see `BatchReader`.
@@ -543,8 +573,12 @@ class TransferClassifier(LightningModule):
         side = self.classifier.geometry.input_side
         if self.image_sizes is not None:
             side = self.image_sizes.side
+        targets = labels
+        if self.mixing is not None and self.mixing.is_active:
+            images, targets = self.mixing(images, labels)
+            labels = targets.argmax(1)  # of the larger share
         logits = self.classifier.logits_at(images, side)
-        loss = self.loss(images, logits, labels)
+        loss = self.loss(images, logits, targets)
 
         self.train_loss.update(loss.detach().expand(len(labels)))
         self.train_acc.update(logits.detach(), labels)

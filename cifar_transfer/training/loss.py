@@ -127,18 +127,21 @@ class TrainingLoss:
         self.class_weights = class_weights
         self.teacher = teacher
 
-    def __call__(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of a batch, a scalar.
 
-        The cross-entropy of each image counts with the weight of its class. A teacher speaks of all
-        images alike.
+        The cross-entropy of each image counts with the weight of its class. That of a mixed image
+        is the sum over its labels, each with its share. A teacher speaks of all images alike.
 
         Args:
             images: Float [B, 3, H, W] in [0, 1], RGB, for the teacher.
             logits: Float [B, C].
-            labels: Int64 [B].
+            targets: Labels, int64 [B], or the share of each class in mixed images, float [B, C].
         """
-        loss = self._cross_entropy(logits, labels)
+        if targets.ndim == 1:
+            loss = self._cross_entropy(logits, targets)
+        else:
+            loss = self._mixed_cross_entropy(logits, targets)
         if self.teacher is None:
             return loss
         divergence = self.teacher.loss(images, logits, self.options.temperature)
@@ -152,6 +155,16 @@ class TrainingLoss:
         # several processes would not be the loss of their joint batch.
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
         return (losses * self.class_weights[labels]).mean()
+
+    def _mixed_cross_entropy(self, logits: Tensor, shares: Tensor) -> Tensor:
+        smoothing = self.options.label_smoothing
+        if self.class_weights is None:
+            return F.cross_entropy(logits, shares, label_smoothing=smoothing)
+        # Smoothing spreads the weight of a label, too, as it does without mixing. torch would give
+        # each class its own weight there.
+        weighted = shares * self.class_weights
+        spread = weighted.mean(1, keepdim=True)
+        return F.cross_entropy(logits, weighted.lerp(spread, smoothing))
 
     def to(self, device: torch.device, dtype: Any) -> None:
         """Bring class weights and teacher to the device of the network."""

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch import Tensor
 
 from cifar_transfer.base.console import counted, say
 from cifar_transfer.data.augment import step_seed
@@ -26,12 +28,14 @@ from cifar_transfer.training.lightning_internals import (
     log_interval,
     set_log_interval,
 )
+from cifar_transfer.training.mixing import BatchMixing
 from cifar_transfer.training.run import folder_of
 from cifar_transfer.training.run_clock import RunClock
 
 LOG_INTERVAL = 10  # steps, unless the options say otherwise
 MIN_CURVE_POINTS = 50  # of a run that has so many steps, and leaves `LOG_INTERVAL` as it is
 MAX_AUGMENTED_IMAGES = 32  # shown before training
+MIXED_GROUP = 8  # of these images, which are mixed with each other
 MAX_QUICK_MODULES = 300  # the graph of a network with more modules takes seconds to draw
 
 
@@ -81,9 +85,12 @@ class Report(Callback):
         if not isinstance(data, ImageDataModule):
             return
         side = pl_module.side_at(1, 1)  # at the end of the run
-        images, names = augmented_images(data, side)
+        mixing = pl_module.mixing
+        if mixing is not None and not mixing.mixes_in(trainer.current_epoch):
+            mixing = None
+        images, shares = augmented_images(data, side, mixing)
         with language(self.language, data.class_names):
-            figures = {"augmented": augmented_figure(images, names)}
+            figures = {"augmented": augmented_figure(images, shares, data.class_names)}
             paths = save_figures(figures, run / FIGURES_FOLDER)
         board = board_of(trainer)
         if board is not None:
@@ -183,7 +190,9 @@ class Report(Callback):
         self.clock.load_state_dict(state_dict)
 
 
-def augmented_images(data: ImageDataModule, side: int | None) -> tuple[np.ndarray, list[str]]:
+def augmented_images(
+    data: ImageDataModule, side: int | None, mixing: BatchMixing | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return training images as the network will see them, before they are normalised.
 
     No random number of the training is drawn.
@@ -191,20 +200,38 @@ def augmented_images(data: ImageDataModule, side: int | None) -> tuple[np.ndarra
     Args:
         data: Data module that is set up.
         side: Pixels to which images are resized; None leaves them as they are.
+        mixing: Mixes images, a few at a time, so that they show more than one batch would; None
+            mixes none.
 
     Returns:
-        uint8 [N, 3, H, W], RGB, N <= 32, and the name of the class of each.
+        uint8 [N, 3, H, W], RGB, N <= 32, and the share of each class in each image, float32 [N, C].
     """
     images = data.shard("train", transformed=True).images
     count = min(MAX_AUGMENTED_IMAGES, len(images))
     rows = np.linspace(0, len(images) - 1, count).astype(int)
     pixels, labels = images.__getitems__(rows.tolist())
+    shares = F.one_hot(labels, data.num_classes).float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step_seed(data.seed, epoch=0, step=0, rank=0))
-        augmented = resize(data.augment(pixels), side)
+        augmented = data.augment(pixels)
+        if mixing is not None:
+            augmented, shares = _mixed_in_groups(augmented, labels, mixing)
+        augmented = resize(augmented, side)
     augmented = (255 * augmented.clamp(0, 1)).round().byte()
-    names = [data.class_names[label] for label in labels.tolist()]
-    return augmented.numpy(), names
+    return augmented.numpy(), shares.numpy()
+
+
+def _mixed_in_groups(images: Tensor, labels: Tensor, mixing: BatchMixing) -> tuple[Tensor, Tensor]:
+    """Return images of several mixed batches of `MIXED_GROUP` images, and their shares."""
+    image_groups = []
+    share_groups = []
+    for group, group_labels in zip(
+        images.split(MIXED_GROUP), labels.split(MIXED_GROUP), strict=True
+    ):
+        mixed, shares = mixing(group, group_labels)
+        image_groups.append(mixed)
+        share_groups.append(shares)
+    return torch.cat(image_groups), torch.cat(share_groups)
 
 
 def _fill_board(trainer: Trainer, pl_module: TransferClassifier) -> None:
