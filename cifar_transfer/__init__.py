@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from cifar_transfer.data.dataset import DatasetDataModule as DatasetDataModule
     from cifar_transfer.data.folder import ImageFolderDataModule as ImageFolderDataModule
     from cifar_transfer.data.images import ArrayImages as ArrayImages
+    from cifar_transfer.data.images import FileImages as FileImages
     from cifar_transfer.data.library import TorchvisionDataModule as TorchvisionDataModule
     from cifar_transfer.data.module import ImageDataModule as ImageDataModule
     from cifar_transfer.data.shapes import ShapesDataModule as ShapesDataModule
+    from cifar_transfer.data.table import TableDataModule as TableDataModule
     from cifar_transfer.inference.predictor import Classifier as Classifier
     from cifar_transfer.training.classifier import TransferClassifier as TransferClassifier
     from cifar_transfer.training.freeze import BackboneFreeze as BackboneFreeze
@@ -29,11 +31,13 @@ _MODULES = {
     "CIFAR10DataModule": "cifar_transfer.data.cifar",
     "Classifier": "cifar_transfer.inference.predictor",
     "DatasetDataModule": "cifar_transfer.data.dataset",
+    "FileImages": "cifar_transfer.data.images",
     "ImageDataModule": "cifar_transfer.data.module",
     "ImageFolderDataModule": "cifar_transfer.data.folder",
     "Phase": "cifar_transfer.training.phases",
     "Report": "cifar_transfer.training.report",
     "ShapesDataModule": "cifar_transfer.data.shapes",
+    "TableDataModule": "cifar_transfer.data.table",
     "TorchvisionDataModule": "cifar_transfer.data.library",
     "TransferClassifier": "cifar_transfer.training.classifier",
 }

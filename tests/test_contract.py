@@ -31,6 +31,7 @@ DATA_MODULES = (
     "CIFAR10DataModule",
     "ImageFolderDataModule",
     "ShapesDataModule",
+    "TableDataModule",
     "TorchvisionDataModule",
 )
 OPTIONS = "Options, with their defaults (null: none)"
@@ -53,7 +54,7 @@ OUR_WORDS = {  # in place of Lightning's and jsonargparse's
     "--seed_everything": "Seed of all that is drawn: held-out images, their order, augmentation, "
     "new weights.",
     "--data": "Where images come from: CIFAR10DataModule, ImageFolderDataModule, "
-    "ShapesDataModule, TorchvisionDataModule, or a class.",
+    "ShapesDataModule, TableDataModule, TorchvisionDataModule, or a class.",
     "--trainer.max_epochs": "Epochs; -1 for no end.",
     "--trainer.default_root_dir": "Where lightning_logs/ is; null for the current folder.",
 }

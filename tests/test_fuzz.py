@@ -19,6 +19,7 @@ from cifar_transfer.base.errors import one_sentence
 from cifar_transfer.cli.fit_cli import FitCLI
 from cifar_transfer.commands.fit import fit
 from cifar_transfer.data.cifar import CLASSES
+from cifar_transfer.data.table import TableDataModule
 from cifar_transfer.training.classifier import TransferClassifier
 from cifar_transfer.training.freeze import BackboneFreeze
 from cifar_transfer.training.report import Report
@@ -115,6 +116,14 @@ OPTIONS_OF_DATA: dict[str, dict[str, tuple[str, ...]]] = {
         "data.decode_size": ("32", "null"),
         "data.cache_limit_gb": ("0", "8.0", ".inf"),
         "data.max_megapixels": ("1", "100.0"),
+    },
+    "TableDataModule": {
+        "data.train": ("photos.csv",),
+        "data.val": ("photos.csv", "null"),
+        "data.test": ("photos.csv", "null"),
+        "data.tables": (".",),
+        "data.image_column": ("image",),
+        "data.label_column": ("label",),
     },
     "CIFAR10DataModule": {"data.root": ("cifar",), "data.url": ("null", "http://127.0.0.1:9/x")},
 }
@@ -362,6 +371,8 @@ def value_of(cli, name):
         LookupError: No object says so.
     """
     group, _, name_in_group = name.partition(".")
+    if group == "data" and isinstance(cli.datamodule, TableDataModule):
+        return cli.datamodule.hparams[name_in_group]
     if group == "data":
         return operator.attrgetter(name_in_group)(cli.datamodule)
     if group == "model":
@@ -441,6 +452,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     write_images(folder / "photos" / "train", 12)
     write_images(folder / "photos" / "test", 3, seed=1)
+    rows = [f"{path},{path.parent.name}" for path in (folder / "photos" / "train").glob("*/*")]
+    (folder / "photos.csv").write_text("\n".join(["image,label", *rows]))
     write_images(folder / "cifar" / "train", 3, classes=CLASSES, seed=3)
     write_images(folder / "cifar" / "test", 1, classes=CLASSES, seed=1)
     with pytest.MonkeyPatch.context() as patch:

@@ -217,13 +217,14 @@ def predicted(here, capsys):
 
 def test_csv_says_what_json_says(predicted):
     predictions, run = predicted
-    rows = []
-    for row in csv.DictReader(io.StringIO(run("csv"))):
-        rows.append((row["image"], row["rank"], row["class"], float(row["probability"])))
+    heading, *rows = csv.reader(io.StringIO(run("csv")))
+    assert heading == ["image", "label", "probability", "label_2", "probability_2"]
     expected = []
     for prediction in predictions:
-        for rank, (name, share) in enumerate(prediction["classes"], 1):
-            expected.append((prediction["image"], str(rank), name, share))
+        cells = [prediction["image"]]
+        for name, share in prediction["classes"]:
+            cells += [name, f"{share:.6f}"]
+        expected.append(cells)
     assert rows == expected
 
 
@@ -374,7 +375,7 @@ def test_whoever_reads_the_output_may_leave(here, tmp_path):
             env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"},
         )
     with process:
-        assert process.stdout.readline() == b"image,rank,class,probability\n"
+        assert process.stdout.readline().startswith(b"image,label,probability,label_2,")
         process.stdout.close()
     errors = (tmp_path / "errors").read_text()
     assert "Traceback" not in errors

@@ -275,6 +275,22 @@ def test_the_dataset_of_the_options_is_taken(monkeypatch):
     }
 
 
+def test_the_files_of_the_options_are_taken(tmp_path, monkeypatch):
+    (text,) = [text for _, text in blocks(OPTIONS, "python") if "FileImages" in text]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos" / "train").mkdir(parents=True)
+    for number in range(8):
+        for name in ("cat", "dog"):
+            Image.new("RGB", (30, 20)).save(f"photos/train/{name}{number}.jpg")
+    (tmp_path / "photos" / "test").symlink_to(tmp_path / "photos" / "train")
+    names = {}
+    exec(text, names)
+    data = names["Photos"]()
+    data.setup()
+    assert data.images["test"].labels.tolist() == [0] * 8 + [1] * 8
+    assert data.image_size == (224, 224)
+
+
 def test_the_python_example_of_the_recipes_runs():
     ((_, text),) = blocks(ROOT / "docs/recipes.md", "python")
     names = {}

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TextIO
 
 MIN_COLUMNS = 20  # a terminal that says that it has fewer says nothing
+# A cell that begins so may be run as a formula: https://owasp.org/www-community/attacks/CSV_Injection
+FORMULA_STARTS = ("=", "+", "-", "@")
 STYLE = r"\x1b\[\d*m"  # ANSI's, which takes no place
 MIN_COLUMN_WIDTH = 3  # Markdown wants three dashes
 
@@ -85,6 +87,19 @@ def printable(text: str) -> str:
             character = ascii(character)[1:-1]
         characters.append(character)
     return "".join(characters)
+
+
+def spreadsheet_cell(text: str) -> str:
+    """Return a text in one line, with a quote before what a spreadsheet would run as a formula."""
+    line = printable(text)
+    return f"'{line}" if line.startswith(FORMULA_STARTS) else line
+
+
+def from_spreadsheet_cell(cell: str) -> str:
+    """Return the text of a cell without the quote that `spreadsheet_cell` puts before some."""
+    if cell.startswith("'") and cell[1:].startswith(FORMULA_STARTS):
+        return cell[1:]
+    return cell
 
 
 def composed(text: str) -> str:

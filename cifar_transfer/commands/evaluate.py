@@ -101,7 +101,8 @@ def _load_data(
     """Return the data of a checkpoint's run, split as in the run, with all images."""
     overrides: dict[str, Any] = {}
     if root:
-        overrides["root"] = root
+        options = checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        overrides["tables" if "tables" in options else "root"] = root
     else:
         _require_data(checkpoint)
     if leave_out:

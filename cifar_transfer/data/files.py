@@ -30,12 +30,11 @@ from cifar_transfer.data.images import (
     FileImages,
     Images,
     UnreadableImages,
-    read_size,
+    sample_sizes,
 )
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split, Splits
 
-MAX_SAMPLED_IMAGES = 1000  # training images, evenly spread, whose sizes decide the common size
 FITTING: dict[Fit, str] = {
     "crop": "resized and cut to the centre",
     "pad": "resized, with black beside them",
@@ -138,20 +137,10 @@ class FileDataModule(ImageDataModule):
         if not self._sampled_sizes:
             files = self.files("train")
             assert files is not None, "a data module without training images is told a size"
-            count = min(MAX_SAMPLED_IMAGES, len(files.paths))
-            rows = np.linspace(0, len(files.paths) - 1, count).astype(int)
-            self._sample_sizes([files.paths[row] for row in rows])
+            sizes, errors = sample_sizes(files.paths, self.max_megapixels)
+            self._sampled_sizes = sizes
+            self._sampling_errors = errors
         return choose_size(self._sampled_sizes, largest_side)
-
-    def _sample_sizes(self, paths: Sequence[str]) -> None:
-        self._sampling_errors = []
-        for path in paths:
-            try:
-                self._sampled_sizes.append(read_size(path, self.max_megapixels))
-            except UserError as error:
-                self._sampling_errors.append(str(error))
-        if not self._sampled_sizes:
-            raise UnreadableImages(*self._sampling_errors)
 
     def prepare_data(self) -> None:
         """Decode, and warn of images that are in the training and in another split alike."""
@@ -287,7 +276,7 @@ def cached_files(
 def _fingerprint(images: FileImages, folder: Path) -> list[object]:
     """Return what changes when a file or the size of the images does."""
     files = []
-    for path in images.paths:
+    for path in map(str, images.paths):
         try:
             version = file_version(path)
         except OSError as error:

@@ -20,13 +20,14 @@ from torchvision.datasets import folder
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.files import file_version
 from cifar_transfer.base.untrusted import open_regular
-from cifar_transfer.data.geometry import Fit, Size, fit_image
+from cifar_transfer.data.geometry import Fit, Size, choose_size, fit_image
 
 Batch = tuple[Tensor, Tensor]  # images and labels
 
 EXTENSIONS = (*folder.IMG_EXTENSIONS, ".jfif", ".gif", ".avif")  # of images in folders
 MAX_MEGAPIXELS = 100.0  # of an image, unless another limit is asked for: 300 MB in memory
 MAX_NAMED_IMAGES = 20  # in a message about images that cannot be read
+MAX_SAMPLED_IMAGES = 1000  # files, evenly spread, whose sizes decide the common size
 MAX_8_BITS = 255
 MAX_12_BITS = 4095
 MAX_16_BITS = 65535
@@ -339,23 +340,34 @@ class FileImages(Images):
     Args:
         paths: Paths of N files.
         labels: Whole numbers, int64 [N].
-        size: Height and width to bring the images to, as in `read_image`.
+        size: Height and width to bring the images to, as in `read_image`. None takes the size that
+            most of them share, up to 256 x 256, or squares of 224 pixels or less; see
+            `geometry.choose_size`.
         max_megapixels: A larger image is refused, as in `read_image`.
         fit: How images of another shape are brought to the size, as in `read_image`.
+
+    Raises:
+        UserError: There are not as many labels as paths, or no size can be found out.
     """
 
     on_the_fly = True
 
     def __init__(
         self,
-        paths: Sequence[str],
-        labels: np.ndarray,
-        size: Size,
+        paths: Sequence[str | Path],
+        labels: np.ndarray | Sequence[int],
+        size: Size | None = None,
         max_megapixels: float = MAX_MEGAPIXELS,
         fit: Fit = "crop",
     ) -> None:
-        super().__init__(labels)
+        super().__init__(np.asarray(labels))
+        if len(paths) != len(self.labels):
+            raise UserError(
+                f"There are {len(paths)} paths and {len(self.labels)} labels: give one for each."
+            )
         self.paths = paths
+        if size is None:
+            size = choose_size(sample_sizes(paths, max_megapixels)[0], None)
         self.size = size
         self.max_megapixels = max_megapixels
         self.fit: Fit = fit
@@ -385,6 +397,30 @@ class FileImages(Images):
             text = f"{path} {file_version(path)} {self.size} {self.fit}"
             marks[row] = zlib.crc32(text.encode(errors="surrogateescape"))
         return marks
+
+
+def sample_sizes(
+    paths: Sequence[str | Path], max_megapixels: float = MAX_MEGAPIXELS
+) -> tuple[list[Size], list[str]]:
+    """Return the sizes of some files, evenly spread, and why others of them cannot be read.
+
+    Raises:
+        UnreadableImages: None of the files that were looked at is an image.
+        UserError: There are no files.
+    """
+    if len(paths) == 0:
+        raise UserError("There are no images: name some files.")
+    sizes = []
+    errors = []
+    count = min(MAX_SAMPLED_IMAGES, len(paths))
+    for row in np.linspace(0, len(paths) - 1, count).astype(int):
+        try:
+            sizes.append(read_size(paths[row], max_megapixels))
+        except UserError as error:
+            errors.append(str(error))
+    if not sizes:
+        raise UnreadableImages(*errors)
+    return sizes, errors
 
 
 def cores() -> int:

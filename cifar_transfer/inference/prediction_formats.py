@@ -10,13 +10,11 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from cifar_transfer.base.text import printable
+from cifar_transfer.base.text import printable, spreadsheet_cell
 from cifar_transfer.results.predictions import ImagePrediction
 
 # Characters that steer a terminal, and that JSON leaves as they are.
 CONTROL_CHARACTERS = re.compile("[\x7f-\x9f]")
-# A cell that begins so may be run as a formula: https://owasp.org/www-community/attacks/CSV_Injection
-FORMULA_STARTS = ("=", "+", "-", "@")
 Format = Callable[[Iterable[ImagePrediction], Sequence[str]], Iterator[str]]
 
 
@@ -70,26 +68,36 @@ def _json_escape(match: re.Match[str]) -> str:
 
 
 def as_csv(predictions: Iterable[ImagePrediction], class_names: Sequence[str]) -> Iterator[str]:
-    """Yield a heading, and a row for each class of each image."""
-    yield _csv_lines([("image", "rank", "class", "probability")])
+    """Yield a heading, and a row for each image: its file, its likeliest class, the probability.
+
+    Then follow the other classes, `label_2` and `probability_2` and so on. The first two columns
+    are those of a table to train on, see `TableDataModule`.
+    """
+    is_first = True
     for prediction in predictions:
-        image = _csv_cell(prediction.source)
-        rows = []
-        for rank, (name, share) in enumerate(prediction.classes, 1):
-            rows.append((image, str(rank), _csv_cell(name), f"{share:.6f}"))
-        yield _csv_lines(rows)
+        if is_first:
+            yield _csv_line(_heading(len(prediction.classes)))
+            is_first = False
+        cells = [spreadsheet_cell(prediction.source)]
+        for name, share in prediction.classes:
+            cells += [spreadsheet_cell(name), f"{share:.6f}"]
+        yield _csv_line(cells)
+    if is_first:
+        yield _csv_line(_heading(1))
 
 
-def _csv_lines(rows: Iterable[Sequence[str]]) -> str:
-    lines = io.StringIO()
-    csv.writer(lines, lineterminator="\n").writerows(rows)
-    return lines.getvalue()
+def _heading(num_classes: int) -> list[str]:
+    """Return the names of the columns for predictions of so many classes."""
+    columns = ["image", "label", "probability"]
+    for rank in range(2, num_classes + 1):
+        columns += [f"label_{rank}", f"probability_{rank}"]
+    return columns
 
 
-def _csv_cell(text: str) -> str:
-    """Return a text in one line, with a quote before what a spreadsheet would run as a formula."""
-    line = printable(text)
-    return f"'{line}" if line.startswith(FORMULA_STARTS) else line
+def _csv_line(cells: Sequence[str]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()
 
 
 FORMATS: dict[str, Format] = {"table": as_table, "json": as_json, "csv": as_csv}

@@ -19,6 +19,7 @@ from cifar_transfer.data.library import TorchvisionDataModule
 from cifar_transfer.data.module import EarlierRun, ImageDataModule
 from cifar_transfer.data.shapes import ShapesDataModule
 from cifar_transfer.data.splits import Split
+from cifar_transfer.data.table import TableDataModule
 from cifar_transfer.network.description import NetworkDescription
 from cifar_transfer.training.classifier import TransferClassifier
 from cifar_transfer.training.lightning_internals import callbacks_of, without_requeued_state
@@ -27,6 +28,7 @@ DATA_MODULES: dict[str, type[ImageDataModule]] = {
     "CIFAR10DataModule": CIFAR10DataModule,
     "ImageFolderDataModule": ImageFolderDataModule,
     "ShapesDataModule": ShapesDataModule,
+    "TableDataModule": TableDataModule,
     "TorchvisionDataModule": TorchvisionDataModule,
 }
 

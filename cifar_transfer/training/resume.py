@@ -50,6 +50,7 @@ MAY_CHANGE = frozenset(
         "trainer.default_root_dir",
         "report",
         "data.root",
+        "data.tables",
         "data.url",
         "data.cache_limit_gb",
         "data.leave_out",  # its content is compared, as `data.left_out`
