@@ -52,7 +52,7 @@ class TableDataModule(FileDataModule):
         label_column: str = "label",
         **options: Any,
     ) -> None:
-        names = {"train": train, "val": val, "test": test, "tables": tables}
+        names: dict[str, Any] = {"train": train, "val": val, "test": test, "tables": tables}
         names |= {"image_column": image_column, "label_column": label_column}
         for name, value in names.items():
             names[name] = as_primitive(name, value)
