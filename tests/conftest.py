@@ -28,7 +28,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from cifar_transfer.training.logger import NAMES
+from cifar_transfer.training.logger import TENSORBOARD_TAGS
 
 for name in ("lightning.pytorch", "lightning.fabric"):
     # They do so anyway if pytest has set up logging before they are imported, which depends on its
@@ -128,10 +128,11 @@ def curves(run):
     """Scalars of a run: (step, value) by name; of what was logged twice, the later one."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
+    names = {tag: name for name, tag in TENSORBOARD_TAGS.items()}
     scalars = {}
     for tag in events.Tags()["scalars"]:
         values = {event.step: event.value for event in events.Scalars(tag)}
-        scalars[NAMES.get(tag, tag)] = sorted(values.items())
+        scalars[names.get(tag, tag)] = sorted(values.items())
     return scalars
 
 

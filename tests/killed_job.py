@@ -15,7 +15,7 @@ from cifar_transfer.base import files
 from cifar_transfer.cli.fit_cli import FitCLI
 from cifar_transfer.commands.fit import fit
 from cifar_transfer.data import cache
-from cifar_transfer.training import logger, schedule
+from cifar_transfer.training import metrics_logger, schedule
 from cifar_transfer.training import run as runs
 
 
@@ -64,7 +64,7 @@ MOMENTS = {
     "half of best.ckpt": lambda n: half_written(n, "best.ckpt"),
     "half of last.ckpt": lambda n: half_written(n, "last.ckpt"),
     "moving last.ckpt": lambda n: moving(n, "last.ckpt"),
-    "trimming the curves": lambda n: at(logger, "trim_metrics", n),
+    "trimming the curves": lambda n: at(metrics_logger, "trim_metrics", n),
     "unfreezing": lambda n: at(schedule, "prepare_for_new_parameters", n),
     "validation": lambda n: at(
         TransferClassifier,

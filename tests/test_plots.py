@@ -9,7 +9,6 @@ import torch
 from conftest import quiet_trainer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from cifar_transfer import ShapesDataModule, TransferClassifier
@@ -20,6 +19,7 @@ from cifar_transfer.results.predictions import ImagePrediction, Predictions
 from cifar_transfer.results.words import lettering
 from cifar_transfer.training.collect_predictions import CollectPredictions
 from cifar_transfer.training.final_report import draw_curves
+from cifar_transfer.training.metrics_file import MetricsFile
 from cifar_transfer.training.report import augmented_images
 
 NAMES = {
@@ -233,13 +233,11 @@ def test_the_note_on_letters_fits_below_the_narrowest_figures():
         assert_nothing_is_cut_off(figure)
 
 
-def test_curves_are_in_order_of_steps_though_the_clock_was_set_back(tmp_path):
-    for number, steps in ((2, range(3)), (1, range(3, 6))):
-        with SummaryWriter(str(tmp_path)) as board:
-            for step in steps:
-                board.add_scalar("train/loss", 6.0 - step, step)
-        (written,) = tmp_path.glob("events.*.*.*.*")
-        written.rename(tmp_path / f"events.out.tfevents.{number}")
+def test_curves_are_in_order_of_steps_and_the_later_of_two_values_counts(tmp_path):
+    file = MetricsFile(tmp_path)
+    for step, loss in ((0, 6.0), (1, 9.0), (3, 3.0), (2, 4.0), (1, 5.0), (4, 2.0), (5, 1.0)):
+        file.add(1, step, {"train/loss": loss})
+    file.flush()
     line, _ = draw_curves(tmp_path)["iterations"].axes[0].lines
     assert line.get_xdata().tolist() == [1, 2, 3, 4, 5, 6]
     assert line.get_ydata().tolist() == [6, 5, 4, 3, 2, 1]
@@ -264,21 +262,23 @@ def test_a_few_images_fill_their_gallery(count, columns):
     assert gallery.gallery(shown, count).axes[0].get_gridspec().ncols == 2 * columns
 
 
-def write_events_of_five_epochs(run):
+def write_metrics_of_five_epochs(run):
     """Write the curves of a run that trains its head, then another stage, then all."""
-    with SummaryWriter(str(run)) as board:
-        for epoch, trainable in enumerate([10, 10, 30, 30, 50], 1):
-            board.add_scalar("stages/stem", float(trainable >= 50), epoch)
-            board.add_scalar("stages/stage", float(trainable >= 30), epoch)
-            board.add_scalar("stages/head", 1.0, epoch)
-            board.add_scalar("trainable_parameters", trainable, epoch)
-            board.add_scalar("lr", 1, epoch)
-            board.add_scalar("steps", 6 * epoch, epoch)
-            board.add_scalar("accuracy/val", 0.5, epoch)
-            board.add_scalar("accuracy/val_step", 0.5, 6 * epoch - 1)
-            for step in range(6 * epoch - 6, 6 * epoch):
-                board.add_scalar("loss/train_step", 1, step)
-                board.add_scalar("accuracy/train_step", 0.5, step)
+    file = MetricsFile(run)
+    for epoch, trainable in enumerate([10, 10, 30, 30, 50], 1):
+        for step in range(6 * epoch - 6, 6 * epoch):
+            file.add(epoch, step, {"train/loss": 1.0, "train/acc_step": 0.5})
+        file.add(epoch, step, {"val/acc_step": 0.5})
+        figures = {
+            "stages/stem": float(trainable >= 50),
+            "stages/stage": float(trainable >= 30),
+            "stages/head": 1.0,
+            "trainable_parameters": trainable,
+            "lr": 1.0,
+            "val/acc": 0.5,
+        }
+        file.add(epoch, step, figures)
+    file.flush()
 
 
 def test_the_first_phase_is_shaded_also_by_iteration_and_the_test_named_where_it_validates(
@@ -286,7 +286,7 @@ def test_the_first_phase_is_shaded_also_by_iteration_and_the_test_named_where_it
 ):
     names = {"train": ["train/a/1"], "val": ["test/a/1"], "test": ["test/a/1"]}
     Splits(names, rows={}, val_source="test").write(tmp_path)
-    write_events_of_five_epochs(tmp_path)
+    write_metrics_of_five_epochs(tmp_path)
     figures = draw_curves(tmp_path)
     for name, begins in (("epochs", (2.5, 4.5)), ("iterations", (12.5, 24.5))):
         axes = figures[name].axes[1]

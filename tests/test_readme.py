@@ -24,6 +24,7 @@ from cifar_transfer.data.cifar import CLASSES
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ROOT / "docs/options.md"
+LOGGERS = ROOT / "docs/loggers.md"
 DOCUMENTS = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted(ROOT.glob("docs/*.md"))]
 # Commands of others, word for word; what they need is not at hand, or takes too long.
 FOREIGN = [
@@ -244,8 +245,8 @@ def test_the_python_examples_of_the_readme_run(tmp_path, monkeypatch):
     assert 0 < len(data.images["val"]) < len(data.images["train"]) < len(data.images["test"]) == 80
 
 
-def test_the_checkpoint_of_the_options_has_no_folder_in_its_name(tmp_path):
-    (text,) = [text for _, text in blocks(OPTIONS, "python") if "ModelCheckpoint" in text]
+def test_the_checkpoint_of_the_documents_has_no_folder_in_its_name(tmp_path):
+    (text,) = [text for _, text in blocks(LOGGERS, "python") if "ModelCheckpoint" in text]
     names = {}
     exec(text, names)
     keep = names["keep"]
@@ -255,6 +256,29 @@ def test_the_checkpoint_of_the_options_has_no_folder_in_its_name(tmp_path):
     quiet_trainer(max_epochs=1, callbacks=[keep]).fit(model, data)
     (path,) = tmp_path.iterdir()
     assert re.fullmatch(r"0-\d\.\d{3}\.ckpt", path.name)
+
+
+@pytest.mark.slow
+def test_the_sweep_of_the_documents_finds_options_and_prunes():
+    pytest.importorskip("optuna_integration", reason="Optuna is an optional extra")
+    (text,) = [text for _, text in blocks(LOGGERS, "python") if "optuna" in text]
+    tiny = {
+        'CIFAR10DataModule("data", ': "ShapesDataModule(train_images=200, test_images=40, ",
+        "import BackboneFreeze, CIFAR10DataModule": "import BackboneFreeze, ShapesDataModule",
+        '"resnet18", lr': '"lenet5", "none", lr',
+        "MedianPruner()": "MedianPruner(n_startup_trials=2)",
+        "n_trials=20": "n_trials=8",
+        "logger=False": 'logger=False, accelerator="cpu", enable_progress_bar=False',
+    }
+    for given, instead in tiny.items():
+        assert given in text
+        text = text.replace(given, instead)
+    names = {}
+    exec(text, names)
+    trials = names["study"].trials
+    assert len(trials) == 8
+    assert {trial.state.name for trial in trials} == {"COMPLETE", "PRUNED"}
+    assert names["study"].best_value > 0
 
 
 def test_the_dataset_of_the_options_is_taken(monkeypatch):

@@ -18,6 +18,7 @@ from cifar_transfer.base.errors import UserError
 from cifar_transfer.cli.fit_cli import FitCLI
 from cifar_transfer.commands import compare, demo
 from cifar_transfer.commands.fit import fit
+from cifar_transfer.results.run_metrics import read_curves
 from cifar_transfer.training import run as runs
 
 SMALL = [
@@ -138,6 +139,20 @@ LOGGERS = {
         "--trainer.logger.version=v1",
     ],
     "own": ["--trainer.logger=others_logger.DotLogger"],
+    "two": [
+        "--trainer.logger+=CSVLogger",
+        "--trainer.logger.save_dir=csv",
+        "--trainer.logger+=TensorBoardLogger",
+        "--trainer.logger.save_dir=board",
+    ],
+}
+# What the closing lines name for the second run of each.
+CURVES = {
+    "none": "lightning_logs/version_1/figures",
+    "CSV": "lightning_logs/version_1/metrics.csv",
+    "fixed": "tensorboard --logdir board/lightning_logs",
+    "own": "lightning_logs/version_1/metrics.csv",
+    "two": "tensorboard --logdir board/lightning_logs",
 }
 DOT_LOGGER = """
 from lightning.pytorch.loggers.logger import Logger
@@ -152,14 +167,12 @@ class DotLogger(Logger):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", LOGGERS.values(), ids=LOGGERS)
-def test_whatever_the_logger_each_run_has_a_folder_of_its_own(
-    tmp_path, monkeypatch, capsys, options
-):
+@pytest.mark.parametrize("kind", LOGGERS)
+def test_whatever_the_logger_each_run_has_a_folder_of_its_own(tmp_path, monkeypatch, capsys, kind):
     """The name of a folder has several spellings: "./x" is "x"."""
     monkeypatch.syspath_prepend(tmp_path)
     Path("others_logger.py").write_text(DOT_LOGGER)
-    options = [*SMALL, *options, "--trainer.max_epochs=2"]
+    options = [*SMALL, *LOGGERS[kind], "--trainer.max_epochs=2"]
     first = fit(options)
     assert first.best == Path("lightning_logs/version_0/checkpoints/best.ckpt")
     with untouched(first.best.parents[1]):
@@ -172,15 +185,19 @@ def test_whatever_the_logger_each_run_has_a_folder_of_its_own(
             "config.yaml",
             "result.json",
             "splits.json.gz",
+            "metrics.csv",
             "checkpoints/best.ckpt",
             "checkpoints/last.ckpt",
         }
+        assert len(read_curves(run).val_accuracy.y) == 2
         states = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["callbacks"]
         (best,) = (state for name, state in states.items() if "'val/acc'" in name)
         assert outcome.scores["best/val_acc"] == pytest.approx(float(best["best_model_score"]))
     figures = {path.name for path in Path("lightning_logs/version_1").rglob("*.png")}
-    assert ("--report.figures=true" in options) == ({"augmented.png"} < figures)
-    assert "No validation took place" not in capsys.readouterr().out
+    assert ("--report.figures=true" in options) == ({"augmented.png", "epochs.png"} < figures)
+    printed = capsys.readouterr().out
+    assert "No validation took place" not in printed
+    assert f"look at it     {CURVES[kind]}\n" in printed
     assert not Path("checkpoints").exists()
 
 
@@ -268,9 +285,18 @@ def test_a_figure_of_a_callback_of_the_users_own_may_be_monitored(tmp_path, monk
     options = ["--trainer.callbacks.monitor=mine", "--trainer.callbacks.patience=2"]
     fit([*SMALL, *callbacks, *options, "--trainer.max_epochs=9"])
     printed = capsys.readouterr().out
-    assert "Stopped early: mine has not improved for 2 validations (patience=2)." in printed
+    assert "Stopped early: mine has not improved for 2 validations (patience=2).\n" in printed
     assert "  3/9  " in printed
     assert "  4/9  " not in printed
+
+
+def test_a_run_that_stops_before_the_backbone_trains_says_so(capsys):
+    options = ["--freeze.unfreeze_epoch=3", "--trainer.callbacks+=EarlyStopping"]
+    options += ["--trainer.callbacks.monitor=val/loss", "--trainer.callbacks.min_delta=9"]
+    with pytest.warns(UserWarning, match="The backbone has learned nothing"):
+        fit([*SMALL, *options, "--trainer.callbacks.patience=1", "--trainer.max_epochs=9"])
+    printed = capsys.readouterr().out
+    assert "(patience=1). The phase that trains all has not begun: raise the patience" in printed
 
 
 def test_without_a_validation_the_last_weights_are_the_best(capsys):

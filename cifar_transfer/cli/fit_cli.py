@@ -47,6 +47,7 @@ from cifar_transfer.training.lightning_internals import (
 )
 from cifar_transfer.training.logger import RunLogger
 from cifar_transfer.training.loss_guard import LossGuard
+from cifar_transfer.training.metrics_logger import MetricsLogger
 from cifar_transfer.training.progress_bar import OneLineProgressBar
 from cifar_transfer.training.report import LOG_INTERVAL, Report
 from cifar_transfer.training.run import (
@@ -332,7 +333,7 @@ class FitCLI(PlainCLI):
         self.folder = self._run_folder(options)
         allow_tf32()
         trainer_options = dict(options) | cudnn_benchmark(options)
-        trainer_options["logger"] = self._logger(options)
+        trainer_options["logger"] = self._loggers(options)
         trainer_options["callbacks"] = self._callbacks(options)
         trainer_options["plugins"] = _plugins(options)
         trainer_options["enable_progress_bar"] = _has_progress_bar(options)
@@ -346,16 +347,19 @@ class FitCLI(PlainCLI):
         require_writable(folder.path, FOLDER_OPTION)
         return folder
 
-    def _logger(self, options: Any) -> Logger | list[Logger] | bool:
-        """Return the user's loggers, or else the one of the run."""
-        if options.logger is not None and options.logger is not True:
-            return options.logger
+    def _loggers(self, options: Any) -> list[Logger]:
+        """Return the user's loggers, or else TensorBoard's, and the one of `metrics.csv`."""
         progress = None
         if self._resumed_run is not None:
             progress = Progress()
             if self._checkpoint is not None:
                 progress = Progress.of(self._checkpoint)
-        return RunLogger(self.folder, progress)
+        metrics = MetricsLogger(self.folder, progress)
+        if options.logger is False:
+            return [metrics]
+        if options.logger is None or options.logger is True:
+            return [RunLogger(self.folder, progress), metrics]
+        return [*_as_list(options.logger), metrics]
 
     def _callbacks(self, options: Any) -> list[Callback]:
         """Return the user's callbacks, those with options of their own, and those of every run."""
@@ -380,8 +384,7 @@ class FitCLI(PlainCLI):
 
     def _logs_rates_by_step(self, options: Any) -> bool:
         """Return whether the learning rate is logged by step; a plateau changes it by epoch."""
-        has_logger = options.logger is not False and not options.fast_dev_run
-        return has_logger and self.config.model.schedule != "plateau"
+        return not options.fast_dev_run and self.config.model.schedule != "plateau"
 
 
 def _parse(parser: LightningArgumentParser, args: Sequence[str]) -> Any:

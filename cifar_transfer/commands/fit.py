@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from cifar_transfer.base.console import counted, duration, say, styled
@@ -35,7 +36,8 @@ from cifar_transfer.base.files import LOGS
 from cifar_transfer.base.text import program
 from cifar_transfer.cli.fit_cli import FitCLI
 from cifar_transfer.data.splits import Split
-from cifar_transfer.results.predictions import Predictions
+from cifar_transfer.results.predictions import FIGURES_FOLDER, Predictions
+from cifar_transfer.results.run_metrics import METRICS
 from cifar_transfer.training.checkpoint_file import newest_checkpoint
 from cifar_transfer.training.collect_predictions import CollectPredictions
 from cifar_transfer.training.evaluation import evaluate_checkpoint
@@ -127,6 +129,7 @@ def _fit(cli: FitCLI) -> Outcome | None:
         backbone=cli.model.classifier.backbone,
         best_epoch=min(_epoch_of(best), int(result["epochs"])),
         run=_relative(cli.folder.path),
+        curves=_curves_of(cli),
         checkpoint=checkpoint,
         is_newest=_is_newest(best),
     )
@@ -218,6 +221,7 @@ def closing_lines(
     backbone: str,
     best_epoch: int,
     run: Path,
+    curves: str,
     checkpoint: Path,
     is_newest: bool,
 ) -> str:
@@ -229,6 +233,7 @@ def closing_lines(
         backbone: Name of the network.
         best_epoch: Epoch of the best checkpoint, from 1.
         run: Folder of the run.
+        curves: What shows its curves: a command or a file.
         checkpoint: The best checkpoint.
         is_newest: Whether the command `predict` takes this checkpoint by itself.
     """
@@ -243,13 +248,27 @@ def closing_lines(
     lines["training"] = f"{epochs} epoch{plural} in {duration(result['seconds'])}, {speed}"
     lines["network"] = f"{backbone}, {result['parameters']:,} parameters"
     lines["run"] = str(run)
-    lines["look at it"] = f"tensorboard --logdir {run.parent}"
+    lines["look at it"] = curves
     choice = "" if is_newest else f" --ckpt {checkpoint}"
     lines["predict"] = f"{program('predict')} IMAGE{choice}"
     lines["and more"] = program("").rstrip(" .")
     width = max(len(name) for name in lines)
     text = [f"{name:<{width}}  {value}" for name, value in lines.items()]
     return "\n".join(["", *text])
+
+
+def _curves_of(cli: FitCLI) -> str:
+    """Return what shows the curves of a run: a command where event files are, else a path."""
+    for logger in cli.trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            folder = logger.root_dir
+            if "://" not in folder:
+                folder = str(_relative(Path(folder)))
+            return f"tensorboard --logdir {folder}"
+    run = _relative(cli.folder.path)
+    if cli.config.report.figures:
+        return str(run / FIGURES_FOLDER)
+    return str(run / METRICS)
 
 
 def _epoch_of(checkpoint: Path) -> int:

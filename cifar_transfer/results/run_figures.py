@@ -1,6 +1,6 @@
 """Figures of a run, by the names of their files, from what its folder keeps.
 
-events.out.tfevents.*        -> epochs, iterations, stages
+metrics.csv                  -> epochs, iterations, stages
 figures/predictions-test.npz -> test-confusion, test-classes, test-reliability, test-mistakes, ...
 """
 
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from cifar_transfer.data.geometry import pixels
@@ -18,20 +17,6 @@ from cifar_transfer.results import plots
 from cifar_transfer.results.plots import Curve, Phases, RunCurves
 from cifar_transfer.results.predictions import Predictions
 from cifar_transfer.results.words import class_name, word
-
-
-def read_scalars(run: Path) -> dict[str, Curve]:
-    """Read all scalars in a run's event files, by their tags, in the order of their steps."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    curves = {}
-    for tag in events.Tags()["scalars"]:
-        # A step may have been logged twice: the later value counts. Sorted, because a clock that
-        # was set back puts the file of a resumed run before that of its beginning.
-        values = {event.step: event.value for event in events.Scalars(tag)}
-        points = np.array(sorted(values.items()), np.float64)
-        curves[tag] = Curve(points[:, 0], points[:, 1])
-    return curves
 
 
 def curve_figures(curves: RunCurves, val_name: str = "validation") -> dict[str, Figure]:

@@ -35,6 +35,12 @@ from cifar_transfer.network.image_classifier import (
     built_from,
 )
 from cifar_transfer.network.stages import find_stages
+from cifar_transfer.results.run_metrics import (
+    LEARNING_RATE_FIGURE,
+    STAGE_RATE_PREFIX,
+    STEPS_FIGURE,
+    TRAINABLE_FIGURE,
+)
 from cifar_transfer.training import optimizer, resume
 from cifar_transfer.training.batches import BatchReader
 from cifar_transfer.training.checkpoint_file import (
@@ -51,16 +57,10 @@ from cifar_transfer.training.lightning_internals import (
     trainer_of,
 )
 from cifar_transfer.training.loss import LossOptions, Teacher, TrainingLoss
+from cifar_transfer.training.metrics_logger import MetricsLogger
 from cifar_transfer.training.mixing import BatchMixing, MixingOptions
 from cifar_transfer.training.optimizer import OptimizerName, OptimizerOptions, ScheduleName
 from cifar_transfer.training.progress_bar import plain_progress_bar
-
-# Names of the figures that are logged by epoch, beside "train/acc", "train/loss_epoch", "val/acc"
-# and "val/loss".
-STEPS_FIGURE = "steps"  # optimizer steps that the run has made
-LEARNING_RATE_FIGURE = "lr"
-TRAINABLE_FIGURE = "trainable_parameters"
-STAGE_RATE_PREFIX = "stages/"  # before the name of a stage: its learning rate
 
 TEACHER_KEY = "teacher_sha256"  # in checkpoints of a run that has a teacher
 
@@ -664,16 +664,16 @@ class TransferClassifier(LightningModule):
             "epoch": self.current_epoch,
         }
         last_step = max(self.global_step - 1, 0)  # from 0; a validation may precede the first one
-        self._log_scores(by_step, tensorboard_step=last_step)
+        self._log_scores(by_step, chart_step=last_step)
 
-    def _log_scores(self, figures: dict[str, float], tensorboard_step: int) -> None:
-        """Log figures, of which only TensorBoard takes those of an epoch by another step.
+    def _log_scores(self, figures: dict[str, float], chart_step: int) -> None:
+        """Log figures, at `chart_step` where each figure may have a count of steps of its own.
 
         All others have one count of steps, which never falls: that of Lightning, `global_step`.
         """
         for logger in self.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.log_metrics(figures, step=tensorboard_step)
+            if isinstance(logger, TensorBoardLogger | MetricsLogger):
+                logger.log_metrics(figures, step=chart_step)
             else:
                 logger.log_metrics({**figures, "epoch": self.current_epoch}, step=self.global_step)
 
@@ -716,7 +716,7 @@ class TransferClassifier(LightningModule):
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         figures[TRAINABLE_FIGURE] = float(trainable)
         figures[STEPS_FIGURE] = float(self.global_step)
-        self._log_scores(figures, tensorboard_step=counted(self.current_epoch))
+        self._log_scores(figures, chart_step=counted(self.current_epoch))
         for logger in self.loggers:
             logger.save()
         if not self.trainer.is_last_batch:

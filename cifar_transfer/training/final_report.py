@@ -10,24 +10,17 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer.base.files import RESULT, write_json
 from cifar_transfer.data import splits
-from cifar_transfer.results.plots import RunCurves
 from cifar_transfer.results.predictions import FIGURES_FOLDER, Predictions, predictions_path
 from cifar_transfer.results.run_figures import (
     curve_figures,
     prediction_figures,
-    read_scalars,
     save_figures,
 )
+from cifar_transfer.results.run_metrics import read_curves
 from cifar_transfer.results.words import language, language_of
 from cifar_transfer.training.board import add_pictures, board_of
-from cifar_transfer.training.classifier import (
-    LEARNING_RATE_FIGURE,
-    STAGE_RATE_PREFIX,
-    STEPS_FIGURE,
-    TRAINABLE_FIGURE,
-)
 from cifar_transfer.training.lightning_internals import callbacks_of
-from cifar_transfer.training.logger import FINAL, NAMES
+from cifar_transfer.training.logger import FINAL
 from cifar_transfer.training.report import Report
 from cifar_transfer.training.run import folder_of
 
@@ -116,38 +109,12 @@ def draw_final(trainer: Trainer, split: str, predictions: Predictions | None) ->
 
 
 def draw_curves(run: Path) -> dict[str, Figure]:
-    """Draw the curves of a run from its event files, in the language that is set."""
+    """Draw the curves of a run from its `metrics.csv`, in the language that is set."""
     recorded = splits.read_record(run)
     val_name = "validation"
     if recorded and recorded["val"][0].startswith("test/"):
         val_name = "test"
     return curve_figures(read_curves(run), val_name)
-
-
-def read_curves(run: Path) -> RunCurves:
-    """Read the curves of a run from its event files.
-
-    Its TensorBoard logger has given some of them other names; other loggers have not.
-    """
-    scalars = {NAMES.get(tag, tag): curve for tag, curve in read_scalars(run).items()}
-    stage_rates = {}
-    for name, curve in scalars.items():
-        if name.startswith(STAGE_RATE_PREFIX):
-            stage_rates[name.removeprefix(STAGE_RATE_PREFIX)] = curve.y
-    return RunCurves(
-        step_loss=scalars.get("train/loss"),
-        step_accuracy=scalars.get("train/acc_step"),
-        step_val_loss=scalars.get("val/loss_step"),
-        step_val_accuracy=scalars.get("val/acc_step"),
-        train_loss=scalars.get("train/loss_epoch"),
-        train_accuracy=scalars.get("train/acc"),
-        val_loss=scalars.get("val/loss"),
-        val_accuracy=scalars.get("val/acc"),
-        learning_rate=scalars.get(LEARNING_RATE_FIGURE),
-        trainable_parameters=scalars.get(TRAINABLE_FIGURE),
-        steps=scalars.get(STEPS_FIGURE),
-        stage_rates=stage_rates,
-    )
 
 
 def publish_predictions(

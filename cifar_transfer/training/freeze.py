@@ -218,6 +218,11 @@ class BackboneFreeze(Callback):
                 "probe=true is in place of the frozen epochs: leave out phases and frozen."
             )
 
+    @property
+    def later_phases(self) -> list[Phase]:
+        """Phases of the plan that have not begun."""
+        return self.plan[self.phase + 1 :]
+
     def _forget_fit(self) -> None:
         """Set the state of a fit to its beginning."""
         self.plan: list[Phase] = []

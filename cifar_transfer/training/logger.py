@@ -1,16 +1,12 @@
-"""The logger of a run: TensorBoard's event files and `metrics.csv`, in the folder of the run."""
+"""The logger that a run has unless told otherwise: TensorBoard's event files, in its folder."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from cifar_transfer.base.console import counted
-from cifar_transfer.training.classifier import STEPS_FIGURE
 from cifar_transfer.training.lightning_internals import silent_experiment
-from cifar_transfer.training.metrics_file import MetricsFile, trim_metrics
 from cifar_transfer.training.run import Progress, RunFolder
 
 FINAL = "result/"  # before the name of a score of the best checkpoint
@@ -25,11 +21,10 @@ TENSORBOARD_TAGS = {
     "val/loss": "loss/val",
     "val/loss_step": "loss/val_step",
 }
-NAMES = {tag: name for name, tag in TENSORBOARD_TAGS.items()}
 
 
 class RunLogger(TensorBoardLogger):
-    """Log a run into its folder, for TensorBoard and in `metrics.csv`.
+    """Log a run into its folder, for TensorBoard.
 
     Nothing is written before the run has started. Lightning makes the writer and logs
     hyper-parameters before data, network and checkpoint are checked, and a run that is then
@@ -49,8 +44,6 @@ class RunLogger(TensorBoardLogger):
         logs = folder.path.parent
         super().__init__(str(logs.parent), logs.name, default_hp_metric=False, **options)
         self._folder = folder
-        self._progress = progress
-        self._metrics: MetricsFile | None = None
 
     @property
     def version(self) -> str:
@@ -66,44 +59,25 @@ class RunLogger(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log figures.
+        """Log figures, under other names where `TENSORBOARD_TAGS` has some.
 
         Args:
-            metrics: Figures by their names. Those of an epoch have `steps` among them, which is
-                the number of steps so far.
+            metrics: Figures by their names.
             step: The step, from 0; of figures of an epoch, the epoch, from 1.
         """
         if not self._folder.started:
             return
-        figures = dict(metrics)
-        epoch = figures.pop("epoch", None)
-        super().log_metrics(
-            {TENSORBOARD_TAGS.get(name, name): value for name, value in figures.items()}, step
-        )
-        if self._metrics is None:
-            self._metrics = self._open_metrics()
-        if STEPS_FIGURE in figures:
-            last_step = int(figures.pop(STEPS_FIGURE)) - 1
-            self._metrics.add(step, last_step, figures)
-        elif epoch is None:
-            self._metrics.add(None, step, figures)
-        else:
-            self._metrics.add(counted(int(epoch)), step, figures)
-
-    def _open_metrics(self) -> MetricsFile:
-        run = Path(self.log_dir)
-        if self._progress is not None:
-            trim_metrics(run, self._progress.epochs, self._progress.steps)
-        return MetricsFile(run)
+        figures = {}
+        for name, value in metrics.items():
+            if name != "epoch":
+                figures[TENSORBOARD_TAGS.get(name, name)] = value
+        super().log_metrics(figures, step)
 
     @rank_zero_only
     def save(self) -> None:
         """Write what is held back, once the run has started."""
-        if not self._folder.started:
-            return
-        super().save()
-        if self._metrics is not None:
-            self._metrics.flush()
+        if self._folder.started:
+            super().save()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_transfer.base.files import write_text
-from cifar_transfer.training.classifier import TRAINABLE_FIGURE
-
-METRICS = "metrics.csv"  # in the folder of a run
+from cifar_transfer.results.run_metrics import METRICS, TRAINABLE_FIGURE, read_rows
 
 
 class MetricsFile:
@@ -22,7 +20,7 @@ class MetricsFile:
     def __init__(self, run: Path) -> None:
         self.path = run / METRICS
         self._columns: list[str] = []
-        for row in _read(self.path):
+        for row in read_rows(self.path):
             self._columns = list(row)
             break
         self._row: dict[str, Any] = {}  # not written yet
@@ -41,7 +39,7 @@ class MetricsFile:
         if not row:
             return
         if not row.keys() <= set(self._columns):  # a figure that no row has had so far
-            rows = [*_read(self.path), row]
+            rows = [*read_rows(self.path), row]
             self._columns = _columns(rows)
             _write(self.path, self._columns, rows)
             return
@@ -58,7 +56,7 @@ def trim_metrics(run: Path, epochs: int, steps: int) -> None:
         steps: Steps of the optimizer that are not made again.
     """
     path = run / METRICS
-    rows = _read(path)
+    rows = read_rows(path)
     if not rows:
         return
     kept_rows = [row for row in rows if _is_before(row, epochs, steps)]
@@ -73,13 +71,6 @@ def _is_before(row: Mapping[str, str], epochs: int, steps: int) -> bool:
         return int(row["step"]) < steps
     except (ValueError, TypeError, KeyError):
         return False
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -143,7 +143,7 @@ class Report(Callback):
                 say(
                     trainer,
                     f"Stopped early: {callback.monitor} has not improved for {callback.wait_count} "
-                    f"validations (patience={callback.patience}).",
+                    f"validations (patience={callback.patience}).{_missed_phase(trainer)}",
                 )
 
     def _is_best(self, trainer: Trainer, accuracy: float | None) -> bool:
@@ -272,6 +272,18 @@ def _best_saved_accuracy(trainer: Trainer) -> float | None:
     if checkpoint is None or checkpoint.best_model_score is None:
         return None
     return float(checkpoint.best_model_score)
+
+
+def _missed_phase(trainer: Trainer) -> str:
+    """Return a sentence, after a space, on what was to train later in the run; "" if nothing."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, BackboneFreeze) and callback.later_phases:
+            what = ", ".join(callback.later_phases[0].entries)
+            return (
+                f" The phase that trains {what} has not begun: raise the patience, or let it begin "
+                f"earlier (--freeze.unfreeze_epoch)."
+            )
+    return ""
 
 
 def _phases_from(trainer: Trainer, epoch: int, max_epochs: int) -> list[int | None]:
