@@ -443,9 +443,27 @@ def test_a_drawing_in_the_transparency_alone_is_seen(tmp_path, mode, ink, paper)
     assert np.array_equal(read_image(tmp_path / "x.png")[0], expected)
 
 
-def test_of_a_picture_the_transparency_is_dropped(tmp_path):
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "a transparent colour"])
+def test_what_is_transparent_in_a_picture_is_white(tmp_path, mode):
     picture = Image.fromarray(GREY)
-    picture.putalpha(Image.fromarray(GREY))
+    expected = np.where(GREY[3, 3] == GREY, 255, GREY)
+    if mode == "a transparent colour":
+        picture.save(tmp_path / "x.png", transparency=int(GREY[3, 3]))
+    else:
+        alpha = np.where(GREY[3, 3] == GREY, 0, 255).astype(np.uint8)
+        picture.putalpha(Image.fromarray(alpha))
+        picture.convert(mode).save(tmp_path / "x.png")
+    assert np.array_equal(read_image(tmp_path / "x.png")[1], expected)
+
+
+def test_half_transparent_is_half_white_and_one_transparency_for_all_is_none(tmp_path):
+    picture = Image.fromarray(GREY)
+    picture.putalpha(Image.fromarray(np.where(GREY > 99, 128, 255).astype(np.uint8)))
+    picture.save(tmp_path / "x.png")
+    share = np.where(GREY > 99, 128 / 255, 1)
+    expected = share * GREY + (1 - share) * 255
+    assert np.abs(read_image(tmp_path / "x.png")[0] - expected).max() <= 1
+    picture.putalpha(0)
     picture.save(tmp_path / "x.png")
     assert np.array_equal(read_image(tmp_path / "x.png")[0], GREY)
 

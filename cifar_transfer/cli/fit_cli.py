@@ -320,7 +320,10 @@ class FitCLI(PlainCLI):
         with built_from(description):
             super().instantiate_classes()
         resume.check_checkpoint(self.trainer, self.model, self.datamodule, checkpoint)
-        self.datamodule.continue_from(EarlierRun(size=description.geometry.size))
+        geometry = description.geometry
+        self.datamodule.continue_from(
+            EarlierRun(size=geometry.size, grey_range=geometry.grey_range)
+        )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer of the run.

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import platformdirs
@@ -25,14 +25,15 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm
 
-from cifar_transfer.base.files import atomic_write
+from cifar_transfer.base.files import atomic_write, write_json
+from cifar_transfer.base.untrusted import open_regular
 from cifar_transfer.data.images import ArrayImages, Images, UnreadableImages, cores
 
 CACHE_FOLDER = ".cifar_transfer"
 DECODED_IMAGES = 64  # images that a thread decodes at once
 # Version of what decoding gives. One more makes all caches anew. 2: images are turned upright;
-# 3: they are cut without rounding.
-VERSION = 3
+# 3: they are cut without rounding; 4: what is transparent is white.
+VERSION = 4
 
 
 def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Images]) -> Images:
@@ -54,7 +55,7 @@ def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Im
     cache_folder = _writable_folder(folder)
     if cache_folder is None:
         return _uncached(source(), f"neither {folder} nor the user's cache can be written")
-    key = hashlib.sha256(json.dumps([VERSION, fingerprint]).encode()).hexdigest()[:16]
+    key = _key(fingerprint)
     pixels_path = cache_folder / f"{name}-{key}.npy"
     index_path = cache_folder / f"{name}-{key}.npz"
     try:
@@ -78,6 +79,36 @@ def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Im
         if images is None:
             return _uncached(decoded, f"{cache_folder} does not keep what is written")
         return images
+
+
+def remembered(folder: Path, name: str, fingerprint: object, compute: Callable[[], Any]) -> Any:
+    """Return what was computed of images, which is computed once and kept beside the caches.
+
+    Args:
+        folder: Folder of the data.
+        name: Name of the file that keeps it.
+        fingerprint: JSON-serialisable; another one has it computed anew, because files have
+            changed.
+        compute: Returns it: primitives, as JSON knows them.
+    """
+    key = _key(fingerprint)
+    cache_folder = _writable_folder(folder)
+    if cache_folder is None:
+        return compute()
+    path = cache_folder / f"{name}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
+        with open_regular(path) as file:
+            kept = json.loads(file.read())
+        if kept["key"] == key:
+            return kept["value"]
+    value = compute()
+    with suppress(OSError):  # it is computed again the next time
+        write_json(path, {"key": key, "value": value})
+    return value
+
+
+def _key(fingerprint: object) -> str:
+    return hashlib.sha256(json.dumps([VERSION, fingerprint]).encode()).hexdigest()[:16]
 
 
 def _writable_folder(folder: Path) -> Path | None:

@@ -15,18 +15,21 @@ from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.files import file_version
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.base.text import composed, printable
-from cifar_transfer.data.cache import cached
+from cifar_transfer.data.cache import cached, remembered
 from cifar_transfer.data.exact_duplicates import Pair, SplitFiles, find_duplicates
 from cifar_transfer.data.geometry import (
     Fit,
+    GreyRange,
     Size,
     check_decode_size,
     check_fit,
     choose_size,
     pixels,
 )
+from cifar_transfer.data.grey_values import describe_range, find_grey_range, some_have_many
 from cifar_transfer.data.images import (
     MAX_MEGAPIXELS,
+    ArrayImages,
     FileImages,
     Images,
     UnreadableImages,
@@ -40,7 +43,7 @@ FITTING: dict[Fit, str] = {
     "pad": "resized, with black beside them",
     "stretch": "stretched",
 }
-MAX_EXAMPLES = 2  # duplicates that a warning names
+MAX_EXAMPLES = 2  # images that a message names
 
 
 class Files(NamedTuple):
@@ -101,6 +104,8 @@ class FileDataModule(ImageDataModule):
         self._files: dict[Split, Files | None] = {}
         self._sampled_sizes: list[Size] = []
         self._sampling_errors: list[str] = []
+        self._grey_range: GreyRange | None = None
+        self._grey_range_is_known = False
 
     def file_options(self) -> dict[str, Any]:
         """Return the options of all data modules of files, for `store_options`."""
@@ -142,6 +147,34 @@ class FileDataModule(ImageDataModule):
             self._sampling_errors = errors
         return choose_size(self._sampled_sizes, largest_side)
 
+    def choose_grey_range(self) -> GreyRange | None:
+        """Return the range of the grey values of the training images, which are read once for it.
+
+        Raises:
+            UserError: Some of them have whole numbers and others floats.
+        """
+        files = self.files("train")
+        if files is None:
+            return None
+        if not self._grey_range_is_known:
+            self._grey_range = self._find_grey_range(files)
+            self._grey_range_is_known = True
+            if self._grey_range is not None:
+                rank_zero_info(f"{describe_range(self._grey_range)}.")
+        return self._grey_range
+
+    def _find_grey_range(self, files: Files) -> GreyRange | None:
+        if not some_have_many(files.paths, self.max_megapixels):
+            return None
+        unsized = FileImages(files.paths, files.labels, (1, 1))
+        grey_range = remembered(
+            self.folder,
+            f"{self.cache_name('train')}-grey",
+            [_fingerprint(unsized, self.folder), self.max_megapixels],
+            lambda: find_grey_range(files.paths, self.max_megapixels),
+        )
+        return None if grey_range is None else tuple(grey_range)
+
     def prepare_data(self) -> None:
         """Decode, and warn of images that are in the training and in another split alike."""
         first_time = not self._loaded
@@ -157,7 +190,9 @@ class FileDataModule(ImageDataModule):
         size = self.size or self.choose_size(None)
         if split == "train":
             self._tell_resizing(size)
-        images = FileImages(files.paths, files.labels, size, self.max_megapixels, self.fit)
+        images = FileImages(
+            files.paths, files.labels, size, self.max_megapixels, self.fit, self.grey_range
+        )
         cached_images = cached_files(
             images, files.names, self.folder, self.cache_name(split), self.cache_limit_gb
         )
@@ -193,6 +228,7 @@ class FileDataModule(ImageDataModule):
     def _report_splits(self, chosen: Splits) -> None:
         """Report the splits, and warn of copies that are held out of the training images."""
         super()._report_splits(chosen)
+        self._tell_of_one_colour(chosen)
         images = self._loaded["train"]
         is_first_process = self.trainer is None or self.trainer.is_global_zero
         if chosen.val_source != "train" or images is None or not is_first_process:
@@ -205,6 +241,21 @@ class FileDataModule(ImageDataModule):
             SplitFiles(images, files.paths, held_out),
         )
         _warn_of_pairs(pairs, len(held_out), "held-out val")
+
+    def _tell_of_one_colour(self, chosen: Splits) -> None:
+        """Say how many cached images of each split have one colour all over, and name some."""
+        for split, rows in chosen.rows.items():
+            images = self._loaded[chosen.source(split)]
+            if not isinstance(images, ArrayImages) or images.names is None:
+                continue
+            rows_of_one_colour = np.intersect1d(images.rows_of_one_colour(), rows)
+            if not len(rows_of_one_colour):
+                continue
+            examples = [images.names[row] for row in rows_of_one_colour[:MAX_EXAMPLES]]
+            rank_zero_info(
+                f"{len(rows_of_one_colour):,} of {len(rows):,} {split} images have one colour all "
+                f"over, such as {printable(', '.join(examples))}: look whether they should."
+            )
 
     def _not_left_out(self, split: Split, pairs: list[Pair]) -> list[Pair]:
         """Return the pairs of a training image and one of a split of which both stay."""
@@ -284,7 +335,7 @@ def _fingerprint(images: FileImages, folder: Path) -> list[object]:
                 f"{error.filename} cannot be read ({error.strerror}): mend or remove it."
             ) from None
         files.append([_relative_to(folder, path), *version])
-    return [files, images.size, images.fit]
+    return [files, images.size, images.fit, images.grey_range]
 
 
 def image_name(folder: Path, path: str) -> str:

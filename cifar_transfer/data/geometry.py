@@ -22,6 +22,7 @@ from torchvision.transforms.functional import center_crop
 from cifar_transfer.base.errors import UserError, check
 
 Size = tuple[int, int]  # height and width in pixels
+GreyRange = tuple[float, float]  # grey values that become black and white
 Fit = Literal["crop", "pad", "stretch"]  # how an image of another shape is brought to a size
 
 # Largest side in pixels that an image may be asked to be resized to.
@@ -50,6 +51,8 @@ class Geometry:
         mean: Means of R, G, B in [0, 1].
         std: Deviations of R, G, B in [0, 1].
         fit: How images of another shape are brought to `size`, see `fit_image`.
+        grey_range: Grey values that become black and white in files of more than 8 bits; None: the
+            training images have no such files.
     """
 
     size: Size
@@ -57,17 +60,20 @@ class Geometry:
     mean: Sequence[float]
     std: Sequence[float]
     fit: Fit = "crop"
+    grey_range: GreyRange | None = None
 
     @classmethod
     def from_primitives(cls, stored: Mapping[str, Any]) -> "Geometry":
         """Return the geometry that a checkpoint stores as lists and numbers."""
         height, width = stored["size"]
+        grey_range = stored["grey_range"]
         return cls(
             size=(height, width),
             input_side=stored["input_side"],
             mean=tuple(stored["mean"]),
             std=tuple(stored["std"]),
             fit=stored["fit"],
+            grey_range=None if grey_range is None else tuple(grey_range),
         )
 
     @property
@@ -107,6 +113,7 @@ class Geometry:
                 "size": list(self.size),
                 "input_size": list(input_size),
                 "fit": self.fit,
+                "grey_range": list(self.grey_range) if self.grey_range else None,
                 "interpolation": "bilinear",
                 "antialias": True,
                 "range": [0, 1],
@@ -139,7 +146,14 @@ class Geometry:
                 f"resize it (to cover {size} pixels; bilinear, antialiased), cut out the centre, "
                 f"{size} pixels"
             )
-        return f"Turn the image upright as its EXIF says, make it RGB, {steps}, and divide by 255."
+        colours = "make it RGB"
+        if self.grey_range is not None:
+            black, white = self.grey_range
+            colours = (
+                f"stretch the grey values of a file of more than 8 bits from {black:.7g} to "
+                f"{white:.7g} onto those from 0 to 255, make it RGB"
+            )
+        return f"Turn the image upright as its EXIF says, {colours}, {steps}, and divide by 255."
 
     def _preprocessing_words(self) -> str:
         """Return the sentences about what is done between decoding and the network."""

@@ -20,7 +20,7 @@ from torchvision.datasets import folder
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.files import file_version
 from cifar_transfer.base.untrusted import open_regular
-from cifar_transfer.data.geometry import Fit, Size, choose_size, fit_image
+from cifar_transfer.data.geometry import Fit, GreyRange, Size, choose_size, fit_image
 
 Batch = tuple[Tensor, Tensor]  # images and labels
 
@@ -42,13 +42,12 @@ def read_image(
     size: Size | None = None,
     max_megapixels: float = MAX_MEGAPIXELS,
     fit: Fit = "crop",
+    grey_range: GreyRange | None = None,
 ) -> np.ndarray:
     """Decode an image file of any mode that Pillow reads, upright as its EXIF says.
 
-    Of an animation the first frame is decoded. Transparency is dropped, as torchvision's loader
-    does, but where a drawing is in it alone, in one colour: that is put on white or black. Of 16
-    bits the upper 8 are taken, unless all fit into the lower 8. The contents tell the format, not
-    the name.
+    Of an animation the first frame is decoded. What is transparent becomes white, as on a page, or
+    black below a light drawing of one colour. The contents tell the format, not the name.
 
     Args:
         path: The file, or its contents.
@@ -56,6 +55,7 @@ def read_image(
         max_megapixels: A larger image is refused undecoded: a file of kilobytes may claim to fill
             all memory.
         fit: How an image of another shape is brought to the size.
+        grey_range: See `to_pixels`.
 
     Returns:
         RGB pixels, uint8 [3, H, W].
@@ -64,7 +64,36 @@ def read_image(
         UserError: The file is too large or cannot be decoded; the message names it.
     """
     with _opened(path, max_megapixels) as image:
-        return to_pixels(image, size, fit)
+        return to_pixels(image, size, fit, grey_range)
+
+
+def has_many_grey_values(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> bool:
+    """Return whether a file has grey values of more than 8 bits, as far as its header says.
+
+    False if it cannot be read.
+    """
+    try:
+        with _opened(path, max_megapixels) as image:
+            return _has_many_grey_values(image)
+    except UserError:
+        return False
+
+
+def read_grey_values(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray | None:
+    """Return the grey values of a file of more than 8 bits, [H, W]; None of a file of 8 bits.
+
+    Raises:
+        UserError: As `read_image` does.
+    """
+    with _opened(path, max_megapixels) as image:
+        if not _has_many_grey_values(image):
+            return None
+        image.load()
+        return np.asarray(image)
+
+
+def _has_many_grey_values(image: Image.Image) -> bool:
+    return image.mode == "F" or image.mode.startswith("I")
 
 
 def read_size(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> Size:
@@ -130,69 +159,94 @@ def _refuse(path: str | Path | bytes, error: Exception) -> NoReturn:
     raise UserError(f"{name} cannot be decoded as an image ({reason}): {advice}.") from None
 
 
-def to_pixels(image: Image.Image, size: Size | None = None, fit: Fit = "crop") -> np.ndarray:
+def to_pixels(
+    image: Image.Image,
+    size: Size | None = None,
+    fit: Fit = "crop",
+    grey_range: GreyRange | None = None,
+) -> np.ndarray:
     """Return an opened image as RGB pixels, uint8 [3, H, W], upright.
 
     Args:
-        image: Of any mode, but for floats.
+        image: Of any mode.
         size: Height and width to bring it to, see `geometry.fit_image`; None keeps its own.
         fit: How an image of another shape is brought to the size.
+        grey_range: Grey values that become black and white, if the image has more than 8 bits. None
+            takes whole numbers by the bits that they use: 8, or else all 16.
 
     Raises:
-        ValueError: The pixels are floats.
+        ValueError: The pixels are floats, and no range is given.
     """
     image.load()
     with suppress(Exception):  # of any kind: an EXIF that cannot be read says nothing
         # `exif_transpose` would copy upright images too.
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("its pixels are floats, whose range is not known")
-    if image.mode.startswith("I"):
-        image = Image.fromarray(_as_bytes(np.asarray(image)))
-    rgb = _opaque(image).convert("RGB")
+    if _has_many_grey_values(image):
+        values = np.asarray(image)
+        if grey_range is None:
+            image = Image.fromarray(_by_bits(values))
+        else:
+            image = Image.fromarray(_stretched(values, grey_range))
+    rgb = _on_white(image).convert("RGB")
     if size is not None:
         rgb = fit_image(rgb, size, fit)
     return np.array(rgb).transpose(2, 0, 1)  # a copy, which torch can write to
 
 
-def _as_bytes(values: np.ndarray) -> np.ndarray:
-    """Return grey values of 16 or 32 bits as uint8, of the same shape.
+def _stretched(values: np.ndarray, grey_range: GreyRange) -> np.ndarray:
+    """Return grey values as uint8, of the same shape: the range is stretched, the rest is clipped.
+
+    What is no number (NaN) becomes black.
+    """
+    black, white = grey_range
+    shares = (values.astype(np.float64) - black) * MAX_8_BITS / (white - black)
+    return np.nan_to_num(shares).clip(0, MAX_8_BITS).astype(np.uint8)
+
+
+def _by_bits(values: np.ndarray) -> np.ndarray:
+    """Return whole numbers of 16 or 32 bits as uint8, of the same shape.
 
     White is 65535, as files say who keep to their format. Values that all fit into 8 bits are
     taken for such, because they would be black. A warning tells of others that use so little of
     their range that they become nearly black: what is white in them is not known.
+
+    Raises:
+        ValueError: The values are floats.
     """
-    values = values.clip(0, MAX_16_BITS)
+    if values.dtype.kind == "f":
+        raise ValueError("its pixels are floats, whose range is not known")
     brightest = int(values.max())
     if brightest <= MAX_8_BITS:
-        return values.astype(np.uint8)
+        return _stretched(values, (0, MAX_8_BITS))
     if brightest <= MAX_12_BITS:
         warnings.warn(
             f"Images of 16 bits use 12 of them or fewer, up to {MAX_12_BITS} of {MAX_16_BITS}, and "
             f"are read as nearly black: scale them to 8 bits, or to all 16.",
             stacklevel=1,
         )
-    return (values // 257).astype(np.uint8)  # `convert` would clip instead of scale
+    return _stretched(values, (0, MAX_16_BITS))
 
 
-def _opaque(image: Image.Image) -> Image.Image:
-    """Return an image whose drawing is in its transparency alone on white or black, as it shows.
+def _on_white(image: Image.Image) -> Image.Image:
+    """Return an image without transparency: on white, as a page shows it.
 
-    Of other images the transparency is dropped later: what is below it belongs to the picture.
+    A light drawing, whose colour is the same wherever it is not transparent, is put on black,
+    because on white it would not show. Transparency that is the same everywhere is dropped: it
+    says nothing, and where it is all, what is below it is the picture.
     """
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    if image.mode not in ("LA", "PA", "RGBA"):
+    if not image.has_transparency_data:
         return image
     drawing = image.convert("RGBA")
-    *colours, alpha = drawing.split()
-    levels = [len(colour.getcolors() or ()) for colour in colours]
-    if max(levels) > 1 or len(alpha.getcolors() or ()) == 1:
-        return image
-    grey = np.asarray(drawing.convert("L"))
-    is_dark = grey[0, 0] <= MAX_8_BITS // 2
-    background = Image.new("RGBA", image.size, "white" if is_dark else "black")
+    pixels = np.asarray(drawing)
+    alpha = pixels[:, :, 3]
+    if (alpha == alpha[0, 0]).all():
+        return drawing
+    visible = pixels[alpha > 0][:, :3]
+    is_of_one_colour = (visible == visible[0]).all()
+    is_light = visible[0].mean() > MAX_8_BITS / 2
+    colour = "black" if is_of_one_colour and is_light else "white"
+    background = Image.new("RGBA", image.size, colour)
     return Image.alpha_composite(background, drawing)
 
 
@@ -327,6 +381,19 @@ class ArrayImages(Images):
         """Return the images, uint8 [B, 3, H, W], of some rows, int64 [B]."""
         return self.array[rows]
 
+    def rows_of_one_colour(self) -> np.ndarray:
+        """Return the rows, int64, of the images whose pixels are all alike."""
+        height, width = self.array.shape[2:]
+        first = self.array[:, :, 0, 0]
+        middle = self.array[:, :, height // 2, width // 2]
+        last = self.array[:, :, -1, -1]
+        candidates = np.flatnonzero(((first == middle) & (first == last)).all(axis=1))
+        rows = []
+        for row in candidates:
+            if (self.array[row] == first[row][:, None, None]).all():
+                rows.append(row)
+        return np.array(rows, np.int64)
+
     def marks(self) -> np.ndarray:
         """Return the checksums, uint32 [N]."""
         if self.checksums is None:
@@ -345,6 +412,7 @@ class FileImages(Images):
             `geometry.choose_size`.
         max_megapixels: A larger image is refused, as in `read_image`.
         fit: How images of another shape are brought to the size, as in `read_image`.
+        grey_range: Grey values that become black and white, as in `to_pixels`.
 
     Raises:
         UserError: There are not as many labels as paths, or no size can be found out.
@@ -359,6 +427,7 @@ class FileImages(Images):
         size: Size | None = None,
         max_megapixels: float = MAX_MEGAPIXELS,
         fit: Fit = "crop",
+        grey_range: GreyRange | None = None,
     ) -> None:
         super().__init__(np.asarray(labels))
         if len(paths) != len(self.labels):
@@ -371,6 +440,7 @@ class FileImages(Images):
         self.size = size
         self.max_megapixels = max_megapixels
         self.fit: Fit = fit
+        self.grey_range = grey_range
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
         """Return the images, uint8 [B, 3, H, W], of some rows, int64 [B].
@@ -383,7 +453,8 @@ class FileImages(Images):
         for row in rows:
             try:
                 path = self.paths[row]
-                images.append(read_image(path, self.size, self.max_megapixels, self.fit))
+                image = read_image(path, self.size, self.max_megapixels, self.fit, self.grey_range)
+                images.append(image)
             except UserError as error:
                 reasons.append(str(error))
         if reasons:
@@ -394,7 +465,7 @@ class FileImages(Images):
         """Return a number, uint32 [N], that follows from path and version of each file."""
         marks = np.empty(len(self), np.uint32)
         for row, path in enumerate(self.paths):
-            text = f"{path} {file_version(path)} {self.size} {self.fit}"
+            text = f"{path} {file_version(path)} {self.size} {self.fit} {self.grey_range}"
             marks[row] = zlib.crc32(text.encode(errors="surrogateescape"))
         return marks
 

@@ -29,7 +29,7 @@ from cifar_transfer.base.files import user_path
 from cifar_transfer.base.primitives import StoredOptions, as_primitive
 from cifar_transfer.data.augment import Augment, step_seed
 from cifar_transfer.data.classes import Balance, loss_weights
-from cifar_transfer.data.geometry import Fit, Size, pixels, to_float
+from cifar_transfer.data.geometry import Fit, GreyRange, Size, pixels, to_float
 from cifar_transfer.data.images import Batch, Images, UnreadableImages
 from cifar_transfer.data.loading import (
     ResumableLoader,
@@ -66,12 +66,15 @@ class EarlierRun:
 
     Attributes:
         size: Height and width in pixels that images were decoded to, or None to choose them anew.
+        grey_range: Grey values that became black and white, see `geometry.Geometry`. Where `size`
+            is known, None means that there are none.
         record: Names of the images of each split, as `splits.read` returns them, or None to choose
             the splits anew.
         class_names: Names of the classes, for data that cannot tell them without training images.
     """
 
     size: Size | None = None
+    grey_range: GreyRange | None = None
     record: Names | None = None
     class_names: Sequence[str] | None = None
 
@@ -121,6 +124,8 @@ class ImageDataModule(LightningDataModule):
             others; None: those of its weights.
         fit: How `load` brings images of another shape to `size`.
         size: Height and width in pixels that `load` is to bring images to; None: any one size.
+        grey_range: Grey values that become black and white where images have more than 8 bits; None
+            if they have 8.
         images: Images of each split, without those that are left out; known after `setup`.
         recorded_run: Identifier of the run that has recorded the splits, or None.
 
@@ -166,6 +171,7 @@ class ImageDataModule(LightningDataModule):
         self._check_options()
 
         self.size: Size | None = None
+        self.grey_range: GreyRange | None = None
         self.images: dict[Split, Images] = {}
         self.recorded_run: str | None = None
         self._loaded: dict[Split, Images | None] = {}  # what `load` has returned
@@ -273,6 +279,10 @@ class ImageDataModule(LightningDataModule):
         """
         return None
 
+    def choose_grey_range(self) -> GreyRange | None:
+        """Return the grey values that `load` makes black and white, None if images have 8 bits."""
+        return None
+
     def continue_from(self, earlier: EarlierRun) -> None:
         """Decode, split and begin as an earlier run did, also after `setup`.
 
@@ -281,6 +291,7 @@ class ImageDataModule(LightningDataModule):
         before = self._earlier
         self._earlier = EarlierRun(
             size=earlier.size or before.size,
+            grey_range=earlier.grey_range or before.grey_range,
             record=earlier.record or before.record,
             class_names=earlier.class_names or before.class_names,
         )
@@ -328,9 +339,13 @@ class ImageDataModule(LightningDataModule):
         network = getattr(self.trainer, "lightning_module", None)
         largest_side = getattr(network, "largest_side", None)
         size = self._earlier.size or self.choose_size(largest_side)
-        if self._loaded and size == self.size:
+        grey_range = self._earlier.grey_range
+        if grey_range is None and self._earlier.size is None:
+            grey_range = self.choose_grey_range()
+        if self._loaded and size == self.size and grey_range == self.grey_range:
             return
         self.size = size
+        self.grey_range = grey_range
         self.images = {}
         self._splits = None
         self._loaded = self._load_splits()

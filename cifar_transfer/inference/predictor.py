@@ -161,10 +161,12 @@ class Classifier:
 
     def _decode(self, image: Picture) -> np.ndarray:
         """Return any picture as the network was trained on images, uint8 [3, H, W], RGB."""
-        fit = self.model.geometry.fit
+        geometry = self.model.geometry
         if isinstance(image, str | Path | bytes):
-            return read_image(image, self.size, self.max_megapixels, fit)
-        return to_pixels(_to_pil(image), self.size, fit)
+            return read_image(
+                image, self.size, self.max_megapixels, geometry.fit, geometry.grey_range
+            )
+        return to_pixels(_to_pil(image), self.size, geometry.fit, geometry.grey_range)
 
     def _predict_batch(
         self, batch: Batch, top_k: int, on_error: Callable[[UserError], object] | None

@@ -105,6 +105,12 @@ def _is_list(value: Any, length: int, kind: type) -> bool:
     return all(isinstance(item, kind) for item in value)
 
 
+def _is_grey_range(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return all(map(_is_number, value)) and value[0] < value[1]
+
+
 def _is_geometry(value: Any) -> bool:
     """Return whether a value describes a `Geometry` with possible sizes and statistics."""
     if not isinstance(value, dict) or value.keys() != {field.name for field in fields(Geometry)}:
@@ -120,5 +126,7 @@ def _is_geometry(value: Any) -> bool:
         if not all(map(_is_number, channels)):
             return False
     if value["fit"] not in get_args(Fit):
+        return False
+    if value["grey_range"] is not None and not _is_grey_range(value["grey_range"]):
         return False
     return min(value["std"]) > 0

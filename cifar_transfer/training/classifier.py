@@ -22,7 +22,7 @@ from cifar_transfer.base.errors import UserError, check, first_line
 from cifar_transfer.base.primitives import StoredOptions, as_primitive
 from cifar_transfer.data import splits
 from cifar_transfer.data.classes import check_classes
-from cifar_transfer.data.geometry import LARGEST_SIDE, Fit, Size, pixels, statistics
+from cifar_transfer.data.geometry import LARGEST_SIDE, Fit, GreyRange, Size, pixels, statistics
 from cifar_transfer.data.loading import ends_in_one_image
 from cifar_transfer.data.module import EarlierRun, ImageDataModule
 from cifar_transfer.data.splits import Split
@@ -348,7 +348,9 @@ class TransferClassifier(LightningModule):
         if data is None or not hasattr(data, "num_classes"):
             return
         self._check_classes(data, stage)
-        self._settle_size(data.image_size, getattr(data, "fit", "crop"))
+        self._settle_size(
+            data.image_size, getattr(data, "fit", "crop"), getattr(data, "grey_range", None)
+        )
         if stage == "fit":
             self._tell_of_sizes()
         sides = [self.classifier.geometry.input_side]
@@ -417,10 +419,14 @@ class TransferClassifier(LightningModule):
         if takes_names and hasattr(data, "class_names"):
             self.classifier.set_class_names(data.class_names)
 
-    def _settle_size(self, size: Size, fit: Fit = "crop") -> None:
+    def _settle_size(
+        self, size: Size, fit: Fit = "crop", grey_range: GreyRange | None = None
+    ) -> None:
         """Record height and width in pixels to which images are decoded, and how."""
         height, width = size
-        geometry = replace(self.classifier.geometry, size=(height, width), fit=fit)
+        geometry = replace(
+            self.classifier.geometry, size=(height, width), fit=fit, grey_range=grey_range
+        )
         self.classifier.set_geometry(geometry)
         self._size_is_known = True
 
@@ -481,7 +487,8 @@ class TransferClassifier(LightningModule):
                 checkpoint.get(RECORDED_RUN_KEY),
                 is_needed=not (self.trainer.testing or self.trainer.predicting),
             )
-            data.continue_from(EarlierRun(record=record))
+            grey_range = description.geometry.grey_range
+            data.continue_from(EarlierRun(record=record, grey_range=grey_range))
         if is_fitting(self):
             resume.check_checkpoint(self.trainer, self, data, checkpoint)
             self._check_teacher(checkpoint)

@@ -104,7 +104,12 @@ def load_data(checkpoint: dict[str, Any], **overrides: str | int | None) -> Imag
             f"The checkpoint's options for its data are not those of this version ({error})."
         ) from None
     network = NetworkDescription.from_checkpoint(checkpoint)
-    data.continue_from(EarlierRun(size=network.geometry.size, class_names=network.class_names))
+    geometry = network.geometry
+    data.continue_from(
+        EarlierRun(
+            size=geometry.size, grey_range=geometry.grey_range, class_names=network.class_names
+        )
+    )
     if images_left_out and "leave_out" not in overrides:
         _tell_of_other_list(data, images_left_out)
     return data
