@@ -418,7 +418,7 @@ def test_figures_of_a_thousand_classes_show_those_with_the_most_mistakes(tmp_pat
     probabilities[labels == 7] = probabilities[labels == 8]  # always mistaken
     images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     seen = Predictions(
-        [f"class {n}" for n in range(1000)], labels, probabilities, torch.tensor([0]), images
+        [f"class {n}" for n in range(1000)], labels, probabilities.log(), torch.tensor([0]), images
     )
     for draw, words in ((plots.confusion, "most mistakes"), (plots.per_class, "lowest F1")):
         figure = draw(seen)

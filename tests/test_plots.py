@@ -33,19 +33,19 @@ NAMES = {
 NOTHING_FROZEN = Phases("backbone frozen", [])
 
 
-def some_predictions(names, count=300, seed=0):
+def some_predictions(names, count=300, seed=0, temperature=1.0):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(len(names), (count,), generator=generator)
     logits = torch.randn(count, len(names), generator=generator)
     logits[torch.arange(count), labels] += 2
     rows = torch.arange(12)
     images = torch.randint(0, 256, (12, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return Predictions(names, labels, logits.softmax(1), rows, images)
+    return Predictions(names, labels, logits, rows, images, temperature)
 
 
 def without_images(names, labels, probabilities):
     no_images = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-    return Predictions(names, labels, probabilities, torch.arange(0), no_images)
+    return Predictions(names, labels, probabilities.log(), torch.arange(0), no_images)
 
 
 def assert_nothing_is_cut_off(figure):
@@ -71,7 +71,7 @@ def shaded_until(axes):
 @pytest.mark.slow
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
 def test_no_name_is_cut_off_or_boxed(names):
-    figures = run_figures.prediction_figures(some_predictions(names), "test")
+    figures = run_figures.prediction_figures(some_predictions(names, temperature=1.5), "test")
     for figure in figures.values():
         assert_nothing_is_cut_off(figure)
 
@@ -143,13 +143,14 @@ def test_the_calibration_error_is_that_of_torchmetrics(num_bins):
 
 
 def test_predictions_survive_saving(tmp_path):
-    predictions = some_predictions(["猫", "dog", "a"])
+    predictions = some_predictions(["猫", "dog", "a"], temperature=1.3)
     predictions.save(tmp_path / "predictions-test.npz")
     loaded = Predictions.load(tmp_path / "predictions-test.npz")
     assert loaded.names == predictions.names
     assert torch.equal(loaded.labels, predictions.labels)
     assert torch.equal(loaded.images, predictions.images)
     assert torch.equal(loaded.probabilities, predictions.probabilities)
+    assert loaded.temperature == 1.3
     assert [path.name for path in tmp_path.iterdir()] == ["predictions-test.npz"]
 
 
@@ -165,7 +166,8 @@ def test_saved_predictions_have_the_calibration_error_of_the_exact_ones(tmp_path
     loaded = Predictions.load(tmp_path / "p.npz")
     exact = predictions.confidence_bins(15).calibration_error
     assert loaded.confidence_bins(15).calibration_error == exact
-    assert torch.equal(loaded.probabilities, probabilities)
+    assert torch.equal(loaded.probabilities, predictions.probabilities)
+    torch.testing.assert_close(loaded.probabilities, probabilities, atol=1e-6, rtol=0)
 
 
 def test_augmented_images_are_shown_at_the_networks_size_and_disturb_no_draw(tmp_path, monkeypatch):

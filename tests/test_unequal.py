@@ -328,7 +328,7 @@ def test_reports_count_classes_alike_where_they_are_unequal(in_tmp_path, photos,
     found = evaluate(str(outcome.best), accelerator="cpu", figures=True)
     printed = capsys.readouterr().out
     with np.load(Path(RUN, "figures/predictions-test.npz")) as kept:
-        guesses, labels = (torch.from_numpy(kept[name]) for name in ("probabilities", "labels"))
+        guesses, labels = (torch.from_numpy(kept[name]) for name in ("logits", "labels"))
     references = {"balanced_accuracy": multiclass_accuracy, "macro_f1": multiclass_f1_score}
     for name, reference in references.items():
         value = float(reference(guesses.float(), labels, 3, average="macro"))

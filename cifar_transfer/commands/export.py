@@ -36,7 +36,8 @@ def export(
             then takes images as they are in [0, 1]; otherwise it takes what the network takes.
             Weights alone hold neither.
         mirrored: Have the graph look at each image and at its mirror image. What it gives are then
-            logarithms of the mean of both probabilities, in twice the time.
+            logarithms of the mean of both probabilities, divided by the temperature, in twice the
+            time.
 
     Returns:
         The largest absolute difference of a logit between the file and the checkpoint, or None if

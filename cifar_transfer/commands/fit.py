@@ -36,8 +36,10 @@ from cifar_transfer.base.files import LOGS
 from cifar_transfer.base.text import program
 from cifar_transfer.cli.fit_cli import FitCLI
 from cifar_transfer.data.splits import Split
+from cifar_transfer.results.calibration import Calibration
 from cifar_transfer.results.predictions import FIGURES_FOLDER, Predictions
 from cifar_transfer.results.run_metrics import METRICS
+from cifar_transfer.training.calibrate_checkpoint import calibrate_checkpoint
 from cifar_transfer.training.checkpoint_file import newest_checkpoint
 from cifar_transfer.training.collect_predictions import CollectPredictions
 from cifar_transfer.training.evaluation import evaluate_checkpoint
@@ -119,7 +121,7 @@ def _fit(cli: FitCLI) -> Outcome | None:
     best = best_checkpoint(cli)
     if best is None:
         return None
-    evaluations = evaluate(cli, best)
+    evaluations, calibration = evaluate(cli, best)
     scores = scores_of_best(evaluations)
     result = publish(cli, evaluations, scores)
     checkpoint = _relative(best)
@@ -132,6 +134,7 @@ def _fit(cli: FitCLI) -> Outcome | None:
         curves=_curves_of(cli),
         checkpoint=checkpoint,
         is_newest=_is_newest(best),
+        calibration=calibration,
     )
     say(cli.trainer, lines)
     return Outcome(scores, checkpoint)
@@ -176,18 +179,33 @@ def best_checkpoint(cli: FitCLI) -> Path | None:
     return path
 
 
-def evaluate(cli: FitCLI, checkpoint: Path) -> dict[Split, Evaluation]:
-    """Evaluate a checkpoint on the validation images and, if there are any, on the test images."""
-    splits: list[Split] = ["val"]
-    if "test" in cli.datamodule.images and cli.trainer.limit_test_batches != 0:
-        splits.append("test")
-    evaluations = {}
-    for split in splits:
+def evaluate(cli: FitCLI, checkpoint: Path) -> tuple[dict[Split, Evaluation], Calibration | None]:
+    """Evaluate a checkpoint on the validation images and, if there are any, on the test images.
+
+    In between it gets its temperature.
+
+    Returns:
+        What it came to on each split, and what its temperature does; None for the latter on other
+        processes than the first.
+    """
+    trainer = cli.trainer
+    data = cli.datamodule
+    evaluations: dict[Split, Evaluation] = {}
+    collect = CollectPredictions()
+    scores = evaluate_checkpoint(trainer, checkpoint, data, "val", [collect])
+    predictions = collect.predictions
+    calibration = calibrate_checkpoint(
+        trainer, checkpoint, predictions, data.validates_on_test_images
+    )
+    if predictions is not None and calibration is not None:
+        predictions = predictions.at_temperature(calibration.temperature)
+    evaluations["val"] = Evaluation(scores, predictions)
+    if "test" in data.images and trainer.limit_test_batches != 0:
         collect = CollectPredictions()
         callbacks: list[Callback] = [collect] if cli.config.report.figures else []
-        scores = evaluate_checkpoint(cli.trainer, checkpoint, cli.datamodule, split, callbacks)
-        evaluations[split] = Evaluation(scores, collect.predictions)
-    return evaluations
+        scores = evaluate_checkpoint(trainer, checkpoint, data, "test", callbacks)
+        evaluations["test"] = Evaluation(scores, collect.predictions)
+    return evaluations, calibration
 
 
 def scores_of_best(evaluations: Mapping[Split, Evaluation]) -> dict[str, float]:
@@ -224,6 +242,7 @@ def closing_lines(
     curves: str,
     checkpoint: Path,
     is_newest: bool,
+    calibration: Calibration | None,
 ) -> str:
     """Return what the terminal shows at the end of a run.
 
@@ -236,11 +255,14 @@ def closing_lines(
         curves: What shows its curves: a command or a file.
         checkpoint: The best checkpoint.
         is_newest: Whether the command `predict` takes this checkpoint by itself.
+        calibration: What the temperature of this checkpoint does.
     """
     lines = {}
     for name, value in scores.items():
         split, _, score = name.removeprefix("best/").partition("_")
         lines[f"{split} {SCORE_NAMES[score]}"] = styled(f"{value:.2%}", GREEN)
+    if calibration is not None:
+        lines["temperature"] = str(calibration)
     lines["checkpoint"] = f"the best, of epoch {best_epoch}"
     epochs = int(result["epochs"])
     plural = "" if epochs == 1 else "s"

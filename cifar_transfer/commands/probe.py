@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from cifar_transfer.base.errors import UserError, check
@@ -29,6 +30,7 @@ from cifar_transfer.features.logistic import LinearHead
 from cifar_transfer.features.new_head import sample_images, set_head
 from cifar_transfer.network.contestant import Contestant, parse_contestants
 from cifar_transfer.results import probe_table
+from cifar_transfer.results.calibration import Calibration, calibrate
 from cifar_transfer.results.probe_table import ProbeResult
 from cifar_transfer.training import lightning_internals
 from cifar_transfer.training.run_checkpoints import AtomicCheckpointIO
@@ -117,8 +119,11 @@ def probe(
     fitted: Any = None  # in the other processes, until the first one sends it
     if trainer.is_global_zero:
         fitted = _fit_heads(backbone.label, extraction)
-    head, result = trainer.strategy.broadcast(fitted)
-    set_head(extraction.model.classifier, head, sample_images(data))
+    head, calibration, result = trainer.strategy.broadcast(fitted)
+    classifier = extraction.model.classifier
+    set_head(classifier, head, sample_images(data))
+    classifier.set_temperature(calibration.temperature)
+    rank_zero_info(f"temperature {calibration}")
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,8 +135,8 @@ def probe(
     return result
 
 
-def _fit_heads(label: str, extraction: Extraction) -> tuple[LinearHead, ProbeResult]:
-    """Return the best head, and the scores of all."""
+def _fit_heads(label: str, extraction: Extraction) -> tuple[LinearHead, Calibration, ProbeResult]:
+    """Return the best head, its temperature, and the scores of all."""
     start = time.monotonic()
     head, scores = evaluate_heads(extraction.features, extraction.data.num_classes)
     result = ProbeResult(
@@ -142,7 +147,11 @@ def _fit_heads(label: str, extraction: Extraction) -> tuple[LinearHead, ProbeRes
         head_seconds=time.monotonic() - start,
         **scores._asdict(),
     )
-    return head, result
+    val = extraction.features["val"]
+    calibration = calibrate(
+        head.logits(val), torch.from_numpy(val.labels), extraction.data.validates_on_test_images
+    )
+    return head, calibration, result
 
 
 @rank_zero_only

@@ -476,6 +476,11 @@ class ImageDataModule(LightningDataModule):
         """Names of the images of each split, including those left out; empty before `setup`."""
         return self._splits.names if self._splits else {}
 
+    @property
+    def validates_on_test_images(self) -> bool:
+        """Whether validation uses the test images (`val_fraction=0`); known after `setup`."""
+        return self._splits is not None and self._splits.val_source == "test"
+
     def names_of_images(self, split: Split) -> list[str]:
         """Return the names of `images[split]`, in their order."""
         names = self.names[split]

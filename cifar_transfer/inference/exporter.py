@@ -25,6 +25,7 @@ from cifar_transfer.network.build import INCEPTION_NAMES
 from cifar_transfer.network.image_classifier import ImageClassifier
 from cifar_transfer.network.lenet import lenet5
 from cifar_transfer.network.mirrored import Mirrored
+from cifar_transfer.network.temperature import Calibrated
 from cifar_transfer.training.checkpoint_file import load_classifier
 
 ENDINGS = {  # of the files of each format
@@ -46,6 +47,9 @@ INSTEAD = {
     "tensorrt": "onnx, which TensorRT reads",
 }
 GRAPHS = ("onnx", "torch_export")
+# What the notes say of the logits of a graph, and of those of weights alone.
+GRAPH_LOGITS = "They are divided by the temperature already; their softmax is the probabilities."
+WEIGHTS_LOGITS = "Divide them by the temperature; their softmax is then the probabilities."
 BATCH_SIZES = (1, 2, 5)  # of the random images that a file is tried with
 # Largest difference of a logit, as a share of the largest logit. In float32, sums in another order
 # differ by a hundredth of that.
@@ -107,6 +111,9 @@ class Exporter:
         described_input = f"float32 [batch, {channels}, {height}, {width}], RGB in [0, 1]"
         if not self._preprocess:
             described_input += ", then (x - mean) / std of each channel"
+        described_logits = WEIGHTS_LOGITS
+        if self._format in GRAPHS:
+            described_logits = GRAPH_LOGITS
         return {
             "backbone": self._classifier.backbone,
             "class_names": self._classifier.class_names,
@@ -114,6 +121,8 @@ class Exporter:
             "input_shape": ["batch", channels, height, width],
             "preprocess": self._preprocess,
             "mirrored": self._mirrored,
+            "temperature": self._classifier.temperature,
+            "logits": described_logits,
             **self._geometry.describe(self._preprocess),
         }
 
@@ -155,8 +164,8 @@ class Exporter:
         network: nn.Module = self._classifier.network
         if self._preprocess:
             network = self._classifier
-        if self._mirrored:
-            network = Mirrored(network).eval()
+        if self._format in GRAPHS:
+            network = self._with_last_steps(network)
         example = self._network_input(self._random_images(BATCH_SIZES[-1]))
         if self._format == "onnx":
             export_files.write_onnx(network, example, self.notes, path)
@@ -166,6 +175,12 @@ class Exporter:
             export_files.write_safetensors(network, self.notes, path)
         else:
             export_files.write_state_dict(network, path)
+
+    def _with_last_steps(self, network: nn.Module) -> nn.Module:
+        """Return a network with what comes behind it in a graph: mirror image and temperature."""
+        if self._mirrored:
+            network = Mirrored(network)
+        return Calibrated(network, self._classifier.temperature).eval()
 
     def _load(self, path: Path) -> Callable[[Tensor], Tensor] | None:
         """Return the network in the file as others will use it, or None without onnxruntime."""
@@ -184,8 +199,8 @@ class Exporter:
         if network is None:
             return None
         reference: nn.Module = self._classifier
-        if self._mirrored:
-            reference = Mirrored(reference)
+        if self._format in GRAPHS:
+            reference = self._with_last_steps(reference)
         expected_logits = []
         logits = []
         for batch_size in BATCH_SIZES:

@@ -190,8 +190,11 @@ class Classifier:
     @torch.inference_mode()
     def _likeliest_classes(self, pixels: np.ndarray, top_k: int) -> list[list[ClassShare]]:
         images = to_float(torch.from_numpy(pixels).to(self.model.device))
-        probabilities = self._predicting(images).softmax(1)
-        shares, labels = probabilities.topk(min(top_k, len(self.class_names)))
+        logits = self._predicting(images)
+        # In the order of the undivided logits, because a division may round two of them to one.
+        labels = logits.topk(min(top_k, len(self.class_names))).indices
+        probabilities = (logits / self.model.temperature).softmax(1)
+        shares = probabilities.gather(1, labels)
         rows = []
         for row_labels, row_shares in zip(labels.tolist(), shares.tolist(), strict=True):
             names = [self.class_names[label] for label in row_labels]

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.data.geometry import LARGEST_SIDE, Fit, Geometry
+from cifar_transfer.network.temperature import NO_TEMPERATURE, is_temperature
 
 MAX_CLASSES = 10**6  # more would be a mistake, and fill the machine's memory
 MAX_VALUE_CHARS = 80  # of a value in a message
@@ -20,7 +21,7 @@ class NetworkDescription:
     """What a checkpoint says of its network: everything to build it, but not the weights.
 
     In contrast to `NetworkOptions`, nothing is left to be found out: "native" has become a number
-    of pixels, and statistics are numbers.
+    of pixels, and statistics are numbers. `temperature` divides the logits before the softmax.
     """
 
     backbone: str
@@ -29,6 +30,7 @@ class NetworkDescription:
     small_images: bool
     patch_size: int | None
     geometry: Geometry
+    temperature: float = NO_TEMPERATURE
 
     def to_primitives(self) -> dict[str, Any]:
         """Return the description as a checkpoint stores it."""
@@ -70,6 +72,8 @@ def check_description(path: Path, description: Mapping[str, Any]) -> None:
         raise altered_file(path, "patch_size", patch_size)
     if not _is_geometry(description["geometry"]):
         raise altered_file(path, "geometry", description["geometry"])
+    if not is_temperature(description["temperature"]):
+        raise altered_file(path, "temperature", description["temperature"])
 
 
 def altered_file(path: Path, name: str, value: Any) -> UserError:

@@ -228,6 +228,18 @@ class ImageClassifier(nn.Module):
         self.mean.copy_(_channels(geometry.mean))
         self.std.copy_(_channels(geometry.std))
 
+    @property
+    def temperature(self) -> float:
+        """Number that the logits are divided by before the softmax, fitted after training.
+
+        `forward` gives the logits undivided, because losses and teachers take them so.
+        """
+        return self.description.temperature
+
+    def set_temperature(self, temperature: float) -> None:
+        """Replace the temperature; 1 leaves the probabilities as the network was trained."""
+        self.description = replace(self.description, temperature=temperature)
+
     def prepare(self, images: Tensor, side: int | None) -> Tensor:
         """Return images as `network` takes them.
 

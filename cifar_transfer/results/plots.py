@@ -18,6 +18,8 @@ from matplotlib.ticker import MaxNLocator
 
 from cifar_transfer.base.files import atomic_write
 from cifar_transfer.base.text import printable
+from cifar_transfer.network.temperature import NO_TEMPERATURE
+from cifar_transfer.results.calibration import CALIBRATION_BINS, ConfidenceBins
 from cifar_transfer.results.predictions import Predictions
 from cifar_transfer.results.words import Lettering, lettering, word
 
@@ -42,7 +44,6 @@ MAX_CLASS_NAME_CHARS = 40  # a folder's name may have 255, beside which nothing 
 MAX_TITLE_CHARS = 16  # in a line above an image of a grid
 MAX_GRID_COLUMNS = 8
 MIN_GRID_COLUMNS = 5  # in a grid of several rows
-CALIBRATION_BINS = 15
 # Width of a letter in inches, in the larger and the smaller font of a confusion matrix.
 LETTER_INCHES = 0.085
 SMALL_LETTER_INCHES = 0.048
@@ -472,20 +473,39 @@ def _add_column(axes: Axes, x: float, heading: str, values: np.ndarray, form: st
 
 
 def reliability(predictions: Predictions, num_bins: int = CALIBRATION_BINS) -> Figure:
-    """Plot accuracy by confidence, the expected calibration error, and a histogram below."""
-    bins = predictions.confidence_bins(num_bins)
+    """Plot accuracy by confidence, the expected calibration error, and a histogram below.
+
+    With a temperature, the same without it is drawn to the left.
+    """
+    drawn = [(word("temperature {value:.2f}", value=predictions.temperature), predictions)]
+    if predictions.temperature != NO_TEMPERATURE:
+        before = predictions.at_temperature(NO_TEMPERATURE)
+        drawn.insert(0, (word("without temperature"), before))
+    columns = len(drawn)
+    figure = Figure(figsize=(6 * columns, 6.5), layout="constrained")
+    grid_axes = figure.subplots(
+        2, columns, sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1)
+    )
+    for (heading, shown), (upper, lower) in zip(drawn, grid_axes.T, strict=True):
+        bins = shown.confidence_bins(num_bins)
+        _draw_reliability(upper, lower, bins)
+        title = word("expected calibration error {error:.1%}", error=bins.calibration_error)
+        if columns > 1:
+            title = f"{heading}\n{title}"
+        upper.set_title(title)
+    return figure
+
+
+def _draw_reliability(upper: Axes, lower: Axes, bins: ConfidenceBins) -> None:
+    """Plot accuracy by confidence, and below how many predictions have that confidence."""
+    num_bins = len(bins.counts)
     edges = np.arange(num_bins) / num_bins
     width = 1 / num_bins
     filled = bins.counts > 0
     accuracies = bins.accuracies[filled]
-
-    figure = Figure(figsize=(6, 6.5), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.bar(edges[filled], accuracies, width, align="edge", color=BLUE, alpha=0.6, edgecolor="w")
     upper.plot(bins.confidences[filled], accuracies, "o", color=BLUE, markersize=4)
     upper.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1)
-    error = bins.calibration_error
-    upper.set_title(word("expected calibration error {error:.1%}", error=error))
     _finish(upper, "", "accuracy")
 
     bars = lower.bar(edges, bins.counts, width, align="edge", color=GREY, edgecolor="w")
@@ -493,7 +513,6 @@ def reliability(predictions: Predictions, num_bins: int = CALIBRATION_BINS) -> F
     lower.margins(y=0.15)
     lower.set_xlim(0, 1)
     _finish(lower, "confidence", "images")
-    return figure
 
 
 def _count_label(count: float) -> str:

@@ -1,7 +1,8 @@
 """Predictions of a network: for one image, and for all images of a split."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from cifar_transfer.base.files import atomic_write
 from cifar_transfer.base.untrusted import open_regular
+from cifar_transfer.network.temperature import NO_TEMPERATURE, is_temperature
+from cifar_transfer.results.calibration import CALIBRATION_BINS, ConfidenceBins, confidence_bins
 
 MAX_GALLERY_IMAGES = 24
 FIGURES_FOLDER = "figures"
@@ -30,43 +33,35 @@ class ImagePrediction(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ConfidenceBins:
-    """Predictions binned by confidence. Bin i of B holds confidences from i / B to (i + 1) / B."""
-
-    counts: np.ndarray  # predictions in each bin, int64 [B]
-    confidences: np.ndarray  # mean confidence in each bin, float64 [B], 0 in empty bins
-    accuracies: np.ndarray  # share of correct predictions in each bin, float64 [B], 0 in empty bins
-
-    @property
-    def calibration_error(self) -> float:
-        """Expected calibration error in [0, 1] (Guo et al. 2017, https://arxiv.org/abs/1706.04599)."""
-        gaps = np.abs(self.accuracies - self.confidences)
-        return float(np.average(gaps, weights=self.counts))
-
-
-@dataclass(frozen=True)
 class Predictions:
-    """Predicted probabilities for the N images of a split, C classes, and some of the images.
+    """Predictions for the N images of a split, C classes, and some of the images.
 
     Attributes:
         names: Names of the classes.
         labels: True classes, int64 [N].
-        probabilities: float32 [N, C]; each row sums to 1.
+        logits: Logits of the network, float32 [N, C].
         rows: Which images are kept, int64 [K]: the most confident mistakes and some correct
             predictions.
         images: Pixels of these images, uint8 [K, 3, H, W], RGB.
+        temperature: Divides the logits before the softmax.
     """
 
     names: Sequence[str]
     labels: Tensor
-    probabilities: Tensor
+    logits: Tensor
     rows: Tensor
     images: Tensor
+    temperature: float = NO_TEMPERATURE
 
-    @property
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """Probabilities of the classes as `predict` says them, float32 [N, C]."""
+        return (self.logits / self.temperature).softmax(1)
+
+    @cached_property
     def predicted(self) -> Tensor:
-        """Predicted classes, int64 [N]."""
-        return self.probabilities.argmax(1)
+        """Predicted classes, int64 [N], whatever the temperature."""
+        return self.logits.argmax(1)
 
     @property
     def confidences(self) -> Tensor:
@@ -85,18 +80,13 @@ class Predictions:
         counts = cells.bincount(minlength=num_classes**2)
         return counts.view(num_classes, num_classes).numpy()
 
-    def confidence_bins(self, num_bins: int) -> ConfidenceBins:
+    def confidence_bins(self, num_bins: int = CALIBRATION_BINS) -> ConfidenceBins:
         """Return counts, mean confidences and accuracies in bins of equal width."""
-        confidences = self.confidences.numpy()
-        # A confidence of 1 belongs to the last bin.
-        bins = np.minimum((confidences * num_bins).astype(int), num_bins - 1)
-        counts = np.bincount(bins, minlength=num_bins)
-        divisors = np.maximum(counts, 1)
-        return ConfidenceBins(
-            counts,
-            np.bincount(bins, confidences, num_bins) / divisors,
-            np.bincount(bins, self.correct.numpy(), num_bins) / divisors,
-        )
+        return confidence_bins(self.confidences, self.correct, num_bins)
+
+    def at_temperature(self, temperature: float) -> "Predictions":
+        """Return the same predictions with another temperature."""
+        return replace(self, temperature=temperature)
 
     def save(self, path: Path) -> None:
         """Write an `.npz` file of plain arrays."""
@@ -105,7 +95,8 @@ class Predictions:
                 file,
                 names=np.array(self.names),
                 labels=self.labels.numpy(),
-                probabilities=self.probabilities.numpy(),
+                logits=self.logits.numpy(),
+                temperature=np.array(self.temperature),
                 rows=self.rows.numpy(),
                 images=self.images.numpy(),
             )
@@ -119,10 +110,15 @@ class Predictions:
             ValueError, KeyError, BadZipFile: The file is damaged, or holds something else.
         """
         with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
+            names = arrays["names"].tolist()
+            temperature = float(arrays["temperature"])
+            if not is_temperature(temperature):
+                raise ValueError(f"a temperature of {temperature}")
             return cls(
-                arrays["names"].tolist(),
+                names,
                 torch.from_numpy(arrays["labels"]),
-                torch.from_numpy(arrays["probabilities"]),
+                torch.from_numpy(arrays["logits"]),
                 torch.from_numpy(arrays["rows"]),
                 torch.from_numpy(arrays["images"]),
+                temperature,
             )

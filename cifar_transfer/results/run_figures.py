@@ -95,14 +95,13 @@ def _image_grid(predictions: Predictions, selected: Tensor, heading: str) -> Fig
 def _image_title(predictions: Predictions, row: int) -> list[str]:
     """Return the class of an image, or of a mistake both classes and the confidence."""
     label = int(predictions.labels[row])
-    probabilities = predictions.probabilities[row]
-    predicted = int(probabilities.argmax())
+    predicted = int(predictions.predicted[row])
     if label == predicted:
         return [predictions.names[label]]
     return [
         word("is {name}", name=predictions.names[label]),
         word("said {name}", name=predictions.names[predicted]),
-        word("{share:.1%} sure", share=float(probabilities.amax())),
+        word("{share:.1%} sure", share=float(predictions.confidences[row])),
     ]
 
 

@@ -73,6 +73,8 @@ CHINESE = Vocabulary(
         "images": "图像数",
         "confidence": "置信度",
         "expected calibration error {error:.1%}": "期望校准误差 {error:.1%}",
+        "temperature {value:.2f}": "温度 {value:.2f}",
+        "without temperature": "未校准",
         "The most confident mistakes": "置信度最高的错误",
         "Correct": "预测正确",
         "is {name}": "真实: {name}",

@@ -35,6 +35,7 @@ from cifar_transfer.network.image_classifier import (
     built_from,
 )
 from cifar_transfer.network.stages import find_stages
+from cifar_transfer.network.temperature import NO_TEMPERATURE
 from cifar_transfer.results.run_metrics import (
     LEARNING_RATE_FIGURE,
     STAGE_RATE_PREFIX,
@@ -334,6 +335,7 @@ class TransferClassifier(LightningModule):
             rank_zero_info(f"{self.classifier.backbone} adapted: {changes}.")
         if stage == "fit":
             self._check_monitors()
+            self.classifier.set_temperature(NO_TEMPERATURE)  # it was that of other weights
         data = self._data_module()
         self._choose_statistics(data)
         if isinstance(data, ImageDataModule):
@@ -500,6 +502,8 @@ class TransferClassifier(LightningModule):
         self.classifier.set_geometry(description.geometry)
         self._statistics_are_chosen = True
         self._size_is_known = True
+        if not is_fitting(self):
+            self.classifier.set_temperature(description.temperature)
 
     def _check_size(self, description: NetworkDescription) -> None:
         size = self.classifier.geometry.size
@@ -782,7 +786,7 @@ class TransferClassifier(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return probabilities of a batch, float [B, C]; it needs no labels."""
         images = self._batches.images(batch, "prediction")
-        return self(images).softmax(dim=1)
+        return (self(images) / self.classifier.temperature).softmax(dim=1)
 
     def side_at(self, done: int, total: int) -> int | None:
         """Return the side in pixels of training images after `done` of `total` parts of the run."""

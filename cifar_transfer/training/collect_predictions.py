@@ -1,5 +1,6 @@
 """`CollectPredictions`: predictions for each image of a split, while Lightning evaluates."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,8 +9,10 @@ from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from cifar_transfer.data.images import Images
+from cifar_transfer.network.temperature import NO_TEMPERATURE
 from cifar_transfer.results.predictions import Predictions
 from cifar_transfer.results.thumbnails import thumbnails
+from cifar_transfer.training.classifier import TransferClassifier
 
 MAX_MISTAKES_KEPT = 32  # whose images are kept, and as many images that are predicted correctly
 MAX_THUMBNAIL_SIDE = 96  # pixels
@@ -28,12 +31,12 @@ class CollectPredictions(Callback):
 
     def __init__(self) -> None:
         self.predictions: Predictions | None = None
-        self._probabilities: list[Tensor] = []  # of each batch of this process, float32 [B, C]
+        self._logits: list[Tensor] = []  # of each batch of this process, float32 [B, C]
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
         self.predictions = None
-        self._probabilities = []
+        self._logits = []
 
     def on_test_batch_end(
         self,
@@ -45,7 +48,7 @@ class CollectPredictions(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the logits of a batch."""
-        self._probabilities.append(outputs.float().softmax(1))
+        self._logits.append(outputs.float())
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the predictions of all processes into the order of the images."""
@@ -53,20 +56,25 @@ class CollectPredictions(Callback):
         if trainer.testing:
             loader = trainer.test_dataloaders
         rows = torch.tensor(list(loader.sampler), device=pl_module.device)
-        probabilities = torch.cat(self._probabilities)
-        self._probabilities = []
+        logits = torch.cat(self._logits)
+        self._logits = []
         if trainer.world_size > 1:
             rows = torch.cat(gather_all_tensors(rows))
-            probabilities = torch.cat(gather_all_tensors(probabilities))
+            logits = torch.cat(gather_all_tensors(logits))
         if not trainer.is_global_zero:
             return
-        probabilities = probabilities[rows.argsort()].cpu()
+        logits = logits[rows.argsort()].cpu()
         images: Images = loader.dataset
         labels = torch.from_numpy(images.labels)
-        rows_kept = _select_rows(labels, probabilities)
         class_names = trainer.datamodule.class_names  # type: ignore[attr-defined]
-        self.predictions = Predictions(
-            class_names, labels, probabilities, rows_kept, _thumbnails_of(images, rows_kept)
+        temperature = NO_TEMPERATURE
+        if isinstance(pl_module, TransferClassifier):
+            temperature = pl_module.classifier.temperature
+        none = torch.arange(0)
+        predictions = Predictions(class_names, labels, logits, none, none, temperature)
+        rows_kept = _select_rows(predictions)
+        self.predictions = replace(
+            predictions, rows=rows_kept, images=_thumbnails_of(images, rows_kept)
         )
 
     on_validation_start = on_test_start
@@ -74,12 +82,11 @@ class CollectPredictions(Callback):
     on_validation_end = on_test_end
 
 
-def _select_rows(labels: Tensor, probabilities: Tensor) -> Tensor:
+def _select_rows(predictions: Predictions) -> Tensor:
     """Return the most confident mistakes, the worst first, then some correct predictions."""
-    confidences, predicted = probabilities.max(1)
-    mistakes = (predicted != labels).nonzero()[:, 0]
-    correct = (predicted == labels).nonzero()[:, 0]
-    worst_first = confidences[mistakes].argsort(descending=True, stable=True)
+    mistakes = (~predictions.correct).nonzero()[:, 0]
+    correct = predictions.correct.nonzero()[:, 0]
+    worst_first = predictions.confidences[mistakes].argsort(descending=True, stable=True)
     mistakes = mistakes[worst_first][:MAX_MISTAKES_KEPT]
     num_correct = min(MAX_MISTAKES_KEPT, len(correct))
     spread = torch.linspace(0, len(correct) - 1, num_correct).long()
