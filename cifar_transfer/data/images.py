@@ -24,7 +24,8 @@ from cifar_transfer.data.geometry import Fit, GreyRange, Size, choose_size, fit_
 
 Batch = tuple[Tensor, Tensor]  # images and labels
 
-EXTENSIONS = (*folder.IMG_EXTENSIONS, ".jfif", ".gif", ".avif")  # of images in folders
+HEIC_EXTENSIONS = (".heic", ".heif")
+HEIC_ADVICE = "HEIC needs pillow-heif, pip install 'cifar-transfer[heic]'"
 MAX_MEGAPIXELS = 100.0  # of an image, unless another limit is asked for: 300 MB in memory
 MAX_NAMED_IMAGES = 20  # in a message about images that cannot be read
 MAX_SAMPLED_IMAGES = 1000  # files, evenly spread, whose sizes decide the common size
@@ -32,6 +33,22 @@ MAX_8_BITS = 255
 MAX_12_BITS = 4095
 MAX_16_BITS = 65535
 TURNED_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
+
+def _register_heic() -> bool:
+    """Have Pillow read HEIC, and return whether it can: pillow-heif is an optional extra."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+READS_HEIC = _register_heic()
+EXTENSIONS = (*folder.IMG_EXTENSIONS, ".jfif", ".gif", ".avif")  # of images in folders
+if READS_HEIC:
+    EXTENSIONS += HEIC_EXTENSIONS
 
 # `read_image` has a limit of its own, and refuses larger images.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -156,6 +173,8 @@ def _refuse(path: str | Path | bytes, error: Exception) -> NoReturn:
     reason = str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         reason = "Pillow knows no such image"
+        if not READS_HEIC and str(path).lower().endswith(HEIC_EXTENSIONS):
+            reason = HEIC_ADVICE
     raise UserError(f"{name} cannot be decoded as an image ({reason}): {advice}.") from None
 
 
