@@ -27,7 +27,7 @@ from cifar_transfer.base.errors import UserError, caused_by_us, check, raised_by
 from cifar_transfer.base.files import CONFIG, LOGS, RESULT, require_writable, user_path
 from cifar_transfer.base.text import without_password
 from cifar_transfer.base.untrusted import read_yaml
-from cifar_transfer.cli import parser_messages, recipes, spelling, start
+from cifar_transfer.cli import parser_messages, recipes, spelling, start, text_options
 from cifar_transfer.cli.parser_messages import plain_message
 from cifar_transfer.cli.parsers import HELP_HINT
 from cifar_transfer.data import splits
@@ -76,11 +76,22 @@ BATCH_LIMITS = (
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser, whose errors are a `UserError` without a page of usage before it."""
+    """Lightning's parser, whose errors are a `UserError` without a page of usage before it.
+
+    Attributes:
+        texts: Values of options by what has replaced them, see `text_options`.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)  # also for the parsers that it makes for classes
         super().__init__(*args, **kwargs)
+        self.texts: dict[str, str] = {}
+
+    def dump(self, cfg: Any, *args: Any, **kwargs: Any) -> str:
+        """Return options as YAML, also for `--print_config`."""
+        cfg = cfg.clone()
+        text_options.put_in(cfg, self.texts)
+        return super().dump(cfg, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a `UserError` with jsonargparse's message and a hint."""
@@ -136,14 +147,12 @@ class PlainCLI(LightningCLI):
         datamodule: The data module.
         trainer: The Trainer.
         config: All options, parsed.
-        arguments: The options as they were given.
 
     Raises:
         UserError: A mistake in the options, the data or the weights.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
-        self.arguments = list(args)
         console.hush()
         super().__init__(
             TransferClassifier,
@@ -400,7 +409,14 @@ def _parse(parser: LightningArgumentParser, args: Sequence[str]) -> Any:
                 f"{file} has no options: give them as YAML, for example `model:` and below it, "
                 f"indented, `lr: 0.001`."
             )
-    return parser.parse_args(_with_presets(args))
+    assert isinstance(parser, Parser)
+    options = _with_presets(args)
+    names = _values_of(("--data",), options)
+    if not names or names[-1].rpartition(".")[2] in DATA_MODULES:  # else its options may be numbers
+        options, parser.texts = text_options.without_texts(options)
+    config = parser.parse_args(options)
+    text_options.put_in(config, parser.texts)
+    return config
 
 
 def _with_presets(args: Sequence[str]) -> list[str]:
