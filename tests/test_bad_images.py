@@ -22,7 +22,9 @@ from cifar_transfer.base.text import printable
 from cifar_transfer.commands.fit import fit
 from cifar_transfer.commands.predict import main
 from cifar_transfer.data import exact_duplicates
-from cifar_transfer.data.images import MAX_MEGAPIXELS, images_below, read_image
+from cifar_transfer.data.images import MAX_MEGAPIXELS, read_image
+from cifar_transfer.data.left_aside import LeftAside
+from cifar_transfer.data.listing import images_below
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 PHOTO = Image.fromarray(
@@ -251,7 +253,7 @@ def test_only_images_are_taken_from_a_folder_and_each_once(tmp_path):
         (cat / name).write_bytes(b"no image")
     os.mkfifo(cat / "pipe.png")
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
-    found = list(images_below(str(cat), lambda error: pytest.fail(str(error))))
+    found = list(images_below(str(cat), lambda error: pytest.fail(str(error)), LeftAside()))
     names = [os.path.relpath(path, cat) for path in found if not path.startswith(f"{cat}/more/up")]
     assert names == ["001.png", "002.png", "more/yet more/IMG.PNG", "self.png"]
     with pytest.raises(UserError, match=r"self\.png cannot be read .*mend or remove it"):

@@ -287,7 +287,7 @@ def test_the_first_phase_is_shaded_also_by_iteration_and_the_test_named_where_it
     tmp_path,
 ):
     names = {"train": ["train/a/1"], "val": ["test/a/1"], "test": ["test/a/1"]}
-    Splits(names, rows={}, val_source="test").write(tmp_path)
+    Splits(names, rows={}, val_source="test", sources={}).write(tmp_path)
     write_metrics_of_five_epochs(tmp_path)
     figures = draw_curves(tmp_path)
     for name, begins in (("epochs", (2.5, 4.5)), ("iterations", (12.5, 24.5))):

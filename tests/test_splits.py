@@ -43,7 +43,7 @@ def held_out(names, fraction=0.2, seed=0):
     """Return those of the names "class/name" that are held out."""
     class_names = [name.partition("/")[0] for name in names]
     _, labels = np.unique(class_names, return_inverse=True)
-    is_held_out = splits.hold_out(names, labels, fraction, seed)
+    is_held_out = splits.hold_out(names, labels, fraction, str(seed))
     return set(np.array(names)[is_held_out].tolist())
 
 

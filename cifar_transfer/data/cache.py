@@ -13,7 +13,7 @@ import sys
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -36,7 +36,13 @@ DECODED_IMAGES = 64  # images that a thread decodes at once
 VERSION = 4
 
 
-def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Images]) -> Images:
+def cached(
+    folder: Path,
+    name: str,
+    fingerprint: object,
+    source: Callable[[], Images],
+    other_fingerprints: Sequence[object] = (),
+) -> Images:
     """Return images as one memory-mapped array, which one process writes the first time.
 
     Each image is verified by its CRC-32, in 0.1 s for 60,000 of CIFAR-10, and a damaged cache is
@@ -48,6 +54,7 @@ def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Im
         name: Name of the cache, and text of the progress bar.
         fingerprint: JSON-serialisable; another one makes another cache, because files have changed.
         source: Called for the images, all of one size, if they are not cached yet.
+        other_fingerprints: Those of caches that will do as well, if they are there.
 
     Raises:
         UnreadableImages: Images are broken; the message names them. Nothing is left behind.
@@ -55,9 +62,7 @@ def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Im
     cache_folder = _writable_folder(folder)
     if cache_folder is None:
         return _uncached(source(), f"neither {folder} nor the user's cache can be written")
-    key = _key(fingerprint)
-    pixels_path = cache_folder / f"{name}-{key}.npy"
-    index_path = cache_folder / f"{name}-{key}.npz"
+    pixels_path, index_path = _paths(cache_folder, name, fingerprint)
     try:
         lock = FileLock(cache_folder / f"{name}.lock").acquire()
     except OSError as error:
@@ -65,9 +70,10 @@ def cached(folder: Path, name: str, fingerprint: object, source: Callable[[], Im
             source(), f"{cache_folder / name}.lock cannot be locked ({error.strerror})"
         )
     with lock:
-        images = _open(pixels_path, index_path)
-        if images is not None:
-            return images
+        for usable_fingerprint in (fingerprint, *other_fingerprints):
+            images = _open(*_paths(cache_folder, name, usable_fingerprint))
+            if images is not None:
+                return images
         _remove_stale(cache_folder, name)
         decoded = source()
         try:
@@ -109,6 +115,12 @@ def remembered(folder: Path, name: str, fingerprint: object, compute: Callable[[
 
 def _key(fingerprint: object) -> str:
     return hashlib.sha256(json.dumps([VERSION, fingerprint]).encode()).hexdigest()[:16]
+
+
+def _paths(cache_folder: Path, name: str, fingerprint: object) -> tuple[Path, Path]:
+    """Return the files of pixels and of index of a cache."""
+    key = _key(fingerprint)
+    return cache_folder / f"{name}-{key}.npy", cache_folder / f"{name}-{key}.npz"
 
 
 def _writable_folder(folder: Path) -> Path | None:

@@ -21,8 +21,9 @@ from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.base.text import without_password
 from cifar_transfer.data.cache import cached
 from cifar_transfer.data.files import cached_files
-from cifar_transfer.data.folder import class_files, class_folders, has_images
 from cifar_transfer.data.images import ArrayImages, FileImages, Images
+from cifar_transfer.data.layout import class_files, class_folders, find_layout, has_images
+from cifar_transfer.data.left_aside import LeftAside
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split, by_number
 
@@ -87,10 +88,17 @@ class CIFAR10DataModule(ImageDataModule):
             return batch_images(batches, split)
         folder = find_image_folder(self.root)
         assert folder is not None, "prepare_data has not run"
-        files = class_files(folder / split, CLASSES)
+        files = class_files(
+            folder / split,
+            class_folders(folder / split),
+            CLASSES,
+            LeftAside(),
+            may_lack_classes=split != "train",
+        )
         names = [by_number(name) for name in files.names]
         images = FileImages(files.paths, files.labels, IMAGE_SIZE)
-        return cached_files(images, names, folder, split, CACHE_LIMIT_GB)
+        every_row = np.arange(len(images))
+        return cached_files(images, names, folder, split, CACHE_LIMIT_GB, every_row)
 
 
 def find_batches(root: Path) -> Path | None:
@@ -138,8 +146,9 @@ def _classes_of_own_images(root: Path) -> list[str]:
     Empty if they are CIFAR-10's.
     """
     folder = find_image_folder(root) or root
-    if (folder / "train").is_dir():
-        names = list(class_folders(folder / "train"))
+    train = find_layout(folder).folders.get("train")
+    if train is not None and train != folder:
+        names = list(class_folders(train))
     else:
         folders = class_folders(root)
         names = list(folders)

@@ -5,6 +5,9 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +19,7 @@ from cifar_transfer.base.files import file_version
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.base.text import composed, printable
 from cifar_transfer.data.cache import cached, remembered
-from cifar_transfer.data.exact_duplicates import Pair, SplitFiles, find_duplicates
+from cifar_transfer.data.exact_duplicates import SplitFiles, content_numbers, copies_among
 from cifar_transfer.data.geometry import (
     Fit,
     GreyRange,
@@ -27,6 +30,7 @@ from cifar_transfer.data.geometry import (
     pixels,
 )
 from cifar_transfer.data.grey_values import describe_range, find_grey_range, some_have_many
+from cifar_transfer.data.groups import GroupNames, with_copies_together
 from cifar_transfer.data.images import (
     MAX_MEGAPIXELS,
     ArrayImages,
@@ -36,7 +40,8 @@ from cifar_transfer.data.images import (
     sample_sizes,
 )
 from cifar_transfer.data.module import ImageDataModule
-from cifar_transfer.data.splits import Split, Splits
+from cifar_transfer.data.partly_read import PartlyReadImages
+from cifar_transfer.data.splits import SPLITS, Names, Split, Splits
 
 FITTING: dict[Fit, str] = {
     "crop": "resized and cut to the centre",
@@ -76,6 +81,10 @@ class FileDataModule(ImageDataModule):
         cache_limit_gb: A split whose decoded images exceed this many gigabytes (1e9 bytes) is
             decoded on the fly.
         max_megapixels: An image of more million pixels is refused, before it is decoded.
+        group: Regular expression over the names of files, such as `(.+)_[0-9]+`: images of one
+            group, frames of a video for example, are held out together or not at all. The group is
+            what the first brackets match, or all of the match if there are none; a name without a
+            match is its own group. Copies of one image are always held out together.
         **options: Those of `ImageDataModule`.
 
     Raises:
@@ -89,6 +98,7 @@ class FileDataModule(ImageDataModule):
         fit: Fit = "crop",
         cache_limit_gb: float = 8.0,
         max_megapixels: float = MAX_MEGAPIXELS,
+        group: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -101,6 +111,14 @@ class FileDataModule(ImageDataModule):
         check_fit(self.fit)
         check("cache_limit_gb", self.cache_limit_gb, lambda size: size >= 0, "0 or more")
         check("max_megapixels", self.max_megapixels, lambda size: size > 0, "a positive number")
+        self.group: str | None = as_primitive("group", group)
+        self._groups: GroupNames | None = None
+        if self.group is not None:
+            check("group", self.group, lambda text: isinstance(text, str), "a regular expression")
+            self._groups = GroupNames(self.group, self.grouped_part)
+        self._has_told_unmatched = False
+        self._content_numbers: dict[Split, np.ndarray] = {}  # of copies the same
+        self._rows_never_read: dict[Split, np.ndarray] | None = None
         self._files: dict[Split, Files | None] = {}
         self._sampled_sizes: list[Size] = []
         self._sampling_errors: list[str] = []
@@ -114,11 +132,16 @@ class FileDataModule(ImageDataModule):
             "fit": self.fit,
             "cache_limit_gb": self.cache_limit_gb,
             "max_megapixels": self.max_megapixels,
+            "group": self.group,
         }
 
     def list_files(self, split: Split) -> Files | None:
         """Return the files of a split, or None if the data have none of their own."""
         raise NotImplementedError
+
+    def grouped_part(self, name: str) -> str:
+        """Return the part of an image's name that `group` is looked for in."""
+        return name
 
     def cache_name(self, split: Split) -> str:
         """Return the name of the cache of a split in `folder`, and text of its progress bar."""
@@ -142,7 +165,7 @@ class FileDataModule(ImageDataModule):
         if not self._sampled_sizes:
             files = self.files("train")
             assert files is not None, "a data module without training images is told a size"
-            sizes, errors = sample_sizes(files.paths, self.max_megapixels)
+            sizes, errors = sample_sizes(self._paths_to_read("train"), self.max_megapixels)
             self._sampled_sizes = sizes
             self._sampling_errors = errors
         return choose_size(self._sampled_sizes, largest_side)
@@ -164,14 +187,16 @@ class FileDataModule(ImageDataModule):
         return self._grey_range
 
     def _find_grey_range(self, files: Files) -> GreyRange | None:
-        if not some_have_many(files.paths, self.max_megapixels):
+        paths = self._paths_to_read("train")
+        if not some_have_many(paths, self.max_megapixels):
             return None
+        rows = self._rows_to_read("train")
         unsized = FileImages(files.paths, files.labels, (1, 1))
         grey_range = remembered(
             self.folder,
             f"{self.cache_name('train')}-grey",
-            [_fingerprint(unsized, self.folder), self.max_megapixels],
-            lambda: find_grey_range(files.paths, self.max_megapixels),
+            [_fingerprint(unsized, self.folder, rows), self.max_megapixels],
+            lambda: find_grey_range(paths, self.max_megapixels),
         )
         return None if grey_range is None else tuple(grey_range)
 
@@ -190,11 +215,17 @@ class FileDataModule(ImageDataModule):
         size = self.size or self.choose_size(None)
         if split == "train":
             self._tell_resizing(size)
+        self._content_numbers = {}
         images = FileImages(
             files.paths, files.labels, size, self.max_megapixels, self.fit, self.grey_range
         )
         cached_images = cached_files(
-            images, files.names, self.folder, self.cache_name(split), self.cache_limit_gb
+            images,
+            files.names,
+            self.folder,
+            self.cache_name(split),
+            self.cache_limit_gb,
+            self._rows_to_read(split),
         )
         if split == "train" and cached_images.on_the_fly and self._sampling_errors:
             raise UnreadableImages(*self._sampling_errors)
@@ -209,43 +240,113 @@ class FileDataModule(ImageDataModule):
                 f"(decode_size=N makes them N x N)"
             )
 
-    def _warn_of_duplicates(self) -> None:
-        train = self._loaded["train"]
-        train_files = self.files("train") if train else None
-        if not train or train_files is None:
-            return
-        for split in ("val", "test"):
-            images = self._loaded[split]
-            files = self.files(split) if images else None
-            if not images or files is None:
-                continue
-            pairs = find_duplicates(
-                SplitFiles(train, train_files.paths, np.arange(len(train))),
-                SplitFiles(images, files.paths, np.arange(len(images))),
+    def _rows_to_read(self, split: Split) -> np.ndarray:
+        """Return the rows, int64, of the files of a split that may be decoded.
+
+        The others are in no split, because `leave_out` lists them: they may be broken.
+        """
+        files = self.files(split)
+        assert files is not None
+        rows = np.arange(len(files.paths))
+        if self.leave_out is None:
+            return rows
+        if self._rows_never_read is None:
+            self._rows_never_read = self._find_rows_never_read()
+        return np.setdiff1d(rows, self._rows_never_read[split])
+
+    def _paths_to_read(self, split: Split) -> Sequence[str]:
+        """Return the paths of `_rows_to_read`."""
+        files = self.files(split)
+        assert files is not None
+        rows = self._rows_to_read(split)
+        if len(rows) == len(files.paths):
+            return files.paths
+        return [files.paths[row] for row in rows.tolist()]
+
+    def _find_rows_never_read(self) -> dict[Split, np.ndarray]:
+        """Return the rows, int64, of each split's files that are in no split, by names alone."""
+        names: Names = {}
+        labels: dict[Split, np.ndarray] = {}
+        for split in SPLITS:
+            files = self.files(split)
+            if files is not None:
+                names[split] = [f"{split}/{name}" for name in files.names]
+                labels[split] = files.labels
+        chosen = self.choose_splits(names, labels, self._keys_of_names)
+        rows_never_read = {}
+        for source, source_names in names.items():
+            is_left = np.ones(len(source_names), dtype=bool)
+            for split, rows in chosen.rows.items():
+                if chosen.sources[split] == source:
+                    is_left[rows] = False
+            rows_never_read[source] = np.flatnonzero(is_left)
+        return rows_never_read
+
+    def _choose_splits(self) -> Splits:
+        """Return which images are in which split; those that were never read are in none."""
+        chosen = super()._choose_splits()
+        if self._rows_never_read is None:
+            return chosen
+        rows = {}
+        for split, source in chosen.sources.items():
+            if split in chosen.rows:
+                rows[split] = np.setdiff1d(chosen.rows[split], self._rows_never_read[source])
+        return replace(chosen, rows=rows)
+
+    def group_keys(self, names: Sequence[str]) -> Sequence[str]:
+        """Return a text for each training image; those of a group and copies have the same one."""
+        return with_copies_together(self._keys_of_names(names), self._numbers_of("train"))
+
+    def _keys_of_names(self, names: Sequence[str]) -> Sequence[str]:
+        """Return the name of the group of each training image, or without `group` its own."""
+        if self._groups is None:
+            return names
+        keys, num_unmatched = self._groups.keys(names)
+        if not self._has_told_unmatched:
+            self._has_told_unmatched = True
+            rank_zero_info(
+                f"Groups: {len(set(keys)):,} of {len(names):,} training images; group={self.group} "
+                f"matches all but {num_unmatched:,} of their names."
             )
-            _warn_of_pairs(self._not_left_out(split, pairs), len(files.paths), split)
+        return keys
+
+    def _numbers_of(self, split: Split) -> np.ndarray:
+        """Return a number for each image of a split, int64 [N]; copies have the same one.
+
+        Images that are never read have numbers of their own, below 0.
+        """
+        if not self._content_numbers:
+            splits = []
+            files_of_splits = []
+            for loaded_split, images in self._loaded.items():
+                files = self.files(loaded_split)
+                if images is not None and files is not None:
+                    rows = self._rows_to_read(loaded_split)
+                    splits.append(loaded_split)
+                    files_of_splits.append(SplitFiles(images, files.paths, rows))
+            numbers_of_splits = content_numbers(files_of_splits)
+            for read_split, read, numbers in zip(
+                splits, files_of_splits, numbers_of_splits, strict=True
+            ):
+                all_numbers = -1 - np.arange(len(read.paths))
+                all_numbers[read.rows] = numbers
+                self._content_numbers[read_split] = all_numbers
+        return self._content_numbers[split]
 
     def _report_splits(self, chosen: Splits) -> None:
-        """Report the splits, and warn of copies that are held out of the training images."""
+        """Report the splits, images of one colour, and a group that has no use."""
         super()._report_splits(chosen)
         self._tell_of_one_colour(chosen)
-        images = self._loaded["train"]
-        is_first_process = self.trainer is None or self.trainer.is_global_zero
-        if chosen.val_source != "train" or images is None or not is_first_process:
-            return
-        files = self.files("train")
-        assert files is not None
-        held_out = chosen.rows["val"]
-        pairs = find_duplicates(
-            SplitFiles(images, files.paths, chosen.rows["train"]),
-            SplitFiles(images, files.paths, held_out),
-        )
-        _warn_of_pairs(pairs, len(held_out), "held-out val")
+        holds_out = "train" in (chosen.sources["val"], chosen.sources["test"])
+        if self.group is not None and not holds_out:
+            rank_zero_info(
+                f"group={self.group} is not used, because no training images are held out."
+            )
 
     def _tell_of_one_colour(self, chosen: Splits) -> None:
         """Say how many cached images of each split have one colour all over, and name some."""
         for split, rows in chosen.rows.items():
-            images = self._loaded[chosen.source(split)]
+            images = self._loaded[chosen.sources[split]]
             if not isinstance(images, ArrayImages) or images.names is None:
                 continue
             rows_of_one_colour = np.intersect1d(images.rows_of_one_colour(), rows)
@@ -257,46 +358,52 @@ class FileDataModule(ImageDataModule):
                 f"over, such as {printable(', '.join(examples))}: look whether they should."
             )
 
-    def _not_left_out(self, split: Split, pairs: list[Pair]) -> list[Pair]:
-        """Return the pairs of a training image and one of a split of which both stay."""
-        if not pairs:
-            return []
-        names_of_train = self._names_by_path("train")
-        names_of_split = self._names_by_path(split)
-        names = []
-        train_names = []
-        for train_path, path in pairs:
-            train_names.append(names_of_train[train_path])
-            names.append(names_of_split[path])
-        rows = np.intersect1d(
-            self.rows_that_stay("train", train_names), self.rows_that_stay(split, names)
-        )
-        return [pairs[row] for row in rows]
+    def _warn_of_duplicates(self) -> None:
+        """Warn of images that are in the training and in another split alike."""
+        train_files = self.files("train")
+        if train_files is None:
+            return
+        for split in ("val", "test"):
+            files = self.files(split)
+            if files is None:
+                continue
+            train_rows = self._rows_left("train", train_files)
+            rows = self._rows_left(split, files)
+            copies = copies_among(
+                self._numbers_of("train")[train_rows], self._numbers_of(split)[rows]
+            )
+            pairs = []
+            for train_place, place in copies:
+                train_path = train_files.paths[train_rows[train_place]]
+                pairs.append((train_path, files.paths[rows[place]]))
+            _warn_of_pairs(pairs, len(files.paths), split)
 
-    def _names_by_path(self, split: Split) -> dict[str, str]:
-        """Return the names of the images of a split, such as "train/cat/007.png", by path."""
-        files = self.files(split)
-        assert files is not None
-        names = {}
-        for path, name in zip(files.paths, files.names, strict=True):
-            names[path] = f"{split}/{name}"
-        return names
+    def _rows_left(self, split: Split, files: Files) -> np.ndarray:
+        """Return the rows, int64, of the files of a split that no list leaves out."""
+        if self.leave_out is None:
+            return np.arange(len(files.paths))
+        return self.rows_that_stay(split, [f"{split}/{name}" for name in files.names])
 
 
-def _warn_of_pairs(pairs: Sequence[Pair], count: int, split: str) -> None:
+def _warn_of_pairs(pairs: Sequence[tuple[str, str]], count: int, split: str) -> None:
     """Warn of images of a split, of `count` in all, that are also among those of training."""
     if not pairs:
         return
     examples = [f"{path} is {train_path}" for train_path, path in pairs[:MAX_EXAMPLES]]
     rank_zero_warn(
         f"{len(pairs):,} of {count:,} {split} images are also among those of training "
-        f"({printable('; '.join(examples))}), so the {split.split()[-1]} figure will be too good: "
+        f"({printable('; '.join(examples))}), so the {split} figure will be too good: "
         f"remove them from either, or list those of training for leave_out."
     )
 
 
 def cached_files(
-    images: FileImages, names: Sequence[str], folder: Path, cache_name: str, cache_limit_gb: float
+    images: FileImages,
+    names: Sequence[str],
+    folder: Path,
+    cache_name: str,
+    cache_limit_gb: float,
+    rows_to_read: np.ndarray,
 ) -> Images:
     """Return images of files with their names, from the cache if it is used.
 
@@ -306,11 +413,11 @@ def cached_files(
         folder: Folder of the data.
         cache_name: Name of the cache, and text of the progress bar.
         cache_limit_gb: Images that take more gigabytes (1e9 bytes) are decoded on the fly.
+        rows_to_read: Rows of the images, int64, to decode for the cache. The others are black.
 
     Raises:
         UnreadableImages: Files cannot be read.
     """
-    fingerprint = _fingerprint(images, folder)
     height, width = images.size
     result: Images = images
     if 3 * height * width * len(images) > cache_limit_gb * 1e9:
@@ -318,29 +425,40 @@ def cached_files(
             f"{cache_name}: decoded on the fly, because all of it would take more than "
             f"{cache_limit_gb:g} GB"
         )
+    elif len(rows_to_read) == len(images):
+        result = cached(folder, cache_name, _fingerprint(images, folder), lambda: images)
     else:
-        result = cached(folder, cache_name, fingerprint, lambda: images)
+        some_images = PartlyReadImages(images, rows_to_read)
+        fingerprint = [*_fingerprint(images, folder, rows_to_read), rows_to_read.tolist()]
+        with_all_images = []
+        with suppress(UserError):  # a file that is not read may be anything, and not even there
+            with_all_images.append(_fingerprint(images, folder))
+        result = cached(folder, cache_name, fingerprint, lambda: some_images, with_all_images)
     result.names = names
     return result
 
 
-def _fingerprint(images: FileImages, folder: Path) -> list[object]:
-    """Return what changes when a file or the size of the images does."""
-    files = []
-    for path in map(str, images.paths):
+def _fingerprint(images: FileImages, folder: Path, rows: np.ndarray | None = None) -> list[object]:
+    """Return what changes when a file, of some rows or of all, or the size of the images does."""
+    if rows is None:
+        rows = np.arange(len(images))
+    files = sha256()
+    for row in rows.tolist():
+        path = str(images.paths[row])
         try:
             version = file_version(path)
         except OSError as error:
             raise UserError(
                 f"{error.filename} cannot be read ({error.strerror}): mend or remove it."
             ) from None
-        files.append([_relative_to(folder, path), *version])
-    return [files, images.size, images.fit, images.grey_range]
+        text = repr((_relative_to(folder, path), version))
+        files.update(text.encode(errors="backslashreplace"))
+    return [files.hexdigest(), images.size, images.fit, images.grey_range]
 
 
-def image_name(folder: Path, path: str) -> str:
+def portable_name(relative_path: str) -> str:
     """Return the name of an image in lists and records, the same on all systems."""
-    return composed(_relative_to(folder, path).replace(os.sep, "/"))
+    return composed(relative_path.replace(os.sep, "/"))
 
 
 def _relative_to(folder: Path, path: str) -> str:

@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
@@ -518,35 +518,3 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def images_below(
-    folder: str, refuse: Callable[[UserError], None], above: frozenset[str] = frozenset()
-) -> Iterator[str]:
-    """Yield the files named as images anywhere below a folder, sorted.
-
-    Hidden files (such as macOS's `._cat.jpg`), pipes and devices are left out.
-
-    Args:
-        folder: Where to look.
-        refuse: Called with the reason if a folder cannot be read.
-        above: The real folders on the way to this one; links back to them are not followed.
-    """
-    real_folder = os.path.realpath(folder)
-    if real_folder in above:
-        return
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        refuse(UserError(f"{folder} cannot be read ({error.strerror})."))
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        # `entry.is_dir` fails for a link to itself.
-        is_link = entry.is_symlink()
-        is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
-        if is_folder:
-            yield from images_below(entry.path, refuse, above | {real_folder})
-        elif entry.name.lower().endswith(EXTENSIONS) and (is_link or entry.is_file()):
-            yield entry.path  # also a broken link, which whoever reads it refuses

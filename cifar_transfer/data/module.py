@@ -41,6 +41,7 @@ from cifar_transfer.data.loading import (
 )
 from cifar_transfer.data.splits import (
     SPLITS,
+    GroupKeys,
     Names,
     Split,
     Splits,
@@ -126,6 +127,8 @@ class ImageDataModule(LightningDataModule):
         size: Height and width in pixels that `load` is to bring images to; None: any one size.
         grey_range: Grey values that become black and white where images have more than 8 bits; None
             if they have 8.
+        group: Regular expression that says which images belong together, or None; recorded with
+            the splits.
         images: Images of each split, without those that are left out; known after `setup`.
         recorded_run: Identifier of the run that has recorded the splits, or None.
 
@@ -135,6 +138,7 @@ class ImageDataModule(LightningDataModule):
 
     statistics: str | None = None
     fit: Fit = "crop"
+    group: str | None = None
 
     def __init__(
         self,
@@ -283,6 +287,21 @@ class ImageDataModule(LightningDataModule):
         """Return the grey values that `load` makes black and white, None if images have 8 bits."""
         return None
 
+    def held_out_test_fraction(self) -> float:
+        """Return the share of the training images that is held out for the test, in [0, 1).
+
+        It counts only if the data have no test images of their own.
+        """
+        return 0.0
+
+    def group_keys(self, names: Sequence[str]) -> Sequence[str]:
+        """Return a text for each training image; those with the same one are held out together.
+
+        Args:
+            names: Names of the training images, "cat/007.png".
+        """
+        return names
+
     def continue_from(self, earlier: EarlierRun) -> None:
         """Decode, split and begin as an earlier run did, also after `setup`.
 
@@ -402,7 +421,26 @@ class ImageDataModule(LightningDataModule):
                 labels[split] = images.labels
         if not names.get("train") and self._stage not in ("validate", "test", "predict"):
             raise UserError("There are no training images.")
-        chosen = choose_splits(
+        chosen = self.choose_splits(names, labels, self.group_keys)
+        needs_validation = self._stage not in ("test", "predict")
+        if needs_validation and not chosen.names.get("val"):
+            self._refuse_empty_validation(chosen.val_source)
+        return chosen
+
+    def choose_splits(
+        self, names: Names, labels: dict[Split, np.ndarray], group_keys: GroupKeys
+    ) -> Splits:
+        """Return which images are in which split, by the options and the earlier run.
+
+        Args:
+            names: Names of the images of each split that the data have.
+            labels: Their labels, int64 [N].
+            group_keys: Tells which training images are held out together.
+
+        Raises:
+            UserError: There is nothing to validate on, or `leave_out` does not fit these images.
+        """
+        return choose_splits(
             names,
             labels,
             self.val_fraction,
@@ -410,17 +448,15 @@ class ImageDataModule(LightningDataModule):
             self._earlier.record,
             self.leave_out,
             _as_list(self.leave_out_splits),
+            self.held_out_test_fraction(),
+            group_keys,
         )
-        needs_validation = self._stage not in ("test", "predict")
-        if needs_validation and not chosen.names.get("val"):
-            self._refuse_empty_validation(chosen.val_source)
-        return chosen
 
     def _images_by_split(self, chosen: Splits) -> dict[Split, Images]:
         """Return the loaded images of each split, without those that are left out."""
         images_by_split: dict[Split, Images] = {}
         for split, rows in chosen.rows.items():
-            images = self._loaded[chosen.source(split)]
+            images = self._loaded[chosen.sources[split]]
             assert images is not None
             if len(rows) < len(images):
                 images = images.subset(rows)
@@ -453,8 +489,8 @@ class ImageDataModule(LightningDataModule):
         if source != "train":
             raise UserError(f"There are no {source} images to validate on: add some.")
         raise UserError(
-            "There is nothing to validate on, because each class has one training image, and that "
-            "is trained on: add images to the classes, or a folder val/."
+            "There is nothing to validate on, because each class has one training image, or one "
+            "group of them, and that is trained on: add images to the classes, or a folder val/."
         )
 
     def _report_splits(self, chosen: Splits) -> None:
@@ -519,7 +555,9 @@ class ImageDataModule(LightningDataModule):
 
         Of images that are held out, the classes that they are a sample of count.
         """
-        source = self._splits.source(split) if self._splits else split
+        source = split
+        if self._splits is not None:
+            source = self._splits.sources.get(split, split)
         images = self._loaded.get(source)
         if images is None:
             return False
@@ -547,7 +585,7 @@ class ImageDataModule(LightningDataModule):
         """
         self._require_images()
         assert self._splits is not None
-        self.recorded_run = self._splits.write(folder)
+        self.recorded_run = self._splits.write(folder, self.group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Begin the epoch after the batches that were trained on before the checkpoint."""

@@ -7,7 +7,7 @@ import json
 import re
 import secrets
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -20,13 +20,19 @@ from cifar_transfer.base.errors import UserError, first_line
 from cifar_transfer.base.files import LOGS, atomic_write, user_path
 from cifar_transfer.base.text import composed
 from cifar_transfer.base.untrusted import open_regular
+from cifar_transfer.data.text_list import TextList
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Names = dict[Split, list[str]]  # names of the images of each split, such as "train/cat/007.png"
+# From names of the training images, "cat/007.png", to a text for each. Those of one text are a
+# group: copies of each other, views of one thing.
+GroupKeys = Callable[[Sequence[str]], Sequence[str]]
 
 RECORD = "splits.json.gz"  # in the folder of a run
 RUN_KEY = "run"  # in a record: identifier of the run, which its checkpoints have, too
+GROUP_KEY = "group"  # in a record: the regular expression that grouped the images, or null
+TEST_KEY = "test"  # in place of a seed for test images that are held out
 REQUEUED = "hpc_ckpt_"  # begins the names of checkpoints that SLURM's jobs leave beside the runs
 
 
@@ -40,17 +46,18 @@ class Splits:
             those that are left out.
         val_source: The split that validation images are taken from: "train" if they are held out,
             "val" if the data have their own, "test" if `val_fraction` is 0.
+        sources: The split of the data whose images `rows` counts, for each split: "train" also for
+            test images that are held out.
         record: Names that the earlier run recorded, or None in a new run.
+        num_companions: New images of a group with some that are held out; they are in no split.
     """
 
     names: Names
     rows: dict[Split, np.ndarray]
     val_source: Split
+    sources: dict[Split, Split]
     record: Names | None = None
-
-    def source(self, split: Split) -> Split:
-        """Return the split whose images `rows[split]` counts."""
-        return self.val_source if split == "val" else split
+    num_companions: int = 0
 
     def changes(self) -> str | None:
         """Say what has changed since the earlier run recorded its images; None if nothing has."""
@@ -60,12 +67,18 @@ class Splits:
         recorded = _all_names(self.record)
         new = len(present - recorded)
         gone = len(recorded - present)
-        if not new and not gone:
+        if not new and not gone and not self.num_companions:
             return None
-        return (
+        text = (
             f"The images have changed since the run began: {new:,} are new and {gone:,} are gone. "
             f"Validation stays with those of its images that are left."
         )
+        if self.num_companions:
+            text += (
+                f" {self.num_companions:,} more are copies of images that are held out, or of one "
+                f"group with them, and are left aside."
+            )
+        return text
 
     def left_out(self) -> str:
         """Say how many images of each split are left out."""
@@ -75,8 +88,12 @@ class Splits:
             counts.append(f"{left_out:,} of {len(names):,} {split}")
         return ", ".join(counts)
 
-    def write(self, folder: Path) -> str:
+    def write(self, folder: Path, group: str | None = None) -> str:
         """Record in a run's folder which image is in which split; missing ones stay recorded.
+
+        Args:
+            folder: The folder.
+            group: The regular expression that groups images, if there is one.
 
         Returns:
             The identifier of the run, which is that of the record before if there is one.
@@ -89,7 +106,7 @@ class Splits:
                 record[split] += [name for name in self.record[split] if name not in present]
         run = run_of(folder) or secrets.token_hex(8)
         # ASCII: JSON escapes everything else.
-        content = json.dumps({RUN_KEY: run, **record}).encode()
+        content = json.dumps({RUN_KEY: run, GROUP_KEY: group, **record}).encode()
         with atomic_write(folder / RECORD) as file:
             file.write(gzip.compress(content, mtime=0))
         return run
@@ -103,8 +120,10 @@ def choose_splits(
     record: Names | None = None,
     leave_out: str | None = None,
     leave_out_splits: Collection[Split] = SPLITS,
+    test_fraction: float = 0.0,
+    group_keys: GroupKeys | None = None,
 ) -> Splits:
-    """Choose the validation images, and leave out the images that a list names.
+    """Choose validation and test images, and leave out the images that a list names.
 
     Args:
         names: Names of the images that the data have.
@@ -114,79 +133,174 @@ def choose_splits(
         record: Splits of an earlier run. Its validation images, and no others, are validated on.
         leave_out: Path of a CSV; see `read_image_list`.
         leave_out_splits: The splits that listed images are left out of.
+        test_fraction: Share of the training images to hold out for the test, in [0, 1), if the data
+            have no test images. They are the same for each seed, so that runs can be compared.
+        group_keys: Tells which training images stay together. None: each is by itself.
 
     Raises:
         UserError: There is nothing to validate on, or `leave_out` does not fit these images.
     """
-    val_source = _val_source(names, val_fraction)
-    source_names = names.get(val_source, [])
-    if record is not None:
-        recorded = set(record["val"])
-        in_val = np.array([name in recorded for name in source_names], dtype=bool)
-    elif val_source == "train":
-        relative_names = [name.removeprefix("train/") for name in names["train"]]
-        in_val = hold_out(relative_names, labels["train"], val_fraction, seed)
+    holds_out_test = test_fraction > 0 and "train" in names and "test" not in names
+    val_source = _val_source(names, val_fraction, holds_out_test)
+    fractions: dict[Split, float] = {}  # of the training images, for what is held out of them
+    sources: dict[Split, Split] = {"train": "train", "val": val_source, "test": "test"}
+    if holds_out_test:
+        fractions["test"] = test_fraction
+        sources["test"] = "train"
+    if val_source == "train":
+        fractions["val"] = val_fraction
+    if val_source == "test":
+        sources["val"] = sources["test"]
+
+    train_names = names.get("train", [])
+    if record is None:
+        train_labels = labels.get("train", np.zeros(0, np.int64))
+        parts = _chosen_parts(train_names, train_labels, fractions, seed, group_keys)
     else:
-        in_val = np.ones(len(source_names), dtype=bool)
+        parts = _recorded_parts(train_names, fractions, record, group_keys)
+    num_companions = len(train_names) - sum(map(len, parts.values()))
+    if val_source == "test" and holds_out_test:
+        parts["val"] = parts["test"]
 
     rows: dict[Split, np.ndarray] = {}
     split_names: Names = {}
-    for split in SPLITS:
-        source = val_source if split == "val" else split
-        if source not in names:
-            continue
-        in_split = np.ones(len(names[source]), dtype=bool)
-        if split == "val":
-            in_split = in_val
-        elif split == "train" and val_source == "train":
-            in_split = ~in_val
-        rows[split] = np.flatnonzero(in_split)
-        split_names[split] = [names[source][row] for row in rows[split]]
+    for split, source in sources.items():
+        if source in names:
+            rows[split] = _rows(split, source, names, parts, record)
+            split_names[split] = [names[source][row] for row in rows[split]]
     if leave_out is not None:
         remaining_rows = rows_left(split_names, leave_out, leave_out_splits)
         for split, remaining in remaining_rows.items():
             rows[split] = rows[split][remaining]
-    return Splits(split_names, rows, val_source, record)
+    return Splits(split_names, rows, val_source, sources, record, num_companions)
 
 
-def _val_source(names: Names, val_fraction: float) -> Split:
+def _rows(
+    split: Split,
+    source: Split,
+    names: Names,
+    parts: Mapping[Split, np.ndarray],
+    record: Names | None,
+) -> np.ndarray:
+    """Return the rows of a split's images, int64, in those of the split that they come from."""
+    if source == "train":
+        return parts[split]
+    if split == "val" and record is not None:
+        return np.flatnonzero(_is_among(names[source], record["val"]))
+    return np.arange(len(names[source]))
+
+
+def _val_source(names: Names, val_fraction: float, holds_out_test: bool) -> Split:
     if "val" in names or "train" not in names:  # an evaluation needs no training images
         return "val"
     if val_fraction > 0:
         return "train"
-    if "test" in names:
+    if "test" in names or holds_out_test:
         return "test"
     raise UserError("There is nothing to validate on: set val_fraction or add a folder val/.")
 
 
-def hold_out(names: Sequence[str], labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Choose images by a hash of their names, so that adding or removing some moves no other.
-
-    There is one exception: the lowest hash of each class is always held out, and the highest (also
-    that of a class of one image) never.
+def _chosen_parts(
+    names: Sequence[str],
+    labels: np.ndarray,
+    fractions: Mapping[Split, float],
+    seed: int,
+    group_keys: GroupKeys | None,
+) -> dict[Split, np.ndarray]:
+    """Return the rows, int64, of the training images that are held out for each split, and left.
 
     Args:
-        names: Class and name of each of N images, all different.
+        names: Names of the N training images.
+        labels: Their labels, int64 [N].
+        fractions: Share of the images to hold out, of those that are left, for each split.
+        seed: Seed of the validation images.
+        group_keys: As in `choose_splits`.
+    """
+    rows = np.arange(len(names))
+    parts: dict[Split, np.ndarray] = {}
+    if fractions:
+        keys = _keys(names, group_keys)
+        for split, fraction in fractions.items():
+            hash_key = TEST_KEY if split == "test" else str(seed)
+            row_keys = (keys[row] for row in rows.tolist())
+            is_held_out = hold_out(row_keys, labels[rows], fraction, hash_key)
+            parts[split] = rows[is_held_out]
+            rows = rows[~is_held_out]
+    parts["train"] = rows
+    return parts
+
+
+def _recorded_parts(
+    names: Sequence[str],
+    held_out_splits: Collection[Split],
+    record: Names,
+    group_keys: GroupKeys | None,
+) -> dict[Split, np.ndarray]:
+    """Return the rows, int64, of the training images that a run held out for each split, and left.
+
+    Images that are new, and of a group with one that is held out, are in no split: to train on them
+    would be to train on what is validated on.
+    """
+    is_left = np.ones(len(names), dtype=bool)
+    parts: dict[Split, np.ndarray] = {}
+    for split in held_out_splits:
+        is_held_out = _is_among(names, record[split])
+        parts[split] = np.flatnonzero(is_held_out)
+        is_left &= ~is_held_out
+    if held_out_splits and group_keys is not None:
+        is_new = ~_is_among(names, _all_names(record))
+        if is_new.any():
+            keys = _keys(names, group_keys)
+            held_out_keys = {keys[row] for row in np.flatnonzero(~is_left).tolist()}
+            for row in np.flatnonzero(is_new).tolist():
+                if keys[row] in held_out_keys:
+                    is_left[row] = False
+    parts["train"] = np.flatnonzero(is_left)
+    return parts
+
+
+def _keys(names: Sequence[str], group_keys: GroupKeys | None) -> Sequence[str]:
+    """Return the text that decides for each training image on which side of the hold-out it is."""
+    names_in_split = TextList(name.removeprefix("train/") for name in names)
+    if group_keys is None:
+        return names_in_split
+    return group_keys(names_in_split)
+
+
+def _is_among(names: Sequence[str], others: Collection[str]) -> np.ndarray:
+    """Return whether each name is among others, bool [N]."""
+    others = set(others)
+    return np.array([name in others for name in names], dtype=bool)
+
+
+def hold_out(keys: Iterable[str], labels: np.ndarray, fraction: float, hash_key: str) -> np.ndarray:
+    """Choose images by a hash of their keys, so that adding or removing some moves no other.
+
+    There is one exception: the lowest hash of each class is always held out, and the highest (also
+    that of a class of one image or group) never.
+
+    Args:
+        keys: A text for each of N images, such as its class and name. Images with the same text are
+            a group, of which all or none are held out.
         labels: Labels of the images, int64 [N].
-        fraction: Share to hold out, in (0, 1). The number held out of n images is off by about
-            `sqrt(n * fraction)`.
-        seed: Another seed chooses other images.
+        fraction: Share of the groups to hold out, in (0, 1). The number held out of n is off by
+            about `sqrt(n * fraction)`.
+        hash_key: Another one chooses other images.
 
     Returns:
         Whether each image is held out, bool [N].
     """
-    key = str(seed).encode()
     digests = bytearray()
-    for name in names:
-        encoded = name.encode(errors="surrogatepass")
-        digests += blake2b(encoded, digest_size=8, key=key).digest()
+    for key in keys:
+        encoded = key.encode(errors="surrogatepass")
+        digests += blake2b(encoded, digest_size=8, key=hash_key.encode()).digest()
     hashes = np.frombuffer(digests, ">u8")
     held_out = hashes < fraction * 2.0**64
     by_class_then_hash = np.lexsort((hashes, labels))
     last = np.flatnonzero(np.diff(labels[by_class_then_hash], append=-1))
     first = np.concatenate(([0], last[:-1] + 1))
-    held_out[by_class_then_hash[first]] = True
-    held_out[by_class_then_hash[last]] = False
+    held_out[np.isin(hashes, hashes[by_class_then_hash[first]])] = True
+    held_out[np.isin(hashes, hashes[by_class_then_hash[last]])] = False
     return held_out
 
 

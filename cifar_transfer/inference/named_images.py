@@ -11,6 +11,7 @@ from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.files import user_path
 from cifar_transfer.cli.parsers import Parser
 from cifar_transfer.data.images import MAX_MEGAPIXELS
+from cifar_transfer.data.left_aside import LeftAside
 from cifar_transfer.inference.predictor import Classifier
 from cifar_transfer.inference.sources import image_files
 from cifar_transfer.results.predictions import ImagePrediction
@@ -94,10 +95,14 @@ class NamedImages:
 
     def predictions(self, top_k: int) -> Iterator[ImagePrediction]:
         """Yield a prediction for each image that can be read, with up to `top_k` classes."""
-        files = image_files(self._names, self._report)
+        left_aside = LeftAside()
+        files = image_files(self._names, self._report, left_aside)
         for prediction in self.classifier.stream(files, top_k, self._batch_size, self._report):
             self.num_predicted += 1
             yield prediction
+        text = left_aside.text()
+        if text is not None:
+            tqdm.write(text, file=sys.stderr)
 
     def _report(self, error: UserError) -> None:
         self.num_unreadable += 1

@@ -7,12 +7,18 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.data.images import EXTENSIONS, images_below
+from cifar_transfer.data.images import EXTENSIONS
+from cifar_transfer.data.left_aside import LeftAside
+from cifar_transfer.data.listing import images_below
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
-def image_files(names: Iterable[str], on_error: Callable[[UserError], None]) -> Iterator[str]:
+def image_files(
+    names: Iterable[str],
+    on_error: Callable[[UserError], None],
+    left_aside: LeftAside | None = None,
+) -> Iterator[str]:
     """Yield the files that names stand for, while they are asked for: a list may be endless.
 
     Args:
@@ -20,10 +26,13 @@ def image_files(names: Iterable[str], on_error: Callable[[UserError], None]) -> 
             patterns with `*`, `?`, `[...]` and `**`, for shells that do not expand them; "-" for
             names on standard input, one a line. `~` at the beginning is the user's home.
         on_error: Called with the reason if a name stands for nothing.
+        left_aside: Counts the files in folders that are passed over.
     """
+    if left_aside is None:
+        left_aside = LeftAside()
     for name in names:
         if name == "-":
-            yield from image_files(_names_on_stdin(), on_error)
+            yield from image_files(_names_on_stdin(), on_error, left_aside)
             continue
         if not os.path.lexists(name):
             name = os.path.expanduser(name)
@@ -35,9 +44,9 @@ def image_files(names: Iterable[str], on_error: Callable[[UserError], None]) -> 
                 )
             )
         elif os.path.isdir(name):
-            yield from _in_folder(name, on_error)
+            yield from _in_folder(name, on_error, left_aside)
         elif glob.has_magic(name) and not os.path.lexists(name):
-            yield from image_files(_matches(name, on_error), on_error)
+            yield from image_files(_matches(name, on_error), on_error, left_aside)
         else:
             yield name
 
@@ -49,9 +58,11 @@ def _names_on_stdin() -> Iterator[str]:
             yield name
 
 
-def _in_folder(folder: str, on_error: Callable[[UserError], None]) -> Iterator[str]:
+def _in_folder(
+    folder: str, on_error: Callable[[UserError], None], left_aside: LeftAside
+) -> Iterator[str]:
     is_empty = True
-    for path in images_below(folder, on_error):
+    for path in images_below(folder, on_error, left_aside):
         is_empty = False
         yield path
     if is_empty:
