@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,11 +15,15 @@ import pytest
 from conftest import TINY, run_fit
 from PIL import Image
 
+from cifar_transfer.base import status_line
 from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.status_line import StatusLine
+from cifar_transfer.cli.fit_process import last_line
 from cifar_transfer.cli.recipes import check_recipe
 from cifar_transfer.commands import compare
 from cifar_transfer.network.contestant import parse_contestant, parse_contestants
 from cifar_transfer.results import comparison
+from cifar_transfer.results.intervals import mean_interval
 
 OPTIONS = [*TINY[2:], "--trainer.max_epochs=2"]
 LENET = "lenet5=none"
@@ -31,11 +36,24 @@ def csv_rows(folder):
         return list(csv.DictReader(file))
 
 
+def failing_fits(monkeypatch):
+    """Let every `fit` fail with status 3, and return the list to which its command is added."""
+    commands = []
+
+    def start(command, **_):
+        commands.append(command)
+        return Mock(wait=lambda timeout=None: 3)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return commands
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """A comparison of three backbones, one of which failed: its folder, and what was printed."""
     folder = tmp_path_factory.mktemp("compared")
-    process = run_fit(folder, LENET, INCEPTION, SHUFFLENET, *OPTIONS, command="compare", expect=1)
+    backbones = [LENET, INCEPTION, SHUFFLENET]
+    process = run_fit(folder, *backbones, *OPTIONS, command="compare", expect=1)
     return folder / "lightning_logs" / "comparison", process
 
 
@@ -58,16 +76,16 @@ def test_a_failure_stops_no_other_backbone(compared):
 def test_the_terminal_has_a_line_for_each_backbone(compared):
     out, process = compared
     assert "--- " not in process.stdout, "what the runs print is in their logs"
-    log = (out / "lenet5-from-scratch" / "fit.log").read_text()
+    log = (out / "lenet5-from-scratch" / "seed_0" / "fit.log").read_text()
     assert log.count("  2/2  ") == 1
     heading, lenet, inception, shufflenet = process.stdout.splitlines()[2:6]
-    assert heading.split() == ["network", "val", "%", "test", "%", "minutes"]
+    assert heading.split() == ["network", "seed", "val", "%", "test", "%", "minutes"]
     assert inception.endswith("  failed with exit status 2")
     rows = csv_rows(out)
     for line, row in ((lenet, rows[0]), (shufflenet, rows[2])):
         assert line.startswith(row["network"])
         columns = ("validation accuracy (%)", "test accuracy (%)", "training time (min)")
-        assert line.split()[3:] == [row[column] for column in columns]
+        assert line.split()[3:] == ["0", *(row[column] for column in columns)]
         assert len(line) == len(heading) < 80
 
 
@@ -85,23 +103,37 @@ def test_the_table_lines_up_and_the_figure_is_drawn(compared):
 def test_only_what_failed_is_tried_again(compared, monkeypatch):
     out, _ = compared
     before = csv_rows(out)
-    commands = []
-
-    def run(command, **_):
-        commands.append(command)
-        return Mock(returncode=3)
-
-    monkeypatch.setattr(subprocess, "run", run)
+    commands = failing_fits(monkeypatch)
     backbones = parse_contestants([LENET, INCEPTION, SHUFFLENET])
-    lenet, inception, shufflenet = compare.compare(backbones, OPTIONS, out)
+    lenet, inception, shufflenet = compare.compare(backbones, 1, OPTIONS, out)
     assert len(commands) == 1
     assert "--model.backbone=inception_v3" in commands[0]
     assert "--resume" not in commands[0], "a refused start has left no run"
-    assert inception.failure == "failed with exit status 3"
+    assert inception.failures == ["failed with exit status 3"]
     for network, row in ((lenet, before[0]), (shufflenet, before[2])):
-        assert network.images_per_second == pytest.approx(float(row["images/s"]), abs=0.5)
+        (run,) = network.runs
+        assert run.images_per_second == pytest.approx(float(row["images/s"]), abs=0.5)
     with pytest.raises(UserError, match="another recipe"):
-        compare.compare(backbones, [*OPTIONS, "--model.lr=0.5"], out)
+        compare.compare(backbones, 1, [*OPTIONS, "--model.lr=0.5"], out)
+
+
+@pytest.mark.slow
+def test_more_seeds_add_runs(compared, monkeypatch):
+    """All networks have their run with one seed before the first one has that with the next."""
+    out, _ = compared
+    commands = failing_fits(monkeypatch)
+    lenet, shufflenet = compare.compare(parse_contestants([LENET, SHUFFLENET]), 3, OPTIONS, out)
+    seeds = [command[-2] for command in commands]
+    assert seeds == [f"--seed_everything={seed}" for seed in (1, 1, 2, 2)]
+    names = ["lenet5", "shufflenet_v2_x0_5"] * 2
+    for command, name in zip(commands, names, strict=True):
+        assert f"--model.backbone={name}" in command
+    assert lenet.failures == [f"seed {seed} failed with exit status 3" for seed in (1, 2)]
+    assert len(lenet.finished_runs) == len(shufflenet.finished_runs) == 1
+    with (out / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["seed"] for row in rows] == ["0", "1", "2"] * 2
+    assert [bool(row["failure"]) for row in rows] == [False, True, True] * 2
 
 
 @pytest.mark.whole
@@ -116,7 +148,7 @@ def test_a_comparison_that_was_killed_continues(tmp_path):
         text=True,
     )
     out = tmp_path / "lightning_logs" / "comparison"
-    folder = out / "shufflenet_v2_x0_5-from-scratch"
+    folder = out / "shufflenet_v2_x0_5-from-scratch" / "seed_0"
     runs = folder / "lightning_logs"
     deadline = time.monotonic() + 200
     while not (runs / "version_0" / "checkpoints" / "last.ckpt").is_file():
@@ -144,6 +176,8 @@ def test_a_comparison_that_was_killed_continues(tmp_path):
         ([LENET, LENET], "name each once"),
         ([LENET, "--config", "gone.yaml"], "gone.yaml is neither a file nor a recipe"),
         ([LENET, "--out=file/runs"], "--out file/runs cannot be made a folder"),
+        ([LENET, "--seeds=0"], "--seeds is 0: take 1 to 1000"),
+        ([LENET, "--seed_everything=1"], "compare sets the seeds itself"),
     ],
 )
 def test_mistakes_get_a_sentence(tmp_path, monkeypatch, options, message):
@@ -164,18 +198,18 @@ def test_two_files_of_weights_with_one_name_are_told_apart(tmp_path, monkeypatch
         backbones.append(parse_contestant(f"lenet5={path}"))
     first, second = backbones
     assert first.folder == second.folder == "lenet5-version_0-best"
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: Mock(returncode=1))
-    networks = compare.compare([first], [], tmp_path / "out")
-    assert networks[0].failure
+    failing_fits(monkeypatch)
+    networks = compare.compare([first], 1, [], tmp_path / "out")
+    assert networks[0].failures
     message = r"lenet5-version_0-best holds results of another recipe .*: name another folder"
     with pytest.raises(UserError, match=message):
-        compare.compare([second], [], tmp_path / "out")
+        compare.compare([second], 1, [], tmp_path / "out")
 
 
 def test_all_recipes_are_handed_on(tmp_path, monkeypatch):
     handed_on = []
 
-    def record(backbones, fit_options, out):
+    def record(backbones, num_seeds, fit_options, out):
         handed_on.extend(fit_options)
         return []
 
@@ -198,15 +232,25 @@ def test_a_recipe_file_of_somebody_else_is_another_recipe(tmp_path, content):
         check_recipe(tmp_path, [])
 
 
-def network(label, **result):
+def network(label, *results, **result):
+    """A network with a run for each of the results, or with the one that the keywords give."""
     backbone, _, weights = label.partition(", ")
-    scratch = weights == "from scratch"
-    return comparison.ComparedNetwork(backbone, label, scratch, result)
+    runs = []
+    for seed, each in enumerate(results or [result]):
+        runs.append(comparison.ComparedRun(seed, each))
+    return comparison.ComparedNetwork(backbone, label, weights == "from scratch", runs)
+
+
+def with_accuracies(label, *accuracies):
+    """A network with a run for each accuracy on the test images, a share of 1."""
+    shared = {"parameters": 2e6, "seconds": 120, "images_per_second": 50}
+    return network(label, *({**shared, "best/test_acc": accuracy} for accuracy in accuracies))
 
 
 def test_a_value_that_a_result_does_not_have_is_an_empty_cell():
     lenet = network("lenet5, from scratch", parameters=61_706, seconds=90, images_per_second=9.6)
-    assert comparison.table_row(lenet) == ["lenet5, from scratch", "0.06", "", "", "1.5", "10"]
+    _, row = comparison.summary_table([lenet])
+    assert row == ["lenet5, from scratch", "0.06", "", "", "1.5", "10"]
 
 
 def test_the_figure_shows_accuracy_against_parameters_time_and_speed():
@@ -224,3 +268,99 @@ def test_the_figure_shows_accuracy_against_parameters_time_and_speed():
     figure = comparison.draw_comparison([tested])
     assert figure.axes[0].get_ylabel() == "test accuracy (%)"
     assert figure.axes[0].lines[0].get_ydata() == [40]
+
+
+def test_the_figure_shows_every_run_and_the_interval():
+    figure = comparison.draw_comparison([with_accuracies("resnet18", 0.90, 0.91, 0.92)])
+    axes = figure.axes[0]
+    mean, *runs = [line for line in axes.lines if line.get_marker() == "o"]
+    assert mean.get_ydata() == pytest.approx([91])
+    assert [run.get_ydata()[0] for run in runs] == pytest.approx([90, 91, 92])
+    ((_, low), (_, high)) = axes.collections[0].get_segments()[0]
+    assert (low, high) == pytest.approx((91 - 2.484, 91 + 2.484), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("values", "deviation", "half_width"),
+    [
+        ([90, 91, 92], 1.0, 2.4842),  # 4.303 / sqrt(3)
+        ([1, 3], 2**0.5, 12.706),
+        ([2, 4, 4, 4, 5, 5, 7, 9], 2.13809, 1.78775),  # 2.365 * 2.13809 / sqrt(8)
+        ([0, 2] * 50, 1.0050378, 0.205229),  # 2.042, that of 30 degrees, for 99
+    ],
+)
+def test_the_interval_is_that_of_student(values, deviation, half_width):
+    interval = mean_interval(values)
+    assert interval.mean == pytest.approx(sum(values) / len(values))
+    assert interval.deviation == pytest.approx(deviation, rel=1e-4)
+    assert interval.half_width == pytest.approx(half_width, rel=1e-3)
+
+
+def test_one_value_has_no_interval():
+    assert mean_interval([3.0]) == (3.0, None, None)
+    assert mean_interval([3.0]).text(2) == "3.00"
+
+
+def test_a_difference_is_taken_seed_by_seed():
+    """Each seed gains a point, which the two means alone would not show."""
+    first = with_accuracies("resnet18", 0.80, 0.90, 0.70)
+    second = with_accuracies("resnet50", 0.81, 0.91, 0.71)
+    gained = comparison.difference(second, first, "test")
+    assert gained.mean == pytest.approx(1)
+    assert gained.half_width == pytest.approx(0, abs=1e-6)
+    heading, first_row, second_row = comparison.summary_table([first, second])
+    column = heading.index("difference (points)")
+    assert first_row[column] == ""
+    assert second_row[column] == "1.00 ± 0.00"
+    assert second_row[2] == "81.00 ± 24.84"
+    second = replace(second, runs=[*second.runs[:2], comparison.ComparedRun(2, failure="failed")])
+    assert comparison.difference(second, first, "test").half_width == pytest.approx(0, abs=1e-6)
+    assert comparison.summary_table([first, second])[2][0] == "resnet50: seed 2 failed"
+
+
+def test_the_tables_are_written(tmp_path):
+    networks = [with_accuracies("resnet18", 0.8, 0.9), with_accuracies("a_b 50%", 0.7, 0.9)]
+    comparison.write_comparison(networks, tmp_path)
+    lines = (tmp_path / "comparison.md").read_text().splitlines()
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert lines[-1].startswith("Mean ± half of the 95 % interval (Student's t) over 2 seeds.")
+    latex = (tmp_path / "comparison.tex").read_text()
+    assert r"a\_b 50\% & 2.00 & 80.00 $\pm$ 127.06 &  & -5.00 $\pm$ 63.53 & 2.0 & 50 \\" in latex
+    _, second = csv_rows(tmp_path)
+    assert second["test accuracy (%): from"] == "-47.06"
+    assert second["difference (points)"] == "-5.00"
+    assert second["seeds"] == "2"
+
+
+def test_a_line_of_a_terminal_is_replaced(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    line = StatusLine()
+    for text in ("first", "first", "\x1b[1msecond\x1b[0m", "x" * 30):
+        line.show(text)
+    line.clear()
+    shown = capsys.readouterr().out.split("\r")
+    assert [part.rstrip() for part in shown] == ["", "first", "second", "x" * 19, "", ""]
+
+
+def test_without_a_terminal_a_line_a_minute_is_printed(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(status_line, "time", Mock(monotonic=lambda: now))
+    line = StatusLine()
+    for seconds, text in enumerate(["a"] * 61 + ["b"] * 70):
+        now = float(seconds)
+        line.show(text)
+    line.clear()
+    assert capsys.readouterr().out == "a\nb\n"
+
+
+def test_the_last_line_of_a_log_is_found(tmp_path):
+    log = tmp_path / "fit.log"
+    for content, last in (
+        (b"", ""),
+        (b"\n\n", ""),
+        (b"a\nb \n\n", "b"),
+        (b"\xff" * 5000, "\ufffd" * 4096),
+    ):
+        log.write_bytes(content)
+        assert last_line(log) == last

@@ -31,6 +31,8 @@ KINDS = {
     "negative": ("tif", GREY.astype(np.int32) * 10 - 1000, (-1000, 1550)),
     "floats to 1": ("tif", GREY.astype(np.float32) / 255, (0, 1)),
     "floats to 255": ("tif", GREY.astype(np.float32), (0, 255)),
+    "4 bits in 16": ("png", (GREY // 17).astype(np.uint16), (0, 15)),
+    "floats to 16": ("tif", GREY.astype(np.float32) * 16 / 255, (0, 16)),
     "other floats": ("tif", GREY.astype(np.float32) * 20 - 100, (-100, 5000)),
 }
 
@@ -70,9 +72,10 @@ def test_one_range_serves_all_files_of_a_data_set(tmp_path, kind, caplog):
     assert f"{describe_range(data.grey_range)}." in caplog.text
     train = data.load("train")
     bright = train.pixels(np.array([9]))
-    assert np.abs(bright[0, 0].astype(int) - BRIGHT).max() <= 1
+    tolerance = 17 if kind == "4 bits in 16" else 1
+    assert np.abs(bright[0, 0].astype(int) - BRIGHT).max() <= tolerance
     dark = data.images["test"].pixels(np.array([0]))
-    assert np.abs(dark[0, 0].astype(int) - DARK).max() <= 1, "not stretched by itself"
+    assert np.abs(dark[0, 0].astype(int) - DARK).max() <= tolerance, "not stretched by itself"
 
 
 def test_images_of_8_bits_have_no_range_and_are_not_read_for_it(tmp_path, monkeypatch):
@@ -121,6 +124,7 @@ def test_floats_among_whole_numbers_are_refused():
     with pytest.raises(UserError, match="1 have floats as grey values, and 2 whole numbers: store"):
         range_of([whole, Extremes(0, 1, are_floats=True), whole])
     assert range_of([]) is None
+    assert range_of([Extremes(0, 0, are_floats=False)] * 2) == (0, 1), "all black"
 
 
 def test_what_is_no_number_is_black(tmp_path):
@@ -150,9 +154,7 @@ def test_a_checkpoint_predicts_and_evaluates_by_its_range(tmp_path, monkeypatch,
     model = TransferClassifier("lenet5", "none", num_classes=2, image_size=32)
     last = ModelCheckpoint(tmp_path, save_last=True)
     quiet_trainer(max_epochs=1, callbacks=[last]).fit(model, data)
-    assert (
-        caplog.text.count("Grey values from 0 to 4,095 (12 bits, as the training images use)") == 1
-    )
+    assert caplog.text.count("Grey values from 0 to 4,095, which the training images use") == 1
     ckpt = last.last_model_path
     stored = torch.load(ckpt, weights_only=True)["network"]["geometry"]["grey_range"]
     assert stored == list(expected)

@@ -29,10 +29,33 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
     return "".join(lines)
 
 
+def latex(table: Sequence[Sequence[str]]) -> str:
+    r"""Return a LaTeX `tabular`; its first column is aligned to the left, the others to the right.
+
+    Args:
+        table: Rows of cells, of equal length. The first row is the heading.
+    """
+    columns = "l" + "r" * (len(table[0]) - 1)
+    heading, *rows = [" & ".join(_latex_cell(cell) for cell in row) for row in table]
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", rf"{heading} \\", r"\hline"]
+    for row in rows:
+        lines.append(rf"{row} \\")
+    lines += [r"\hline", r"\end{tabular}"]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_cell(text: str) -> str:
+    """Return a text whose characters mean themselves in LaTeX."""
+    escapes = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    escapes |= {character: f"\\{character}" for character in "&%$#_{}"}
+    escapes["±"] = r"$\pm$"
+    return "".join(escapes.get(character, character) for character in text)
+
+
 def _markdown_column(cells: Sequence[str]) -> list[str]:
     """Return the cells of a column at one width, with the line below the heading."""
     width = max(MIN_COLUMN_WIDTH, *map(len, cells))
-    is_numeric = all(re.fullmatch(r"[\d.]*", value) for value in cells[1:])
+    is_numeric = all(re.fullmatch(r"(-?[\d.]+( ± [\d.]+)?)?", value) for value in cells[1:])
     if is_numeric:
         rule = "-" * (width + 1) + ":"
         padded = [f" {cell:>{width}} " for cell in cells]

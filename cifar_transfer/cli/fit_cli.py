@@ -147,12 +147,14 @@ class PlainCLI(LightningCLI):
         datamodule: The data module.
         trainer: The Trainer.
         config: All options, parsed.
+        arguments: The options as they were given.
 
     Raises:
         UserError: A mistake in the options, the data or the weights.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
+        self.arguments = list(args)
         console.hush()
         super().__init__(
             TransferClassifier,

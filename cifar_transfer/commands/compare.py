@@ -1,31 +1,45 @@
-"""Several backbones under one recipe.
+"""Several backbones under one recipe, or one backbone with several seeds.
 
-    python -m cifar_transfer compare NAME[=WEIGHTS]... [options of fit]
+    python -m cifar_transfer compare NAME[=WEIGHTS]... [--seeds N] [options of fit]
 
-Each backbone is trained by a `fit` in a process of its own, one after another. The same command
-continues after a stop: it skips what is done, and tries again what failed. All other options are
-those of `fit`, the same for every backbone.
+Each backbone is trained by a `fit` in a process of its own, one after another, with seed 0, then
+with seed 1 and so on. The same command continues after a stop: it skips what is done, and tries
+again what failed; more seeds add runs. All other options are those of `fit`, the same for every
+backbone.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.files import LOGS, make_folder, user_path, write_json
+from cifar_transfer.base.status_line import StatusLine
+from cifar_transfer.base.text import markdown
 from cifar_transfer.cli.fit_process import (
     finished_runs,
     fit_once,
+    last_line,
     read_result,
     refuse_names_of_runs,
 )
 from cifar_transfer.cli.parsers import PartParser
 from cifar_transfer.cli.recipes import RECIPE_FILE, check_recipe, with_recipe_files
 from cifar_transfer.network.contestant import Contestant, parse_contestants
-from cifar_transfer.results.comparison import FIGURE, ComparedNetwork, number, write_comparison
+from cifar_transfer.results.comparison import (
+    FIGURE,
+    NOTE,
+    ComparedNetwork,
+    ComparedRun,
+    number,
+    short_table,
+    write_comparison,
+)
 
 OUT = Path(LOGS, "comparison")
-LOG = "fit.log"  # in a network's folder: what its runs print
-PROGRESS_COLUMNS = ("val %", "test %", "minutes")
+LOG = "fit.log"  # in the folder of a network and a seed: what its run prints
+PROGRESS_COLUMNS = ("seed", "val %", "test %", "minutes")
+MAX_SEEDS = 1000
 
 
 def main(args: Sequence[str]) -> int:
@@ -55,28 +69,50 @@ def main(args: Sequence[str]) -> int:
         metavar="FOLDER",
         help=f"Folder of the runs, tables and figure (default: {OUT}).",
     )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Runs of each backbone, with the seeds 0 to N - 1 (default: 1).",
+    )
     options, fit_options = parser.parse_known_args(with_recipe_files(args))
-    refuse_names_of_runs("compare", fit_options)
+    check("--seeds", options.seeds, lambda n: 1 <= n <= MAX_SEEDS, f"1 to {MAX_SEEDS}")
+    _check(fit_options)
     recipes = [f"--config={file}" for file in options.config]
+    backbones = parse_contestants(options.backbones)
     try:
-        networks = compare(
-            parse_contestants(options.backbones), [*recipes, *fit_options], options.out
-        )
+        networks = compare(backbones, options.seeds, [*recipes, *fit_options], options.out)
     except KeyboardInterrupt:
         print("\nStopped; the same command continues.")
         return 130
-    print(f"\nlook at it  {options.out / FIGURE}, .md, .csv")
-    any_failed = any(network.failure for network in networks)
+    if options.seeds > 1:
+        print(f"\n{markdown(short_table(networks))}\n{NOTE.format(seeds=options.seeds)}", end="")
+    print(f"\nlook at it  {options.out / FIGURE}, .md, .csv, .tex")
+    any_failed = any(network.failures for network in networks)
     return int(any_failed)
 
 
+def _check(fit_options: Sequence[str]) -> None:
+    """Refuse options of `fit` that this command sets itself."""
+    refuse_names_of_runs("compare", fit_options)
+    for option in fit_options:
+        if option.partition("=")[0] == "--seed_everything":
+            raise UserError(
+                "compare sets the seeds itself: --seeds=5 takes 0 to 4; leave --seed_everything "
+                "out."
+            )
+
+
 def compare(
-    backbones: Sequence[Contestant], fit_options: Sequence[str], out: Path
+    backbones: Sequence[Contestant], num_seeds: int, fit_options: Sequence[str], out: Path
 ) -> list[ComparedNetwork]:
-    """Fit each backbone that is not done yet. Write the tables and the figure after each.
+    """Fit each backbone with each seed, unless that is done. Write tables and figure after each.
 
     Args:
         backbones: The backbones to compare.
+        num_seeds: Number of seeds, from 0. All backbones have their run with one seed before the
+            first one has its run with the next, so that what is there is comparable at any time.
         fit_options: Options of `fit` for all of them.
         out: Folder of the runs, the tables and the figure.
 
@@ -87,39 +123,68 @@ def compare(
     write_json(out / RECIPE_FILE, check_recipe(out, fit_options))
     width = max(len(backbone.label) for backbone in backbones)
     heading = "  ".join(f"{column:>7}" for column in PROGRESS_COLUMNS)
-    print(f"What each run prints: {out / '*' / LOG}\n\n{'network':<{width}}  {heading}")
+    print(f"What each run prints: {out / '*' / '*' / LOG}\n\n{'network':<{width}}  {heading}")
 
+    runs: dict[str, list[ComparedRun]] = {backbone.label: [] for backbone in backbones}
     networks: list[ComparedNetwork] = []
-    for backbone in backbones:
-        folder = out / backbone.folder
-        recipe = check_recipe(folder, backbone.options)  # two files of weights may have one name
-        folder.mkdir(exist_ok=True)
-        write_json(folder / RECIPE_FILE, recipe)
-        print(f"{backbone.label:<{width}}", end="", flush=True)
-        network = _fit(backbone, fit_options, folder)
-        _print_outcome(network, folder / LOG)
-        networks.append(network)
-        write_comparison(networks, out)
+    for seed in range(num_seeds):
+        for backbone in backbones:
+            run = _fit(backbone, seed, fit_options, out / backbone.folder)
+            runs[backbone.label].append(run)
+            print(f"{backbone.label:<{width}}  {_outcome(run)}", flush=True)
+            networks = _networks(backbones, runs)
+            write_comparison(networks, out)
     return networks
 
 
-def _fit(backbone: Contestant, fit_options: Sequence[str], folder: Path) -> ComparedNetwork:
-    status = fit_once(folder, [*fit_options, *backbone.options], folder / LOG)
+def _fit(
+    backbone: Contestant, seed: int, fit_options: Sequence[str], network_folder: Path
+) -> ComparedRun:
+    """Fit a backbone with a seed, unless that is done, and say meanwhile how far it is."""
+    recipe = check_recipe(
+        network_folder, backbone.options
+    )  # two files of weights may have one name
+    folder = network_folder / f"seed_{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(network_folder / RECIPE_FILE, recipe)
+    log = folder / LOG
+    status_line = StatusLine()
+
+    def watch(line: str) -> None:
+        status_line.show(f"{backbone.label}, seed {seed}: {line}")
+
+    options = [*fit_options, *backbone.options, f"--seed_everything={seed}"]
+    status = fit_once(folder, options, log, watch)
+    status_line.clear()
     finished = finished_runs(folder)
-    result = read_result(finished[0]) if finished else {}
-    failure = "" if finished else f"failed with exit status {status}"
-    return ComparedNetwork(backbone.name, backbone.label, backbone.scratch, result, failure)
+    if finished:
+        return ComparedRun(seed, read_result(finished[0]))
+    print(last_line(log), file=sys.stderr)
+    return ComparedRun(seed, failure=f"failed with exit status {status}")
 
 
-def _print_outcome(network: ComparedNetwork, log: Path) -> None:
-    if network.failure:
-        print(f"  {network.failure}", flush=True)
-        last_lines = log.read_text(errors="replace").splitlines()[-1:]
-        print(*last_lines, file=sys.stderr)
-        return
+def _networks(
+    backbones: Sequence[Contestant], runs: Mapping[str, Sequence[ComparedRun]]
+) -> list[ComparedNetwork]:
+    """Return the networks that have a run so far."""
+    networks = []
+    for backbone in backbones:
+        if runs[backbone.label]:
+            network = ComparedNetwork(
+                backbone.name, backbone.label, backbone.scratch, list(runs[backbone.label])
+            )
+            networks.append(network)
+    return networks
+
+
+def _outcome(run: ComparedRun) -> str:
+    """Return the line of a run, below `PROGRESS_COLUMNS`."""
+    if run.failure:
+        return f"{run.seed:>7}  {run.failure}"
     cells = (
-        number(network.validation_accuracy, 2),
-        number(network.test_accuracy, 2),
-        number(network.minutes, 1),
+        str(run.seed),
+        number(run.validation_accuracy, 2),
+        number(run.test_accuracy, 2),
+        number(run.minutes, 1),
     )
-    print("", *(f"{cell:>7}" for cell in cells), sep="  ", flush=True)
+    return "  ".join(f"{cell:>7}" for cell in cells)

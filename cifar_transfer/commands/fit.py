@@ -21,9 +21,10 @@ frozen backbone and 35 without, then the test with the best checkpoint. What peo
 """
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback
@@ -33,7 +34,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from cifar_transfer.base.console import counted, duration, say, styled
 from cifar_transfer.base.errors import UserError, disk_fault, is_from_own_code
 from cifar_transfer.base.files import LOGS
-from cifar_transfer.base.text import program
+from cifar_transfer.base.text import program, without_password
 from cifar_transfer.cli.fit_cli import FitCLI
 from cifar_transfer.data.splits import Split
 from cifar_transfer.results.calibration import Calibration
@@ -220,12 +221,14 @@ def scores_of_best(evaluations: Mapping[Split, Evaluation]) -> dict[str, float]:
 
 def publish(
     cli: FitCLI, evaluations: Mapping[Split, Evaluation], scores: dict[str, float]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Log the scores, write `result.json` and draw the figures; return what is in `result.json`."""
     hparams = {**cli.datamodule.hparams, **cli.model.hparams}
     test_scores = evaluations["test"].scores if "test" in evaluations else {}
     log_final(cli.trainer, hparams, scores, test_scores)
-    result = write_result(cli.trainer, cli.model, scores)
+    command = f"{program('fit')} {shlex.join(cli.arguments)}".rstrip()
+    origin = {"seed": cli.config.seed_everything, "command": without_password(command)}
+    result = write_result(cli.trainer, cli.model, scores, origin)
     if cli.config.report.figures:
         last_split = list(evaluations)[-1]
         draw_final(cli.trainer, last_split, evaluations[last_split].predictions)
@@ -234,7 +237,7 @@ def publish(
 
 def closing_lines(
     scores: Mapping[str, float],
-    result: Mapping[str, float],
+    result: Mapping[str, Any],
     *,
     backbone: str,
     best_epoch: int,

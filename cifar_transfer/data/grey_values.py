@@ -5,7 +5,6 @@ data set, and goes with the checkpoint, so that the brightness of one file does 
 others, and files to predict are read as those of the training were.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -19,7 +18,6 @@ from cifar_transfer.data.images import cores, has_many_grey_values, read_grey_va
 
 MAX_LOOKED_AT = 1000  # files, evenly spread, whose headers say whether any has more than 8 bits
 SECONDS_BEFORE_PROGRESS = 2  # before a progress bar is shown
-MIN_BITS = 8
 
 
 class Extremes(NamedTuple):
@@ -93,8 +91,8 @@ def extremes_of(path: str, max_megapixels: float) -> Extremes | None:
 def range_of(extremes: Iterable[Extremes]) -> GreyRange | None:
     """Return the values that become black and white, None if there are no files.
 
-    Whole numbers without negative ones use a number of bits, 8 or more: 12 bits from 0 to 4095.
-    Floats from 0 to 1 or from 0 to 255 use all of that range. All others use what they have.
+    Whole numbers without negative ones use a number of bits: 12 bits from 0 to 4095. Of floats the
+    greatest is white, and the least is black if it is negative, as of negative whole numbers.
 
     Raises:
         UserError: Some files have whole numbers and others floats.
@@ -110,22 +108,19 @@ def range_of(extremes: Iterable[Extremes]) -> GreyRange | None:
             f"Of the training images of more than 8 bits, {num_floats:,} have floats as grey "
             f"values, and {len(files) - num_floats:,} whole numbers: store all in one way."
         )
-    if least < 0:
-        return least, max(greatest, 0.0)
-    if not num_floats:
-        bits = max(MIN_BITS, int(greatest).bit_length())
-        return 0.0, 2.0**bits - 1
-    for usual_white in (1.0, 255.0):
-        if greatest <= usual_white:
-            return 0.0, usual_white
-    return 0.0, greatest
+    white = greatest
+    if least >= 0 and not num_floats:
+        white = 2.0 ** int(greatest).bit_length() - 1
+    black = min(least, 0.0)
+    if white <= black:  # all images are black
+        white = black + 1
+    return black, white
 
 
 def describe_range(grey_range: GreyRange) -> str:
     """Return a sentence for people: which grey values become black and white."""
     black, white = grey_range
-    bits = math.log2(white + 1) if black == 0 else 0.5
-    words = f"Grey values from {black:,.7g} to {white:,.7g}"
-    if bits.is_integer() and bits >= MIN_BITS:
-        words += f" ({bits:.0f} bits, as the training images use)"
-    return f"{words} become those from 0 to 255"
+    return (
+        f"Grey values from {black:,.7g} to {white:,.7g}, which the training images use, become "
+        f"those from 0 to 255"
+    )

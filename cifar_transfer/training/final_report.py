@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from cifar_transfer.base.files import RESULT, write_json
+from cifar_transfer.base.machine import device_name, versions
 from cifar_transfer.data import splits
 from cifar_transfer.results.predictions import FIGURES_FOLDER, Predictions, predictions_path
 from cifar_transfer.results.run_figures import (
@@ -67,14 +69,18 @@ def log_final(
 
 
 def write_result(
-    trainer: Trainer, pl_module: LightningModule, scores: dict[str, float]
-) -> dict[str, float]:
+    trainer: Trainer,
+    pl_module: LightningModule,
+    scores: dict[str, float],
+    origin: dict[str, Any],
+) -> dict[str, Any]:
     """Write `result.json` into the folder of a run, and return what is in it.
 
     Args:
         trainer: Trainer of the run, with a `Report` among its callbacks.
         pl_module: Module whose parameters are counted.
         scores: As of `log_final`.
+        origin: What the run was made with: its seed and the command.
     """
     run = folder_of(trainer)
     report = next(callback for callback in callbacks_of(trainer) if isinstance(callback, Report))
@@ -83,6 +89,12 @@ def write_result(
         "epochs": trainer.current_epoch,
         "seconds": round(report.clock.seconds, 1),
         "images_per_second": round(report.clock.images_per_second, 1),
+        **origin,
+        "device": device_name(trainer.strategy.root_device),
+        "devices": trainer.world_size,
+        "threads": torch.get_num_threads(),
+        "precision": trainer.precision,
+        "versions": versions(),
     }
     if run is not None and trainer.is_global_zero:
         write_json(run / RESULT, result)
