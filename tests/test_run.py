@@ -86,7 +86,7 @@ def again(finished, tmp_path):
         (
             ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val_loss"],
             r"^EarlyStopping monitors val_loss, and there is no such figure: take one of "
-            r"val/loss, val/acc, train/loss_epoch",
+            r"val/loss, val/acc, val/balanced_accuracy, val/macro_f1, train/loss_epoch",
         ),
         (
             ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=accuracy"],

@@ -317,6 +317,7 @@ def test_durations_are_in_the_unit_that_people_use(seconds, text):
 def row(**others):
     """Return a line of a table whose scores are not those of `others`."""
     values = {"epoch": 40, "is_best": False, "learning_rate": 1e-4, "seconds": 12.34}
+    values["val_macro_f1"] = 0.15
     scores = {"train_loss": 2.3, "train_accuracy": 0.1, "val_loss": 2.4, "val_accuracy": 0.2}
     return EpochRow(**values | scores | {"time_left": "> 12 min"} | others)
 
@@ -332,6 +333,9 @@ def test_a_table_of_999_epochs_fits_into_80_columns():
         " 40/999       2.300     10.00%     2.400   20.00%    1.2e-05  100:00  > 12 min",
     ]
     assert max(map(len, lines)) < 80
+    table = EpochTable(999, shows_macro_f1=True)
+    assert table.heading() == lines[0].replace("val acc", " val F1")
+    assert table.line(row(epoch=999)) == lines[1].replace("20.00%", "15.00%")
 
 
 def test_what_is_not_known_is_left_out():

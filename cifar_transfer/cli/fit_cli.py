@@ -387,7 +387,7 @@ class FitCLI(PlainCLI):
         self.best: RunCheckpoint | None = None
         last: RunCheckpoint | None = None
         if options.enable_checkpointing is not False and not options.fast_dev_run:
-            self.best = RunCheckpoint(self.folder, BEST, monitor="val/acc")
+            self.best = RunCheckpoint(self.folder, BEST, monitor=self.config_init.report.best)
             last = RunCheckpoint(self.folder, LAST)
             callbacks += [self.best, last]
         self.interrupt = Interrupt(last)

@@ -46,10 +46,12 @@ from cifar_transfer.training.collect_predictions import CollectPredictions
 from cifar_transfer.training.evaluation import evaluate_checkpoint
 from cifar_transfer.training.final_report import draw_final, log_final, write_result
 from cifar_transfer.training.lightning_internals import is_lost_process
+from cifar_transfer.training.run_checkpoints import BestFigure
 
 GREEN = 32  # ANSI's number
 SCORE_NAMES = {
     "acc": "accuracy",
+    "loss": "loss",
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
 }
@@ -60,8 +62,9 @@ class Outcome(NamedTuple):
 
     Attributes:
         scores: Scores of the best checkpoint, in [0, 1]: `best/val_acc`; with test images also
-            `best/test_acc`; with classes of unequal sizes also `best/val_macro_f1` and others.
-        best: Checkpoint with the best validation accuracy.
+            `best/test_acc`; with classes of unequal sizes also `best/val_macro_f1` and others; and
+            the figure that it was chosen by, which may also be `best/val_loss`.
+        best: The best checkpoint, by the figure of `report.best`.
     """
 
     scores: dict[str, float]
@@ -123,7 +126,7 @@ def _fit(cli: FitCLI) -> Outcome | None:
     if best is None:
         return None
     evaluations, calibration = evaluate(cli, best)
-    scores = scores_of_best(evaluations)
+    scores = scores_of_best(evaluations, cli.config.report.best)
     result = publish(cli, evaluations, scores)
     checkpoint = _relative(best)
     lines = closing_lines(
@@ -131,6 +134,7 @@ def _fit(cli: FitCLI) -> Outcome | None:
         result,
         backbone=cli.model.classifier.backbone,
         best_epoch=min(_epoch_of(best), int(result["epochs"])),
+        best_figure=cli.config.report.best,
         run=_relative(cli.folder.path),
         curves=_curves_of(cli),
         checkpoint=checkpoint,
@@ -193,7 +197,10 @@ def evaluate(cli: FitCLI, checkpoint: Path) -> tuple[dict[Split, Evaluation], Ca
     data = cli.datamodule
     evaluations: dict[Split, Evaluation] = {}
     collect = CollectPredictions()
-    scores = evaluate_checkpoint(trainer, checkpoint, data, "val", [collect])
+    scores_classes = cli.config.report.best == "val/macro_f1"
+    scores = evaluate_checkpoint(
+        trainer, checkpoint, data, "val", [collect], scores_classes=scores_classes
+    )
     predictions = collect.predictions
     calibration = calibrate_checkpoint(
         trainer, checkpoint, predictions, data.validates_on_test_images
@@ -204,17 +211,24 @@ def evaluate(cli: FitCLI, checkpoint: Path) -> tuple[dict[Split, Evaluation], Ca
     if "test" in data.images and trainer.limit_test_batches != 0:
         collect = CollectPredictions()
         callbacks: list[Callback] = [collect] if cli.config.report.figures else []
-        scores = evaluate_checkpoint(trainer, checkpoint, data, "test", callbacks)
+        scores = evaluate_checkpoint(
+            trainer, checkpoint, data, "test", callbacks, scores_classes=scores_classes
+        )
         evaluations["test"] = Evaluation(scores, collect.predictions)
     return evaluations, calibration
 
 
-def scores_of_best(evaluations: Mapping[Split, Evaluation]) -> dict[str, float]:
-    """Return the scores of `Outcome`: "val/acc" becomes "best/val_acc"; losses are left out."""
+def scores_of_best(
+    evaluations: Mapping[Split, Evaluation], best_figure: BestFigure
+) -> dict[str, float]:
+    """Return the scores of `Outcome`: "val/acc" becomes "best/val_acc".
+
+    Losses are left out, unless the checkpoint was chosen by that one.
+    """
     scores = {}
     for evaluation in evaluations.values():
         for name, value in evaluation.scores.items():
-            if not name.endswith("loss"):
+            if not name.endswith("loss") or name == best_figure:
                 scores[f"best/{name.replace('/', '_')}"] = value
     return scores
 
@@ -241,6 +255,7 @@ def closing_lines(
     *,
     backbone: str,
     best_epoch: int,
+    best_figure: BestFigure,
     run: Path,
     curves: str,
     checkpoint: Path,
@@ -254,6 +269,7 @@ def closing_lines(
         result: Content of `result.json`.
         backbone: Name of the network.
         best_epoch: Epoch of the best checkpoint, from 1.
+        best_figure: Figure that it was chosen by.
         run: Folder of the run.
         curves: What shows its curves: a command or a file.
         checkpoint: The best checkpoint.
@@ -263,10 +279,14 @@ def closing_lines(
     lines = {}
     for name, value in scores.items():
         split, _, score = name.removeprefix("best/").partition("_")
-        lines[f"{split} {SCORE_NAMES[score]}"] = styled(f"{value:.2%}", GREEN)
+        shown_value = f"{value:.4f}" if score == "loss" else f"{value:.2%}"
+        lines[f"{split} {SCORE_NAMES[score]}"] = styled(shown_value, GREEN)
     if calibration is not None:
         lines["temperature"] = str(calibration)
-    lines["checkpoint"] = f"the best, of epoch {best_epoch}"
+    choice_of_best = "the best"
+    if best_figure != "val/acc":
+        choice_of_best = f"the best by {best_figure}"
+    lines["checkpoint"] = f"{choice_of_best}, of epoch {best_epoch}"
     epochs = int(result["epochs"])
     plural = "" if epochs == 1 else "s"
     speed = f"{result['images_per_second']:.0f} images/s"

@@ -9,7 +9,8 @@ BOLD = 1  # codes of ANSI
 GREEN = 32
 BEST_MARK = " *"
 NO_MARK = "  "
-HEADINGS = ("train loss", "train acc", "val loss", f"val acc{NO_MARK}", "lr", "time", "left")
+ACCURACY_HEADING = "val acc"
+MACRO_F1_HEADING = "val F1"
 WIDTHS = (10, 9, 8, 9, 7, 6, 8)  # letters of these columns
 MIN_LARGEST_EPOCH = 10  # the column of epochs has room for numbers up to this at least
 
@@ -23,6 +24,7 @@ class EpochRow:
     train_accuracy: float | None  # share of 1, also below
     val_loss: float | None
     val_accuracy: float | None
+    val_macro_f1: float | None  # in its place where the table shows it
     is_best: bool  # whether the best checkpoint so far is of this epoch
     learning_rate: float
     seconds: float  # time of the epoch with its validation
@@ -34,9 +36,12 @@ class EpochTable:
 
     Args:
         max_epochs: Last epoch of the run, if it is known.
+        shows_macro_f1: Whether macro F1 of the validation takes the place of its accuracy, because
+            the best epoch is chosen by it. There is no room for both.
     """
 
-    def __init__(self, max_epochs: int | None) -> None:
+    def __init__(self, max_epochs: int | None, shows_macro_f1: bool = False) -> None:
+        self._shows_macro_f1 = shows_macro_f1
         self._max_epochs = None
         if max_epochs is not None and max_epochs > 0:
             self._max_epochs = max_epochs
@@ -45,10 +50,24 @@ class EpochTable:
 
     def heading(self) -> str:
         """Return the first line."""
-        return styled("  ".join(self._align(["epoch", *HEADINGS])), BOLD)
+        score = MACRO_F1_HEADING if self._shows_macro_f1 else ACCURACY_HEADING
+        cells = self._align(
+            [
+                "epoch",
+                "train loss",
+                "train acc",
+                "val loss",
+                score + NO_MARK,
+                "lr",
+                "time",
+                "left",
+            ]
+        )
+        return styled("  ".join(cells), BOLD)
 
     def line(self, row: EpochRow) -> str:
-        """Return the line of an epoch; a new best accuracy has a star, and is green."""
+        """Return the line of an epoch; that of a new best score has a star, and is green."""
+        score = row.val_macro_f1 if self._shows_macro_f1 else row.val_accuracy
         mark = NO_MARK
         if row.is_best:
             mark = BEST_MARK
@@ -58,7 +77,7 @@ class EpochTable:
                 _number(row.train_loss, ".3f"),
                 _number(row.train_accuracy, ".2%"),
                 _number(row.val_loss, ".3f"),
-                _number(row.val_accuracy, ".2%") + mark,
+                _number(score, ".2%") + mark,
                 f"{row.learning_rate:.2g}",
                 _time(row.seconds),
                 row.time_left,

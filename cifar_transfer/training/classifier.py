@@ -65,8 +65,18 @@ from cifar_transfer.training.progress_bar import plain_progress_bar
 
 TEACHER_KEY = "teacher_sha256"  # in checkpoints of a run that has a teacher
 
+# Figures that weigh all classes alike. A fit logs them if a callback waits for one of them.
+CLASS_FIGURES = ("val/balanced_accuracy", "val/macro_f1")
 # What `EarlyStopping` and `ModelCheckpoint` may wait for.
-MONITORS = ("val/loss", "val/acc", "train/loss_epoch", "train/acc", "train/loss", "train/acc_step")
+MONITORS = (
+    "val/loss",
+    "val/acc",
+    *CLASS_FIGURES,
+    "train/loss_epoch",
+    "train/acc",
+    "train/loss",
+    "train/acc_step",
+)
 
 EPOCH_KEY = "epoch_so_far"  # in checkpoints that are written before their epoch is over
 
@@ -271,7 +281,8 @@ class TransferClassifier(LightningModule):
         self.weight_average = None if ema is None else ExponentialMovingAverage(ema)
         self._statistics_are_chosen = normalize is not None
         self._size_is_known = False
-        self._classes_are_unequal = False
+        self._always_scores_classes = False
+        self._counts_classes = False  # for the scores that weigh all classes alike
         self._batches = BatchReader(self.classifier.num_classes)
         self._last_batch_is_checked = False
         self._validation_scores: dict[str, float] = {}  # of this epoch's last validation
@@ -338,9 +349,7 @@ class TransferClassifier(LightningModule):
             self.classifier.set_temperature(NO_TEMPERATURE)  # it was that of other weights
         data = self._data_module()
         self._choose_statistics(data)
-        if isinstance(data, ImageDataModule):
-            split: Split = "val" if stage == "validate" else "test"
-            self._classes_are_unequal = stage != "fit" and data.has_unequal_classes(split)
+        self._counts_classes = self._needs_class_scores(data, stage)
         self.loss = TrainingLoss(self.loss_options)
         self._batches.begin()
         self._last_batch_is_checked = False
@@ -359,6 +368,27 @@ class TransferClassifier(LightningModule):
         if self.image_sizes is not None:
             sides += self.image_sizes.sides
         self.classifier.check_sides(sides)
+
+    def _needs_class_scores(self, data: Any, stage: str) -> bool:
+        """Return whether the scores that weigh all classes alike are logged in a stage.
+
+        In a fit they are if a callback waits for them, otherwise if the classes are unequal.
+        """
+        if stage == "fit":
+            monitors = [
+                getattr(callback, "monitor", None) for callback in callbacks_of(self.trainer)
+            ]
+            return any(figure in monitors for figure in CLASS_FIGURES)
+        if self._always_scores_classes:
+            return True
+        if not isinstance(data, ImageDataModule):
+            return False
+        split: Split = "val" if stage == "validate" else "test"
+        return data.has_unequal_classes(split)
+
+    def score_classes(self) -> None:
+        """Log balanced accuracy and macro F1 in evaluations also where classes are equal."""
+        self._always_scores_classes = True
 
     def _reset_metrics(self) -> None:
         """Forget what an earlier fit or evaluation has counted.
@@ -655,13 +685,13 @@ class TransferClassifier(LightningModule):
         by_itself = not is_fitting(self)
         self.log("val/loss", self.val_loss, prog_bar=True, logger=by_itself)
         self.log("val/acc", self.val_acc, prog_bar=True, logger=by_itself)
-        if self._classes_are_unequal:
+        if self._counts_classes:
             self.class_counts.update(logits, labels)
         return logits
 
     def on_validation_epoch_end(self) -> None:
         """Keep the scores of a validation during a fit, and log them by step."""
-        self._log_class_scores("val")  # only in `Trainer.validate`, see `setup`
+        self._log_class_scores("val")
         if not is_fitting(self) or self.trainer.sanity_checking:
             return
         metrics = self.trainer.callback_metrics
@@ -669,6 +699,9 @@ class TransferClassifier(LightningModule):
             "val/acc": float(metrics["val/acc"]),
             "val/loss": float(metrics["val/loss"]),
         }
+        if self._counts_classes:
+            for name in CLASS_FIGURES:
+                self._validation_scores[name] = float(metrics[name])
         by_step = {
             "val/acc_step": self._validation_scores["val/acc"],
             "val/loss_step": self._validation_scores["val/loss"],
@@ -689,20 +722,23 @@ class TransferClassifier(LightningModule):
                 logger.log_metrics({**figures, "epoch": self.current_epoch}, step=self.global_step)
 
     def _log_class_scores(self, split: str) -> None:
-        """Log the scores that weigh all classes alike, if the classes are unequal."""
-        if not self._classes_are_unequal:
+        """Log the scores that weigh all classes alike, if they are needed, see `setup`."""
+        if not self._counts_classes:
             return
+        by_itself = not is_fitting(self)  # in a fit, `on_train_epoch_end` logs them by epoch
         scores = class_scores(self.class_counts.compute())
         self.class_counts.reset()
         for name, score in scores.items():
-            self.log(f"{split}/{name}", score)
+            # All processes have the same score; `sync_dist` keeps Lightning from asking for it.
+            self.log(f"{split}/{name}", score, logger=by_itself, sync_dist=True)
 
     def epoch_scores(self) -> dict[str, float]:
         """Return the scores of the epoch that ends; all processes must call it together.
 
         Returns:
             `train/acc` (share of 1) and `train/loss_epoch` over all steps of the epoch, also those
-            before the run was resumed; `val/acc` and `val/loss` of its last validation, if any.
+            before the run was resumed; `val/acc` and `val/loss` of its last validation, if any,
+            and `CLASS_FIGURES` where a callback waits for one.
         """
         scores = {}
         if self.train_acc.update_called:
@@ -775,7 +811,7 @@ class TransferClassifier(LightningModule):
         self.test_acc.update(logits, labels)
         self.log("test/loss", self.test_loss, prog_bar=True)
         self.log("test/acc", self.test_acc, prog_bar=True)
-        if self._classes_are_unequal:
+        if self._counts_classes:
             self.class_counts.update(logits, labels)
         return logits
 

@@ -131,6 +131,7 @@ def evaluate_checkpoint(
     data: LightningDataModule,
     split: Split,
     callbacks: list[Callback] | None = None,
+    scores_classes: bool = False,
 ) -> dict[str, float]:
     """Score a checkpoint on all images of a split.
 
@@ -144,6 +145,8 @@ def evaluate_checkpoint(
         data: Data module with the images.
         split: "val" or "test".
         callbacks: Take part in the evaluation.
+        scores_classes: Whether balanced accuracy and macro F1 are given also where classes are
+            equal.
 
     Returns:
         `SPLIT/loss` and `SPLIT/acc`, where classes are unequal also `SPLIT/balanced_accuracy` and
@@ -153,6 +156,8 @@ def evaluate_checkpoint(
         UserError: The checkpoint cannot be read or is unfit for the data.
     """
     model = TransferClassifier.load_from_checkpoint(ckpt, map_location=torch.device("cpu"))
+    if scores_classes:
+        model.score_classes()
     bars = [callback for callback in callbacks_of(trainer) if isinstance(callback, ProgressBar)]
     settings = {
         "callbacks": [*bars, *(callbacks or [])],

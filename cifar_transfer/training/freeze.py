@@ -56,7 +56,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -89,6 +88,7 @@ from cifar_transfer.training.phases import (
     stages_of,
 )
 from cifar_transfer.training.resume import refuse_changes
+from cifar_transfer.training.run_checkpoints import best_checkpoint_of
 
 GRADUAL = "gradual"
 OPTIONS = (
@@ -379,7 +379,7 @@ class BackboneFreeze(Callback):
         for phase in self.plan:
             if phase.lr is not None:
                 schedule.check_learning_rate(trainer, phase.lr)
-            if phase.from_best and _best_checkpoint(trainer) is None:
+            if phase.from_best and best_checkpoint_of(trainer) is None:
                 raise UserError(
                     "from_best needs a ModelCheckpoint that monitors a figure among the Trainer's "
                     "callbacks."
@@ -608,21 +608,13 @@ def _begin_with_logistic(trainer: Trainer, module: LightningModule) -> None:
     begin_with_logistic(trainer, classifier, data)
 
 
-def _best_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
-    """Return the first callback that keeps the best checkpoint by some value."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor:
-            return callback
-    return None
-
-
 def _load_best_weights(trainer: Trainer, module: LightningModule) -> None:
     """Load the weights of the best checkpoint so far; warn if there is none.
 
     An average of the weights begins anew with them, because it is what is validated and saved.
     All processes take the weights of the first, because others may see other files.
     """
-    callback = _best_checkpoint(trainer)
+    callback = best_checkpoint_of(trainer)
     if callback is None:
         return
     path = callback.best_model_path  # "" before the first checkpoint

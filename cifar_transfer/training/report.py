@@ -1,7 +1,7 @@
 """`Report`: what a run shows while it runs."""
 
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from cifar_transfer.base.console import counted, say
+from cifar_transfer.base.errors import check
+from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.data.augment import step_seed
 from cifar_transfer.data.geometry import resize
 from cifar_transfer.data.module import ImageDataModule
@@ -30,6 +32,12 @@ from cifar_transfer.training.lightning_internals import (
 )
 from cifar_transfer.training.mixing import BatchMixing
 from cifar_transfer.training.run import folder_of
+from cifar_transfer.training.run_checkpoints import (
+    MODES,
+    BestFigure,
+    RunCheckpoint,
+    best_checkpoint_of,
+)
 from cifar_transfer.training.run_clock import RunClock
 
 LOG_INTERVAL = 10  # steps, unless the options say otherwise
@@ -48,17 +56,28 @@ class Report(Callback):
         figures: Draw a grid of augmented images before training and, at the end, curves, confusion,
             reliability and mistakes, as PNG and in TensorBoard.
         language: Of the figures: "en", or "zh" for Chinese.
+        best: Figure of the validation by which `fit` chooses the best checkpoint: the highest
+            "val/acc", the lowest "val/loss", or the highest "val/macro_f1", the mean F1 of the
+            classes. Of equal ones that with the lower `val/loss` is the best. In Python a
+            `ModelCheckpoint` among the Trainer's callbacks chooses.
 
     Attributes:
         clock: Time of the run and its speed.
+
+    Raises:
+        UserError: `best` is no such figure.
     """
 
-    def __init__(self, figures: bool = True, language: Language = "en") -> None:
+    def __init__(
+        self, figures: bool = True, language: Language = "en", best: BestFigure = "val/acc"
+    ) -> None:
         self.figures = figures
         self.language = language
+        self.best: BestFigure = as_primitive("best", best)
+        check("best", self.best, lambda figure: figure in MODES, ", ".join(MODES))
         self.clock = RunClock()
         self._table = EpochTable(max_epochs=None)
-        self._best_accuracy: float | None = None
+        self._best_score: float | None = None
         self._seconds_of: dict[Hashable, float] = {}  # time of the last epoch of each kind
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,10 +91,24 @@ class Report(Callback):
             if self.figures:
                 self._draw_augmented_images(trainer, pl_module, folder)
             _fill_board(trainer, pl_module)
-        self._best_accuracy = _best_saved_accuracy(trainer)
-        if is_continued and self._best_accuracy is not None:
-            say(trainer, f"The best validation accuracy so far: {self._best_accuracy:.2%}.")
-        self._table = EpochTable(trainer.max_epochs)
+        self._best_score = _best_saved_score(best_checkpoint_of(trainer))
+        self._begin_table(trainer, is_continued)
+
+    def _begin_table(self, trainer: Trainer, is_continued: bool) -> None:
+        """Print the heading of the table, and by what the best epoch is chosen."""
+        checkpoint = best_checkpoint_of(trainer)
+        figure = None
+        if checkpoint is not None:
+            figure = checkpoint.monitor
+        if is_continued and self._best_score is not None:
+            score = f"{figure} so far: {self._best_score:.4f}"
+            if figure == "val/acc":
+                score = f"validation accuracy so far: {self._best_score:.2%}"
+            say(trainer, f"The best {score}.")
+        if figure in MODES and figure != "val/acc":
+            extreme = "lowest" if MODES[figure] == "min" else "highest"
+            say(trainer, f"A star marks the epoch with the {extreme} {figure} so far.")
+        self._table = EpochTable(trainer.max_epochs, shows_macro_f1=figure == "val/macro_f1")
         say(trainer, self._table.heading())
 
     def _draw_augmented_images(
@@ -127,7 +160,8 @@ class Report(Callback):
             train_accuracy=scores.get("train/acc"),
             val_loss=scores.get("val/loss"),
             val_accuracy=scores.get("val/acc"),
-            is_best=self._is_best(trainer, scores.get("val/acc")),
+            val_macro_f1=scores.get("val/macro_f1"),
+            is_best=self._is_best(trainer, scores),
             learning_rate=pl_module.learning_rate,
             seconds=self.clock.epoch_seconds,
             time_left=self._time_left(trainer, pl_module),
@@ -146,21 +180,28 @@ class Report(Callback):
                     f"validations (patience={callback.patience}).{_missed_phase(trainer)}",
                 )
 
-    def _is_best(self, trainer: Trainer, accuracy: float | None) -> bool:
-        """Return whether the best checkpoint so far is of this epoch, and remember its accuracy.
+    def _is_best(self, trainer: Trainer, scores: Mapping[str, float]) -> bool:
+        """Return whether the best checkpoint so far is of this epoch.
 
-        Lightning writes the checkpoint of an epoch's last validation after this, those of earlier
-        ones before.
+        The run's own callback has written it by now. Lightning's writes that of an epoch's last
+        validation after this, those of earlier ones before, so that their scores are compared here.
+
+        Args:
+            trainer: Trainer of the run.
+            scores: Scores of the epoch by their names.
         """
-        if _accuracy_checkpoint(trainer) is None:
+        checkpoint = best_checkpoint_of(trainer)
+        if isinstance(checkpoint, RunCheckpoint):
+            return checkpoint.best_epoch == trainer.current_epoch
+        if checkpoint is None or checkpoint.monitor is None:
             return False
-        previous = self._best_accuracy
-        for candidate in (_best_saved_accuracy(trainer), accuracy):
+        previous = self._best_score
+        for candidate in (_best_saved_score(checkpoint), scores.get(checkpoint.monitor)):
             if candidate is None:
                 continue
-            if self._best_accuracy is None or candidate > self._best_accuracy:
-                self._best_accuracy = candidate
-        return self._best_accuracy != previous
+            if self._best_score is None or _is_better(candidate, self._best_score, checkpoint.mode):
+                self._best_score = candidate
+        return self._best_score != previous
 
     def _time_left(self, trainer: Trainer, pl_module: TransferClassifier) -> str:
         """Estimate the time of the epochs to come, if the run ends with an epoch.
@@ -182,8 +223,8 @@ class Report(Callback):
         return time_left(upcoming, self._seconds_of, seconds)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the clock."""
-        return self.clock.state_dict()
+        """Return the state of the clock, and the figure, which must stay."""
+        return self.clock.state_dict() | {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the clock of a run that continues."""
@@ -259,16 +300,8 @@ def _log_short_runs_more_often(trainer: Trainer) -> None:
     set_log_interval(trainer, max(1, int(min(LOG_INTERVAL, interval))))
 
 
-def _accuracy_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
-    """Return the callback that keeps the checkpoint of the best validation accuracy."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor == "val/acc":
-            return callback
-    return None
-
-
-def _best_saved_accuracy(trainer: Trainer) -> float | None:
-    checkpoint = _accuracy_checkpoint(trainer)
+def _best_saved_score(checkpoint: ModelCheckpoint | None) -> float | None:
+    """Return the score of the best checkpoint so far, or None if there is none."""
     if checkpoint is None or checkpoint.best_model_score is None:
         return None
     return float(checkpoint.best_model_score)
@@ -284,6 +317,13 @@ def _missed_phase(trainer: Trainer) -> str:
                 f"earlier (--freeze.unfreeze_epoch)."
             )
     return ""
+
+
+def _is_better(score: float, other: float, mode: str) -> bool:
+    """Return whether a score is better; the lower is in mode "min", the higher in "max"."""
+    if mode == "min":
+        return score < other
+    return score > other
 
 
 def _phases_from(trainer: Trainer, epoch: int, max_epochs: int) -> list[int | None]:

@@ -3,7 +3,7 @@
 lightning_logs/version_0/
     config.yaml             options of the run, with which `--resume` begins
     splits.json.gz          which image is in which split
-    checkpoints/best.ckpt   weights of the epoch with the best validation accuracy
+    checkpoints/best.ckpt   weights of the best epoch, see `RunCheckpoint`
     checkpoints/last.ckpt   state of the latest epoch, from which `--resume` continues
     result.json             what the run came to, written when it is finished
     .lock                   held by the process that trains the run
