@@ -117,6 +117,7 @@ OPTIONS_OF_DATA: dict[str, dict[str, tuple[str, ...]]] = {
         "data.decode_size": ("32", "null"),
         "data.cache_limit_gb": ("0", "8.0", ".inf"),
         "data.max_megapixels": ("1", "100.0"),
+        "data.skip_broken": ("true", "false"),
     },
     "TableDataModule": {
         "data.train": ("photos.csv",),

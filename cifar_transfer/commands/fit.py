@@ -36,6 +36,7 @@ from cifar_transfer.base.errors import UserError, disk_fault, is_from_own_code
 from cifar_transfer.base.files import LOGS
 from cifar_transfer.base.text import program, without_password
 from cifar_transfer.cli.fit_cli import FitCLI
+from cifar_transfer.data.broken_files import BrokenFiles
 from cifar_transfer.data.splits import Split
 from cifar_transfer.results.calibration import Calibration
 from cifar_transfer.results.predictions import FIGURES_FOLDER, Predictions
@@ -139,6 +140,7 @@ def _fit(cli: FitCLI) -> Outcome | None:
         curves=_curves_of(cli),
         checkpoint=checkpoint,
         is_newest=_is_newest(best),
+        left_out=_left_out(cli.datamodule),
         calibration=calibration,
     )
     say(cli.trainer, lines)
@@ -260,6 +262,7 @@ def closing_lines(
     curves: str,
     checkpoint: Path,
     is_newest: bool,
+    left_out: str | None,
     calibration: Calibration | None,
 ) -> str:
     """Return what the terminal shows at the end of a run.
@@ -274,6 +277,7 @@ def closing_lines(
         curves: What shows its curves: a command or a file.
         checkpoint: The best checkpoint.
         is_newest: Whether the command `predict` takes this checkpoint by itself.
+        left_out: How many images were left out because they cannot be read; None if none was.
         calibration: What the temperature of this checkpoint does.
     """
     lines = {}
@@ -292,6 +296,8 @@ def closing_lines(
     speed = f"{result['images_per_second']:.0f} images/s"
     lines["training"] = f"{epochs} epoch{plural} in {duration(result['seconds'])}, {speed}"
     lines["network"] = f"{backbone}, {result['parameters']:,} parameters"
+    if left_out is not None:
+        lines["left out"] = left_out
     lines["run"] = str(run)
     lines["look at it"] = curves
     choice = "" if is_newest else f" --ckpt {checkpoint}"
@@ -314,6 +320,14 @@ def _curves_of(cli: FitCLI) -> str:
     if cli.config.report.figures:
         return str(run / FIGURES_FOLDER)
     return str(run / METRICS)
+
+
+def _left_out(data: Any) -> str | None:
+    """Return how many images the data leave out because they cannot be read; None if none."""
+    broken = getattr(data, "broken", None)
+    if not isinstance(broken, BrokenFiles) or not broken:
+        return None
+    return broken.summary()
 
 
 def _epoch_of(checkpoint: Path) -> int:

@@ -59,7 +59,7 @@ def cached(
     Raises:
         UnreadableImages: Images are broken; the message names them. Nothing is left behind.
     """
-    cache_folder = _writable_folder(folder)
+    cache_folder = writable_folder(folder)
     if cache_folder is None:
         return _uncached(source(), f"neither {folder} nor the user's cache can be written")
     pixels_path, index_path = _paths(cache_folder, name, fingerprint)
@@ -98,7 +98,7 @@ def remembered(folder: Path, name: str, fingerprint: object, compute: Callable[[
         compute: Returns it: primitives, as JSON knows them.
     """
     key = _key(fingerprint)
-    cache_folder = _writable_folder(folder)
+    cache_folder = writable_folder(folder)
     if cache_folder is None:
         return compute()
     path = cache_folder / f"{name}.json"
@@ -108,9 +108,17 @@ def remembered(folder: Path, name: str, fingerprint: object, compute: Callable[[
         if kept["key"] == key:
             return kept["value"]
     value = compute()
-    with suppress(OSError):  # it is computed again the next time
-        write_json(path, {"key": key, "value": value})
+    remember(folder, name, fingerprint, value)
     return value
+
+
+def remember(folder: Path, name: str, fingerprint: object, value: Any) -> None:
+    """Keep what `remembered` returns from now on, if there is a folder to keep it in."""
+    cache_folder = writable_folder(folder)
+    if cache_folder is None:
+        return
+    with suppress(OSError):  # it is computed again the next time
+        write_json(cache_folder / f"{name}.json", {"key": _key(fingerprint), "value": value})
 
 
 def _key(fingerprint: object) -> str:
@@ -123,7 +131,7 @@ def _paths(cache_folder: Path, name: str, fingerprint: object) -> tuple[Path, Pa
     return cache_folder / f"{name}-{key}.npy", cache_folder / f"{name}-{key}.npz"
 
 
-def _writable_folder(folder: Path) -> Path | None:
+def writable_folder(folder: Path) -> Path | None:
     """Return the folder for caches of a folder of data, or None if there is none to write into."""
     path_bytes = str(folder.resolve()).encode(errors="surrogateescape")
     user_cache = platformdirs.user_cache_path("cifar_transfer")
@@ -190,20 +198,13 @@ def _write(images: Images, name: str, pixels_path: Path, index_path: Path) -> No
 
     The array is written as a file, because a full disk kills a process that writes to a memory map.
     """
-    bar = tqdm(
-        total=len(images),
-        desc=f"decoding {name}",
-        unit="img",
-        disable=not sys.stderr.isatty(),
-    )
     checksums: list[np.ndarray] = []
-    with atomic_write(pixels_path) as file, bar:
-        for batch in _decoded_batches(images):
+    with atomic_write(pixels_path) as file:
+        for batch in decoded_batches(images, f"decoding {name}"):
             if not checksums:
                 _write_header(file, (len(images), *batch.shape[1:]))
             file.write(batch.data)
             checksums.append(_checksums(batch))
-            bar.update(len(batch))
         np.savez(index_path, labels=images.labels, sums=np.concatenate(checksums))
 
 
@@ -212,21 +213,30 @@ def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _decoded_batches(images: Images) -> Iterator[np.ndarray]:
-    """Yield all images in order, uint8 [B, 3, H, W].
+def decoded_batches(images: Images, progress: str) -> Iterator[np.ndarray]:
+    """Yield all images in order, uint8 [B, 3, H, W], with a progress bar.
+
+    Args:
+        images: The images.
+        progress: Text of the progress bar.
 
     Raises:
         UnreadableImages: Images are broken. All that can be read were decoded before, so that the
             message names all others.
     """
+    bar = tqdm(total=len(images), desc=progress, unit="img", disable=not sys.stderr.isatty())
     reasons: list[str] = []
-    for batch in _decoded_ahead(images):
-        if isinstance(batch, UnreadableImages):
-            reasons += batch.reasons
-        else:
-            yield batch
+    paths: list[str] = []
+    with bar:
+        for batch in _decoded_ahead(images):
+            if isinstance(batch, UnreadableImages):
+                reasons += batch.reasons
+                paths += batch.paths
+            else:
+                bar.update(len(batch))
+                yield batch
     if reasons:
-        raise UnreadableImages(*reasons)
+        raise UnreadableImages(*reasons, paths=paths)
 
 
 def _decoded_ahead(images: Images) -> Iterator[np.ndarray | UnreadableImages]:

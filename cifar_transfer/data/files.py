@@ -18,6 +18,13 @@ from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.files import file_version
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.base.text import composed, printable
+from cifar_transfer.data.broken_files import (
+    BrokenFiles,
+    Reasons,
+    find_broken,
+    remember_broken,
+    still_broken,
+)
 from cifar_transfer.data.cache import cached, remembered
 from cifar_transfer.data.exact_duplicates import SplitFiles, content_numbers, copies_among
 from cifar_transfer.data.geometry import (
@@ -85,7 +92,12 @@ class FileDataModule(ImageDataModule):
             group, frames of a video for example, are held out together or not at all. The group is
             what the first brackets match, or all of the match if there are none; a name without a
             match is its own group. Copies of one image are always held out together.
+        skip_broken: Leave out files that cannot be read. Otherwise they end a run before training,
+            which names them. All files are decoded once to find them.
         **options: Those of `ImageDataModule`.
+
+    Attributes:
+        broken: The files that cannot be read.
 
     Raises:
         UserError: An option is out of its range.
@@ -99,6 +111,7 @@ class FileDataModule(ImageDataModule):
         cache_limit_gb: float = 8.0,
         max_megapixels: float = MAX_MEGAPIXELS,
         group: str | None = None,
+        skip_broken: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -119,9 +132,12 @@ class FileDataModule(ImageDataModule):
         self._has_told_unmatched = False
         self._content_numbers: dict[Split, np.ndarray] = {}  # of copies the same
         self._rows_never_read: dict[Split, np.ndarray] | None = None
+        self.skip_broken: bool = as_primitive("skip_broken", skip_broken)
+        if not isinstance(self.skip_broken, bool):
+            raise UserError(f"skip_broken is {self.skip_broken}: take true or false.")
+        self.broken = BrokenFiles(folder)
         self._files: dict[Split, Files | None] = {}
         self._sampled_sizes: list[Size] = []
-        self._sampling_errors: list[str] = []
         self._grey_range: GreyRange | None = None
         self._grey_range_is_known = False
 
@@ -133,6 +149,7 @@ class FileDataModule(ImageDataModule):
             "cache_limit_gb": self.cache_limit_gb,
             "max_megapixels": self.max_megapixels,
             "group": self.group,
+            "skip_broken": self.skip_broken,
         }
 
     def list_files(self, split: Split) -> Files | None:
@@ -165,9 +182,8 @@ class FileDataModule(ImageDataModule):
         if not self._sampled_sizes:
             files = self.files("train")
             assert files is not None, "a data module without training images is told a size"
-            sizes, errors = sample_sizes(self._paths_to_read("train"), self.max_megapixels)
-            self._sampled_sizes = sizes
-            self._sampling_errors = errors
+            paths = self._paths_to_read("train")
+            self._sampled_sizes = sample_sizes(paths, self.max_megapixels)
         return choose_size(self._sampled_sizes, largest_side)
 
     def choose_grey_range(self) -> GreyRange | None:
@@ -207,11 +223,85 @@ class FileDataModule(ImageDataModule):
         if first_time:
             self._warn_of_duplicates()
 
+    def _load_splits(self) -> dict[Split, Images | None]:
+        """Load all splits, and say which files cannot be read.
+
+        Raises:
+            UnreadableImages: There are such files, and they are not to be skipped.
+        """
+        try:
+            loaded = super()._load_splits()
+        except UnreadableImages as error:
+            if not self.broken:
+                raise
+            raise self.broken.error(error) from None
+        if self.broken:
+            self.broken.tell()
+        return loaded
+
     def load(self, split: Split) -> Images | None:
-        """Return the images of a split, or None if the data have none of their own."""
+        """Return the images of a split, or None if the data have none of their own.
+
+        Raises:
+            UnreadableImages: Files are broken, and not to be skipped; or all of a class are.
+        """
         files = self.files(split)
         if files is None:
             return None
+        name = self.cache_name(split)
+        broken_before: Reasons = {}
+        if self.skip_broken:
+            paths = self._paths_to_read(split)
+            broken_before = still_broken(paths, self.max_megapixels, self.folder, name)
+            self._skip(split, broken_before)
+        try:
+            return self._read_files(split)
+        except UnreadableImages as error:
+            if not error.paths:
+                raise
+            reasons = dict(zip(error.paths, error.reasons, strict=True))
+            if not self.skip_broken:
+                self.broken.set(split, _by_name(split, files, reasons))
+                raise
+        remember_broken(broken_before | reasons, self.folder, name)
+        self._skip(split, reasons)
+        return self._read_files(split, are_checked=True)
+
+    def _skip(self, split: Split, reasons: Reasons) -> None:
+        """Take broken files out of the list of a split.
+
+        Raises:
+            UserError: A class of training has no other files.
+        """
+        files = self._files[split]
+        if files is None or not reasons:
+            return
+        known = self.broken.reasons.get(split, {})
+        self.broken.set(split, known | _by_name(split, files, reasons))
+        rows = [row for row, path in enumerate(files.paths) if path not in reasons]
+        left = Files(
+            [files.paths[row] for row in rows],
+            files.labels[rows],
+            [files.names[row] for row in rows],
+        )
+        if split == "train":
+            _require_all_classes(files.labels, left.labels, self.class_names)
+        self._files[split] = left
+        self._rows_never_read = None  # they are counted anew
+        self._content_numbers = {}
+
+    def _read_files(self, split: Split, are_checked: bool = False) -> Images:
+        """Return the images of a split's files, all of which can be read.
+
+        Args:
+            split: The split.
+            are_checked: Whether all of them were decoded before.
+
+        Raises:
+            UnreadableImages: Some cannot; the error has the paths of all of them.
+        """
+        files = self.files(split)
+        assert files is not None
         size = self.size or self.choose_size(None)
         if split == "train":
             self._tell_resizing(size)
@@ -227,8 +317,13 @@ class FileDataModule(ImageDataModule):
             self.cache_limit_gb,
             self._rows_to_read(split),
         )
-        if split == "train" and cached_images.on_the_fly and self._sampling_errors:
-            raise UnreadableImages(*self._sampling_errors)
+        if cached_images.on_the_fly:
+            name = self.cache_name(split)
+            rows = self._rows_to_read(split)
+            fingerprint = [_fingerprint(images, self.folder, rows), self.max_megapixels]
+            reasons = find_broken(images.subset(rows), self.folder, name, fingerprint, are_checked)
+            if reasons:
+                raise UnreadableImages(*reasons.values(), paths=list(reasons))
         return cached_images
 
     def _tell_resizing(self, size: Size) -> None:
@@ -383,6 +478,27 @@ class FileDataModule(ImageDataModule):
         if self.leave_out is None:
             return np.arange(len(files.paths))
         return self.rows_that_stay(split, [f"{split}/{name}" for name in files.names])
+
+
+def _by_name(split: Split, files: Files, reasons: Reasons) -> dict[str, str]:
+    """Return why files cannot be read by their names, such as "train/cat/007.png"."""
+    by_name = {}
+    for path, name in zip(files.paths, files.names, strict=True):
+        if path in reasons:
+            by_name[f"{split}/{name}"] = reasons[path]
+    return by_name
+
+
+def _require_all_classes(
+    labels: np.ndarray, labels_left: np.ndarray, class_names: Sequence[str]
+) -> None:
+    """Refuse to train if all files of a class are broken."""
+    empty = np.setdiff1d(labels, labels_left).tolist()
+    if empty:
+        names = ", ".join(class_names[label] for label in empty)
+        raise UserError(
+            f"None of the training images of {names} can be read: mend some, or remove the class."
+        )
 
 
 def _warn_of_pairs(pairs: Sequence[tuple[str, str]], count: int, split: str) -> None:

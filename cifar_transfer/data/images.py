@@ -274,15 +274,20 @@ class UnreadableImages(UserError):
 
     Args:
         *reasons: A sentence for each, which names it.
+        paths: Their files, in the same order, if they are files.
+        advice: A sentence about what to do with all of them.
     """
 
-    def __init__(self, *reasons: str) -> None:
+    def __init__(self, *reasons: str, paths: Sequence[str] = (), advice: str = "") -> None:
         self.reasons = reasons
+        self.paths = paths
         message = " ".join(reasons[:MAX_NAMED_IMAGES])
         if len(reasons) > 1:
             message = f"{len(reasons):,} images cannot be read. {message}"
         if len(reasons) > MAX_NAMED_IMAGES:
             message += f" And {len(reasons) - MAX_NAMED_IMAGES:,} more."
+        if advice:
+            message += f" {advice}"
         super().__init__(message)
 
 
@@ -455,7 +460,7 @@ class FileImages(Images):
             )
         self.paths = paths
         if size is None:
-            size = choose_size(sample_sizes(paths, max_megapixels)[0], None)
+            size = choose_size(sample_sizes(paths, max_megapixels), None)
         self.size = size
         self.max_megapixels = max_megapixels
         self.fit: Fit = fit
@@ -469,15 +474,17 @@ class FileImages(Images):
         """
         images = []
         reasons = []
+        broken_paths = []
         for row in rows:
+            path = self.paths[row]
             try:
-                path = self.paths[row]
                 image = read_image(path, self.size, self.max_megapixels, self.fit, self.grey_range)
                 images.append(image)
             except UserError as error:
                 reasons.append(str(error))
+                broken_paths.append(str(path))
         if reasons:
-            raise UnreadableImages(*reasons)
+            raise UnreadableImages(*reasons, paths=broken_paths)
         return np.stack(images)
 
     def marks(self) -> np.ndarray:
@@ -489,10 +496,8 @@ class FileImages(Images):
         return marks
 
 
-def sample_sizes(
-    paths: Sequence[str | Path], max_megapixels: float = MAX_MEGAPIXELS
-) -> tuple[list[Size], list[str]]:
-    """Return the sizes of some files, evenly spread, and why others of them cannot be read.
+def sample_sizes(paths: Sequence[str | Path], max_megapixels: float = MAX_MEGAPIXELS) -> list[Size]:
+    """Return the sizes of some files, evenly spread, without those that cannot be read.
 
     Raises:
         UnreadableImages: None of the files that were looked at is an image.
@@ -510,7 +515,7 @@ def sample_sizes(
             errors.append(str(error))
     if not sizes:
         raise UnreadableImages(*errors)
-    return sizes, errors
+    return sizes
 
 
 def cores() -> int:

@@ -54,6 +54,7 @@ MAY_CHANGE = frozenset(
         "data.tables",
         "data.url",
         "data.cache_limit_gb",
+        "data.skip_broken",  # files that break are gone, as others may be
         "data.leave_out",  # its content is compared, as `data.left_out`
     }
 )
