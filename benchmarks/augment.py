@@ -1,4 +1,4 @@
-"""Time per image of `Augment` beside other libraries: `python -m benchmarks.augment`.
+"""Time per image of `Augmentation` beside other libraries: `python -m benchmarks.augment`.
 
 At 32 pixels it is the default augmentation, and at 96 and 224 pixels that of photographs, `photos`.
 The reference is what a data loader's worker does: torchvision's transforms on one image at a time,
@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from benchmarks.turns import alternate, table
-from cifar_transfer.data.augment import PRESETS, Augment
+from cifar_transfer.data.augment import PRESETS, Augmentation
 
 BATCH_SIZES = {32: 64, 96: 32, 224: 16}  # images, by their side in pixels
 MAX_ROUNDS = 40
@@ -24,8 +24,8 @@ MAX_SECONDS = 30  # for each side; no new round begins after so long
 Work = Callable[[], object]
 
 
-def torchvision_pipeline(augment: Augment, side: int) -> v2.Compose:
-    """Return what an `Augment` stands for, from uint8 to float32 [3, H, W] in [0, 1]."""
+def torchvision_pipeline(augment: Augmentation, side: int) -> v2.Compose:
+    """Return what an `Augmentation` stands for, from uint8 to float32 [3, H, W] in [0, 1]."""
     colours = v2.ColorJitter(augment.brightness, augment.contrast, augment.saturation, augment.hue)
     if augment.crop_scale is None:
         geometry = [
@@ -43,7 +43,7 @@ def torchvision_pipeline(augment: Augment, side: int) -> v2.Compose:
     return v2.Compose([*geometry, v2.ToDtype(torch.float32, scale=True)])
 
 
-def kornia_pipeline(augment: Augment, side: int) -> torch.nn.Module:
+def kornia_pipeline(augment: Augmentation, side: int) -> torch.nn.Module:
     """Return the same of kornia, which works on a float batch, with parameters for each image."""
     from kornia import augmentation
 
@@ -58,7 +58,9 @@ def kornia_pipeline(augment: Augment, side: int) -> torch.nn.Module:
     return augmentation.AugmentationSequential(crop, flip, colours)
 
 
-def albumentations_pipeline(augment: Augment, side: int) -> Callable[..., dict[str, np.ndarray]]:
+def albumentations_pipeline(
+    augment: Augmentation, side: int
+) -> Callable[..., dict[str, np.ndarray]]:
     """Return the same of albumentations, which works on one array at a time."""
     import albumentations as library
 
@@ -87,8 +89,8 @@ def contestants(side: int, all_threads: int) -> dict[str, Work]:
     works: dict[str, Work] = {
         "torchvision, image by image, 1 thread": with_threads(1, image_by_image),
         "torchvision, one draw for the batch, 1 thread": with_threads(1, lambda: pipeline(batch)),
-        "`Augment`, 1 thread": with_threads(1, lambda: augment(batch)),
-        f"`Augment`, {all_threads} threads": with_threads(all_threads, lambda: augment(batch)),
+        "`Augmentation`, 1 thread": with_threads(1, lambda: augment(batch)),
+        f"`Augmentation`, {all_threads} threads": with_threads(all_threads, lambda: augment(batch)),
     }
     if find_spec("kornia"):
         kornia = kornia_pipeline(augment, side)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from cifar_transfer.data.augment import Augment as Augment
+    from cifar_transfer.data.augment_options import Augment as Augment
     from cifar_transfer.data.cifar import CIFAR10DataModule as CIFAR10DataModule
     from cifar_transfer.data.dataset import DatasetDataModule as DatasetDataModule
     from cifar_transfer.data.folder import ImageFolderDataModule as ImageFolderDataModule
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # needs no network should not wait for torch.
 _MODULES = {
     "ArrayImages": "cifar_transfer.data.images",
-    "Augment": "cifar_transfer.data.augment",
+    "Augment": "cifar_transfer.data.augment_options",
     "BackboneFreeze": "cifar_transfer.training.freeze",
     "CIFAR10DataModule": "cifar_transfer.data.cifar",
     "Classifier": "cifar_transfer.inference.predictor",

@@ -15,7 +15,7 @@ from cifar_transfer.data.augment import (
     CONTRAST,
     HUE,
     SATURATION,
-    Augment,
+    Augmentation,
     Parameters,
     augment,
 )
@@ -170,7 +170,7 @@ def test_whole_pipeline_is_torchvisions_in_every_order(size, mode):
     orders = torch.tensor(list(permutations(range(4)))).repeat(4, 1)
     count = len(orders)
     # Strong changes, so that values are clamped on the way and the order matters.
-    given = replace(Augment(4, 0.5, 0.6, 0.6, 0.6, 0.3, 20).draw(count), order=orders)
+    given = replace(Augmentation(4, 0.5, 0.6, 0.6, 0.6, 0.3, 20).draw(count), order=orders)
     images = pictures(count, *size)
     result, expected = augment(images, given, mode), one_by_one(images, given, mode)
     assert share_of_different_pixels(result, expected) <= 1e-3
@@ -182,7 +182,7 @@ def test_whole_pipeline_is_torchvisions_in_every_order(size, mode):
 
 def test_off_is_exact():
     images = pictures(5, 20, 33)
-    assert torch.equal(Augment(**OFF)(images), images / 255)
+    assert torch.equal(Augmentation(**OFF)(images), images / 255)
 
 
 @pytest.mark.parametrize("name", sorted(OFF))
@@ -190,11 +190,11 @@ def test_each_option_switches_its_own_operation(name):
     torch.manual_seed(2)
     images = pictures(16)
     value = {"padding": 4, "flip": 1.0, "hue": 0.1, "degrees": 15.0}.get(name, 0.2)
-    result = Augment(**{**OFF, name: value})(images)
+    result = Augmentation(**{**OFF, name: value})(images)
     assert all(
         not torch.equal(after, before / 255) for after, before in zip(result, images, strict=True)
     )
-    drawn, nothing = Augment(**{**OFF, name: value}).draw(16), parameters(16)
+    drawn, nothing = Augmentation(**{**OFF, name: value}).draw(16), parameters(16)
     field = {"padding": "shift", "degrees": "angle", "hue": "hue", "flip": "flip"}.get(
         name, "factors"
     )
@@ -218,27 +218,29 @@ def test_each_option_switches_its_own_operation(name):
 )
 def test_wrong_options_are_refused(options, word):
     with pytest.raises(UserError, match=word):
-        Augment(**options)
+        Augmentation(**options)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (0,)])
 def test_wrong_shape_is_refused(shape):
     with pytest.raises(ValueError, match="expected images of shape"):
-        Augment()(torch.zeros(shape, dtype=torch.uint8))
+        Augmentation()(torch.zeros(shape, dtype=torch.uint8))
 
 
 def test_an_image_reflects_no_further_than_it_is_wide():
     images = pictures(2, 4, 9)
-    assert Augment(**OFF | {"padding": 3}, padding_mode="reflect")(images).shape == images.shape
+    assert (
+        Augmentation(**OFF | {"padding": 3}, padding_mode="reflect")(images).shape == images.shape
+    )
     with pytest.raises(
         UserError, match="padding is 4, but images of 9 x 4 pixels reflect at most 3"
     ):
-        Augment(**OFF | {"padding": 4}, padding_mode="reflect")(images)
+        Augmentation(**OFF | {"padding": 4}, padding_mode="reflect")(images)
 
 
 def test_images_do_not_depend_on_the_rest_of_the_batch():
     torch.manual_seed(3)
-    images, given = pictures(12, 24, 37), Augment().draw(12)
+    images, given = pictures(12, 24, 37), Augmentation().draw(12)
     together = augment(images, given)
     for k in range(12):
         alone = augment(images[k : k + 1], given[torch.tensor([k])])
@@ -249,12 +251,12 @@ def test_images_do_not_depend_on_the_rest_of_the_batch():
 def test_input_is_kept_and_may_be_float():
     images, before = pictures(8), pictures(8)
     torch.manual_seed(4)
-    result = Augment()(images)
+    result = Augmentation()(images)
     assert torch.equal(images, before)
     assert result.dtype == torch.float32
     floats = images / 255
     torch.manual_seed(4)
-    assert torch.equal(Augment()(floats), result)
+    assert torch.equal(Augmentation()(floats), result)
     assert torch.equal(floats, before / 255)
 
 
@@ -262,7 +264,7 @@ def test_seed_decides():
     images, results = pictures(8), []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
-        results.append(Augment()(images))
+        results.append(Augmentation()(images))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
 
@@ -270,13 +272,13 @@ def test_seed_decides():
 def test_nothing_is_read_back_from_the_device():
     # A tensor on "meta" has no values: to read one, which on a GPU means to wait, is an error.
     images = torch.empty(16, 3, 32, 32, dtype=torch.uint8, device="meta")
-    assert Augment()(images).device.type == "meta"
+    assert Augmentation()(images).device.type == "meta"
 
 
 def test_parameters_are_drawn_as_torchvision_draws_them():
     torch.manual_seed(8)
     count = 24_000
-    drawn = Augment(flip=0.3).draw(count)
+    drawn = Augmentation(flip=0.3).draw(count)
 
     # Each bound is about 5 standard deviations.
     for shift in drawn.shift.unbind(1):
@@ -317,7 +319,7 @@ def test_parameters_are_drawn_as_torchvision_draws_them():
 
 def test_strong_factors_are_not_negative():
     torch.manual_seed(9)
-    factors = Augment(brightness=3.0).draw(1000).factors[:, BRIGHTNESS]
+    factors = Augmentation(brightness=3.0).draw(1000).factors[:, BRIGHTNESS]
     assert 0 <= factors.min() < 0.1
     assert 3.9 < factors.max() <= 4
 
@@ -376,7 +378,7 @@ def test_results_are_distributed_as_torchvisions():
     pil = functional.to_pil_image(picture[0])
     expected = describe(torch.stack([pipeline(pil) for _ in range(count)]))
     images = picture.expand(count, -1, -1, -1)
-    result = describe(Augment()(images))
+    result = describe(Augmentation()(images))
     # Two samples of one distribution are further apart than this once in ten thousand.
     bound = 2.23 * (2 / count) ** 0.5
     for name in expected:
@@ -389,5 +391,5 @@ def test_results_are_distributed_as_torchvisions():
         assert distance(result[name], expected[name]) < bound, name
     # Without any one of the operations, some figure is distributed otherwise.
     for name in OFF:
-        without = describe(Augment(**{name: 0})(images))
+        without = describe(Augmentation(**{name: 0})(images))
         assert max(distance(without[key], expected[key]) for key in expected) > bound, name

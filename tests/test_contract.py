@@ -60,9 +60,9 @@ OUR_WORDS = {  # in place of Lightning's and jsonargparse's
 }
 # jsonargparse lists only the options of a preset.
 PRESET = {
-    "--data.augment=cifar": "A preset of augmentation: cifar, photos (random crops of any size, "
-    "flips, mild colours; for images of more than 64 pixels) or none. Options behind it override "
-    "its own."
+    "--data.augment=null": "A preset of augmentation: cifar, photos (random crops of any size, "
+    "flips, mild colours) or none. null: photos for images of more than 64 pixels, else cifar. "
+    "Options of its own stand on it."
 }
 
 

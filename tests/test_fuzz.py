@@ -81,6 +81,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "data.augment.translate": ("0", "0.1"),
     "data.augment.erase": ("0", "0.5"),
     "data.augment.interpolation": ("nearest", "bilinear"),
+    "data.augment.preset": ("cifar", "photos", "none", "null"),
     "trainer.strategy": ("auto",),
     "trainer.devices": ("1", "auto"),
     "trainer.num_nodes": ("1",),

@@ -7,7 +7,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.data.augment import Augment
+from cifar_transfer.data.augment import Augmentation
 from cifar_transfer.data.resampling import (
     Placement,
     draw_crops,
@@ -166,23 +166,23 @@ def test_results_are_distributed_as_torchvisions(size):
     )
     expected = describe(torch.stack([pipeline(picture[0]) for _ in range(count)]))
     images = picture.expand(count, -1, -1, -1)
-    result = describe(Augment(**PHOTOS)(images))
+    result = describe(Augmentation(**PHOTOS)(images))
     bound = 2.23 * (2 / count) ** 0.5
     for name in expected:
         assert distance(result[name], expected[name]) < bound, name
     # Without any one of the operations, some figure is distributed otherwise.
     for name in ("crop_scale", "flip", "brightness", "contrast", "degrees", "translate", "erase"):
-        off = {"crop_scale": None, "translate": 0.0, "erase": 0.0} | OFF
-        without = describe(Augment(**PHOTOS | {name: off[name]})(images))
+        off = {"crop_scale": [1.0, 1.0], "translate": 0.0, "erase": 0.0} | OFF
+        without = describe(Augmentation(**PHOTOS | {name: off[name]})(images))
         assert max(distance(without[key], expected[key]) for key in expected) > bound, name
 
 
 def test_interpolation_alone_changes_no_crop():
     torch.manual_seed(4)
     images = pictures(8)
-    nearest = Augment(degrees=0.0)(images)
+    nearest = Augmentation(degrees=0.0)(images)
     torch.manual_seed(4)
-    assert torch.equal(Augment(degrees=0.0, interpolation="bilinear")(images), nearest)
+    assert torch.equal(Augmentation(degrees=0.0, interpolation="bilinear")(images), nearest)
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect"])
@@ -190,10 +190,10 @@ def test_a_padded_crop_is_the_same_with_interpolation(mode):
     images = pictures(8, 20, 33)
     options = OFF | {"padding": 4, "flip": 0.5, "padding_mode": mode}
     torch.manual_seed(5)
-    looked_up = Augment(**options)(images)
+    looked_up = Augmentation(**options)(images)
     torch.manual_seed(5)
     # So little a turn that no pixel changes, but all are sampled.
-    sampled = Augment(**(options | {"degrees": 1e-6}), interpolation="bilinear")(images)
+    sampled = Augmentation(**(options | {"degrees": 1e-6}), interpolation="bilinear")(images)
     torch.testing.assert_close(sampled, looked_up, atol=2e-5, rtol=0)
 
 
@@ -201,20 +201,20 @@ def test_input_is_kept_and_may_be_float_of_any_memory_format():
     images = pictures(8, 24, 37)
     before = images.clone()
     torch.manual_seed(6)
-    result = Augment(**PHOTOS)(images)
+    result = Augmentation(**PHOTOS)(images)
     assert torch.equal(images, before)
     assert result.shape == images.shape
     floats = (images / 255).contiguous(memory_format=torch.channels_last)
     kept = floats.clone()
     torch.manual_seed(6)
-    torch.testing.assert_close(Augment(**PHOTOS)(floats), result, atol=1e-5, rtol=0)
+    torch.testing.assert_close(Augmentation(**PHOTOS)(floats), result, atol=1e-5, rtol=0)
     assert torch.equal(floats, kept)
 
 
 def test_nothing_is_read_back_from_the_device():
     # A tensor on "meta" has no values: to read one, which on a GPU means to wait, is an error.
     images = torch.empty(16, 3, 32, 32, dtype=torch.uint8, device="meta")
-    assert Augment(**PHOTOS)(images).device.type == "meta"
+    assert Augmentation(**PHOTOS)(images).device.type == "meta"
 
 
 @pytest.mark.parametrize(
@@ -232,4 +232,4 @@ def test_nothing_is_read_back_from_the_device():
 )
 def test_wrong_options_are_refused(options, words):
     with pytest.raises(UserError, match=words):
-        Augment(**options)
+        Augmentation(**options)

@@ -8,14 +8,14 @@ import math
 import os
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
-from lightning import Trainer
+from lightning import LightningDataModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
@@ -32,6 +32,7 @@ from cifar_transfer.cli.parser_messages import plain_message
 from cifar_transfer.cli.parsers import HELP_HINT
 from cifar_transfer.data import splits
 from cifar_transfer.data.augment import PRESETS
+from cifar_transfer.data.augment_options import Augment
 from cifar_transfer.data.module import EarlierRun, ImageDataModule
 from cifar_transfer.network.description import NetworkDescription
 from cifar_transfer.network.image_classifier import built_from
@@ -332,11 +333,15 @@ class FitCLI(PlainCLI):
         description = NetworkDescription.from_checkpoint(checkpoint)
         with built_from(description):
             super().instantiate_classes()
-        resume.check_checkpoint(self.trainer, self.model, self.datamodule, checkpoint)
         geometry = description.geometry
         self.datamodule.continue_from(
-            EarlierRun(size=geometry.size, grey_range=geometry.grey_range)
+            EarlierRun(
+                size=geometry.size,
+                grey_range=geometry.grey_range,
+                augment=_stored_augment(checkpoint),
+            )
         )
+        resume.check_checkpoint(self.trainer, self.model, self.datamodule, checkpoint)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer of the run.
@@ -403,6 +408,17 @@ class FitCLI(PlainCLI):
         return not options.fast_dev_run and self.config.model.schedule != "plateau"
 
 
+def _stored_augment(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the options of the augmentation in a checkpoint, or None if it has none."""
+    options = checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY)
+    augment = None
+    if isinstance(options, Mapping):
+        augment = options.get("augment")
+    if isinstance(augment, Mapping):
+        return augment
+    return None
+
+
 def _parse(parser: LightningArgumentParser, args: Sequence[str]) -> Any:
     """Parse options, after a look at their files, whose mistakes jsonargparse tells at length."""
     for file in _values_of(("-c", "--config"), args):
@@ -443,7 +459,7 @@ def _preset(name: str) -> str:
         UserError: It is none of these.
     """
     if name in PRESETS:
-        return json.dumps(asdict(PRESETS[name]))
+        return json.dumps(asdict(Augment(preset=name)))  # type: ignore[arg-type] # it is one
     if not _is_file_or_yaml(name):
         raise UserError(
             f"{PRESET_OPTION}={name}: the presets of augmentation are {', '.join(PRESETS)}; "

@@ -101,32 +101,12 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class Augment:
+class Augmentation:
     """Random crop, flip, colours, rotation and erasing of a batch, drawn for each image.
 
     The parameters are drawn from torch's global CPU generator. A value of 0 switches an operation
-    off exactly; with all at 0 the result is `images / 255`. The first ten options and their
-    defaults are for small images. Photographs are better cropped with `crop_scale` and sampled with
-    `interpolation="bilinear"`, which is slower; see `PRESETS`.
-
-    Args:
-        padding: Pixels added on every side before a crop to the original size; the crop's place is
-            uniform. Not used with `crop_scale`.
-        flip: Probability of a left-right flip, in [0, 1].
-        brightness: The brightness factor is uniform in [max(0, 1 - brightness), 1 + brightness].
-        contrast: The contrast factor is uniform in [max(0, 1 - contrast), 1 + contrast].
-        saturation: The saturation factor is uniform in [max(0, 1 - saturation), 1 + saturation].
-        hue: The hue moves by a fraction of the colour circle, uniform in [-hue, hue]; at most 0.5.
-        degrees: The angle of rotation is uniform in [-degrees, degrees].
-        padding_mode: "constant" pads with black, "reflect" with the image mirrored at its edge.
-        crop_scale: Bounds in (0, 1] of the share of the image's area that is cut out and enlarged
-            to the image's size, such as [0.35, 1]: torchvision's `RandomResizedCrop`. None crops by
-            `padding`.
-        crop_ratio: Bounds of the ratio of width to height of such a crop.
-        translate: The image moves by up to this share of its height and of its width, in [0, 1].
-        erase: Probability that a rectangle of 2 to 33 % of the image becomes black, in [0, 1]:
-            torchvision's `RandomErasing`.
-        interpolation: How pixels are read between others, "nearest" or "bilinear".
+    off exactly; with all at 0 the result is `images / 255`. The options are those of `Augment`,
+    which explains them; here each has a value. The defaults are for small images.
 
     Raises:
         UserError: A value is out of its range.
@@ -140,7 +120,7 @@ class Augment:
     hue: float = 0.1
     degrees: float = 15.0
     padding_mode: PaddingMode = "constant"
-    crop_scale: list[float] | None = None
+    crop_scale: list[float] = field(default_factory=lambda: [1.0, 1.0])
     crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333])
     translate: float = 0.0
     erase: float = 0.0
@@ -166,13 +146,12 @@ class Augment:
                 f"The augmentation's interpolation is {self.interpolation}; take nearest or "
                 f"bilinear."
             )
-        if self.crop_scale is not None:
-            check(
-                "The augmentation's crop_scale",
-                self.crop_scale,
-                lambda bounds: _are_bounds(bounds, highest=1),
-                "two shares of the image's area, such as [0.35, 1]",
-            )
+        check(
+            "The augmentation's crop_scale",
+            self.crop_scale,
+            lambda bounds: _are_bounds(bounds, highest=1),
+            "two shares of the image's area, such as [0.35, 1]",
+        )
         check(
             "The augmentation's crop_ratio",
             self.crop_ratio,
@@ -180,21 +159,36 @@ class Augment:
             "two ratios of width to height, such as [0.75, 1.33]",
         )
 
-    def __call__(self, images: Tensor) -> Tensor:
+    @property
+    def crops_parts(self) -> bool:
+        """Whether a part of each image is cut out and enlarged, as `crop_scale` says."""
+        return self.crop_scale[0] < 1
+
+    def __call__(self, images: Tensor, size: Size | None = None) -> Tensor:
         """Augment each image with parameters of its own; see `augment`.
+
+        Args:
+            images: uint8 in 0..255 or floating point in [0, 1], [B, 3, H, W], on any device; they
+                are not changed.
+            size: Height and width in pixels of the result if `crop_scale` cuts parts out. None:
+                those of the images. It is at most a little smaller than they are, because nothing
+                is antialiased.
+
+        Returns:
+            float32 [B, 3, *size] in [0, 1], on the images' device.
 
         Raises:
             UserError: An image is too small to be mirrored at its edge so far out.
         """
-        if self.padding_mode == "reflect" and self.crop_scale is None:
+        if self.padding_mode == "reflect" and not self.crops_parts:
             self._check_padding(images)
         parameters = self.draw(len(images))
         if self._samples:
-            augmented = self._sample(images, parameters)
+            augmented = self._sample(images, parameters, size)
         else:
             augmented = augment(images, parameters, self.padding_mode)
         if self.erase:
-            height, width = images.shape[-2:]
+            height, width = augmented.shape[-2:]
             erase(augmented, draw_erased(len(images), (height, width), self.erase))
         return augmented
 
@@ -202,15 +196,16 @@ class Augment:
     def _samples(self) -> bool:
         """Whether images are sampled anew, not only looked up pixel by pixel."""
         is_asked_for = self.interpolation == "bilinear" and self.degrees > 0
-        return is_asked_for or self.crop_scale is not None or self.translate > 0
+        return is_asked_for or self.crops_parts or self.translate > 0
 
-    def _sample(self, images: Tensor, parameters: Parameters) -> Tensor:
+    def _sample(self, images: Tensor, parameters: Parameters, size: Size | None) -> Tensor:
         height, width = images.shape[-2:]
-        size = (height, width)
         count = len(images)
-        if self.crop_scale is not None:
-            crop = draw_crops(count, size, self.crop_scale, self.crop_ratio)
+        if self.crops_parts:
+            crop = draw_crops(count, (height, width), self.crop_scale, self.crop_ratio)
+            size = size or (height, width)
         else:
+            size = (height, width)
             images = _padded(images, self.padding, self.padding_mode)
             sides = torch.tensor([height, width]).expand(count, 2)
             crop = torch.cat((parameters.shift + self.padding, sides), 1).float()
@@ -252,17 +247,17 @@ def _are_bounds(bounds: list[float], highest: float) -> bool:
     return len(bounds) == 2 and 0 < bounds[0] <= bounds[1] <= highest
 
 
-PRESETS = {
-    "cifar": Augment(),
+PRESETS: dict[str, Augmentation] = {
+    "cifar": Augmentation(),
     # The crop is fastai's; timm's and torchvision's for ImageNet, from 0.08, is for longer runs.
-    "photos": Augment(
+    "photos": Augmentation(
         padding=0,
         hue=0.0,
         degrees=0.0,
         crop_scale=[0.35, 1.0],
         interpolation="bilinear",
     ),
-    "none": Augment(
+    "none": Augmentation(
         padding=0,
         flip=0.0,
         brightness=0.0,

@@ -10,7 +10,14 @@ from tqdm import tqdm
 from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.data.dataset_images import DatasetImages, sample_sizes
-from cifar_transfer.data.geometry import Fit, Size, check_decode_size, check_fit, choose_size
+from cifar_transfer.data.geometry import (
+    Fit,
+    Size,
+    check_decode_size,
+    check_fit,
+    choose_size,
+    size_with_room,
+)
 from cifar_transfer.data.images import ArrayImages, Images
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split
@@ -116,17 +123,32 @@ class DatasetDataModule(ImageDataModule):
         """Return `decode_size`, or the size that suits the training images and the network."""
         if self.decode_size is not None:
             return self.decode_size, self.decode_size
+        return choose_size(self._file_sizes(), largest_side)
+
+    def _file_sizes(self) -> list[Size]:
+        """Return the sizes of some training images."""
         if not self._sampled_sizes:
             self._sampled_sizes = sample_sizes(self.datasets["train"], "train", *self.keys)
-        return choose_size(self._sampled_sizes, largest_side)
+        return self._sampled_sizes
 
     def load(self, split: Split) -> Images | None:
         """Return the images of a split, or None if there is no dataset for it."""
         if self.datasets[split] is None:
             return None
         assert self.size is not None
-        images = self._read(split, self.size)
-        height, width = self.size
+        return self._load(split, self.size)
+
+    def load_larger(self) -> Images | None:
+        """Return the training images with room for crops, or None if they have no more pixels."""
+        assert self.size is not None
+        size = size_with_room(self.size, self._file_sizes(), self.fit)
+        if size == self.size:
+            return None
+        return self._load("train", size)
+
+    def _load(self, split: Split, size: Size) -> Images:
+        images = self._read(split, size)
+        height, width = size
         is_too_large = 3 * height * width * len(images) > self.memory_limit_gb * 1e9
         if is_too_large or _has_transform(self.datasets[split]):
             return images

@@ -35,6 +35,7 @@ from cifar_transfer.data.geometry import (
     check_fit,
     choose_size,
     pixels,
+    size_with_room,
 )
 from cifar_transfer.data.grey_values import describe_range, find_grey_range, some_have_many
 from cifar_transfer.data.groups import GroupNames, with_copies_together
@@ -179,12 +180,16 @@ class FileDataModule(ImageDataModule):
         """
         if self.decode_size is not None:
             return self.decode_size, self.decode_size
+        return choose_size(self._file_sizes(), largest_side)
+
+    def _file_sizes(self) -> list[Size]:
+        """Return the sizes of some training files."""
         if not self._sampled_sizes:
             files = self.files("train")
             assert files is not None, "a data module without training images is told a size"
             paths = self._paths_to_read("train")
             self._sampled_sizes = sample_sizes(paths, self.max_megapixels)
-        return choose_size(self._sampled_sizes, largest_side)
+        return self._sampled_sizes
 
     def choose_grey_range(self) -> GreyRange | None:
         """Return the range of the grey values of the training images, which are read once for it.
@@ -306,17 +311,8 @@ class FileDataModule(ImageDataModule):
         if split == "train":
             self._tell_resizing(size)
         self._content_numbers = {}
-        images = FileImages(
-            files.paths, files.labels, size, self.max_megapixels, self.fit, self.grey_range
-        )
-        cached_images = cached_files(
-            images,
-            files.names,
-            self.folder,
-            self.cache_name(split),
-            self.cache_limit_gb,
-            self._rows_to_read(split),
-        )
+        images = self._file_images(files, size)
+        cached_images = self._cached(split, images, self.cache_name(split))
         if cached_images.on_the_fly:
             name = self.cache_name(split)
             rows = self._rows_to_read(split)
@@ -325,6 +321,38 @@ class FileDataModule(ImageDataModule):
             if reasons:
                 raise UnreadableImages(*reasons.values(), paths=list(reasons))
         return cached_images
+
+    def load_larger(self) -> Images | None:
+        """Return the training images with room for crops, or None if the files have no more pixels.
+
+        They are cached beside those of `load`, which features of a backbone are computed from.
+        """
+        files = self.files("train")
+        assert files is not None
+        assert self.size is not None
+        size = size_with_room(self.size, self._file_sizes(), self.fit)
+        if size == self.size:
+            return None
+        images = self._file_images(files, size)
+        return self._cached("train", images, f"{self.cache_name('train')}-larger")
+
+    def _file_images(self, files: Files, size: Size) -> FileImages:
+        return FileImages(
+            files.paths, files.labels, size, self.max_megapixels, self.fit, self.grey_range
+        )
+
+    def _cached(self, split: Split, images: FileImages, cache_name: str) -> Images:
+        """Return the images of a split, from the cache of a name if it is used."""
+        files = self.files(split)
+        assert files is not None
+        return cached_files(
+            images,
+            files.names,
+            self.folder,
+            cache_name,
+            self.cache_limit_gb,
+            self._rows_to_read(split),
+        )
 
     def _tell_resizing(self, size: Size) -> None:
         other_sizes = [sampled for sampled in self._sampled_sizes if sampled != size]

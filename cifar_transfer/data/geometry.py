@@ -31,6 +31,9 @@ LARGEST_SIDE = 4000
 MAX_SHARED_SIDE = 256
 # Other images become squares of at most this side in pixels, unless a size is asked for.
 MAX_MIXED_SIDE = 224
+# Images of which parts are cut out are this many times larger than the parts become. torchvision
+# validates on ImageNet's images in about the same way: resized to 256 pixels, cut to 224.
+ROOM = 1.15
 # Side in pixels where nothing is known of the images.
 DEFAULT_SIDE = 32
 # Means and deviations of R, G, B in [0, 1]. The deviations of CIFAR-10 are the ones of tutorials.
@@ -189,6 +192,31 @@ def choose_size(sizes: Sequence[Size], largest: int | None) -> Size:
     shorter_sides = sorted(min(size) for size in sizes)
     side = min(MAX_MIXED_SIDE, shorter_sides[len(shorter_sides) // 2])
     return side, side
+
+
+def size_with_room(size: Size, file_sizes: Sequence[Size], fit: Fit) -> Size:
+    """Return the size to which images are decoded of which parts are to be cut out and enlarged.
+
+    It is `ROOM` times the size that the parts are enlarged to. If half of the files have fewer
+    pixels, it is less: their median.
+
+    Args:
+        size: Height and width in pixels that the parts get.
+        file_sizes: Sizes of a sample of the training images.
+        fit: How images of another shape are brought to a size.
+    """
+    height, width = size
+    factors = []
+    for file_height, file_width in file_sizes:
+        factor_of_height = file_height / height
+        factor_of_width = file_width / width
+        if fit == "pad":
+            factors.append(max(factor_of_height, factor_of_width))
+        else:
+            factors.append(min(factor_of_height, factor_of_width))
+    median = sorted(factors)[len(factors) // 2]
+    factor = min(ROOM, max(1.0, median))
+    return round(factor * height), round(factor * width)
 
 
 def fit_image(image: Image.Image, size: Size, fit: Fit = "crop") -> Image.Image:

@@ -16,7 +16,14 @@ from cifar_transfer.base.time_limit import within
 from cifar_transfer.data import cifar
 from cifar_transfer.data.cache import cached
 from cifar_transfer.data.dataset_images import DatasetImages, sample_sizes
-from cifar_transfer.data.geometry import Fit, Size, check_decode_size, check_fit, choose_size
+from cifar_transfer.data.geometry import (
+    Fit,
+    Size,
+    check_decode_size,
+    check_fit,
+    choose_size,
+    size_with_room,
+)
 from cifar_transfer.data.images import Images
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split
@@ -119,22 +126,38 @@ class TorchvisionDataModule(ImageDataModule):
         """Return `decode_size`, or the size that suits the training images and the network."""
         if self.decode_size is not None:
             return self.decode_size, self.decode_size
+        return choose_size(self._file_sizes(), largest_side)
+
+    def _file_sizes(self) -> list[Size]:
+        """Return the sizes of some training images."""
         if not self._sampled_sizes:
             train = self._dataset("train")
             self._sampled_sizes = sample_sizes(train, self.name, "image", "label")
-        return choose_size(self._sampled_sizes, largest_side)
+        return self._sampled_sizes
 
     def load(self, split: Split) -> Images | None:
         """Return the images of a split, or None if the data set has no such split."""
         if split not in SPLITS_OF[self.name]:
             return None
         assert self.size is not None
-        images = self._images(split, self.size)
-        height, width = self.size
+        return self._load(split, self.size, f"{self.name}-{split}")
+
+    def load_larger(self) -> Images | None:
+        """Return the training images with room for crops, or None if they have no more pixels."""
+        assert self.size is not None
+        size = size_with_room(self.size, self._file_sizes(), self.fit)
+        if size == self.size:
+            return None
+        return self._load("train", size, f"{self.name}-train-larger")
+
+    def _load(self, split: Split, size: Size, cache: str) -> Images:
+        """Return the images of a split at a size, from the cache of a name if it is used."""
+        images = self._images(split, size)
+        height, width = size
         if 3 * height * width * len(images) > self.cache_limit_gb * 1e9:
             return images
-        fingerprint = [torchvision.__version__, len(images), self.size, self.fit]
-        return cached(self.root, f"{self.name}-{split}", fingerprint, lambda: images)
+        fingerprint = [torchvision.__version__, len(images), size, self.fit]
+        return cached(self.root, cache, fingerprint, lambda: images)
 
     def _images(self, split: Split, size: Size) -> DatasetImages:
         return DatasetImages(self._dataset(split), f"{self.name} {split}", size, fit=self.fit)

@@ -12,7 +12,8 @@ Lightning calls, in this order: `prepare_data` (once a machine), `setup` (each p
 `state_dict` (each checkpoint).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from torch.utils.data import DataLoader
 from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.files import user_path
 from cifar_transfer.base.primitives import StoredOptions, as_primitive
-from cifar_transfer.data.augment import Augment, step_seed
+from cifar_transfer.data.augment import Augmentation, step_seed
+from cifar_transfer.data.augment_options import MAX_SMALL_SIDE, Augment
 from cifar_transfer.data.classes import Balance, loss_weights
 from cifar_transfer.data.geometry import Fit, GreyRange, Size, pixels, to_float
 from cifar_transfer.data.images import Batch, Images, UnreadableImages
@@ -72,12 +74,15 @@ class EarlierRun:
         record: Names of the images of each split, as `splits.read` returns them, or None to choose
             the splits anew.
         class_names: Names of the classes, for data that cannot tell them without training images.
+        augment: Options of the augmentation as its checkpoint stores them, for those that are not
+            given.
     """
 
     size: Size | None = None
     grey_range: GreyRange | None = None
     record: Names | None = None
     class_names: Sequence[str] | None = None
+    augment: Mapping[str, Any] | None = None
 
 
 class ImageDataModule(LightningDataModule):
@@ -97,7 +102,8 @@ class ImageDataModule(LightningDataModule):
             that images that come or go move no other. With 0, validation uses the test images, and
             the test figure is then not clean. Not used when the data have their own validation
             images.
-        augment: Training augmentation; its options switch each operation off at 0.
+        augment: Training augmentation. What is not given is that of a preset: "photos" for images
+            of more than 64 pixels, "cifar" for smaller ones.
         transforms: Transforms of single training images before `augment`, from uint8 [3, H, W] to
             the same, in worker processes: those of torchvision v2, such as `[{"class_path":
             "torchvision.transforms.v2.TrivialAugmentWide"}]`, or from Python any functions. What
@@ -124,6 +130,7 @@ class ImageDataModule(LightningDataModule):
         statistics: Name of the channel statistics that the network takes if it is asked for no
             others; None: those of its weights.
         fit: How `load` brings images of another shape to `size`.
+        augmentation: The training augmentation with all its values, once `setup` knows the images.
         size: Height and width in pixels that `load` is to bring images to; None: any one size.
         grey_range: Grey values that become black and white where images have more than 8 bits; None
             if they have 8.
@@ -174,11 +181,14 @@ class ImageDataModule(LightningDataModule):
         self.seed: int = as_primitive("seed", seed)
         self._check_options()
 
+        self.augmentation: Augmentation = augment.complete()
         self.size: Size | None = None
         self.grey_range: GreyRange | None = None
         self.images: dict[Split, Images] = {}
         self.recorded_run: str | None = None
         self._loaded: dict[Split, Images | None] = {}  # what `load` has returned
+        self._looked_for_larger = False
+        self._larger: Images | None = None  # what `load_larger` has returned
         self._splits: Splits | None = None
         self._stage: str | None = None
         self._earlier = EarlierRun()
@@ -274,6 +284,14 @@ class ImageDataModule(LightningDataModule):
         """Return the images of a split at `size`, or None if the data have none of their own."""
         raise NotImplementedError
 
+    def load_larger(self) -> Images | None:
+        """Return the images of `load("train")` larger than `size`, or None if there are none.
+
+        Called where the augmentation cuts parts out, which then need not be enlarged as much. See
+        `geometry.size_with_room`.
+        """
+        return None
+
     def choose_size(self, largest_side: int | None) -> Size | None:
         """Return the size that `load` brings images to, or None if they keep theirs.
 
@@ -313,12 +331,19 @@ class ImageDataModule(LightningDataModule):
             grey_range=earlier.grey_range or before.grey_range,
             record=earlier.record or before.record,
             class_names=earlier.class_names or before.class_names,
+            augment=earlier.augment or before.augment,
         )
+        if earlier.augment is not None:
+            self._store_augment(self.augment.on(earlier.augment))
         if self._splits is None:  # `setup` is still to come
             return
         if self._earlier != before:
             self._load_images()
             self._split_images()
+
+    def _store_augment(self, augment: Augment) -> None:
+        """Store options of the augmentation in checkpoints, in place of those that were given."""
+        self.hparams["augment"] = as_primitive("augment", augment)
 
     def prepare_data(self) -> None:
         """Download and decode what is not on the disk yet; called once a machine."""
@@ -338,8 +363,35 @@ class ImageDataModule(LightningDataModule):
         self._load_images()
         if self._splits is None:
             self._split_images()
+        self._choose_augmentation()
+        if stage == "fit":
+            self._images_for_training()
         if self.trainer:
             check_processes(self._images_of_stage(), self.trainer.world_size)
+
+    def _choose_augmentation(self) -> None:
+        """Complete the augmentation by the preset that suits the size of the images."""
+        images = self.images.get("train")
+        if not images:
+            return
+        size = _size_of(images)
+        augment = self.augment.on(self._earlier.augment or {})
+        complete = augment.for_images(size)
+        self.augmentation = complete.complete()
+        self._store_augment(complete)
+        is_default = augment.preset is None
+        has_chosen_size = self.size is not None
+        if is_default and self._stage == "fit" and (has_chosen_size or complete.preset == "photos"):
+            self._tell_augmentation(complete.preset, size)
+
+    def _tell_augmentation(self, preset: str | None, size: Size) -> None:
+        comparison = "not more"
+        if preset == "photos":
+            comparison = "more"
+        rank_zero_info(
+            f"Augmentation: {preset}, because images have {pixels(size)} pixels, {comparison} than "
+            f"{MAX_SMALL_SIDE} (--data.augment=NAME takes another)"
+        )
 
     def _images_of_stage(self) -> dict[Split, Images]:
         """Return the images that the stage reads, by split; a fit ends with the test."""
@@ -367,6 +419,8 @@ class ImageDataModule(LightningDataModule):
         self.grey_range = grey_range
         self.images = {}
         self._splits = None
+        self._looked_for_larger = False
+        self._larger = None
         self._loaded = self._load_splits()
 
     def _load_splits(self) -> dict[Split, Images | None]:
@@ -458,10 +512,22 @@ class ImageDataModule(LightningDataModule):
         for split, rows in chosen.rows.items():
             images = self._loaded[chosen.sources[split]]
             assert images is not None
-            if len(rows) < len(images):
-                images = images.subset(rows)
-            images_by_split[split] = images
+            images_by_split[split] = _rows_of(images, rows)
         return images_by_split
+
+    def _images_for_training(self) -> Images:
+        """Return the training images, larger than `size` if the augmentation cuts parts out."""
+        if not self.augmentation.crops_parts:
+            return self.images["train"]
+        if not self._looked_for_larger:
+            self._looked_for_larger = True
+            self._larger = self.load_larger()
+            if self._larger is not None:
+                _tell_of_larger(self._larger)
+        if self._larger is None:
+            return self.images["train"]
+        assert self._splits is not None
+        return _rows_of(self._larger, self._splits.rows["train"])
 
     def _check_labels(self, split: Split, labels: np.ndarray) -> None:
         if not len(labels):
@@ -539,9 +605,7 @@ class ImageDataModule(LightningDataModule):
         sizes: dict[Split, Size] = {}
         for split, images in self.images.items():
             if len(images):
-                image, _ = images[0]
-                height, width = image.shape[1:]
-                sizes[split] = (height, width)
+                sizes[split] = _size_of(images)
         if len(set(sizes.values())) > 1:
             size_texts = [f"{split} {pixels(size)}" for split, size in sizes.items()]
             raise UserError(
@@ -592,12 +656,13 @@ class ImageDataModule(LightningDataModule):
         if self.trainer is None or self.trainer.training:  # Lightning also restores for a test
             self._first_batch = state_dict["first_batch"]
 
-    def shard(self, split: Split, transformed: bool = False) -> Shard:
+    def shard(self, split: Split, training: bool = False) -> Shard:
         """Return what this process reads of a split.
 
         Args:
             split: The split.
-            transformed: Whether images go through `transforms`, as in training.
+            training: Whether images are those that `augmented` takes: with room for crops, and gone
+                through `transforms`.
 
         Raises:
             UserError: The data have no such images.
@@ -608,13 +673,15 @@ class ImageDataModule(LightningDataModule):
                 f"There are no {split} images: add a folder {split}/ with the same classes."
             )
         images = self.images[split]
-        if transformed and self.transforms:
+        if training:
+            images = self._images_for_training()
+        if training and self.transforms:
             images = TransformedImages(images, self.transforms, self.seed)
         rank = self.trainer.global_rank if self.trainer else 0
         world_size = self.trainer.world_size if self.trainer else 1
         workers = 0
         if images.on_the_fly:
-            height, width = self.size or self.image_size
+            height, width = _size_of(images)
             batch_bytes = 3 * height * width * max(self.batch_size, self.eval_batch_size)
             workers = workers_within(self.num_workers, batch_bytes * world_size)
         return Shard(images, workers, rank, world_size)
@@ -625,7 +692,7 @@ class ImageDataModule(LightningDataModule):
         first_batch = self._first_batch
         self._first_batch = 0
         return training_loader(
-            self.shard("train", transformed=True),
+            self.shard("train", training=True),
             self.batch_size,
             self.seed,
             balanced=self.sampler is not None,
@@ -657,7 +724,18 @@ class ImageDataModule(LightningDataModule):
         if self.trainer is None or not self.trainer.training:
             return to_float(images), labels
         self._seed_step(self.trainer, images.is_cuda)
-        return self.augment(images), labels
+        return self.augmented(images), labels
+
+    def augmented(self, images: Tensor) -> Tensor:
+        """Return training images with the augmentation, drawn from torch's global CPU generator.
+
+        Args:
+            images: Images of `shard("train", training=True)`, uint8 [B, 3, H, W].
+
+        Returns:
+            float32 [B, 3, H, W] in [0, 1], of `size`, on the images' device.
+        """
+        return self.augmentation(images, self.size)
 
     def _seed_step(self, trainer: Trainer, on_cuda: bool) -> None:
         """Seed all chance of a training step, dropout included, by seed, epoch, step and rank."""
@@ -682,6 +760,34 @@ class ImageDataModule(LightningDataModule):
         if batches >= self.trainer.num_training_batches:
             batches = 0
         return {"first_batch": batches}
+
+
+def _tell_of_larger(images: Images) -> None:
+    """Say at which size training images are read, and how much that keeps."""
+    height, width = _size_of(images)
+    size = pixels((height, width))
+    if images.on_the_fly:
+        rank_zero_info(f"Training images are decoded to {size} pixels, of which parts are cut out")
+        return
+    megabytes = math.ceil(3 * height * width * len(images) / 1e6)
+    rank_zero_info(
+        f"Training images are also kept at {size} pixels, of which parts are cut out "
+        f"({megabytes:,} MB)"
+    )
+
+
+def _size_of(images: Images) -> Size:
+    """Return height and width in pixels of the first image."""
+    image, _ = images[0]
+    height, width = image.shape[1:]
+    return height, width
+
+
+def _rows_of(images: Images, rows: np.ndarray) -> Images:
+    """Return the images of some rows, int64 [N]; the images themselves if those are all."""
+    if len(rows) < len(images):
+        return images.subset(rows)
+    return images
 
 
 def _as_list(splits: Split | list[Split]) -> list[Split]:

@@ -161,7 +161,7 @@ class FeatureExtractor:
                 continue
             marks = images.marks().tobytes()
             for view in range(self.views if split == "train" else 1):
-                augmentation = (self.data.augment, self.data.seed) if view > 1 else None
+                augmentation = (self.data.augmentation, self.data.seed) if view > 1 else None
                 key = hashlib.sha256(backbone)
                 key.update(marks)
                 key.update(repr((precision, view, augmentation)).encode())
@@ -204,7 +204,7 @@ class FeatureExtractor:
         if view == 1:
             return images.flip(3)
         torch.manual_seed(step_seed(self.data.seed, view, batch_number, 0))
-        return self.data.augment(images)
+        return self.data.augmentation(images)
 
     def _features(self, images: Tensor) -> Tensor:
         """Return the input of the head, float32 [B, D] on the CPU, of float images [B, 3, H, W]."""
@@ -261,13 +261,19 @@ class _ExtractionModule(LightningModule):
         self.extractor = extractor
         self.settle = settle
 
+    @property
+    def largest_side(self) -> int | None:
+        """Side in pixels to which images are decoded, as for a fit of the same network."""
+        return self.classifier.geometry.input_side
+
     def prepare_data(self) -> None:
         """Download and decode the images, in one process of each machine."""
+        self.extractor.data.trainer = self.trainer  # as Lightning does with a data module
         self.extractor.data.prepare_data()
 
     def setup(self, stage: str) -> None:
         """Set up the data, and settle the geometry of the network by them."""
-        self.extractor.data.trainer = self.trainer  # as Lightning does with a data module
+        self.extractor.data.trainer = self.trainer
         self.extractor.data.setup()
         self.settle()
 

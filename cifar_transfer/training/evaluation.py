@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics.classification import MulticlassAccuracy
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.data.augment import Augment
+from cifar_transfer.data.augment_options import Augment
 from cifar_transfer.data.cifar import CIFAR10DataModule
 from cifar_transfer.data.folder import ImageFolderDataModule
 from cifar_transfer.data.images import Batch

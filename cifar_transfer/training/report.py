@@ -247,14 +247,14 @@ def augmented_images(
     Returns:
         uint8 [N, 3, H, W], RGB, N <= 32, and the share of each class in each image, float32 [N, C].
     """
-    images = data.shard("train", transformed=True).images
+    images = data.shard("train", training=True).images
     count = min(MAX_AUGMENTED_IMAGES, len(images))
     rows = np.linspace(0, len(images) - 1, count).astype(int)
     pixels, labels = images.__getitems__(rows.tolist())
     shares = F.one_hot(labels, data.num_classes).float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step_seed(data.seed, epoch=0, step=0, rank=0))
-        augmented = data.augment(pixels)
+        augmented = data.augmented(pixels)
         if mixing is not None:
             augmented, shares = _mixed_in_groups(augmented, labels, mixing)
         augmented = resize(augmented, side)
