@@ -85,6 +85,18 @@ def test_backbone_and_its_statistics_stand_still_until_the_epoch_comes(tmp_path)
     assert [row["training"] for row in rows] == [False, False, True, True]
 
 
+@pytest.mark.parametrize("unfreeze_epoch", [0, 1])
+def test_batch_norm_may_keep_its_statistics_to_the_end(tmp_path, unfreeze_epoch):
+    freeze = BackboneFreeze(unfreeze_epoch=unfreeze_epoch, batch_norm="fixed")
+    rows, _ = fit(tmp_path, freeze, 3)
+    for row in rows[1:]:
+        assert torch.equal(row["statistics"], rows[0]["statistics"])
+        assert not row["training"]
+    assert not torch.equal(rows[-1]["backbone"], rows[0]["backbone"])
+    assert "conv1" in rows[0]["eval"] or unfreeze_epoch == 0
+    assert "conv1" not in rows[-1]["eval"]
+
+
 def test_batch_norm_may_follow_the_data_while_frozen(tmp_path):
     rows, _ = fit(tmp_path, BackboneFreeze(unfreeze_epoch=2, batch_norm="train"), 2)
     assert changed(rows, "backbone") == [False]

@@ -57,7 +57,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "freeze.unfreeze_epoch": ("0", "1", "5", "1000000"),
     "freeze.unfrozen_lr": ("1e-4", "null"),
     "freeze.frozen": ("null", r'["classifier\\.network\\..*"]'),
-    "freeze.batch_norm": ("eval", "train"),
+    "freeze.batch_norm": ("eval", "train", "fixed"),
     "freeze.phases": ("gradual", "null"),
     "freeze.monitor": ("val/loss",),
     "freeze.mode": ("min", "max"),

@@ -59,6 +59,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
 from cifar_transfer.base.console import counted, say, styled
@@ -126,7 +127,8 @@ class BackboneFreeze(Callback):
         batch_norm: "eval" keeps frozen modules in eval mode, so that batch-norm uses and keeps the
             pretrained statistics, and a dropout is off inside of a frozen module or, in an
             `nn.Sequential`, before one; other dropouts stay on. "train" lets the statistics follow
-            the new data.
+            the new data. "fixed" is "eval", and all batch-norm keeps its statistics to the end of
+            the run: the head that `probe` begins with was fitted on features with these.
         phases: In place of `unfreeze_epoch` and `frozen`, a list of phases; or "gradual", which
             unfreezes a stage an epoch, from the head down, at `unfrozen_lr` (ULMFiT,
             https://arxiv.org/abs/1801.06146). What is in no phase stays frozen.
@@ -170,7 +172,7 @@ class BackboneFreeze(Callback):
         unfreeze_epoch: int = 5,
         unfrozen_lr: float | None = 1e-4,
         frozen: list[str] | str | None = None,
-        batch_norm: Literal["eval", "train"] = "eval",
+        batch_norm: Literal["eval", "train", "fixed"] = "eval",
         phases: list[Phase] | Literal["gradual"] | None = None,
         probe: bool = False,
         monitor: str = "val/loss",
@@ -197,7 +199,12 @@ class BackboneFreeze(Callback):
         if self.unfrozen_lr is not None:
             highest = schedule.MAX_LEARNING_RATE
             check("unfrozen_lr", self.unfrozen_lr, lambda x: 0 < x <= highest, RATE)
-        check("batch_norm", self.batch_norm, lambda x: x in ("eval", "train"), '"eval" or "train"')
+        check(
+            "batch_norm",
+            self.batch_norm,
+            lambda x: x in ("eval", "train", "fixed"),
+            '"eval", "train" or "fixed"',
+        )
         check("mode", self.mode, lambda x: x in ("min", "max"), '"min" or "max"')
         if self.frozen == []:
             raise UserError(
@@ -470,11 +477,16 @@ class BackboneFreeze(Callback):
     def _set_modes(self, module: LightningModule) -> None:
         """Put frozen modules in eval mode, and modules that are no longer frozen in train mode.
 
-        Modules that their author keeps in eval mode stay in it.
+        Modules that their author keeps in eval mode stay in it. With `batch_norm="fixed"`, all of
+        batch-norm counts as frozen.
         """
         if self.batch_norm == "train":
             return
         frozen = frozen_modules(module, self._first_phases, self.phase)
+        if self.batch_norm == "fixed":
+            for submodule in module.modules():
+                if isinstance(submodule, _BatchNorm):
+                    frozen.add(submodule)
         for submodule in frozen:
             if submodule.training:
                 submodule.training = False
