@@ -519,11 +519,17 @@ def test_a_sample_trains_an_epoch_and_is_tested(place, options):
     if outcome.errors:
         assert_one_sentence(outcome.errors, max_chars=500)
         return
-    expected = {"best/val_acc"}
+    names = ["acc"]
+    if options.get("report.best") == "val/macro_f1":
+        names += ["balanced_accuracy", "macro_f1"]
+    expected = {f"best/val_{name}" for name in names}
     if options.get("trainer.limit_test_batches") != "0":
-        expected.add("best/test_acc")
-    assert outcome.value.scores.keys() == expected
-    assert all(0 <= score <= 1 for score in outcome.value.scores.values())
+        expected |= {f"best/test_{name}" for name in names}
+    if options.get("report.best") == "val/loss":
+        expected.add("best/val_loss")
+    scores = outcome.value.scores
+    assert scores.keys() == expected
+    assert all(0 <= scores[name] <= 1 for name in expected - {"best/val_loss"})
     assert outcome.value.best.is_file()
 
 
