@@ -15,6 +15,7 @@ from cifar_transfer.data import broken_files, cache
 from cifar_transfer.data.broken_files import LIST
 from cifar_transfer.data.cache import CACHE_FOLDER
 from cifar_transfer.data.images import MAX_NAMED_IMAGES
+from cifar_transfer.data.module import EarlierRun
 
 BROKEN = ["train/cat/001.png", "train/dog/007.png", "test/dog/002.png"]
 
@@ -95,6 +96,9 @@ def test_broken_files_are_left_out_and_found_once(photos, way, monkeypatch):
     with pytest.warns(UserWarning, match=expected):
         again = ready(photos, **options)
     assert again.names == data.names
+    monkeypatch.undo()
+    again.continue_from(EarlierRun(size=(16, 16)))  # decoded anew, and told of no more
+    assert {split: len(images) for split, images in again.images.items()} == counts
 
 
 def test_what_is_left_out_is_held_out_by_the_same_hash(photos, tmp_path):
