@@ -11,7 +11,7 @@ from conftest import TINY
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks import audit, augment, pipeline, recipes, settings, startup, turns
+from benchmarks import audit, augment, files, pipeline, recipes, settings, startup, turns
 
 
 def test_contestants_take_turns_and_the_first_round_does_not_count():
@@ -160,3 +160,11 @@ def test_average_precision_by_hand():
     scores = torch.tensor([0.9, 0.8, 0.7, 0.6])
     wrong = torch.tensor([True, False, True, False])
     assert audit.average_precision(scores, wrong) == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_many_files_are_opened_and_removed(capsys):
+    files.main(400)
+    lines = capsys.readouterr().out.splitlines()
+    steps = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
+    assert steps[0] == "up to"
+    assert steps[2:] == ["listed", "compared and split", "first batch"]

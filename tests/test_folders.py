@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_fit, untouched, write_images
+from conftest import RUN, run_fit, untouched, write_images
 from PIL import Image
 
-from cifar_transfer import ImageFolderDataModule
+from cifar_transfer import DatasetDataModule, ImageFolderDataModule
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.cli.fit_cli import FitCLI, PlainCLI
+from cifar_transfer.commands.predict import main as predict
 from cifar_transfer.data import exact_duplicates, splits
 from cifar_transfer.data.groups import GroupNames, with_copies_together
 from cifar_transfer.data.layout import find_layout
@@ -242,16 +243,45 @@ def test_new_images_of_a_group_that_is_validated_on_are_not_trained_on(videos, c
     assert "2 more are copies of images that are held out, or of one group with" in caplog.text
 
 
-def test_groups_are_recorded_and_kept(videos, monkeypatch):
+def test_groups_are_recorded(videos):
+    data = ready(videos, group=r"(.+)_\d+")
+    data.record_splits(videos)
+    record = json.loads(splits.gzip.decompress((videos / splits.RECORD).read_bytes()))
+    assert record["group"] == r"(.+)_\d+"
+    assert splits.read_record(videos)["val"] == data.names["val"]
+
+
+@pytest.mark.slow
+def test_a_run_keeps_its_groups(videos, monkeypatch):
     monkeypatch.chdir(videos)
     options = [*FIT, "--data.root=.", r"--data.group=(.+)_\d+", "--data.batch_size=8"]
     run_fit(videos, *options, "--trainer.max_epochs=1", "--model.image_size=32")
     run = Path("lightning_logs/version_0")
-    record = json.loads(splits.gzip.decompress((run / splits.RECORD).read_bytes()))
-    assert record["group"] == r"(.+)_\d+"
+    record = splits.read_record(run)
     assert not clips(record["train"]) & clips(record["val"])
     with untouched(run), pytest.raises(UserError, match=r"data.group=\(\.\+\)_ differs from"):
         FitCLI([f"--resume={run}", "--data.group=(.+)_"])
+
+
+def test_groups_of_a_dataset_are_given_from_python():
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    dataset = [(image, number % 2) for number, image in enumerate(images)]
+    groups = [number // 4 for number in range(60)]
+    data = DatasetDataModule(dataset, groups=np.array(groups), val_fraction=0.3)
+    data.setup()
+    sides = []
+    for split in ("train", "val"):
+        sides.append(
+            {groups[int(name.partition("/")[2].partition("/")[2])] for name in data.names[split]}
+        )
+    assert all(sides)
+    assert sides[0].isdisjoint(sides[1])
+    assert data.hparams["groups"] == splits.digest([str(group) for group in groups])
+    assert DatasetDataModule(dataset).hparams["groups"] is None
+    with pytest.raises(UserError, match="There are 59 groups and 60 training images: give one"):
+        DatasetDataModule(dataset, groups=groups[1:])
+    with pytest.raises(UserError, match="groups has a for all training images"):
+        DatasetDataModule(dataset, groups=["a"] * 60)
 
 
 LEFT = {
@@ -299,6 +329,17 @@ def test_what_is_passed_over_is_counted_once(strange, caplog):
     assert sum(map(len, data.images.values())) == 12
     (said,) = [line for line in caplog.messages if line.startswith("Left aside")]
     assert kinds(said) == kinds(SAID)
+
+
+def test_predict_leaves_the_same_aside_and_says_so(strange, run, capsys):
+    ckpt = run / RUN / "checkpoints" / "best.ckpt"
+    options = [str(strange / "train"), f"--ckpt={ckpt}", "--accelerator=cpu", "--format=csv"]
+    (strange / "train" / "loose.png").unlink()
+    assert predict(options) == 0
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 1 + 12
+    (line,) = [line for line in said.err.splitlines() if line.startswith("Left aside")]
+    assert kinds(line) == [kind for kind in kinds(SAID) if "beside" not in kind]
 
 
 def test_what_reads_heic_is_said():
@@ -396,10 +437,10 @@ def test_a_root_is_text_whatever_characters_it_has(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for root in ROOTS:
         write_images(tmp_path / root / "train", 2, size=(8, 8))
-    for root in ROOTS:
-        for given in ([f"--data.root={root}"], ["--data.root", root]):
-            cli = PlainCLI([*NETWORK, FOLDER, *given])
-            assert cli.datamodule.root == Path(root)
+    for number, root in enumerate(ROOTS):
+        given = ["--data.root", root] if number % 2 else [f"--data.root={root}"]
+        cli = PlainCLI([*NETWORK, FOLDER, *given])
+        assert cli.datamodule.root == Path(root)
     config = cli.parser.dump(cli.config)
     assert "root: -x" in config
 
@@ -407,7 +448,7 @@ def test_a_root_is_text_whatever_characters_it_has(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("root", ["1e5", "a: b", "~x"])
 def test_a_run_on_a_strange_root_is_resumed_and_evaluated(tmp_path, root):
-    write_images(tmp_path / root / "train", 6, size=(8, 8))
+    write_images(tmp_path / root / "train", 6)
     run_fit(tmp_path, *FIT, f"--data.root={root}", "--trainer.max_epochs=1")
     run = "lightning_logs/version_0"
     run_fit(tmp_path, f"--resume={run}", "--trainer.max_epochs=2")

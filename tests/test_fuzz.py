@@ -119,6 +119,8 @@ OPTIONS_OF_DATA: dict[str, dict[str, tuple[str, ...]]] = {
         "data.cache_limit_gb": ("0", "8.0", ".inf"),
         "data.max_megapixels": ("1", "100.0"),
         "data.skip_broken": ("true", "false"),
+        "data.group": ("null", r"(\d+)\.png", "("),
+        "data.test_fraction": ("null", "0", "0.3"),
     },
     "TableDataModule": {
         "data.train": ("photos.csv",),

@@ -20,7 +20,7 @@ from cifar_transfer.data.geometry import (
 )
 from cifar_transfer.data.images import ArrayImages, Images
 from cifar_transfer.data.module import ImageDataModule
-from cifar_transfer.data.splits import Split
+from cifar_transfer.data.splits import Split, digest
 
 BATCH_IMAGES = 64  # read at once
 
@@ -53,6 +53,8 @@ class DatasetDataModule(ImageDataModule):
             adds black on two sides, "stretch" takes no care of the shape.
         image_key: Key of the image in items that are mappings.
         label_key: Key of the label.
+        groups: A value for each training image, such as the number of a video. Images with the same
+            one are held out together or not at all. None: each is by itself.
         memory_limit_gb: A split that takes more gigabytes (1e9 bytes) is read from its dataset in
             each epoch.
         **options: Those of `ImageDataModule`.
@@ -72,6 +74,7 @@ class DatasetDataModule(ImageDataModule):
         fit: Fit = "crop",
         image_key: str = "image",
         label_key: str = "label",
+        groups: Sequence[Any] | None = None,
         memory_limit_gb: float = 2.0,
         **options: Any,
     ) -> None:
@@ -91,6 +94,10 @@ class DatasetDataModule(ImageDataModule):
         self.memory_limit_gb: float = as_primitive("memory_limit_gb", memory_limit_gb)
         check("memory_limit_gb", self.memory_limit_gb, lambda size: size >= 0, "0 or more")
         self.keys = (image_key, label_key)
+        self.groups: list[str] | None = None
+        if groups is not None:
+            self.groups = [str(group) for group in groups]
+            _check_groups(self.groups, len(train))
         self._class_names: list[str] | None = as_primitive("class_names", class_names)
         self._sampled_sizes: list[Size] = []
         self.store_options(
@@ -98,6 +105,7 @@ class DatasetDataModule(ImageDataModule):
             fit=self.fit,
             image_key=image_key,
             label_key=label_key,
+            groups=digest(self.groups) if self.groups else None,
             memory_limit_gb=self.memory_limit_gb,
         )
 
@@ -107,6 +115,10 @@ class DatasetDataModule(ImageDataModule):
         if self._class_names is None:
             self._class_names = self._find_class_names()
         return self._class_names
+
+    def group_keys(self, names: Sequence[str]) -> Sequence[str]:
+        """Return the group of each training image, or its name."""
+        return names if self.groups is None else self.groups
 
     def _find_class_names(self) -> list[str]:
         train = _without_subsets(self.datasets["train"])
@@ -156,6 +168,18 @@ class DatasetDataModule(ImageDataModule):
 
     def _read(self, split: Split, size: Size) -> DatasetImages:
         return DatasetImages(self.datasets[split], split, size, *self.keys, self.fit)
+
+
+def _check_groups(groups: Sequence[str], count: int) -> None:
+    if len(groups) != count:
+        raise UserError(
+            f"There are {len(groups)} groups and {count} training images: give one for each."
+        )
+    if len(set(groups)) == 1:
+        raise UserError(
+            f"groups has {groups[0]} for all training images: give images that are to be held out "
+            f"apart different ones."
+        )
 
 
 def _without_subsets(dataset: Any) -> Any:

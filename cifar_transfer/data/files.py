@@ -49,7 +49,7 @@ from cifar_transfer.data.images import (
 )
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.partly_read import PartlyReadImages
-from cifar_transfer.data.splits import SPLITS, Names, Split, Splits
+from cifar_transfer.data.splits import SPLITS, Split, Splits
 
 FITTING: dict[Fit, str] = {
     "crop": "resized and cut to the centre",
@@ -388,7 +388,7 @@ class FileDataModule(ImageDataModule):
 
     def _find_rows_never_read(self) -> dict[Split, np.ndarray]:
         """Return the rows, int64, of each split's files that are in no split, by names alone."""
-        names: Names = {}
+        names: dict[Split, Sequence[str]] = {}
         labels: dict[Split, np.ndarray] = {}
         for split in SPLITS:
             files = self.files(split)

@@ -107,7 +107,7 @@ class TorchvisionDataModule(ImageDataModule):
         self._sampled_sizes: list[Size] = []
         self.store_options(
             name=self.name,
-            root=root,
+            root=str(self.root),
             decode_size=self.decode_size,
             fit=self.fit,
             cache_limit_gb=self.cache_limit_gb,

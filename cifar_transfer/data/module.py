@@ -52,6 +52,7 @@ from cifar_transfer.data.splits import (
     read_image_list,
     unlisted_rows,
 )
+from cifar_transfer.data.text_list import TextList
 from cifar_transfer.data.transformed_images import (
     Transform,
     TransformedImages,
@@ -466,7 +467,7 @@ class ImageDataModule(LightningDataModule):
         Raises:
             UserError: There is nothing to train or to validate on, or a label is no class's.
         """
-        names: Names = {}
+        names: dict[Split, Sequence[str]] = {}
         labels: dict[Split, np.ndarray] = {}
         for split, images in self._loaded.items():
             if images is not None:
@@ -482,7 +483,10 @@ class ImageDataModule(LightningDataModule):
         return chosen
 
     def choose_splits(
-        self, names: Names, labels: dict[Split, np.ndarray], group_keys: GroupKeys
+        self,
+        names: Mapping[Split, Sequence[str]],
+        labels: Mapping[Split, np.ndarray],
+        group_keys: GroupKeys,
     ) -> Splits:
         """Return which images are in which split, by the options and the earlier run.
 
@@ -538,9 +542,11 @@ class ImageDataModule(LightningDataModule):
                 f"classes are numbered from 0 to {self.num_classes - 1}."
             )
 
-    def _names(self, split: Split, images: Images) -> list[str]:
+    def _names(self, split: Split, images: Images) -> Sequence[str]:
         """Return a name for each image; those without a name are told apart by their number."""
         names = images.names
+        if isinstance(names, TextList):
+            return names.beginning_with(f"{split}/")
         if names is None:
             class_names = self.class_names
             names = [f"{class_names[label]}/{row}" for row, label in enumerate(images.labels)]

@@ -113,7 +113,7 @@ class Splits:
 
 
 def choose_splits(
-    names: Names,
+    names: Mapping[Split, Sequence[str]],
     labels: Mapping[Split, np.ndarray],
     val_fraction: float,
     seed: int,
@@ -178,7 +178,7 @@ def choose_splits(
 def _rows(
     split: Split,
     source: Split,
-    names: Names,
+    names: Mapping[Split, Sequence[str]],
     parts: Mapping[Split, np.ndarray],
     record: Names | None,
 ) -> np.ndarray:
@@ -190,7 +190,7 @@ def _rows(
     return np.arange(len(names[source]))
 
 
-def _val_source(names: Names, val_fraction: float, holds_out_test: bool) -> Split:
+def _val_source(names: Collection[str], val_fraction: float, holds_out_test: bool) -> Split:
     if "val" in names or "train" not in names:  # an evaluation needs no training images
         return "val"
     if val_fraction > 0:
@@ -294,7 +294,7 @@ def hold_out(keys: Iterable[str], labels: np.ndarray, fraction: float, hash_key:
     for key in keys:
         encoded = key.encode(errors="surrogatepass")
         digests += blake2b(encoded, digest_size=8, key=hash_key.encode()).digest()
-    hashes = np.frombuffer(digests, ">u8")
+    hashes = np.frombuffer(digests, ">u8").astype(np.uint64)  # `isin` takes no other byte order
     held_out = hashes < fraction * 2.0**64
     by_class_then_hash = np.lexsort((hashes, labels))
     last = np.flatnonzero(np.diff(labels[by_class_then_hash], append=-1))

@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Sequence
+from copy import copy
 from typing import overload
 
 import numpy as np
@@ -29,6 +30,12 @@ class TextList(Sequence[str]):
             ends.append(len(block))
         self._block = bytes(block)
         self._ends = np.array(ends, np.int64)
+
+    def beginning_with(self, beginning: str) -> "TextList":
+        """Return the texts with another common beginning, without a copy."""
+        texts = copy(self)
+        texts.beginning = beginning
+        return texts
 
     @property
     def nbytes(self) -> int:
