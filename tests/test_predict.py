@@ -248,6 +248,44 @@ def test_the_columns_of_the_table_line_up(predicted):
     assert len(widths) == 1
 
 
+def test_below_a_threshold_the_answer_is_unknown_in_every_format(here, capsys):
+    def run(kind, *options):
+        assert predict(["photos", "--top_k=2", f"--format={kind}", *options]) == 0
+        return capsys.readouterr().out
+
+    plain = json.loads(run("json"))
+    confidences = sorted(prediction["classes"][0][1] for prediction in plain)
+    threshold = (confidences[3] + confidences[4]) / 2
+    answers = []
+    for prediction in plain:
+        name, probability = prediction["classes"][0]
+        answers.append(name if probability >= threshold else "unknown")
+    assert answers.count("unknown") == 4
+
+    option = f"--threshold={threshold}"
+    found = json.loads(run("json", option))
+    assert [prediction.pop("answer") for prediction in found] == answers
+    assert found == plain, "the classes and their probabilities stay"
+    heading, *rows = csv.reader(io.StringIO(run("csv", option)))
+    assert heading == ["image", "label", "probability", "label_2", "probability_2", "answer"]
+    assert [row[-1] for row in rows] == answers
+    _, *plain_rows = csv.reader(io.StringIO(run("csv")))
+    assert [row[:-1] for row in rows] == plain_rows
+    lines = run("table", option).splitlines()
+    plain_lines = run("table").splitlines()
+    for line, plain_line, answer in zip(lines, plain_lines, answers, strict=True):
+        assert line.endswith(f"  {plain_line}")
+        assert line.removesuffix(plain_line).strip() == answer
+    assert "unknown" not in run("csv", "--threshold=0")
+    assert run("csv", "--threshold=1").count(",unknown\n") == len(plain)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-0.1", "1.01", "80"])
+def test_a_threshold_that_is_no_probability_is_refused(here, value):
+    with pytest.raises(UserError, match=f"--threshold (is|takes .*not) {value}"):
+        predict(["photos", f"--threshold={value}"])
+
+
 def test_an_image_that_cannot_be_read_is_named_and_left_out(here, capsys):
     images = [
         "broken.png",

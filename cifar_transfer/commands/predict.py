@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.files import make_folder, user_path
 from cifar_transfer.cli.parsers import Parser
 from cifar_transfer.inference.named_images import (
@@ -42,7 +42,8 @@ def main(args: Sequence[str]) -> int:
 
         predictions = draw(predictions, images, options.figure, options.explain)
     predictions = images.with_progress(predictions, printed=True)
-    for text in FORMATS[options.format](predictions, images.classifier.class_names):
+    as_text = FORMATS[options.format]
+    for text in as_text(predictions, images.classifier.class_names, options.threshold):
         print(text, end="", flush=True)
     return int(images.num_unreadable > 0)
 
@@ -54,6 +55,12 @@ def _parse(args: Sequence[str]) -> Namespace:
     )
     parser.add_argument(
         "--format", choices=list(FORMATS), default="table", help="Of what is printed."
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help='Answer "unknown" where no class has this probability, from 0 to 1.',
     )
     parser.add_argument(
         "--figure",
@@ -70,6 +77,8 @@ def _parse(args: Sequence[str]) -> Namespace:
     add_mirrored_option(parser)
     add_options(parser)
     options = parser.parse_args(list(args))
+    if options.threshold is not None:
+        check("--threshold", options.threshold, lambda p: 0 <= p <= 1, "a probability from 0 to 1")
     if options.figure:
         check_output_file("--figure", options.figure, ".png")
         _check_replaces_no_image(options.figure, options.images)

@@ -17,6 +17,7 @@ from cifar_transfer.results.calibration import CALIBRATION_BINS, ConfidenceBins,
 
 MAX_GALLERY_IMAGES = 24
 FIGURES_FOLDER = "figures"
+UNKNOWN = "unknown"  # what is said of an image where no class is likely enough
 
 
 def predictions_path(run: Path, split: str) -> Path:
@@ -30,6 +31,13 @@ class ImagePrediction(NamedTuple):
     source: Any  # the image as the caller named it: a path, or something in memory
     pixels: np.ndarray  # what the network was shown, uint8 [3, H, W], RGB
     classes: list[tuple[str, float]]  # likeliest classes and probabilities, the likeliest first
+
+    def answer(self, threshold: float) -> str:
+        """Return the likeliest class, or `UNKNOWN` if its probability is below a threshold."""
+        name, probability = self.classes[0]
+        if probability < threshold:
+            return UNKNOWN
+        return name
 
 
 @dataclass(frozen=True)
