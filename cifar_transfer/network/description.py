@@ -32,6 +32,13 @@ class NetworkDescription:
     geometry: Geometry
     temperature: float = NO_TEMPERATURE
 
+    @property
+    def names_of_classes(self) -> list[str]:
+        """Names of the classes in the order of the logits; "0", "1", ... if none were given."""
+        if self.class_names:
+            return list(self.class_names)
+        return [str(label) for label in range(self.num_classes)]
+
     def to_primitives(self) -> dict[str, Any]:
         """Return the description as a checkpoint stores it."""
         return as_primitive(NETWORK_KEY, asdict(self))

@@ -193,9 +193,7 @@ class ImageClassifier(nn.Module):
     @property
     def class_names(self) -> list[str]:
         """Names of the classes in the order of the logits; "0", "1", ... if none were given."""
-        if self.description.class_names:
-            return list(self.description.class_names)
-        return [str(label) for label in range(self.num_classes)]
+        return self.description.names_of_classes
 
     @property
     def has_class_names(self) -> bool:

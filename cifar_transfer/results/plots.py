@@ -20,7 +20,9 @@ from cifar_transfer.base.files import atomic_write
 from cifar_transfer.base.text import printable
 from cifar_transfer.network.temperature import NO_TEMPERATURE
 from cifar_transfer.results.calibration import CALIBRATION_BINS, ConfidenceBins
+from cifar_transfer.results.coverage import THRESHOLDS, answered, coverage_curve
 from cifar_transfer.results.predictions import Predictions
+from cifar_transfer.results.scores import class_scores
 from cifar_transfer.results.words import Lettering, lettering, word
 
 BLUE = "#0072B2"
@@ -430,14 +432,8 @@ def _confusion_title(predictions: Predictions, split: str, num_shown: int) -> st
 
 def per_class(predictions: Predictions) -> Figure:
     """Draw a table of precision, recall, F1 and images of each class, the lowest F1 first."""
-    counts = predictions.confusion()
-    hits = counts.diagonal()
-    images = counts.sum(1)
-    predicted = counts.sum(0)
-    precision = hits / np.maximum(predicted, 1)
-    recall = hits / np.maximum(images, 1)
-    f1 = 2 * hits / np.maximum(predicted + images, 1)
-    order = np.argsort(f1, kind="stable")[:MAX_CLASSES]
+    scores = class_scores(predictions.confusion())
+    order = np.argsort(scores.f1, kind="stable")[:MAX_CLASSES]
     names, letters = _names_of(predictions, order)
 
     # Beside long names the columns need their width all the same.
@@ -445,20 +441,22 @@ def per_class(predictions: Predictions) -> Figure:
     figure = Figure(figsize=(width, 0.9 + 0.24 * len(order)), layout="constrained")
     axes = figure.subplots()
     lines = range(len(order))
-    axes.barh(lines, 100 * f1[order], color=BLUE, alpha=0.3, height=0.8)
+    axes.barh(lines, 100 * scores.f1[order], color=BLUE, alpha=0.3, height=0.8)
     axes.set_yticks(lines, names, family=letters.families)
     # Bars end at 100; the columns of the table are to their right.
-    _add_column(axes, 116, word("precision"), 100 * precision[order], ".1f")
-    _add_column(axes, 136, word("recall"), 100 * recall[order], ".1f")
-    _add_column(axes, 156, "F1", 100 * f1[order], ".1f")
-    _add_column(axes, 176, word("images"), images[order], "d")
+    _add_column(axes, 116, word("precision"), 100 * scores.precision[order], ".1f")
+    _add_column(axes, 136, word("recall"), 100 * scores.recall[order], ".1f")
+    _add_column(axes, 156, "F1", 100 * scores.f1[order], ".1f")
+    _add_column(axes, 176, word("images"), scores.support[order], "d")
     axes.set(xlim=(0, 180), ylim=(len(order) - 0.4, -1.6), xticks=[0, 50, 100])
     axes.set_xlabel("F1 (%)", loc="left")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    if len(order) < len(counts):
+    if len(order) < len(predictions.names):
         title = word(
-            "The {shown} of {all:,} classes with the lowest F1", shown=len(order), all=len(counts)
+            "The {shown} of {all:,} classes with the lowest F1",
+            shown=len(order),
+            all=len(predictions.names),
         )
         axes.set_title(title, fontsize=10)
     add_note(figure, letters)
@@ -513,6 +511,40 @@ def _draw_reliability(upper: Axes, lower: Axes, bins: ConfidenceBins) -> None:
     lower.margins(y=0.15)
     lower.set_xlim(0, 1)
     _finish(lower, "confidence", "images")
+
+
+def coverage(predictions: Predictions) -> Figure:
+    """Plot accuracy by the share of images that is answered, and mark some thresholds."""
+    curve = coverage_curve(predictions)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(100 * curve.shares, 100 * curve.accuracies, BLUE, linewidth=1.8)
+    share_before = None
+    for threshold in THRESHOLDS:
+        share, accuracy = answered(predictions, threshold)
+        if accuracy is None or share == share_before:
+            continue
+        share_before = share
+        axes.plot(100 * share, 100 * accuracy, "o", color=ORANGE, markersize=5, clip_on=False)
+        if threshold == 0:
+            continue
+        axes.annotate(
+            f"{threshold:g}",
+            (100 * share, 100 * accuracy),
+            xytext=(3, 5),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.set_xlim(0, 100)
+    axes.margins(y=0.12)
+    title = word("Answering where the confidence reaches a threshold")
+    legend = word(
+        "orange: {thresholds}, and all",
+        thresholds=", ".join(f"{threshold:g}" for threshold in THRESHOLDS[1:]),
+    )
+    axes.set_title(f"{title}\n({legend})", fontsize=10)
+    _finish(axes, "share of the images that is answered (%)", "accuracy of the answers (%)")
+    return figure
 
 
 def _count_label(count: float) -> str:

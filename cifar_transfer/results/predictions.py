@@ -20,6 +20,11 @@ FIGURES_FOLDER = "figures"
 UNKNOWN = "unknown"  # what is said of an image where no class is likely enough
 
 
+def scores_path(run: Path, split: str) -> Path:
+    """Return where a run keeps the scores of its predictions for a split, "val" or "test"."""
+    return run / FIGURES_FOLDER / f"{split}-scores.json"
+
+
 def predictions_path(run: Path, split: str) -> Path:
     """Return where a run keeps its predictions for a split, "val" or "test"."""
     return run / FIGURES_FOLDER / f"predictions-{split}.npz"

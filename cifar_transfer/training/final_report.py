@@ -12,13 +12,19 @@ from torch.utils.tensorboard import SummaryWriter
 from cifar_transfer.base.files import RESULT, write_json
 from cifar_transfer.base.machine import device_name, versions
 from cifar_transfer.data import splits
-from cifar_transfer.results.predictions import FIGURES_FOLDER, Predictions, predictions_path
+from cifar_transfer.results.predictions import (
+    FIGURES_FOLDER,
+    Predictions,
+    predictions_path,
+    scores_path,
+)
 from cifar_transfer.results.run_figures import (
     curve_figures,
     prediction_figures,
     save_figures,
 )
 from cifar_transfer.results.run_metrics import read_curves
+from cifar_transfer.results.scores import score
 from cifar_transfer.results.words import language, language_of
 from cifar_transfer.training.board import add_pictures, board_of
 from cifar_transfer.training.lightning_internals import callbacks_of
@@ -136,11 +142,11 @@ def publish_predictions(
     board: SummaryWriter | None,
     step: int,
 ) -> None:
-    """Keep the predictions for a split in a run's folder, and draw them there and in TensorBoard.
+    """Keep predictions and their scores in a run's folder, and draw them there and in TensorBoard.
 
     Args:
         run: Folder of the run.
-        split: "val" or "test".
+        split: "val", "test" or another name, with which the names of the files begin.
         predictions: Predictions of a checkpoint.
         board: TensorBoard's writer into the folder of the run, or None.
         step: Step of the checkpoint.
@@ -150,6 +156,7 @@ def publish_predictions(
     predictions.save(path)
     # Drawn from the file, so that drawing it again later gives the same pixels.
     predictions = Predictions.load(path)
+    write_json(scores_path(run, split), score(predictions).to_json())
     with language(language_of(run), predictions.names):
         paths = save_figures(prediction_figures(predictions, split), path.parent)
     if board is not None:
