@@ -11,7 +11,7 @@ from conftest import quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from cifar_transfer import Classifier, ImageFolderDataModule, TransferClassifier
+from cifar_transfer import Classifier, DatasetDataModule, ImageFolderDataModule, TransferClassifier
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.commands.evaluate import evaluate
 from cifar_transfer.data import files
@@ -76,6 +76,23 @@ def test_one_range_serves_all_files_of_a_data_set(tmp_path, kind, caplog):
     assert np.abs(bright[0, 0].astype(int) - BRIGHT).max() <= tolerance
     dark = data.images["test"].pixels(np.array([0]))
     assert np.abs(dark[0, 0].astype(int) - DARK).max() <= tolerance, "not stretched by itself"
+
+
+@pytest.mark.parametrize("kind", ["12 bits in 16", "floats to 16"])
+def test_a_dataset_in_python_has_one_range_too(kind, caplog):
+    _, values, expected = KINDS[kind]
+    images = []
+    for row in range(12):
+        darker = values if row == 7 else (values / 4).astype(values.dtype)
+        images.append((Image.fromarray(darker), row % 2))
+    data = DatasetDataModule(images, images[:2], images[7:8], class_names=["cat", "dog"])
+    data.setup()
+    assert data.grey_range == pytest.approx(expected)
+    assert caplog.text.count(describe_range(expected)) == 1
+    bright, _ = data.images["val"][0]
+    assert np.abs(bright[0].numpy().astype(int) - GREY).max() <= 1
+    dark, _ = data.images["test"][0]
+    assert np.abs(dark[0].numpy().astype(int) - GREY // 4).max() <= 1
 
 
 def test_images_of_8_bits_have_no_range_and_are_not_read_for_it(tmp_path, monkeypatch):

@@ -4,20 +4,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Subset
 from tqdm import tqdm
 
 from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.primitives import as_primitive
-from cifar_transfer.data.dataset_images import DatasetImages, sample_sizes
+from cifar_transfer.data.dataset_images import DatasetImages, dataset_grey_range, sample_sizes
 from cifar_transfer.data.geometry import (
     Fit,
+    GreyRange,
     Size,
     check_decode_size,
     check_fit,
     choose_size,
     size_with_room,
 )
+from cifar_transfer.data.grey_values import describe_range
 from cifar_transfer.data.images import ArrayImages, Images
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split, digest
@@ -100,6 +103,8 @@ class DatasetDataModule(ImageDataModule):
             _check_groups(self.groups, len(train))
         self._class_names: list[str] | None = as_primitive("class_names", class_names)
         self._sampled_sizes: list[Size] = []
+        self._grey_range: GreyRange | None = None
+        self._grey_range_is_known = False
         self.store_options(
             decode_size=self.decode_size,
             fit=self.fit,
@@ -143,6 +148,20 @@ class DatasetDataModule(ImageDataModule):
             self._sampled_sizes = sample_sizes(self.datasets["train"], "train", *self.keys)
         return self._sampled_sizes
 
+    def choose_grey_range(self) -> GreyRange | None:
+        """Return the range of the grey values of the training images, which are read once for it.
+
+        Raises:
+            UserError: Some of them have whole numbers and others floats.
+        """
+        if not self._grey_range_is_known:
+            train = self.datasets["train"]
+            self._grey_range = dataset_grey_range(train, "train", *self.keys)
+            self._grey_range_is_known = True
+            if self._grey_range is not None:
+                rank_zero_info(f"{describe_range(self._grey_range)}.")
+        return self._grey_range
+
     def load(self, split: Split) -> Images | None:
         """Return the images of a split, or None if there is no dataset for it."""
         if self.datasets[split] is None:
@@ -167,7 +186,9 @@ class DatasetDataModule(ImageDataModule):
         return in_memory(images, split)
 
     def _read(self, split: Split, size: Size) -> DatasetImages:
-        return DatasetImages(self.datasets[split], split, size, *self.keys, self.fit)
+        return DatasetImages(
+            self.datasets[split], split, size, *self.keys, self.fit, self.grey_range
+        )
 
 
 def _check_groups(groups: Sequence[str], count: int) -> None:

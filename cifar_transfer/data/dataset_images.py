@@ -10,8 +10,9 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.data.geometry import Fit, Size
-from cifar_transfer.data.images import Images, to_pixels
+from cifar_transfer.data.geometry import Fit, GreyRange, Size
+from cifar_transfer.data.grey_values import extremes_of_values, range_of
+from cifar_transfer.data.images import Images, has_more_than_8_bits, to_pixels
 
 CHECKED_LABELS = 10  # items whose label is compared with the one that the dataset keeps elsewhere
 MAX_SAMPLED_IMAGES = 200  # whose sizes decide the common size
@@ -30,6 +31,7 @@ class DatasetImages(Images):
         image_key: Key of the image, where items are mappings as those of Hugging Face's datasets.
         label_key: Key of the label.
         fit: How images of another shape are brought to the size.
+        grey_range: Grey values that become black and white, as in `images.to_pixels`.
 
     Raises:
         UserError: An item has another form; the message says which one, and what it is.
@@ -45,12 +47,14 @@ class DatasetImages(Images):
         image_key: str = "image",
         label_key: str = "label",
         fit: Fit = "crop",
+        grey_range: GreyRange | None = None,
     ) -> None:
         super().__init__(read_labels(dataset, name, image_key, label_key))
         self.dataset = dataset
         self.name = name
         self.size = size
         self.fit: Fit = fit
+        self.grey_range = grey_range
         self.keys = (image_key, label_key)
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
@@ -58,7 +62,7 @@ class DatasetImages(Images):
         images = []
         for row in rows.tolist():
             image, _ = read_item(self.dataset, self.name, row, *self.keys)
-            images.append(to_pixels(image, self.size, self.fit))
+            images.append(to_pixels(image, self.size, self.fit, self.grey_range))
         return np.stack(images)
 
 
@@ -70,6 +74,28 @@ def sample_sizes(dataset: Any, name: str, image_key: str, label_key: str) -> lis
         image, _ = read_item(dataset, name, row, image_key, label_key)
         sizes.append((image.height, image.width))
     return sizes
+
+
+def dataset_grey_range(dataset: Any, name: str, image_key: str, label_key: str) -> GreyRange | None:
+    """Return the range of grey values of a dataset, None if its images have 8 bits.
+
+    All items are read if some of a sample have more; see `grey_values.range_of`.
+    """
+    count = min(MAX_SAMPLED_IMAGES, len(dataset))
+    for row in np.linspace(0, len(dataset) - 1, count).astype(int).tolist():
+        image, _ = read_item(dataset, name, row, image_key, label_key)
+        if has_more_than_8_bits(image):
+            break
+    else:
+        return None
+    extremes = []
+    for row in tqdm(range(len(dataset)), desc=f"grey values of {name}", unit="img", disable=None):
+        image, _ = read_item(dataset, name, row, image_key, label_key)
+        if has_more_than_8_bits(image):
+            extremes_of_image = extremes_of_values(np.asarray(image))
+            if extremes_of_image is not None:
+                extremes.append(extremes_of_image)
+    return range_of(extremes)
 
 
 def read_labels(dataset: Any, name: str, image_key: str, label_key: str) -> np.ndarray:

@@ -80,6 +80,11 @@ def extremes_of(path: str, max_megapixels: float) -> Extremes | None:
         return None
     if values is None:
         return None
+    return extremes_of_values(values)
+
+
+def extremes_of_values(values: np.ndarray) -> Extremes | None:
+    """Return the extremes of grey values; None if none is finite."""
     are_floats = values.dtype.kind == "f"
     if are_floats:
         values = values[np.isfinite(values)]

@@ -91,7 +91,7 @@ def has_many_grey_values(path: str | Path, max_megapixels: float = MAX_MEGAPIXEL
     """
     try:
         with _opened(path, max_megapixels) as image:
-            return _has_many_grey_values(image)
+            return has_more_than_8_bits(image)
     except UserError:
         return False
 
@@ -103,13 +103,14 @@ def read_grey_values(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -
         UserError: As `read_image` does.
     """
     with _opened(path, max_megapixels) as image:
-        if not _has_many_grey_values(image):
+        if not has_more_than_8_bits(image):
             return None
         image.load()
         return np.asarray(image)
 
 
-def _has_many_grey_values(image: Image.Image) -> bool:
+def has_more_than_8_bits(image: Image.Image) -> bool:
+    """Return whether an image has grey values of 16 or 32 bits, or floats."""
     return image.mode == "F" or image.mode.startswith("I")
 
 
@@ -201,7 +202,7 @@ def to_pixels(
         # `exif_transpose` would copy upright images too.
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
-    if _has_many_grey_values(image):
+    if has_more_than_8_bits(image):
         values = np.asarray(image)
         if grey_range is None:
             image = Image.fromarray(_by_bits(values))
