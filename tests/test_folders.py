@@ -408,7 +408,7 @@ def test_a_text_list_gives_back_any_text():
     assert list(compact) == [f"root/{text}" for text in texts]
     assert compact[1:3] == ["root/", "root/猫"]
     assert compact.ending(np.int64(2)) == "猫"
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="there are 6 texts"):
         compact[6]
 
 
