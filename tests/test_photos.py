@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import RUN, TINY, assert_same_weights, quiet_trainer, run_fit, write_images
 from PIL import Image
+from torchvision.models import shufflenet_v2_x0_5
 from torchvision.transforms import functional
 
 from cifar_transfer import (
@@ -53,6 +54,15 @@ class Arrays(ImageDataModule):
             0, 256, (40, 3, self.side, self.side), dtype=np.uint8
         )
         return ArrayImages(images, np.arange(40) % 2)
+
+
+class Parsed(FitCLI):
+    """What `fit` makes of its options, before anything is made of them."""
+
+    def before_instantiate_classes(self):
+        pass
+
+    instantiate_classes = before_instantiate_classes
 
 
 @pytest.fixture(scope="module")
@@ -138,15 +148,42 @@ def test_options_that_are_given_stand_on_the_preset_of_the_size(photos):
     ids=["default", "option alone", "option behind a preset", "preset behind an option", "recipe"],
 )
 def test_the_command_line_tells_what_is_given_from_what_is_not(monkeypatch, options, augment):
-    class Parsed(FitCLI):
-        def before_instantiate_classes(self):
-            pass
-
-        instantiate_classes = before_instantiate_classes
-
     monkeypatch.setattr("sys.argv", ["fit"])
     parsed = Parsed(options).config.data.init_args.augment.as_dict()
     assert Augment(**parsed) == augment
+
+
+def test_the_recipe_takes_other_options_and_images_from_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()  # no obstacle to a recipe of the same name
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["fit"])
+    recipe = ["--config", "photos"]
+    config = Parsed([*recipe, "--data.root=photos", "--data.augment.erase=0.25"]).config
+    assert config.data.class_path == "cifar_transfer.ImageFolderDataModule"
+    assert config.freeze.probe
+    augment = config.data.init_args.augment.as_dict()
+    assert Augment(**augment) == Augment(preset="photos", erase=0.25)
+    table = ["--data=TableDataModule", "--data.train=train.csv", "--model.image_size=224"]
+    config = Parsed([*recipe, *table]).config
+    assert config.data.class_path == "cifar_transfer.TableDataModule"
+    assert config.data.init_args.batch_size == 16
+    assert config.data.init_args.augment.preset == "photos"
+    assert config.model.image_size == 224
+
+
+@pytest.mark.slow
+def test_the_recipe_trains_from_the_head_of_probe(photos, tmp_path):
+    torch.save(shufflenet_v2_x0_5().state_dict(), tmp_path / "weights.pth")
+    small = [
+        "--model.backbone=shufflenet_v2_x0_5",
+        "--model.weights=weights.pth",
+        "--model.image_size=72",
+    ]
+    cheap = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--report.figures=false"]
+    done = run_fit(tmp_path, "--config=photos", f"--data.root={photos}", *small, *cheap)
+    assert "Features of 24 images" in done.stderr
+    assert "Training images are also kept at 83 x 83 pixels" in done.stderr
+    assert "everything, 343,842 parameters train" in done.stdout
 
 
 def test_training_images_have_room_for_crops_and_no_others(photos):

@@ -15,6 +15,7 @@ from conftest import RUN, quiet_trainer, run_fit, write_images
 from lightning import Trainer
 from PIL import Image
 from torch.distributed.run import get_args_parser
+from torchvision.models import shufflenet_v2_x0_5
 
 import cifar_transfer
 from cifar_transfer.cli import start
@@ -45,7 +46,7 @@ NOT_RUN = {
     "cifar-transfer fit --trainer.devices=4 --trainer.precision=bf16-mixed": "four GPUs",
 }
 SMALL = [
-    *("--model.backbone=squeezenet1_1", "--model.weights=none"),
+    *("--model.backbone=shufflenet_v2_x0_5", "--model.weights=none"),
     *("--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--report.figures=false"),
 ]
 
@@ -198,6 +199,7 @@ def test_the_commands_of_the_readme_run_from_top_to_bottom(tmp_path):
     write_images(tmp_path / "photos/train", 9, (40, 30))
     write_images(tmp_path, 2, (50, 60), ["holiday", "more/than/this"])
     Image.new("RGB", (30, 20)).save(tmp_path / "photo.jpg")
+    torch.save(shufflenet_v2_x0_5().state_dict(), tmp_path / "weights.pth")
     left = dict(NOT_RUN)
     for words in commands(ROOT / "README.md"):
         command = ours(words)
@@ -205,6 +207,10 @@ def test_the_commands_of_the_readme_run_from_top_to_bottom(tmp_path):
             continue
         name, arguments = command
         small = SMALL if name == "fit" and "--resume" not in arguments else []
+        if name == "probe":  # whose backbone is no option, and would be downloaded
+            arguments = ["shufflenet_v2_x0_5=weights.pth", *arguments[1:]]
+        if "photos" in arguments and name == "fit":  # which begins with the head of `probe`
+            small = [*SMALL, "--model.weights=weights.pth"]
         done = run_fit(tmp_path, name, *arguments, *small, module="cifar_transfer")
         assert "Traceback" not in done.stderr
     assert left == {}
@@ -355,10 +361,12 @@ def test_the_python_examples_of_exports_give_what_predict_gives(tmp_path, monkey
 def test_every_recipe_is_valid_and_promises_a_result(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["fit"])
+    write_images(tmp_path / "photos/train", 1)
     recipes = sorted((ROOT / "configs").glob("*.yaml"))
     assert recipes
     for recipe in recipes:
         header = recipe.read_text().split("\n\n")[0]
         assert all(line.startswith("#") for line in header.splitlines()), recipe.name
         assert re.search(r"\d %|Not measured:", header), f"{recipe.name} promises no result"
-        FitCLI(["--config", str(recipe), "--model.weights=none"])
+        images = ["--data.root=photos"] if recipe.stem == "photos" else []
+        FitCLI(["--config", str(recipe), "--model.weights=none", *images])

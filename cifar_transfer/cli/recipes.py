@@ -37,14 +37,16 @@ def with_recipe_files(args: Sequence[str]) -> list[str]:
 
 def _recipe_file(name: str) -> str:
     is_yaml = "{" in name or ":" in name  # options themselves, which jsonargparse takes too
+    files = {path.stem: str(path) for path in sorted(RECIPES.glob("*.yaml"))}
     path = user_path(name)
+    if path.is_dir() and name in files:  # the images may be in a folder `photos`
+        return files[name]
     if path.is_dir():
         raise UserError(f"--config {name} is a folder: name a file of options, or a recipe.")
     if path.exists():
         return str(path)
     if is_yaml:
         return name
-    files = {path.stem: str(path) for path in sorted(RECIPES.glob("*.yaml"))}
     if name not in files:
         names = ", ".join(files)
         raise UserError(f"--config {name} is neither a file nor a recipe: the recipes are {names}.")
