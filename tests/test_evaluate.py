@@ -219,7 +219,7 @@ def test_a_run_keeps_the_scores_that_evaluate_prints(own_run, capsys):
     assert printed["accuracy"] == pytest.approx(outcome["best/test_acc"], abs=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_two_processes_print_the_scores_of_one(own_run, capsys):
     evaluate(BEST, accelerator="cpu", figures=False, format="json")
     of_one = json.loads(capsys.readouterr().out)

@@ -25,7 +25,7 @@ from cifar_transfer.network.temperature import (
 )
 from cifar_transfer.results.calibration import calibrate
 from cifar_transfer.results.predictions import Predictions
-from cifar_transfer.training import run_checkpoints
+from cifar_transfer.training import calibrate_checkpoint, run_checkpoints
 from cifar_transfer.training.calibrate_checkpoint import write_temperature
 from cifar_transfer.training.checkpoint_file import load_classifier, read_checkpoint
 from cifar_transfer.training.evaluation import load_data
@@ -266,6 +266,24 @@ def test_a_run_fits_it_to_its_validation_images_for_the_checkpoint(tmp_path, mon
     assert read_checkpoint(best)["network"]["temperature"] != 1
 
 
+def test_a_run_that_is_killed_before_it_has_its_temperature_gets_it_when_resumed(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+
+    def killed(path, temperature):
+        raise KeyboardInterrupt("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate_checkpoint, "write_temperature", killed)
+        with pytest.raises(KeyboardInterrupt, match="killed"):
+            fit(JOB)
+    best = Path(RUN, "checkpoints/best.ckpt")
+    assert load_classifier(best).temperature == 1
+    assert fit([f"--resume={RUN}"]).best == best
+    assert load_classifier(best).temperature != 1
+
+
 @pytest.mark.filterwarnings("ignore:val_fraction=0")
 def test_a_run_that_validates_on_the_test_images_fits_none(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -275,7 +293,7 @@ def test_a_run_that_validates_on_the_test_images_fits_none(tmp_path, monkeypatch
     assert read_checkpoint(best)["network"]["temperature"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_two_processes_fit_what_one_would(tmp_path):
     options = [*JOB, "--trainer.devices=2", "--trainer.strategy=ddp", "--model.ema=0.9"]
     done = run_fit(tmp_path, *options, "--trainer.precision=bf16-mixed")
