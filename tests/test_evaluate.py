@@ -202,6 +202,8 @@ def test_new_images_are_scored_by_the_classes_of_the_checkpoint(own_run, tmp_pat
         ),
     ):
         evaluate(BEST, root="plain", accelerator="cpu")
+    with pytest.raises(UserError, match="There is no folder gone: name that of the data"):
+        evaluate(BEST, root="gone", accelerator="cpu")
     Path("empty/test").mkdir(parents=True)
     with pytest.raises(UserError, match="empty/test has no images of"):
         evaluate(BEST, root="empty", accelerator="cpu")

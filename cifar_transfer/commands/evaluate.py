@@ -118,6 +118,8 @@ def _load_data(
     leave_out: str | None,
 ) -> ImageDataModule:
     """Return new images, or all data of a checkpoint's run, split as in the run."""
+    if root and not user_path(root).exists():
+        raise UserError(f"There is no folder {root}: name that of the data with --root=FOLDER.")
     if root and split == "test":
         new_images = _find_new_images(ckpt, checkpoint, user_path(root))
         if new_images is not None:
