@@ -27,7 +27,7 @@ Work = Callable[[], object]
 def torchvision_pipeline(augment: Augmentation, side: int) -> v2.Compose:
     """Return what an `Augmentation` stands for, from uint8 to float32 [3, H, W] in [0, 1]."""
     colours = v2.ColorJitter(augment.brightness, augment.contrast, augment.saturation, augment.hue)
-    if augment.crop_scale is None:
+    if not augment.crops_parts:
         geometry = [
             v2.RandomCrop(side, padding=augment.padding),
             v2.RandomHorizontalFlip(augment.flip),
@@ -50,7 +50,7 @@ def kornia_pipeline(augment: Augmentation, side: int) -> torch.nn.Module:
     brightness, contrast, saturation = augment.brightness, augment.contrast, augment.saturation
     colours = augmentation.ColorJiggle(brightness, contrast, saturation, augment.hue, p=1.0)
     flip = augmentation.RandomHorizontalFlip(augment.flip)
-    if augment.crop_scale is None:
+    if not augment.crops_parts:
         crop = augmentation.RandomCrop((side, side), padding=augment.padding)
         rotation = augmentation.RandomRotation(augment.degrees, resample="nearest", p=1.0)
         return augmentation.AugmentationSequential(crop, flip, colours, rotation)
@@ -68,7 +68,7 @@ def albumentations_pipeline(
         augment.brightness, augment.contrast, augment.saturation, augment.hue, p=1.0
     )
     flip = library.HorizontalFlip(p=augment.flip)
-    if augment.crop_scale is None:
+    if not augment.crops_parts:
         crop = library.RandomCrop(side, side)
         pad = library.Pad(augment.padding)
         rotation = library.Rotate(augment.degrees, interpolation=0, p=1.0)
@@ -89,8 +89,8 @@ def contestants(side: int, all_threads: int) -> dict[str, Work]:
     works: dict[str, Work] = {
         "torchvision, image by image, 1 thread": with_threads(1, image_by_image),
         "torchvision, one draw for the batch, 1 thread": with_threads(1, lambda: pipeline(batch)),
-        "`Augmentation`, 1 thread": with_threads(1, lambda: augment(batch)),
-        f"`Augmentation`, {all_threads} threads": with_threads(all_threads, lambda: augment(batch)),
+        "`Augment`, 1 thread": with_threads(1, lambda: augment(batch)),
+        f"`Augment`, {all_threads} threads": with_threads(all_threads, lambda: augment(batch)),
     }
     if find_spec("kornia"):
         kornia = kornia_pipeline(augment, side)

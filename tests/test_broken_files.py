@@ -49,7 +49,7 @@ WAYS = {"cached": 8.0, "on the fly": 1e-9}
 @pytest.mark.parametrize("way", WAYS)
 def test_all_broken_files_of_all_splits_are_named_and_listed(photos, way):
     for _ in range(2):  # also once it is known
-        with pytest.raises(UserError, match="^3 images cannot be read") as error:
+        with pytest.raises(UserError, match=r"^3 images cannot be read") as error:
             ready(photos, cache_limit_gb=WAYS[way])
         message = str(error.value)
         assert message.startswith("3 images cannot be read. ")
