@@ -172,7 +172,8 @@ def test_the_recipe_takes_other_options_and_images_from_elsewhere(tmp_path, monk
 
 
 @pytest.mark.slow
-def test_the_recipe_trains_from_the_head_of_probe(photos, tmp_path):
+def test_the_recipe_trains_from_the_head_of_probe(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where features may be already
     torch.save(shufflenet_v2_x0_5().state_dict(), tmp_path / "weights.pth")
     small = [
         "--model.backbone=shufflenet_v2_x0_5",

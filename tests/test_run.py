@@ -354,7 +354,7 @@ CHANGES = [
     (["--model.weights=other.pth"], r"model\.weights=other\.pth differs from none"),
     (["--data.val_fraction=0.5"], r"data\.val_fraction=0\.5 differs from 0\.1"),
     (["--data.batch_size=10"], r"data\.batch_size=10 differs from 20"),
-    (["--data.augment.flip=0"], r"data\.augment\.flip=0\.0 differs from 0\.5"),
+    (["--data.augment.flip=0"], r"data\.augment\.flip=0\.0 differs from null"),
     (["--data=CIFAR10DataModule"], r"data=cifar_transfer.*\.CIFAR10DataModule differs from cifar_"),
     (["--seed_everything=1"], "seed_everything=1 differs from 0"),
     (["--freeze.batch_norm=train"], r"freeze\.batch_norm=train differs from eval"),
