@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,9 +119,9 @@ def test_only_what_failed_is_tried_again(compared, monkeypatch):
 
 
 @pytest.mark.slow
-def test_more_seeds_add_runs(compared, monkeypatch):
+def test_more_seeds_add_runs(compared, tmp_path, monkeypatch):
     """All networks have their run with one seed before the first one has that with the next."""
-    out, _ = compared
+    out = shutil.copytree(compared[0], tmp_path / "comparison")
     commands = failing_fits(monkeypatch)
     lenet, shufflenet = compare.compare(parse_contestants([LENET, SHUFFLENET]), 3, OPTIONS, out)
     seeds = [command[-2] for command in commands]
@@ -130,7 +131,7 @@ def test_more_seeds_add_runs(compared, monkeypatch):
         assert f"--model.backbone={name}" in command
     assert lenet.failures == [f"seed {seed} failed with exit status 3" for seed in (1, 2)]
     assert len(lenet.finished_runs) == len(shufflenet.finished_runs) == 1
-    with (out / "runs.csv").open() as file:
+    with (out / "comparison-runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["seed"] for row in rows] == ["0", "1", "2"] * 2
     assert [bool(row["failure"]) for row in rows] == [False, True, True] * 2

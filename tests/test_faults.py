@@ -16,7 +16,7 @@ from cifar_transfer.base.errors import one_sentence
 from cifar_transfer.commands import predict
 from cifar_transfer.commands.export import export
 from cifar_transfer.commands.figures import figures
-from cifar_transfer.results.comparison import ComparedNetwork, write_comparison
+from cifar_transfer.results.comparison import ComparedNetwork, ComparedRun, write_comparison
 
 RUN = "lightning_logs/version_0"
 JOB = [option for option in TINY if not option.startswith("--model.backbone")]
@@ -86,7 +86,7 @@ def of_commands(run, images, out):
     """What commands write, by name, and the calls that do it."""
     best = run / RUN / "checkpoints" / "best.ckpt"
     result = {"best/val_acc": 0.5, "parameters": 1, "seconds": 1, "images_per_second": 1}
-    network = ComparedNetwork("a", "a", scratch=True, result=result)
+    network = ComparedNetwork("a", "a", scratch=True, runs=[ComparedRun(0, result)])
     shown = [str(images), f"--ckpt={best}", "--accelerator=cpu"]
     return {
         "best.pth": lambda: export(str(best), "state_dict", str(out / "best.pth")),
@@ -107,10 +107,12 @@ def test_no_room_for_what_a_command_writes_keeps_what_was_there(run, tmp_path, c
     (out / name).parent.mkdir(parents=True)
     (out / name).write_bytes(b"of before")
     (out / "config.yaml").write_bytes((run / RUN / "config.yaml").read_bytes())
-    for path in (run / RUN).glob("events*"):
-        (out / path.name).write_bytes(path.read_bytes())
+    (out / "metrics.csv").write_bytes((run / RUN / "metrics.csv").read_bytes())
     call = of_commands(run, tmp_path / "photos", out)[name]
-    for path in ("comparison.md", "comparison.csv", "best.json", "figures/iterations.png"):
+    for path in (
+        *("comparison.md", "comparison.csv", "comparison.tex", "comparison-runs.csv"),
+        *("best.json", "figures/iterations.png"),
+    ):
         if path.startswith(name.partition(".")[0]) or path.startswith(name.partition("/")[0]):
             (out / path).write_bytes(b"")  # smaller than the limit
     before = sorted(path.name for path in out.rglob("*"))

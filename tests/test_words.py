@@ -55,7 +55,10 @@ def drawn(names):
     """Return the words of all figures, drawn with predictions for classes of these names."""
     classes = [(names[0], 0.6), (names[1], 0.4)]
     shown = ImagePrediction("1.png", np.zeros((3, 8, 8), np.uint8), classes)
-    all_figures = list(run_figures.prediction_figures(some_predictions(names), "test").values())
+    predictions = some_predictions(names)
+    all_figures = list(run_figures.prediction_figures(predictions, "test").values())
+    all_figures.append(plots.reliability(predictions.at_temperature(1.5)))
+    all_figures.append(plots.coverage(predictions))
     for frozen in ("backbone frozen", "partly frozen"):
         phases = Phases(frozen, [2, 3])
         all_figures.append(plots.curves_by_epoch(CURVES, phases))

@@ -141,8 +141,8 @@ def difference(network: ComparedNetwork, other: ComparedNetwork, split: str) -> 
 def write_comparison(networks: Sequence[ComparedNetwork], folder: Path) -> None:
     """Write the tables and, if a network has a result, the figure.
 
-    These are `comparison.md`, `.tex` and `.csv`, a row for each network; `runs.csv`, a row for each
-    run; and `comparison.png`.
+    These are `comparison.md`, `.tex` and `.csv`, a row for each network;
+    `comparison-runs.csv`, a row for each run; and `comparison.png`.
     """
     table = summary_table(networks)
     text = markdown(table)
@@ -152,7 +152,7 @@ def write_comparison(networks: Sequence[ComparedNetwork], folder: Path) -> None:
     write_text(folder / TABLE, text)
     write_text(folder / "comparison.tex", latex(table))
     write_csv(folder / "comparison.csv", numbers_table(networks))
-    write_csv(folder / "runs.csv", runs_table(networks))
+    write_csv(folder / "comparison-runs.csv", runs_table(networks))
     successful = [network for network in networks if network.finished_runs]
     if successful:
         plots.save(draw_comparison(successful), folder / FIGURE, dpi=110, bbox_inches="tight")

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
@@ -16,34 +17,40 @@ from cifar_transfer.training.run import Progress, RunFolder
 class MetricsLogger(Logger):
     """Log every figure of a run into its `metrics.csv`, from which its curves are drawn.
 
-    Nothing is written before the run has started.
-
     Args:
-        folder: Folder of the run, which is a callback of the same Trainer.
+        folder: Folder of the run. A `RunFolder`, which is a callback of the same Trainer, is
+            written into once the run has started.
         progress: How far a run had come that continues in place; None for a new one. What it has
             logged since is logged again.
     """
 
-    def __init__(self, folder: RunFolder, progress: Progress | None = None) -> None:
+    def __init__(self, folder: RunFolder | Path, progress: Progress | None = None) -> None:
         super().__init__()
         self._folder = folder
         self._progress = progress
         self._metrics: MetricsFile | None = None
 
     @property
-    def name(self) -> str:
-        """Name of the folder of the runs."""
-        return self._folder.path.parent.name
-
-    @property
-    def version(self) -> str:
-        """Name of the folder of the run."""
-        return self._folder.path.name
+    def folder(self) -> Path:
+        """Folder of the run."""
+        if isinstance(self._folder, RunFolder):
+            return self._folder.path
+        return self._folder
 
     @property
     def save_dir(self) -> str:
-        """Folder of the folder of the runs, as of Lightning's loggers."""
-        return str(self._folder.path.parent.parent)
+        """Folder of the run, below which Lightning looks for `name` and `version`."""
+        return str(self.folder)
+
+    @property
+    def name(self) -> str:
+        """Nothing: the run has no folder within its folder."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Nothing, as `name`."""
+        return ""
 
     @rank_zero_only
     def log_hyperparams(
@@ -60,7 +67,7 @@ class MetricsLogger(Logger):
                 the number of steps so far.
             step: The step, from 0; of figures of an epoch, the epoch, from 1.
         """
-        if not self._folder.started:
+        if isinstance(self._folder, RunFolder) and not self._folder.started:
             return
         if self._metrics is None:
             self._metrics = self._open()
@@ -75,10 +82,10 @@ class MetricsLogger(Logger):
             self._metrics.add(counted(int(epoch)), step, figures)
 
     def _open(self) -> MetricsFile:
-        run = self._folder.path
+        self.folder.mkdir(parents=True, exist_ok=True)
         if self._progress is not None:
-            trim_metrics(run, self._progress.epochs, self._progress.steps)
-        return MetricsFile(run)
+            trim_metrics(self.folder, self._progress.epochs, self._progress.steps)
+        return MetricsFile(self.folder)
 
     @rank_zero_only
     def save(self) -> None:
