@@ -108,10 +108,14 @@ CASES = {
     "validated twice an epoch": {"val_check_interval": 0.5},
     "no validation at the end": {"check_val_every_n_epoch": 2},
 }
+RARER = ("bf16-mixed", "growing images", "shared weights", "no validation at the end")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.whole] * (case in RARER)) for case in CASES],
+)
 def test_it_is_that_of_ten_lines_and_of_timm_from_its_first_step_on(tmp_path, monkeypatch, case):
     compile = nn.Module.compile
     monkeypatch.setattr(
@@ -217,7 +221,12 @@ def assert_same_run(one, other):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "number"),
-    [("training_step", 3), ("training_step", 8), ("training_step", 6), ("validation_step", 2)],
+    [
+        ("training_step", 3),
+        pytest.param("training_step", 8, marks=pytest.mark.whole),
+        pytest.param("training_step", 6, marks=pytest.mark.whole),
+        ("validation_step", 2),
+    ],
     ids=["frozen", "amid an epoch", "at its end", "in validation"],
 )
 def test_stopped_and_resumed_it_is_that_of_a_run_never_stopped(

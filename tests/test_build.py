@@ -60,6 +60,10 @@ TABLE: dict[str, dict] = {
 }
 # The larger networks of a family that has smaller ones, and BEiT, which other tests build too.
 LARGER = {
+    "vgg16",
+    "vit_b_16",
+    "timm/vit_base_patch16_224.augreg_in21k",
+    "timm/inception_resnet_v2",
     "vgg19",
     "resnet101",
     "resnet152",

@@ -217,8 +217,8 @@ class Unequal(ImageDataModule):
     ("data", "model"),
     [
         ({"class_weights": "balanced"}, {}),
-        ({"sampler": "balanced"}, {}),
-        ({}, {"label_smoothing": 0.3}),
+        pytest.param({"sampler": "balanced"}, {}, marks=pytest.mark.whole),
+        pytest.param({}, {"label_smoothing": 0.3}, marks=pytest.mark.whole),
     ],
     ids=["weights", "sampler", "smoothing"],
 )

@@ -446,7 +446,14 @@ def test_a_root_is_text_whatever_characters_it_has(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("root", ["1e5", "a: b", "~x"])
+@pytest.mark.parametrize(
+    "root",
+    [
+        "1e5",
+        pytest.param("a: b", marks=pytest.mark.whole),
+        pytest.param("~x", marks=pytest.mark.whole),
+    ],
+)
 def test_a_run_on_a_strange_root_is_resumed_and_evaluated(tmp_path, root):
     write_images(tmp_path / root / "train", 6)
     run_fit(tmp_path, *FIT, f"--data.root={root}", "--trainer.max_epochs=1")

@@ -316,7 +316,14 @@ def with_feature(features, column):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("constant", [0.0, 0.1, 1000.0])
+@pytest.mark.parametrize(
+    "constant",
+    [
+        pytest.param(0.0, marks=pytest.mark.whole),
+        0.1,
+        pytest.param(1000.0, marks=pytest.mark.whole),
+    ],
+)
 def test_a_feature_that_is_constant_in_training_changes_nothing(drawn, constant):
     """Rounding makes it vary a little, and test images have other values."""
     train, val, test = drawn
@@ -634,7 +641,11 @@ def fit_with_probe(folder, monkeypatch, state, *options):
     ("options", "message"),
     [
         (["--trainer.devices=1"], "Epoch 1: everything at rate 1e-30"),
-        (["--trainer.devices=2"], "Epoch 1: everything at rate 1e-30"),
+        pytest.param(
+            ["--trainer.devices=2"],
+            "Epoch 1: everything at rate 1e-30",
+            marks=pytest.mark.whole,
+        ),
         (["--freeze.unfreeze_epoch=0", "--model.lr=1e-30"], "Epoch 1: everything, "),
     ],
     ids=["one process", "two", "never frozen"],

@@ -167,7 +167,13 @@ class DotLogger(Logger):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", LOGGERS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.whole] * (kind in ("CSV", "fixed")))
+        for kind in LOGGERS
+    ],
+)
 def test_whatever_the_logger_each_run_has_a_folder_of_its_own(tmp_path, monkeypatch, capsys, kind):
     """The name of a folder has several spellings: "./x" is "x"."""
     monkeypatch.syspath_prepend(tmp_path)

@@ -72,7 +72,7 @@ CASES = NEVER | {
 MARKS = {
     "EMA": pytest.mark.slow,
     "EMA, twice an epoch": pytest.mark.whole,
-    "SWA": pytest.mark.slow,
+    "SWA": pytest.mark.whole,
 }
 
 
@@ -188,8 +188,8 @@ INTERVALS = {
     "case",
     [
         "validation at the end",
-        "twice an epoch",
-        "ended by max_steps",
+        pytest.param("twice an epoch", marks=pytest.mark.whole),
+        pytest.param("ended by max_steps", marks=pytest.mark.whole),
         pytest.param("after 4 of 6", marks=pytest.mark.whole),
         pytest.param("two batches a step", marks=pytest.mark.whole),
         pytest.param("ended by max_steps, continued to more", marks=pytest.mark.whole),

@@ -51,7 +51,7 @@ def stopped(*args, **kwargs):
     return result
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_of_two_processes_one_is_told_and_both_save_the_same_step(tmp_path):
     """89 images a process in batches of 2, without the single last one: 44 steps an epoch."""
     job = [*JOB, "--trainer.devices=2", "--trainer.max_epochs=3", "--data.batch_size=2"]
@@ -79,14 +79,9 @@ def test_of_two_processes_one_is_told_and_both_save_the_same_step(tmp_path):
         assert same, "in the order of the images"
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize(
-    ("number", "delay"),
-    [
-        (signal.SIGTERM, 1),
-        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.whole),
-        pytest.param(signal.SIGINT, 1, marks=pytest.mark.whole),
-    ],
+    ("number", "delay"), [(signal.SIGTERM, 1), (signal.SIGTERM, 0), (signal.SIGINT, 1)]
 )
 def test_told_to_stop_after_the_training_ends_with_the_signals_status(tmp_path, number, delay):
     """It is saved; the final test has begun a second later."""
