@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from cifar_transfer.data.cache import CACHE_FOLDER
 from cifar_transfer.data.geometry import Geometry
 from cifar_transfer.data.grey_values import Extremes, describe_range, range_of
 from cifar_transfer.data.images import read_image
+from cifar_transfer.data.labelled_folder import LabelledFolder
 from cifar_transfer.data.module import EarlierRun
 
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -76,6 +78,26 @@ def test_one_range_serves_all_files_of_a_data_set(tmp_path, kind, caplog):
     assert np.abs(bright[0, 0].astype(int) - BRIGHT).max() <= tolerance
     dark = data.images["test"].pixels(np.array([0]))
     assert np.abs(dark[0, 0].astype(int) - DARK).max() <= tolerance, "not stretched by itself"
+
+
+def test_new_images_have_the_range_of_the_training(tmp_path):
+    """`evaluate --root` scores a folder of test images alone, which may all be dark."""
+    ending, values, _ = KINDS["12 bits in 16"]
+    write(tmp_path, ending, values)
+    geometry = Geometry((16, 16), None, (0.5,) * 3, (0.2,) * 3, grey_range=(0, 4095))
+    data = LabelledFolder(tmp_path / "test", ["cat", "dog"], geometry)
+    data.prepare_data()
+    data.setup("test")
+    dark = data.images["test"].pixels(np.array([0]))
+    assert np.abs(dark[0, 0].astype(int) - DARK).max() <= 1
+
+
+def test_without_training_images_a_size_is_asked_for(tmp_path):
+    write(tmp_path, "png", GREY)
+    shutil.rmtree(tmp_path / "train")
+    data = ImageFolderDataModule(str(tmp_path))
+    with pytest.raises(UserError, match=r"has no training images, .* give decode_size\."):
+        data.setup("test")
 
 
 @pytest.mark.parametrize("kind", ["12 bits in 16", "floats to 16"])

@@ -148,8 +148,7 @@ def _find_new_images(ckpt: str, checkpoint: dict[str, Any], root: Path) -> Label
     folder = find_test_images(root, network.names_of_classes)
     if folder is None or (folder == root and _has_images_of_run(ckpt, checkpoint, root)):
         return None
-    geometry = network.geometry
-    return LabelledFolder(folder, network.names_of_classes, geometry.size, geometry.fit)
+    return LabelledFolder(folder, network.names_of_classes, network.geometry)
 
 
 def _has_images_of_run(ckpt: str, checkpoint: dict[str, Any], folder: Path) -> bool:

@@ -186,7 +186,11 @@ class FileDataModule(ImageDataModule):
         """Return the sizes of some training files."""
         if not self._sampled_sizes:
             files = self.files("train")
-            assert files is not None, "a data module without training images is told a size"
+            if files is None:
+                raise UserError(
+                    f"{self.folder} has no training images, whose size the others would get: give "
+                    f"decode_size."
+                )
             paths = self._paths_to_read("train")
             self._sampled_sizes = sample_sizes(paths, self.max_megapixels)
         return self._sampled_sizes

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_transfer.data.files import FileDataModule, Files
-from cifar_transfer.data.geometry import Fit, Size
+from cifar_transfer.data.geometry import Geometry
 from cifar_transfer.data.layout import class_files, class_folders, find_layout
 from cifar_transfer.data.left_aside import LeftAside
 from cifar_transfer.data.module import EarlierRun
@@ -19,17 +19,16 @@ class LabelledFolder(FileDataModule):
     Args:
         folder: The folder.
         class_names: Names of the network's classes, in the order of its outputs.
-        size: Height and width in pixels of the images that the network was trained on.
-        fit: How images of another shape are brought to that size.
+        geometry: What was done to the images that the network was trained on.
 
     Raises:
         UserError: A folder is no class's, or there are no images; when they are loaded.
     """
 
-    def __init__(self, folder: Path, class_names: Sequence[str], size: Size, fit: Fit) -> None:
-        super().__init__(folder, fit=fit)
+    def __init__(self, folder: Path, class_names: Sequence[str], geometry: Geometry) -> None:
+        super().__init__(folder, fit=geometry.fit)
         self._class_names = list(class_names)
-        self.continue_from(EarlierRun(size=size))
+        self.continue_from(EarlierRun(size=geometry.size, grey_range=geometry.grey_range))
 
     @property
     def class_names(self) -> list[str]:
