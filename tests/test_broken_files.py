@@ -143,6 +143,13 @@ def test_where_nothing_can_be_written_broken_files_are_left_out_too(photos, monk
         ready(photos)
 
 
+def test_how_images_are_resized_is_told_once(photos, caplog):
+    write_images(photos / "train", 1, size=(40, 20))
+    with pytest.warns(UserWarning, match="Left out"):
+        ready(photos, skip_broken=True)
+    assert caplog.text.count("Images become ") == 1
+
+
 def test_a_value_that_is_no_truth_is_refused(photos):
     with pytest.raises(UserError, match="skip_broken is 1: take true or false"):
         ImageFolderDataModule(str(photos), skip_broken=1)

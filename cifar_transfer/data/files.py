@@ -312,7 +312,7 @@ class FileDataModule(ImageDataModule):
         files = self.files(split)
         assert files is not None
         size = self.size or self.choose_size(None)
-        if split == "train":
+        if split == "train" and not are_checked:
             self._tell_resizing(size)
         self._content_numbers = {}
         images = self._file_images(files, size)
