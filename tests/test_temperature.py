@@ -109,6 +109,8 @@ def test_a_temperature_is_bounded_and_not_fitted_where_nothing_can_be_said():
     logits, labels = two_classes(3.0, 20, 3)
     of_test = calibrate(logits, labels, are_test_images=True)
     assert str(of_test) == "1, not fitted: the validation images are the test images"
+    few = calibrate(*two_classes(3.0, 10, 9))
+    assert str(few) == "1, not fitted: there are fewer than 20 validation images"
     half = fit_temperature(logits.half(), labels)
     assert half == pytest.approx(fit_temperature(logits, labels), rel=1e-9), "fitted in float64"
 

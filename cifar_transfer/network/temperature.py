@@ -12,6 +12,7 @@ from torch import Tensor, nn
 NO_TEMPERATURE = 1.0  # of a network whose temperature was never fitted
 MIN_TEMPERATURE = 0.1
 MAX_TEMPERATURE = 10.0
+MIN_IMAGES = 20  # fewer would say nothing of other images
 # Golden-section steps from the whole range to 1e-8 of it.
 NUM_STEPS = 40
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -50,12 +51,15 @@ def is_temperature(value: object) -> bool:
 def why_not_fitted(logits: Tensor, labels: Tensor) -> str | None:
     """Return why no temperature can be fitted to predictions; None if one can.
 
-    Where every image is right, the lower the temperature the better, without end.
+    Where every image is right, the lower the temperature the better, without end. A few images
+    would say nothing of others.
 
     Args:
         logits: Float [N, C].
         labels: True classes, int64 [N].
     """
+    if len(labels) < MIN_IMAGES:
+        return f"there are fewer than {MIN_IMAGES} validation images"
     if not logits.isfinite().all():
         return "some logits are NaN or infinite"
     if bool((logits.argmax(1) == labels).all()):
