@@ -74,7 +74,7 @@ class Files(NamedTuple):
 
 
 class FileDataModule(ImageDataModule):
-    """Base class of data modules of image files; a subclass has `list_files` and `class_names`.
+    """Base class of data modules of image files; a subclass has `list_files` and `read_classes`.
 
     Images are decoded once into a cache beside the data, unless that would exceed `cache_limit_gb`.
 
@@ -131,6 +131,7 @@ class FileDataModule(ImageDataModule):
             check("group", self.group, lambda text: isinstance(text, str), "a regular expression")
             self._groups = GroupNames(self.group, self.grouped_part)
         self._has_told_unmatched = False
+        self._train_classes: list[str] | None = None  # set by a subclass that has them
         self._content_numbers: dict[Split, np.ndarray] = {}  # of copies the same
         self._rows_never_read: dict[Split, np.ndarray] | None = None
         self.skip_broken: bool = as_primitive("skip_broken", skip_broken)
@@ -152,6 +153,29 @@ class FileDataModule(ImageDataModule):
             "group": self.group,
             "skip_broken": self.skip_broken,
         }
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes of the training images, sorted.
+
+        Without training images they are the classes of the run that is evaluated.
+
+        Raises:
+            UserError: They are not known.
+        """
+        if self._train_classes is not None:
+            return self._train_classes
+        if self._earlier.class_names is not None:
+            return list(self._earlier.class_names)
+        return self.read_classes()  # which says what is missing
+
+    def read_classes(self) -> list[str]:
+        """Return the names of the classes of the training images, sorted.
+
+        Raises:
+            UserError: There are no training images, or fewer than two classes.
+        """
+        raise NotImplementedError
 
     def list_files(self, split: Split) -> Files | None:
         """Return the files of a split, or None if the data have none of their own."""

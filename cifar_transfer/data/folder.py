@@ -55,9 +55,8 @@ class ImageFolderDataModule(FileDataModule):
                 "a share of the images in [0, 1), or null",
             )
         self._layout = find_layout(self.root)
-        self._train_classes: list[str] | None = None
         if not self._layout.is_for_evaluation:
-            self._train_classes = self._layout.class_names()
+            self._train_classes = self.read_classes()
         self._left_aside = LeftAside()
         self._has_told_left_aside = False
         self._unlabelled: set[Split] = set()  # those that were told of
@@ -65,20 +64,9 @@ class ImageFolderDataModule(FileDataModule):
             root=str(self.root), test_fraction=self.test_fraction, **self.file_options()
         )
 
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the folders in `train/`, sorted; bytes that are not UTF-8 are escaped.
-
-        Without that folder they are the classes of the run that is evaluated.
-
-        Raises:
-            UserError: They are not known.
-        """
-        if self._train_classes is not None:
-            return self._train_classes
-        if self._earlier.class_names is not None:
-            return list(self._earlier.class_names)
-        return self._layout.class_names()  # which says what is missing
+    def read_classes(self) -> list[str]:
+        """Return the names of the folders of classes, sorted; bytes not in UTF-8 are escaped."""
+        return self._layout.class_names()
 
     def held_out_test_fraction(self) -> float:
         """Return the share of the training images that is held out for the test."""

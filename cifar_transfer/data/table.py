@@ -66,9 +66,8 @@ class TableDataModule(FileDataModule):
                 self.tables[split] = user_path(names["tables"]) / user_path(table)
         super().__init__(self.tables["train"].parent, **options)
         self.columns = (image_column, label_column)
-        self._train_classes: list[str] | None = None
         if self.tables["train"].exists() or not self._is_for_evaluation():
-            self._train_classes = self._read_classes()
+            self._train_classes = self.read_classes()
         self.store_options(**names, **self.file_options())
 
     def _is_for_evaluation(self) -> bool:
@@ -76,22 +75,8 @@ class TableDataModule(FileDataModule):
         tables = [table for split, table in self.tables.items() if split != "train"]
         return any(table.exists() for table in tables)
 
-    @property
-    def class_names(self) -> list[str]:
-        """The labels in the training table, sorted.
-
-        Without that table they are the classes of the run that is evaluated.
-
-        Raises:
-            UserError: They are not known.
-        """
-        if self._train_classes is not None:
-            return self._train_classes
-        if self._earlier.class_names is not None:
-            return list(self._earlier.class_names)
-        return self._read_classes()  # which says what is missing
-
-    def _read_classes(self) -> list[str]:
+    def read_classes(self) -> list[str]:
+        """Return the labels in the training table, sorted."""
         table = self.tables["train"]
         names = {class_name(row) for row in read_rows(table, *self.columns)}
         if not names:
