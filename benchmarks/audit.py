@@ -151,7 +151,7 @@ def score_duplicates(extraction: Extraction) -> list[list[str]]:
     planted = torch.stack(copies)
     features: dict[Split, Features] = {split: extraction.features[split] for split in images.splits}
     last = images.splits[-1]
-    values = [features[last].views[0], _features(extraction, planted)]
+    values = [features[last].views[0][:], _features(extraction, planted)]
     labels = [features[last].labels, np.zeros(len(planted), np.int64)]
     features[last] = Features([np.concatenate(values)], np.concatenate(labels))
     compared = findings.compared_images([*images.batches(), planted])

@@ -11,19 +11,29 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RUN, TINY, quiet_trainer, run_fit, untouched, weights
+from conftest import RUN, TINY, quiet_trainer, run_fit, untouched, weights, write_images
 
-from cifar_transfer import Classifier, ShapesDataModule, TransferClassifier
+from cifar_transfer import (
+    Classifier,
+    ImageFolderDataModule,
+    ShapesDataModule,
+    TransferClassifier,
+)
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.commands import probe
 from cifar_transfer.commands.evaluate import evaluate
+from cifar_transfer.data.splits import SPLITS
 from cifar_transfer.features import extract as extraction
 from cifar_transfer.features import heads, logistic, standardise
+from cifar_transfer.features.chosen_rows import ChosenRows
 from cifar_transfer.features.extract import FeatureExtractor, Features, extract_features
 from cifar_transfer.features.new_head import set_head
 from cifar_transfer.features.standardise import fit_standardisation
 from cifar_transfer.features.store import FeatureFile, make_room
 from cifar_transfer.network.image_classifier import ImageClassifier, NetworkOptions
+from cifar_transfer.results import probe_table
+from cifar_transfer.results.intervals import mean_interval
+from cifar_transfer.results.probe_result import ProbedNetwork, ProbeResult
 from cifar_transfer.training import lightning_internals
 
 SIZES = {"train_images": 300, "test_images": 70}
@@ -421,6 +431,21 @@ def test_few_shots_draw_as_many_images_of_each_class(drawn, monkeypatch):
     assert len({sample.views[0].tobytes() for sample in samples}) == len(samples)
 
 
+def test_each_seed_draws_other_few_images(drawn, monkeypatch):
+    train, val, test = drawn
+    samples = []
+
+    def noted(sample, *rest):
+        samples.append(sample.views[0].tobytes())
+        return logistic.LinearHead(torch.zeros(4, 6), torch.zeros(4)), 1.0
+
+    monkeypatch.setattr(heads, "fit_logistic", noted)
+    for seed in (0, 1):
+        heads.few_shot(train, val, test, 4, fit_standardisation(train), seed)
+    assert len(samples) >= 4 * heads.NUM_DRAWS
+    assert len(set(samples)) == len(samples)
+
+
 def test_features_that_are_not_finite_are_refused(drawn):
     train, _, _ = drawn
     values = train.views[0].copy()
@@ -479,6 +504,184 @@ def probed(tmp_path_factory):
     return folder, done
 
 
+SEEDED = ["--model.image_size=32", "--features=kept", *TINY[2:]]
+
+
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory):
+    """A folder in which a backbone was probed with three seeds, and what was printed.
+
+    Before that, it was probed with the first of them alone.
+    """
+    folder = tmp_path_factory.mktemp("seeds")
+    torch.manual_seed(0)
+    network = TransferClassifier("lenet5", "none").network
+    torch.save(network.state_dict(), folder / "w.pth")
+    run_fit(folder, "lenet5=w.pth", *SEEDED, command="probe")
+    alone = json.loads(next(folder.glob("lightning_logs/probe/*/result.json")).read_text())
+    done = run_fit(folder, "lenet5=w.pth", *SEEDED, "--seeds=3", command="probe")
+    return folder, alone, done
+
+
+def results_of_seeds(folder):
+    (path,) = folder.glob("lightning_logs/probe/*/result.json")
+    content = json.loads(path.read_text())
+    others = content.pop("other_seeds")
+    return [content, *others]
+
+
+def test_seeds_share_the_features(seeded):
+    folder, alone, _ = seeded
+    assert alone["computed"] == 250
+    results = results_of_seeds(folder)
+    assert [result["computed"] for result in results] == [0, 0, 0]
+    assert len(files(folder / "kept")) == 3
+    figures = {(result["val"], result["test"], result["nearest_mean"]) for result in results}
+    assert len(figures) == 3, "each seed splits the images anew"
+
+
+def test_the_first_seed_is_that_of_a_probe_without_seeds(seeded):
+    folder, alone, _ = seeded
+    first = results_of_seeds(folder)[0]
+    alone = without_times(alone) | {"computed": 0}
+    del alone["other_seeds"]
+    assert without_times(first) == alone
+
+
+def test_the_tables_of_seeds_have_intervals(seeded):
+    folder, _, done = seeded
+    results = results_of_seeds(folder)
+    interval = mean_interval([100 * result["test"] for result in results])
+    row = next(line for line in done.stdout.splitlines() if line.startswith("| lenet5"))
+    assert f" {interval.text(2)} " in row
+    assert "over 3 seeds" in done.stdout
+    out = folder / "lightning_logs" / "probe"
+    assert "over 3 seeds" in (out / "probe.md").read_text()
+    with (out / "probe.csv").open(newline="") as file:
+        cells = next(csv.DictReader(file))
+    assert cells["seeds"] == "3"
+    assert cells["test (%)"] == f"{interval.mean:.2f}"
+    assert cells["test (%): deviation"] == f"{interval.deviation:.2f}"
+    with (out / "probe-runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["seed"] for row in rows] == ["0", "1", "2"]
+    assert [row["val (%)"] for row in rows] == [f"{100 * result['val']:.2f}" for result in results]
+
+
+def test_views_of_seeds_are_those_of_any_training_image(tmp_path):
+    """Validation images of the first seed are trained on with another, mirrored too."""
+    _, extractor = extract(tmp_path / "one", views=2)
+    data = extractor.data
+    trainer = quiet_trainer(use_distributed_sampler=False)
+    both = FeatureExtractor(
+        extractor.classifier, data, tmp_path / "one", 2, 1.0, splits_with_views=["train", "val"]
+    )
+    features = both.compute(trainer)
+    assert both.computed == len(data.images["val"]), "their mirror images"
+    rows = data.rows_with_seed(1)
+    anew = extraction.split_anew(features, rows)
+    with torch.inference_mode():
+        images = torch.cat([pixels(data.images["train"]), pixels(data.images["val"])])
+        mirrored = images[torch.from_numpy(rows["train"])].flip(3)
+        logits = extractor.classifier.network.fc(torch.from_numpy(anew["train"].views[1][:]))
+        torch.testing.assert_close(logits, extractor.classifier(mirrored), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"leave_out": "list.csv", "leave_out_splits": list(SPLITS)}]
+)
+def test_rows_with_a_seed_are_the_images_of_a_run_with_it(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "train", 30)
+    (tmp_path / "list.csv").write_text(
+        "\n".join(["image", "train/cat/001.png", "train/dog/002.png"])
+    )
+
+    def set_up(seed):
+        data = ImageFolderDataModule(root=str(tmp_path), val_fraction=0.3, seed=seed, **options)
+        data.prepare_data()
+        data.setup()
+        return data
+
+    data = set_up(0)
+    other = set_up(1)
+    rows = data.rows_with_seed(1)
+    names = [*data.names_of_images("train"), *data.names_of_images("val")]
+    for split in ("train", "val"):
+        assert [names[row] for row in rows[split]] == other.names_of_images(split)
+        assert other.names_of_images(split) != data.names_of_images(split)
+    assert len(names) == (58 if options else 60)
+
+
+@pytest.mark.parametrize("index", [slice(2, 5), slice(0, 100), np.array([3, 0, 3])])
+def test_chosen_rows_are_those_of_the_arrays_one_after_the_other(index):
+    arrays = [np.arange(8, dtype=np.float32).reshape(4, 2), np.full((3, 2), 9, np.float32)]
+    rows = np.array([6, 0, 4, 3, 1])
+    chosen = ChosenRows(arrays, rows)
+    array = np.concatenate(arrays)[rows]
+    assert len(chosen) == 5
+    assert chosen.shape == array.shape
+    np.testing.assert_array_equal(chosen[index], array[index])
+
+
+def probed_network(label, *tests):
+    """A network with an accuracy on the test images for each seed."""
+    results = []
+    for seed, test in enumerate(tests):
+        neighbours = dict.fromkeys(("1", "5", "20"), 0.5)
+        scores = {"balanced_accuracy": 0.5, "nearest_mean": 0.5, "nearest_neighbours": neighbours}
+        result = ProbeResult(
+            **{"label": label, "seed": seed, "val": 0.5, "test": test, "few_shot": {}, **scores},
+            **{"penalty": 1.0, "width": 2, "images_per_class": 9, "precision": "32-true"},
+            **{"computed": 0, "feature_seconds": 1.0, "head_seconds": 1.0},
+        )
+        results.append(result)
+    return ProbedNetwork(results)
+
+
+def test_differences_are_taken_seed_by_seed_to_the_best_network():
+    best = probed_network("best", 0.70, 0.80, 0.90)
+    other = probed_network("other", 0.69, 0.79, 0.89, 0.10)
+    heading, first, second = probe_table.short_table([other, best], [])
+    column = heading.index("difference (points)")
+    assert first[:2] == ["best", "80.00 ± 24.84"]
+    assert first[column] == ""
+    assert second[column] == "-1.00 ± 0.00", "the fourth seed has no other"
+    rows = probe_table.numbers_table([other, best], ["gone"])
+    column = rows[0].index("difference (points): from")
+    assert [row[column] for row in rows[1:]] == ["", "-1.00", ""]
+
+
+def test_without_test_images_seeds_are_compared_by_validation():
+    one = probed_network("one", None, None)
+    heading, row = probe_table.short_table([one], [])
+    assert row[heading.index("test (%)")] == ""
+    assert row[heading.index("val (%)")].startswith("50.00")
+
+
+@pytest.mark.filterwarnings("ignore:val_fraction=0")
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--seeds=0"], "--seeds is 0: take 1 to 1000"),
+        (["--seeds=many"], "--seeds"),
+        (["--seeds=2", "--seed_everything=1"], "probe sets the seeds itself"),
+        (["--seeds=2", "--data.val_fraction=0"], "none are: validation uses test images"),
+        (["--seeds=2", "--data.leave_out=LIST"], r"leave_out_splits=\[train,val\]"),
+    ],
+)
+def test_seeds_that_make_no_sense_are_refused(tmp_path, monkeypatch, options, match):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(FeatureExtractor, "_features", lambda *_: pytest.fail("computed"))
+    data = ShapesDataModule(train_images=200, test_images=50)
+    data.setup()
+    (tmp_path / "list.csv").write_text("\n".join(["image", *data.names["train"][:9]]))
+    options = [option.replace("LIST", "list.csv") for option in options]
+    with pytest.raises(UserError, match=match):
+        probe.main([f"{NETWORK}=none", *options, "--features=kept", *TINY[2:]])
+    assert not (tmp_path / "lightning_logs").exists()
+
+
 def read_result(folder):
     return json.loads((folder / PROBED / "result.json").read_text())
 
@@ -518,7 +721,7 @@ def test_a_backbone_that_fails_loses_no_other(probed):
 def test_the_table_has_the_figures_of_the_result(probed):
     folder, done = probed
     result = read_result(folder)
-    with (folder / "lightning_logs/probe/probe.csv").open(newline="") as file:
+    with (folder / "lightning_logs/probe/probe-runs.csv").open(newline="") as file:
         cells = next(csv.DictReader(file))
     assert cells["network"] == result["label"]
     assert cells["20-nearest (%)"] == f"{100 * result['nearest_neighbours']['20']:.2f}"

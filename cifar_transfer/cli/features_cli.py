@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from lightning import Trainer
 
 from cifar_transfer.base.errors import check
@@ -31,6 +32,8 @@ class Extraction(NamedTuple):
         features: Features of each split.
         computed: Number of images whose features were not on disk.
         seconds: Time that the features took.
+        rows_by_seed: Rows of other training and validation images by the seed that chooses them,
+            see `ImageDataModule.rows_with_seed`.
     """
 
     trainer: Trainer
@@ -39,6 +42,7 @@ class Extraction(NamedTuple):
     features: dict[Split, Features]
     computed: int
     seconds: float
+    rows_by_seed: dict[int, dict[Split, np.ndarray]]
 
 
 def parser(command: str, out: Path) -> PartParser:
@@ -82,6 +86,7 @@ def extract(
     fit_options: Sequence[str],
     out: Path,
     views: int = 1,
+    other_seeds: Sequence[int] = (),
 ) -> Extraction:
     """Extract the features of the data's images by a backbone.
 
@@ -91,10 +96,12 @@ def extract(
         fit_options: Options of `fit`.
         out: Folder to write to. It is checked before features are computed, which may take hours.
         views: Number of views of each training image, see `FeatureExtractor`.
+        other_seeds: Seeds that choose other validation images. Any image may then be one of
+            training, so that validation images have as many views.
 
     Raises:
-        UserError: A mistake in the options, the data or the weights, or a network whose head is no
-            linear layer.
+        UserError: A mistake in the options, the data or the weights, a network whose head is no
+            linear layer, or other seeds that choose no other images.
     """
     check("--limit_gb", options.limit_gb, lambda x: x > 0, "a positive number")
     recipes = [f"--config={file}" for file in options.config]
@@ -102,16 +109,30 @@ def extract(
     trainer = cli.trainer
     model = cli.model
     data = cli.datamodule
-    extractor = FeatureExtractor(model.classifier, data, options.features, views, options.limit_gb)
+    splits_with_views: list[Split] = ["train"]
+    if other_seeds:
+        splits_with_views.append("val")
+    extractor = FeatureExtractor(
+        model.classifier,
+        data,
+        options.features,
+        views,
+        options.limit_gb,
+        splits_with_views=splits_with_views,
+    )
     require_writable(out, "--out")
 
+    rows_by_seed: dict[int, dict[Split, np.ndarray]] = {}
+
     def settle() -> None:
-        """Have the network take up statistics and size of the images."""
+        """Have the network take up statistics and size of the images, and split them anew."""
         lightning_internals.attach(trainer, model, data)
         model.setup("test")
+        for seed in other_seeds:
+            rows_by_seed[seed] = data.rows_with_seed(seed)
 
     start = time.monotonic()
     with lightning_internals.without_requeued_state(trainer):
         features = extract_features(trainer, extractor, settle)
     seconds = time.monotonic() - start
-    return Extraction(trainer, model, data, features, extractor.computed, seconds)
+    return Extraction(trainer, model, data, features, extractor.computed, seconds, rows_by_seed)

@@ -12,6 +12,20 @@ from cifar_transfer.cli.parser_messages import plain_message
 HELP_HINT = "All options: --help"
 
 
+def refuse_seed(command: str, fit_options: Sequence[str]) -> None:
+    """Refuse the seed among the options of `fit` of a command that sets several itself.
+
+    Raises:
+        UserError: It is there.
+    """
+    for option in fit_options:
+        if option.partition("=")[0] == "--seed_everything":
+            raise UserError(
+                f"{command} sets the seeds itself: --seeds=5 takes 0 to 4; leave --seed_everything "
+                f"out."
+            )
+
+
 class Parser(jsonargparse.ArgumentParser):
     """A parser for a command that knows all of its options."""
 

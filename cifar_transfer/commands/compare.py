@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cifar_transfer.base.errors import UserError, check
+from cifar_transfer.base.errors import check
 from cifar_transfer.base.files import LOGS, make_folder, user_path, write_json
 from cifar_transfer.base.status_line import StatusLine
 from cifar_transfer.base.text import markdown
@@ -23,23 +23,21 @@ from cifar_transfer.cli.fit_process import (
     read_result,
     refuse_names_of_runs,
 )
-from cifar_transfer.cli.parsers import PartParser
+from cifar_transfer.cli.parsers import PartParser, refuse_seed
 from cifar_transfer.cli.recipes import RECIPE_FILE, check_recipe, with_recipe_files
 from cifar_transfer.network.contestant import Contestant, parse_contestants
 from cifar_transfer.results.comparison import (
     FIGURE,
-    NOTE,
     ComparedNetwork,
     ComparedRun,
-    number,
     short_table,
     write_comparison,
 )
+from cifar_transfer.results.intervals import MAX_SEEDS, SEEDS_NOTE, number
 
 OUT = Path(LOGS, "comparison")
 LOG = "fit.log"  # in the folder of a network and a seed: what its run prints
 PROGRESS_COLUMNS = ("seed", "val %", "test %", "minutes")
-MAX_SEEDS = 1000
 
 
 def main(args: Sequence[str]) -> int:
@@ -78,7 +76,8 @@ def main(args: Sequence[str]) -> int:
     )
     options, fit_options = parser.parse_known_args(with_recipe_files(args))
     check("--seeds", options.seeds, lambda n: 1 <= n <= MAX_SEEDS, f"1 to {MAX_SEEDS}")
-    _check(fit_options)
+    refuse_names_of_runs("compare", fit_options)
+    refuse_seed("compare", fit_options)
     recipes = [f"--config={file}" for file in options.config]
     backbones = parse_contestants(options.backbones)
     try:
@@ -87,21 +86,12 @@ def main(args: Sequence[str]) -> int:
         print("\nStopped; the same command continues.")
         return 130
     if options.seeds > 1:
-        print(f"\n{markdown(short_table(networks))}\n{NOTE.format(seeds=options.seeds)}", end="")
+        print(
+            f"\n{markdown(short_table(networks))}\n{SEEDS_NOTE.format(seeds=options.seeds)}", end=""
+        )
     print(f"\nlook at it  {options.out / FIGURE}, .md, .csv, .tex")
     any_failed = any(network.failures for network in networks)
     return int(any_failed)
-
-
-def _check(fit_options: Sequence[str]) -> None:
-    """Refuse options of `fit` that this command sets itself."""
-    refuse_names_of_runs("compare", fit_options)
-    for option in fit_options:
-        if option.partition("=")[0] == "--seed_everything":
-            raise UserError(
-                "compare sets the seeds itself: --seeds=5 takes 0 to 4; leave --seed_everything "
-                "out."
-            )
 
 
 def compare(

@@ -423,7 +423,7 @@ class FileDataModule(ImageDataModule):
             if files is not None:
                 names[split] = [f"{split}/{name}" for name in files.names]
                 labels[split] = files.labels
-        chosen = self.choose_splits(names, labels, self._keys_of_names)
+        chosen = self.choose_splits(names, labels, self.seed, self._keys_of_names)
         rows_never_read = {}
         for source, source_names in names.items():
             is_left = np.ones(len(source_names), dtype=bool)
@@ -433,9 +433,9 @@ class FileDataModule(ImageDataModule):
             rows_never_read[source] = np.flatnonzero(is_left)
         return rows_never_read
 
-    def _choose_splits(self) -> Splits:
+    def _choose_splits(self, seed: int) -> Splits:
         """Return which images are in which split; those that were never read are in none."""
-        chosen = super()._choose_splits()
+        chosen = super()._choose_splits(seed)
         if self._rows_never_read is None:
             return chosen
         rows = {}

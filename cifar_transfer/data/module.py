@@ -455,14 +455,17 @@ class ImageDataModule(LightningDataModule):
     def _split_images(self) -> None:
         """Fill `images`, and say so if the splits are others than before."""
         before = self._splits
-        chosen = self._choose_splits()
+        chosen = self._choose_splits(self.seed)
         self._splits = chosen
         self.images = self._images_by_split(chosen)
         if before is None or before.names != chosen.names or before.changes() != chosen.changes():
             self._report_splits(chosen)
 
-    def _choose_splits(self) -> Splits:
+    def _choose_splits(self, seed: int) -> Splits:
         """Return which of the loaded images are in which split.
+
+        Args:
+            seed: Seed of the validation images.
 
         Raises:
             UserError: There is nothing to train or to validate on, or a label is no class's.
@@ -476,7 +479,7 @@ class ImageDataModule(LightningDataModule):
                 labels[split] = images.labels
         if not names.get("train") and self._stage not in ("validate", "test", "predict"):
             raise UserError("There are no training images.")
-        chosen = self.choose_splits(names, labels, self.group_keys)
+        chosen = self.choose_splits(names, labels, seed, self.group_keys)
         needs_validation = self._stage not in ("test", "predict")
         if needs_validation and not chosen.names.get("val"):
             self._refuse_empty_validation(chosen.val_source)
@@ -486,6 +489,7 @@ class ImageDataModule(LightningDataModule):
         self,
         names: Mapping[Split, Sequence[str]],
         labels: Mapping[Split, np.ndarray],
+        seed: int,
         group_keys: GroupKeys,
     ) -> Splits:
         """Return which images are in which split, by the options and the earlier run.
@@ -493,6 +497,7 @@ class ImageDataModule(LightningDataModule):
         Args:
             names: Names of the images of each split that the data have.
             labels: Their labels, int64 [N].
+            seed: Seed of the validation images.
             group_keys: Tells which training images are held out together.
 
         Raises:
@@ -502,13 +507,49 @@ class ImageDataModule(LightningDataModule):
             names,
             labels,
             self.val_fraction,
-            self.seed,
+            seed,
             self._earlier.record,
             self.leave_out,
             _as_list(self.leave_out_splits),
             self.held_out_test_fraction(),
             group_keys,
         )
+
+    def rows_with_seed(self, seed: int) -> dict[Split, np.ndarray]:
+        """Return which images would be trained and validated on with another seed.
+
+        Known after `setup`. The test images are the same with each seed.
+
+        Returns:
+            For "train" and "val" the rows, int64, in `images["train"]` followed by `images["val"]`.
+
+        Raises:
+            UserError: No validation images are held out, or images that are left out of training
+                alone would be among those of validation.
+        """
+        assert self._splits is not None
+        if self._splits.val_source != "train" or self._earlier.record is not None:
+            raise UserError(
+                f"A seed chooses the images that are held out for validation, and none are: "
+                f"validation uses {self._splits.val_source} images, the same with each seed. Leave "
+                f"--seeds out."
+            )
+        if self.leave_out is not None and not {"train", "val"} <= set(
+            _as_list(self.leave_out_splits)
+        ):
+            raise UserError(
+                f"leave_out={self.leave_out} lists images that are trained on with one seed and "
+                f"validated on with another: leave them out of both, "
+                f"--data.leave_out_splits=[train,val]."
+            )
+        chosen = self._choose_splits(seed)
+        loaded_rows = np.concatenate([self._splits.rows["train"], self._splits.rows["val"]])
+        order = np.argsort(loaded_rows)
+        rows: dict[Split, np.ndarray] = {}
+        for split in ("train", "val"):
+            places = np.searchsorted(loaded_rows, chosen.rows[split], sorter=order)
+            rows[split] = order[places]
+        return rows
 
     def _images_by_split(self, chosen: Splits) -> dict[Split, Images]:
         """Return the loaded images of each split, without those that are left out."""

@@ -8,7 +8,7 @@ autocasts, `32-true` does not).
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,7 @@ from cifar_transfer.data.geometry import to_float
 from cifar_transfer.data.loading import rows_loader
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split
+from cifar_transfer.features.chosen_rows import ChosenRows, FeatureArray
 from cifar_transfer.features.store import (
     DEFAULT_LIMIT_GB,
     FeatureFile,
@@ -50,8 +51,30 @@ class Features(NamedTuple):
         labels: Classes of the images, int64 [N].
     """
 
-    views: list[np.ndarray]
+    views: list[FeatureArray]
     labels: np.ndarray
+
+
+def split_anew(
+    features: Mapping[Split, Features], rows: Mapping[Split, np.ndarray]
+) -> dict[Split, Features]:
+    """Return the features of other training and validation images; those of the test stay.
+
+    Args:
+        features: Features of each split; validation images have as many views as training images.
+        rows: For "train" and "val" the rows, int64, in the training images followed by the
+            validation images.
+    """
+    train = features["train"]
+    val = features["val"]
+    labels = np.concatenate([train.labels, val.labels])
+    anew = dict(features)
+    for split, split_rows in rows.items():
+        views: list[FeatureArray] = []
+        for arrays in zip(train.views, val.views, strict=True):
+            views.append(ChosenRows(arrays, split_rows))
+        anew[split] = Features(views, labels[split_rows])
+    return anew
 
 
 @dataclass(frozen=True)
@@ -77,6 +100,7 @@ class FeatureExtractor:
             augmented images.
         limit_gb: Limit of all features in the folder, 1e9 bytes each.
         test: Whether to compute features of the test images too.
+        splits_with_views: Splits whose images have so many views; those of the others have one.
 
     Attributes:
         computed: Number of images that `compute` had to compute, over all views and processes.
@@ -93,6 +117,7 @@ class FeatureExtractor:
         views: int = 1,
         limit_gb: float = DEFAULT_LIMIT_GB,
         test: bool = True,
+        splits_with_views: Sequence[Split] = ("train",),
     ) -> None:
         head = classifier.network.get_submodule(classifier.heads[0])
         if not isinstance(head, torch.nn.Linear) or head.bias is None:
@@ -106,6 +131,7 @@ class FeatureExtractor:
         self.views = views
         self.limit_gb = limit_gb
         self.test = test
+        self.splits_with_views = splits_with_views
         self.width = head.in_features
         self.computed = 0
 
@@ -160,7 +186,7 @@ class FeatureExtractor:
             if split == "test" and not self.test:
                 continue
             marks = images.marks().tobytes()
-            for view in range(self.views if split == "train" else 1):
+            for view in range(self.views if split in self.splits_with_views else 1):
                 augmentation = (self.data.augmentation, self.data.seed) if view > 1 else None
                 key = hashlib.sha256(backbone)
                 key.update(marks)

@@ -126,11 +126,12 @@ def few_shot(
     test: Features,
     num_classes: int,
     standardisation: Standardisation,
+    seed: int = 0,
 ) -> dict[str, list[float]]:
     """Return accuracies of logistic regression by the number of images of each class.
 
-    Each number is drawn `NUM_DRAWS` times; numbers that a class does not have are left out.
-    Features are standardised by all training images.
+    Each number is drawn `NUM_DRAWS` times, with each seed others; numbers that a class does not
+    have are left out. Features are standardised by all training images.
     """
     least = np.bincount(train.labels, minlength=num_classes).min()
     accuracies: dict[str, list[float]] = {}
@@ -139,7 +140,7 @@ def few_shot(
             break
         accuracies[str(shots)] = []
         for draw in range(NUM_DRAWS):
-            rows = _draw(train.labels, num_classes, shots, draw)
+            rows = _draw(train.labels, num_classes, shots, seed * NUM_DRAWS + draw)
             sample = Features([train.views[0][rows]], train.labels[rows])
             head, _ = fit_logistic(sample, val, num_classes, standardisation)
             accuracies[str(shots)].append(accuracy(head.logits(test), test.labels))
@@ -156,9 +157,14 @@ def _draw(labels: np.ndarray, num_classes: int, shots: int, draw: int) -> np.nda
 
 
 def evaluate_heads(
-    features: dict[Split, Features], num_classes: int
+    features: dict[Split, Features], num_classes: int, seed: int = 0
 ) -> tuple[LinearHead, HeadScores]:
     """Fit all heads on the training images, and return the best logistic regression and all scores.
+
+    Args:
+        features: Features of each split; "test" may be missing.
+        num_classes: Number of classes.
+        seed: Seed of the images that few-shot heads are fitted on.
 
     Raises:
         UserError: A feature is NaN or infinite.
@@ -181,7 +187,7 @@ def evaluate_heads(
         balanced_accuracy=balanced_accuracy(logits, queries.labels, num_classes),
         nearest_neighbours=neighbour_accuracies,
         nearest_mean=accuracy(mean_scores, queries.labels),
-        few_shot=few_shot(train, val, queries, num_classes, standardisation),
+        few_shot=few_shot(train, val, queries, num_classes, standardisation, seed),
         images_per_class=len(train.labels) // num_classes,
     )
     return head, scores

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cifar_transfer.base.errors import UserError
+from cifar_transfer.features.chosen_rows import FeatureArray
 from cifar_transfer.features.extract import Features
 
 BLOCK_IMAGES = 16384  # that are in memory at once
@@ -39,14 +40,14 @@ class Standardisation(NamedTuple):
     divisor: Tensor
 
 
-def blocks(values: np.ndarray) -> Iterator[Tensor]:
+def blocks(values: FeatureArray) -> Iterator[Tensor]:
     """Yield the rows of an array in blocks, float32 [B, D]."""
     for start in range(0, len(values), BLOCK_IMAGES):
         yield torch.from_numpy(np.array(values[start : start + BLOCK_IMAGES], np.float32))
 
 
 def standardised(
-    views: Sequence[np.ndarray], labels: np.ndarray, standardisation: Standardisation
+    views: Sequence[FeatureArray], labels: np.ndarray, standardisation: Standardisation
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield blocks of standardised features, float32 [B, D], and of labels, int64 [B]."""
     all_labels = torch.from_numpy(labels)

@@ -11,15 +11,20 @@ from matplotlib.figure import Figure
 from cifar_transfer.base.files import write_csv, write_text
 from cifar_transfer.base.text import latex, markdown
 from cifar_transfer.results import plots
-from cifar_transfer.results.intervals import Interval, mean_interval
+from cifar_transfer.results.intervals import (
+    SEEDS_NOTE,
+    Interval,
+    interval_cells,
+    interval_columns,
+    interval_of,
+    interval_text,
+    number,
+    paired_difference,
+)
 
 MARKERS = "os^Dvph<>X"
 FIGURE = "comparison.png"
 TABLE = "comparison.md"
-NOTE = (
-    "Mean ± half of the 95 % interval (Student's t) over {seeds} seeds. Differences are to the "
-    "first network, seed by seed.\n"
-)
 
 
 @dataclass(frozen=True)
@@ -108,34 +113,23 @@ class ComparedNetwork:
             value = run.value(key, factor)
             if value is not None:
                 values.append(value)
-        if not values:
+        interval = interval_of(values)
+        if interval is None:
             return None
-        return mean_interval(values).mean
+        return interval.mean
 
 
 def accuracy(network: ComparedNetwork, split: str) -> Interval | None:
     """Return the mean accuracy of a network on a split in per cent, or None if there is none."""
-    accuracies = network.accuracies(split)
-    if not accuracies:
-        return None
-    return mean_interval(list(accuracies.values()))
+    return interval_of(list(network.accuracies(split).values()))
 
 
 def difference(network: ComparedNetwork, other: ComparedNetwork, split: str) -> Interval | None:
     """Return how much more accurate a network is than another, in points, over the same seeds.
 
-    A seed chooses the same validation images, order and augmentation for both, so that pairs tell
-    more than the two means. None if no seed has both.
+    A seed chooses the same validation images, order and augmentation for both.
     """
-    accuracies = network.accuracies(split)
-    other_accuracies = other.accuracies(split)
-    differences = []
-    for seed, value in accuracies.items():
-        if seed in other_accuracies:
-            differences.append(value - other_accuracies[seed])
-    if not differences:
-        return None
-    return mean_interval(differences)
+    return paired_difference(network.accuracies(split), other.accuracies(split))
 
 
 def write_comparison(networks: Sequence[ComparedNetwork], folder: Path) -> None:
@@ -148,7 +142,7 @@ def write_comparison(networks: Sequence[ComparedNetwork], folder: Path) -> None:
     text = markdown(table)
     num_seeds = len(networks[0].runs)
     if num_seeds > 1:
-        text += f"\n{NOTE.format(seeds=num_seeds)}"
+        text += f"\n{SEEDS_NOTE.format(seeds=num_seeds)}"
     write_text(folder / TABLE, text)
     write_text(folder / "comparison.tex", latex(table))
     write_csv(folder / "comparison.csv", numbers_table(networks))
@@ -173,14 +167,14 @@ def summary_table(networks: Sequence[ComparedNetwork]) -> list[list[str]]:
         row = [
             _label(network),
             number(network.mean("parameters", 1e-6), 2),
-            _interval_text(accuracy(network, "test")),
-            _interval_text(accuracy(network, "val")),
+            interval_text(accuracy(network, "test")),
+            interval_text(accuracy(network, "val")),
         ]
         if has_differences:
             gained = None
             if network is not first:
                 gained = difference(network, first, split)
-            row.append(_interval_text(gained))
+            row.append(interval_text(gained))
         row.append(number(network.mean("seconds", 1 / 60), 1))
         row.append(number(network.mean("images_per_second"), 0))
         table.append(row)
@@ -201,9 +195,9 @@ def numbers_table(networks: Sequence[ComparedNetwork]) -> list[list[str]]:
             "network",
             "seeds",
             "parameters (M)",
-            *_interval_columns("test accuracy (%)"),
-            *_interval_columns("validation accuracy (%)"),
-            *_interval_columns("difference (points)"),
+            *interval_columns("test accuracy (%)"),
+            *interval_columns("validation accuracy (%)"),
+            *interval_columns("difference (points)"),
             "training time (min)",
             "images/s",
         ]
@@ -216,9 +210,9 @@ def numbers_table(networks: Sequence[ComparedNetwork]) -> list[list[str]]:
             _label(network),
             str(len(network.finished_runs)),
             number(network.mean("parameters", 1e-6), 2),
-            *_interval_cells(accuracy(network, "test")),
-            *_interval_cells(accuracy(network, "val")),
-            *_interval_cells(gained),
+            *interval_cells(accuracy(network, "test")),
+            *interval_cells(accuracy(network, "val")),
+            *interval_cells(gained),
             number(network.mean("seconds", 1 / 60), 1),
             number(network.mean("images_per_second"), 0),
         ]
@@ -256,35 +250,6 @@ def _common_split(networks: Sequence[ComparedNetwork]) -> str:
 def _label(network: ComparedNetwork) -> str:
     """Return the label of a network, with what failed."""
     return ": ".join([network.label, *network.failures])
-
-
-def _interval_text(interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    return interval.text(2)
-
-
-def _interval_columns(name: str) -> list[str]:
-    return [name, f"{name}: deviation", f"{name}: from", f"{name}: to"]
-
-
-def _interval_cells(interval: Interval | None) -> list[str]:
-    """Return mean, deviation, and both ends of the interval; empty where there is none."""
-    if interval is None:
-        return [""] * 4
-    mean, deviation, half_width = interval
-    if half_width is None:
-        return [number(mean, 2), "", "", ""]
-    low = number(mean - half_width, 2)
-    high = number(mean + half_width, 2)
-    return [number(mean, 2), number(deviation, 2), low, high]
-
-
-def number(value: float | None, decimals: int) -> str:
-    """Return a number with so many decimals; "" for None."""
-    if value is None:
-        return ""
-    return f"{value:.{decimals}f}"
 
 
 def draw_comparison(networks: Sequence[ComparedNetwork]) -> Figure:

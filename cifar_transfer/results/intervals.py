@@ -1,7 +1,7 @@
 """Means over several seeds, and how far they may be trusted."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -11,6 +11,12 @@ T_PERCENTILES = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+MAX_SEEDS = 1000  # of a command
+SEEDS_NOTE = (
+    "Mean ± half of the 95 % interval (Student's t) over {seeds} seeds. Differences are to the "
+    "first network, seed by seed.\n"
 )
 
 
@@ -44,3 +50,60 @@ def mean_interval(values: Sequence[float]) -> Interval:
     degrees = min(len(values) - 1, len(T_PERCENTILES))
     half_width = T_PERCENTILES[degrees - 1] * deviation / math.sqrt(len(values))
     return Interval(mean, deviation, half_width)
+
+
+def interval_of(values: Sequence[float]) -> Interval | None:
+    """Return the mean of values with its 95 % interval, or None if there are none."""
+    if not values:
+        return None
+    return mean_interval(values)
+
+
+def paired_difference(
+    values: Mapping[int, float], other_values: Mapping[int, float]
+) -> Interval | None:
+    """Return how much greater values are than others of the same seeds.
+
+    None if no seed has both. What a seed chooses is the same for both, so that pairs tell more than
+    the two means.
+
+    Args:
+        values: A value for each seed.
+        other_values: The same of what is compared with.
+    """
+    differences = []
+    for seed, value in values.items():
+        if seed in other_values:
+            differences.append(value - other_values[seed])
+    return interval_of(differences)
+
+
+def interval_text(interval: Interval | None) -> str:
+    """Return the cell of an interval in a table for people; "" for None."""
+    if interval is None:
+        return ""
+    return interval.text(2)
+
+
+def interval_columns(name: str) -> list[str]:
+    """Return the headings of `interval_cells`."""
+    return [name, f"{name}: deviation", f"{name}: from", f"{name}: to"]
+
+
+def interval_cells(interval: Interval | None) -> list[str]:
+    """Return mean, deviation, and both ends of the interval; empty where there is none."""
+    if interval is None:
+        return [""] * 4
+    mean, deviation, half_width = interval
+    if half_width is None:
+        return [number(mean, 2), "", "", ""]
+    low = number(mean - half_width, 2)
+    high = number(mean + half_width, 2)
+    return [number(mean, 2), number(deviation, 2), low, high]
+
+
+def number(value: float | None, decimals: int) -> str:
+    """Return a number with so many decimals; "" for None."""
+    if value is None:
+        return ""
+    return f"{value:.{decimals}f}"

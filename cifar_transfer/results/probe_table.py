@@ -1,161 +1,191 @@
-"""Results of `probe`: a table and a figure of what the frozen features of each backbone tell."""
+"""Tables and figure of `probe`: what the frozen features of each backbone tell of the classes."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from cifar_transfer.base.files import write_csv, write_json, write_text
+from cifar_transfer.base.files import write_csv, write_text
 from cifar_transfer.base.text import markdown
 from cifar_transfer.results import plots
+from cifar_transfer.results.intervals import (
+    SEEDS_NOTE,
+    interval_cells,
+    interval_columns,
+    interval_of,
+    interval_text,
+    number,
+)
+from cifar_transfer.results.probe_result import (
+    ACCURACIES,
+    TEST,
+    VALIDATION,
+    ProbedNetwork,
+    ProbeResult,
+)
 
 TABLE = "probe.md"
 TABLE_CSV = "probe.csv"
+RUNS_CSV = "probe-runs.csv"
 FIGURE = "probe.png"
-HEADINGS = [  # of the table, in the order of `row_cells`
-    "network",
-    "test (%)",
-    "balanced (%)",
-    "val (%)",
-    "1-nearest (%)",
-    "5-nearest (%)",
-    "20-nearest (%)",
-    "means (%)",
-    "1-shot (%)",
-    "5-shot (%)",
-    "10-shot (%)",
-    "50-shot (%)",
-    "features",
-    "images/s",
-    "features (s)",
-    "heads (s)",
-]
+DIFFERENCE = "difference (points)"
+FEATURES = ["features", "images/s", "features (s)", "heads (s)"]  # headings of `_feature_cells`
 
 
-@dataclass(frozen=True)
-class ProbeResult:
-    """What the frozen features of a backbone tell of the classes. Accuracies are shares of 1.
+def write_tables(
+    networks: Sequence[ProbedNetwork], failed_labels: Sequence[str], folder: Path
+) -> None:
+    """Write the tables and, if a network has a result, the figure.
 
-    Args:
-        label: Name of the backbone and its weights.
-        val: Accuracy of logistic regression on the validation images.
-        test: The same on the test images; None without any.
-        balanced_accuracy: Mean of the accuracies on each class of these images.
-        nearest_neighbours: Accuracy of a vote, by the number of neighbours that vote.
-        nearest_mean: Accuracy of the nearest class mean.
-        few_shot: Accuracies of several draws by the number of training images of a class.
-        penalty: L2 penalty of the logistic regression.
-        width: Number of features.
-        images_per_class: Training images of a class, on average.
-        precision: Precision in which the features were computed, "32-true" or "bf16-mixed".
-        computed: Number of images whose features were not on disk.
-        feature_seconds: Time that the features took.
-        head_seconds: Time that the heads took.
+    These are `probe.md` for people, and `probe.csv` for programs, a row for each network;
+    `probe-runs.csv`, a row for each network and seed; and `probe.png`.
     """
-
-    label: str
-    val: float
-    test: float | None
-    balanced_accuracy: float
-    nearest_neighbours: dict[str, float]
-    nearest_mean: float
-    few_shot: dict[str, list[float]]
-    penalty: float
-    width: int
-    images_per_class: int
-    precision: str
-    computed: int
-    feature_seconds: float
-    head_seconds: float
-
-    @property
-    def accuracy(self) -> float:
-        """Accuracy by which backbones are ranked: on the test images if there are any."""
-        return self.val if self.test is None else self.test
+    text = markdown(full_table(networks, failed_labels))
+    if have_seeds(networks):
+        text += f"\n{seeds_note(networks)}"
+    write_text(folder / TABLE, text)
+    write_csv(folder / TABLE_CSV, numbers_table(networks, failed_labels))
+    write_csv(folder / RUNS_CSV, runs_table(networks))
+    if networks:
+        plots.save(accuracy_figure(networks), folder / FIGURE)
 
 
-def write_result(path: Path, result: ProbeResult) -> None:
-    """Write a result as JSON."""
-    write_json(path, asdict(result))
+def have_seeds(networks: Sequence[ProbedNetwork]) -> bool:
+    """Return whether a network has results of several seeds."""
+    return any(len(network.results) > 1 for network in networks)
 
 
-def read_result(path: Path) -> ProbeResult:
-    """Return the result that `write_result` has written."""
-    return ProbeResult(**json.loads(path.read_text()))
+def seeds_note(networks: Sequence[ProbedNetwork]) -> str:
+    """Return what the intervals of a table are."""
+    num_seeds = max(len(network.results) for network in networks)
+    return SEEDS_NOTE.format(seeds=num_seeds)
 
 
-def row_cells(result: ProbeResult) -> list[str]:
-    """Return the cells of a backbone."""
+def full_table(networks: Sequence[ProbedNetwork], failed_labels: Sequence[str]) -> list[list[str]]:
+    """Return the table for people: a row for each network, the best first, the failed ones last.
+
+    Of several seeds it has intervals and differences.
+    """
+    has_seeds = have_seeds(networks)
+    ranked = _ranked(networks)
+    heading = ["network", *ACCURACIES, *FEATURES]
+    if has_seeds:
+        heading.append(DIFFERENCE)
+    table = [heading]
+    for network in ranked:
+        if has_seeds:
+            row = [network.label]
+            for accuracy in ACCURACIES:
+                row.append(interval_text(network.interval(accuracy)))
+            row += _feature_cells(network.first, network.head_seconds)
+            row.append(_difference_text(network, ranked))
+        else:
+            row = _run_cells(network.first)
+        table.append(row)
+    return table + _failed_rows(failed_labels, len(heading))
+
+
+def short_table(networks: Sequence[ProbedNetwork], failed_labels: Sequence[str]) -> list[list[str]]:
+    """Return the same with fewer columns, which fit into a terminal."""
+    has_seeds = have_seeds(networks)
+    ranked = _ranked(networks)
+    heading = ["network", TEST, VALIDATION]
+    if has_seeds:
+        heading.append(DIFFERENCE)
+    else:
+        heading.append("features (s)")
+    table = [heading]
+    for network in ranked:
+        row = [
+            network.label,
+            interval_text(network.interval(TEST)),
+            interval_text(network.interval(VALIDATION)),
+        ]
+        if has_seeds:
+            row.append(_difference_text(network, ranked))
+        else:
+            row.append(number(network.first.feature_seconds, 0))
+        table.append(row)
+    return table + _failed_rows(failed_labels, len(heading))
+
+
+def numbers_table(
+    networks: Sequence[ProbedNetwork], failed_labels: Sequence[str]
+) -> list[list[str]]:
+    """Return the table for programs, with a number in each cell."""
+    ranked = _ranked(networks)
+    heading = ["network", "seeds"]
+    for accuracy in ACCURACIES:
+        heading += interval_columns(accuracy)
+    heading += interval_columns(DIFFERENCE)
+    heading += FEATURES
+    table = [heading]
+    for network in ranked:
+        row = [network.label, str(len(network.results))]
+        for accuracy in ACCURACIES:
+            row += interval_cells(network.interval(accuracy))
+        gained = None
+        if network is not ranked[0]:
+            gained = network.difference(ranked[0], _common_accuracy(networks))
+        row += interval_cells(gained)
+        row += _feature_cells(network.first, network.head_seconds)
+        table.append(row)
+    return table + _failed_rows(failed_labels, len(heading))
+
+
+def runs_table(networks: Sequence[ProbedNetwork]) -> list[list[str]]:
+    """Return the table of all networks and seeds; few-shot cells are "mean ± deviation"."""
+    table = [["seed", "network", *ACCURACIES, *FEATURES]]
+    for network in _ranked(networks):
+        for result in network.results:
+            table.append([str(result.seed), *_run_cells(result)])
+    return table
+
+
+def _run_cells(result: ProbeResult) -> list[str]:
+    """Return the cells of one seed; those of few-shot heads have the deviation over the draws."""
+    row = [result.label]
+    for heading, percentage in result.accuracies.items():
+        draws = result.few_shot.get(heading.partition("-shot")[0])
+        if draws is None:
+            row.append(number(percentage, 2))
+        else:
+            row.append(f"{100 * np.mean(draws):.1f} ± {100 * np.std(draws):.1f}")
+    return row + _feature_cells(result, result.head_seconds)
+
+
+def _feature_cells(result: ProbeResult, head_seconds: float) -> list[str]:
+    """Return the number of features, and speed and times below `FEATURES`."""
+    speed = None  # if the features were on disk
+    if result.computed:
+        speed = result.computed / result.feature_seconds
     return [
-        result.label,
-        _percent(result.test),
-        _percent(result.balanced_accuracy),
-        _percent(result.val),
-        _percent(result.nearest_neighbours["1"]),
-        _percent(result.nearest_neighbours["5"]),
-        _percent(result.nearest_neighbours["20"]),
-        _percent(result.nearest_mean),
-        _mean_and_deviation(result.few_shot.get("1")),
-        _mean_and_deviation(result.few_shot.get("5")),
-        _mean_and_deviation(result.few_shot.get("10")),
-        _mean_and_deviation(result.few_shot.get("50")),
         str(result.width),
-        _images_per_second(result),
-        f"{result.feature_seconds:.0f}",
-        f"{result.head_seconds:.0f}",
+        number(speed, 0),
+        number(result.feature_seconds, 0),
+        number(head_seconds, 0),
     ]
 
 
-def _percent(share: float | None) -> str:
-    """Return a share of 1 in percent, or an empty cell."""
-    if share is None:
+def _difference_text(network: ProbedNetwork, ranked: Sequence[ProbedNetwork]) -> str:
+    """Return the difference of a network to the first one; "" for that one itself."""
+    if network is ranked[0]:
         return ""
-    return f"{100 * share:.2f}"
+    return interval_text(network.difference(ranked[0], _common_accuracy(ranked)))
 
 
-def _mean_and_deviation(shares: Sequence[float] | None) -> str:
-    """Return mean and standard deviation of shares in percent, or an empty cell."""
-    if shares is None:
-        return ""
-    return f"{100 * np.mean(shares):.1f} ± {100 * np.std(shares):.1f}"
+def _common_accuracy(networks: Sequence[ProbedNetwork]) -> str:
+    """Return the accuracy by which networks are compared: on test images if all have it."""
+    for network in networks:
+        if not network.by_seed(TEST):
+            return VALIDATION
+    return TEST
 
 
-def _images_per_second(result: ProbeResult) -> str:
-    """Return the speed of the features, or an empty cell if they were on disk."""
-    if result.computed == 0:
-        return ""
-    return f"{result.computed / result.feature_seconds:.0f}"
-
-
-def full_table(results: Sequence[ProbeResult], failed_labels: Sequence[str]) -> list[list[str]]:
-    """Return the headings and a row for each backbone, the best first, the failed ones last."""
-    table = [HEADINGS]
-    for result in _ranked(results):
-        table.append(row_cells(result))
-    return table + _failed_rows(failed_labels, len(table[0]))
-
-
-def short_table(results: Sequence[ProbeResult], failed_labels: Sequence[str]) -> list[list[str]]:
-    """Return the same with fewer columns, which fit into a terminal."""
-    table = [["network", "test (%)", "val (%)", "features (s)"]]
-    for result in _ranked(results):
-        table.append(
-            [
-                result.label,
-                _percent(result.test),
-                _percent(result.val),
-                f"{result.feature_seconds:.0f}",
-            ]
-        )
-    return table + _failed_rows(failed_labels, len(table[0]))
-
-
-def _ranked(results: Sequence[ProbeResult]) -> list[ProbeResult]:
-    """Return results, the most accurate first."""
-    return sorted(results, key=lambda result: result.accuracy, reverse=True)
+def _ranked(networks: Sequence[ProbedNetwork]) -> list[ProbedNetwork]:
+    """Return networks, the most accurate first."""
+    return sorted(networks, key=lambda network: network.accuracy, reverse=True)
 
 
 def _failed_rows(labels: Sequence[str], num_columns: int) -> list[list[str]]:
@@ -163,34 +193,38 @@ def _failed_rows(labels: Sequence[str], num_columns: int) -> list[list[str]]:
     return [[f"{label}: failed", *[""] * (num_columns - 1)] for label in labels]
 
 
-def write_tables(
-    results: Sequence[ProbeResult], failed_labels: Sequence[str], folder: Path
-) -> None:
-    """Write the table as Markdown and CSV, and the figure, into a folder."""
-    table = full_table(results, failed_labels)
-    write_text(folder / TABLE, markdown(table))
-    write_csv(folder / TABLE_CSV, table)
-    if results:
-        plots.save(accuracy_figure(results), folder / FIGURE)
-
-
-def accuracy_figure(results: Sequence[ProbeResult]) -> Figure:
+def accuracy_figure(networks: Sequence[ProbedNetwork]) -> Figure:
     """Draw the accuracy of logistic regression by the training images of a class.
 
-    There is a line for each backbone.
+    There is a line for each backbone. Of several seeds it is their mean with its 95 % interval, and
+    each seed is a small marker.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for number, result in enumerate(_ranked(results)):
-        accuracies = _accuracy_by_images(result)
-        axes.plot(
-            list(accuracies),
-            [100 * share for share in accuracies.values()],
-            "o-",
-            color=plots.COLOURS[number % len(plots.COLOURS)],
+    for index, network in enumerate(_ranked(networks)):
+        color = plots.COLOURS[index % len(plots.COLOURS)]
+        points = _accuracies_by_images(network)
+        means = []
+        half_widths = []
+        for percentages in points.values():
+            interval = interval_of(percentages)
+            assert interval is not None
+            means.append(interval.mean)
+            half_widths.append(interval.half_width or 0.0)
+        axes.errorbar(
+            list(points),
+            means,
+            yerr=half_widths if len(network.results) > 1 else None,
+            fmt="o-",
+            color=color,
             ms=4,
-            label=result.label,
+            capsize=3,
+            label=network.label,
         )
+        if len(network.results) > 1:
+            for num_images, percentages in points.items():
+                places = [num_images] * len(percentages)
+                axes.plot(places, percentages, "o", color=color, ms=2, alpha=0.6)
     axes.set(xlabel="training images of a class", ylabel="accuracy (%)", xscale="log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
@@ -198,10 +232,15 @@ def accuracy_figure(results: Sequence[ProbeResult]) -> Figure:
     return figure
 
 
-def _accuracy_by_images(result: ProbeResult) -> Mapping[int, float]:
-    """Return the accuracy by the number of training images of a class, that of all images last."""
-    accuracies: dict[int, float] = {}
-    for shots, draws in result.few_shot.items():
-        accuracies[int(shots)] = float(np.mean(draws))
-    accuracies[result.images_per_class] = result.accuracy
+def _accuracies_by_images(network: ProbedNetwork) -> Mapping[int, list[float]]:
+    """Return accuracies in per cent by the number of training images of a class.
+
+    There is one for each seed; those of few images are means over the draws, and those of all
+    images come last.
+    """
+    accuracies: dict[int, list[float]] = {}
+    for shots in network.first.few_shot:
+        accuracies[int(shots)] = list(network.by_seed(f"{shots}-shot (%)").values())
+    of_all = network.by_seed(TEST) or network.by_seed(VALIDATION)
+    accuracies[network.first.images_per_class] = list(of_all.values())
     return accuracies
