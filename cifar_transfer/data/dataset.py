@@ -11,14 +11,11 @@ from tqdm import tqdm
 from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.data.dataset_images import DatasetImages, dataset_grey_range, sample_sizes
+from cifar_transfer.data.decode_size import DecodeSize
 from cifar_transfer.data.geometry import (
     Fit,
     GreyRange,
     Size,
-    check_decode_size,
-    check_fit,
-    choose_size,
-    size_with_room,
 )
 from cifar_transfer.data.grey_values import describe_range
 from cifar_transfer.data.images import ArrayImages, Images
@@ -91,9 +88,8 @@ class DatasetDataModule(ImageDataModule):
                     f"len(dataset) and dataset[i]."
                 )
         self.decode_size: int | None = as_primitive("decode_size", decode_size)
-        check_decode_size(self.decode_size)
         self.fit: Fit = as_primitive("fit", fit)
-        check_fit(self.fit)
+        self._decode_size = DecodeSize(self.decode_size, self.fit, self._sample_sizes)
         self.memory_limit_gb: float = as_primitive("memory_limit_gb", memory_limit_gb)
         check("memory_limit_gb", self.memory_limit_gb, lambda size: size >= 0, "0 or more")
         self.keys = (image_key, label_key)
@@ -102,7 +98,6 @@ class DatasetDataModule(ImageDataModule):
             self.groups = [str(group) for group in groups]
             _check_groups(self.groups, len(train))
         self._class_names: list[str] | None = as_primitive("class_names", class_names)
-        self._sampled_sizes: list[Size] = []
         self._grey_range: GreyRange | None = None
         self._grey_range_is_known = False
         self.store_options(
@@ -138,15 +133,11 @@ class DatasetDataModule(ImageDataModule):
 
     def choose_size(self, largest_side: int | None) -> Size:
         """Return `decode_size`, or the size that suits the training images and the network."""
-        if self.decode_size is not None:
-            return self.decode_size, self.decode_size
-        return choose_size(self._file_sizes(), largest_side)
+        return self._decode_size.choose(largest_side)
 
-    def _file_sizes(self) -> list[Size]:
+    def _sample_sizes(self) -> list[Size]:
         """Return the sizes of some training images."""
-        if not self._sampled_sizes:
-            self._sampled_sizes = sample_sizes(self.datasets["train"], "train", *self.keys)
-        return self._sampled_sizes
+        return sample_sizes(self.datasets["train"], "train", *self.keys)
 
     def choose_grey_range(self) -> GreyRange | None:
         """Return the range of the grey values of the training images, which are read once for it.
@@ -172,7 +163,7 @@ class DatasetDataModule(ImageDataModule):
     def load_larger(self) -> Images | None:
         """Return the training images with room for crops, or None if they have no more pixels."""
         assert self.size is not None
-        size = size_with_room(self.size, self._file_sizes(), self.fit)
+        size = self._decode_size.with_room(self.size)
         if size == self.size:
             return None
         return self._load("train", size)

@@ -26,16 +26,13 @@ from cifar_transfer.data.broken_files import (
     still_broken,
 )
 from cifar_transfer.data.cache import cached, remembered
+from cifar_transfer.data.decode_size import DecodeSize
 from cifar_transfer.data.exact_duplicates import SplitFiles, content_numbers, copies_among
 from cifar_transfer.data.geometry import (
     Fit,
     GreyRange,
     Size,
-    check_decode_size,
-    check_fit,
-    choose_size,
     pixels,
-    size_with_room,
 )
 from cifar_transfer.data.grey_values import describe_range, find_grey_range, some_have_many
 from cifar_transfer.data.groups import GroupNames, with_copies_together
@@ -120,9 +117,8 @@ class FileDataModule(ImageDataModule):
         self.decode_size: int | None = as_primitive("decode_size", decode_size)
         self.cache_limit_gb: float = as_primitive("cache_limit_gb", cache_limit_gb)
         self.max_megapixels: float = as_primitive("max_megapixels", max_megapixels)
-        check_decode_size(self.decode_size)
         self.fit: Fit = as_primitive("fit", fit)
-        check_fit(self.fit)
+        self._decode_size = DecodeSize(self.decode_size, self.fit, self._sample_sizes)
         check("cache_limit_gb", self.cache_limit_gb, lambda size: size >= 0, "0 or more")
         check("max_megapixels", self.max_megapixels, lambda size: size > 0, "a positive number")
         self.group: str | None = as_primitive("group", group)
@@ -139,7 +135,6 @@ class FileDataModule(ImageDataModule):
             raise UserError(f"skip_broken is {self.skip_broken}: take true or false.")
         self.broken = BrokenFiles(folder)
         self._files: dict[Split, Files | None] = {}
-        self._sampled_sizes: list[Size] = []
         self._grey_range: GreyRange | None = None
         self._grey_range_is_known = False
 
@@ -202,22 +197,16 @@ class FileDataModule(ImageDataModule):
             UnreadableImages: None of the files that were looked at is an image. If only some are
                 not, whoever decodes them says so.
         """
-        if self.decode_size is not None:
-            return self.decode_size, self.decode_size
-        return choose_size(self._file_sizes(), largest_side)
+        return self._decode_size.choose(largest_side)
 
-    def _file_sizes(self) -> list[Size]:
+    def _sample_sizes(self) -> list[Size]:
         """Return the sizes of some training files."""
-        if not self._sampled_sizes:
-            files = self.files("train")
-            if files is None:
-                raise UserError(
-                    f"{self.folder} has no training images, whose size the others would get: give "
-                    f"decode_size."
-                )
-            paths = self._paths_to_read("train")
-            self._sampled_sizes = sample_sizes(paths, self.max_megapixels)
-        return self._sampled_sizes
+        if self.files("train") is None:
+            raise UserError(
+                f"{self.folder} has no training images, whose size the others would get: give "
+                f"decode_size."
+            )
+        return sample_sizes(self._paths_to_read("train"), self.max_megapixels)
 
     def choose_grey_range(self) -> GreyRange | None:
         """Return the range of the grey values of the training images, which are read once for it.
@@ -358,7 +347,7 @@ class FileDataModule(ImageDataModule):
         files = self.files("train")
         assert files is not None
         assert self.size is not None
-        size = size_with_room(self.size, self._file_sizes(), self.fit)
+        size = self._decode_size.with_room(self.size)
         if size == self.size:
             return None
         images = self._file_images(files, size)
@@ -383,11 +372,12 @@ class FileDataModule(ImageDataModule):
         )
 
     def _tell_resizing(self, size: Size) -> None:
-        other_sizes = [sampled for sampled in self._sampled_sizes if sampled != size]
+        sampled_sizes = self._decode_size.sampled_sizes
+        other_sizes = [sampled for sampled in sampled_sizes if sampled != size]
         if other_sizes:
             rank_zero_info(
                 f"Images become {pixels(size)} pixels when decoded, {FITTING[self.fit]}: "
-                f"{len(other_sizes):,} of {len(self._sampled_sizes):,} looked at have another size "
+                f"{len(other_sizes):,} of {len(sampled_sizes):,} looked at have another size "
                 f"(decode_size=N makes them N x N)"
             )
 

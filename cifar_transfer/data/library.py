@@ -16,13 +16,10 @@ from cifar_transfer.base.time_limit import within
 from cifar_transfer.data import cifar
 from cifar_transfer.data.cache import cached
 from cifar_transfer.data.dataset_images import DatasetImages, sample_sizes
+from cifar_transfer.data.decode_size import DecodeSize
 from cifar_transfer.data.geometry import (
     Fit,
     Size,
-    check_decode_size,
-    check_fit,
-    choose_size,
-    size_with_room,
 )
 from cifar_transfer.data.images import Images
 from cifar_transfer.data.module import ImageDataModule
@@ -96,15 +93,13 @@ class TorchvisionDataModule(ImageDataModule):
         check("root", root, lambda path: isinstance(path, str), "a folder")
         self.root = user_path(root)
         self.decode_size: int | None = as_primitive("decode_size", decode_size)
-        check_decode_size(self.decode_size)
         self.fit: Fit = as_primitive("fit", fit)
-        check_fit(self.fit)
+        self._decode_size = DecodeSize(self.decode_size, self.fit, self._sample_sizes)
         self.cache_limit_gb: float = as_primitive("cache_limit_gb", cache_limit_gb)
         check("cache_limit_gb", self.cache_limit_gb, lambda size: size >= 0, "0 or more")
         if self.name == "CIFAR10":
             self.statistics = "cifar10"
         self._datasets: dict[Split, Any] = {}
-        self._sampled_sizes: list[Size] = []
         self.store_options(
             name=self.name,
             root=str(self.root),
@@ -124,16 +119,11 @@ class TorchvisionDataModule(ImageDataModule):
 
     def choose_size(self, largest_side: int | None) -> Size:
         """Return `decode_size`, or the size that suits the training images and the network."""
-        if self.decode_size is not None:
-            return self.decode_size, self.decode_size
-        return choose_size(self._file_sizes(), largest_side)
+        return self._decode_size.choose(largest_side)
 
-    def _file_sizes(self) -> list[Size]:
+    def _sample_sizes(self) -> list[Size]:
         """Return the sizes of some training images."""
-        if not self._sampled_sizes:
-            train = self._dataset("train")
-            self._sampled_sizes = sample_sizes(train, self.name, "image", "label")
-        return self._sampled_sizes
+        return sample_sizes(self._dataset("train"), self.name, "image", "label")
 
     def load(self, split: Split) -> Images | None:
         """Return the images of a split, or None if the data set has no such split."""
@@ -145,7 +135,7 @@ class TorchvisionDataModule(ImageDataModule):
     def load_larger(self) -> Images | None:
         """Return the training images with room for crops, or None if they have no more pixels."""
         assert self.size is not None
-        size = size_with_room(self.size, self._file_sizes(), self.fit)
+        size = self._decode_size.with_room(self.size)
         if size == self.size:
             return None
         return self._load("train", size, f"{self.name}-train-larger")
