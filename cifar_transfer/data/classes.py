@@ -1,7 +1,7 @@
-"""Classes: whether data and network have the same ones, and what each weighs in the loss."""
+"""Classes: whether data and network have the same ones, and what each weighs in loss and scores."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ UNEQUAL_RATIO = (
     3  # images of the commonest class to those of the rarest, from which a hint is given
 )
 Balance = Literal["balanced"]
+Numbers = TypeVar("Numbers", np.ndarray, Tensor)
 
 
 def check_classes(network_names: Sequence[str], data_names: Sequence[str]) -> None:
@@ -139,3 +140,18 @@ def _range_of_counts(counts: np.ndarray, names: Sequence[str]) -> str:
         f"{counts[rarest]:,} ({names[rarest]}) to {counts[commonest]:,} ({names[commonest]}) "
         f"training images"
     )
+
+
+def mean_of_classes(scores: Numbers, num_images: Numbers) -> Numbers:
+    """Return the mean of a score of each class over the classes that have images.
+
+    That of the recall is the balanced accuracy, that of F1 the macro F1.
+
+    Args:
+        scores: Score of each class, [C]. That of a class without images may be anything.
+        num_images: Number of images of each class, [C].
+
+    Returns:
+        A scalar.
+    """
+    return scores[num_images > 0].mean()

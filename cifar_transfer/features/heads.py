@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cifar_transfer.data.classes import mean_of_classes
 from cifar_transfer.data.splits import Split
 from cifar_transfer.features.extract import Features
 from cifar_transfer.features.logistic import LinearHead, accuracy, fit_logistic
@@ -56,8 +57,7 @@ def balanced_accuracy(logits: Tensor, labels: np.ndarray, num_classes: int) -> f
     correct = logits.argmax(1).numpy() == labels
     counts = np.bincount(labels, minlength=num_classes)
     correct_counts = np.bincount(labels, correct, num_classes)
-    with_images = counts > 0
-    return float((correct_counts[with_images] / counts[with_images]).mean())
+    return float(mean_of_classes(correct_counts / counts.clip(1), counts))
 
 
 def nearest_mean(

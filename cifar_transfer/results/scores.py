@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from cifar_transfer.data.classes import mean_of_classes
 from cifar_transfer.network.temperature import NO_TEMPERATURE, nll
 from cifar_transfer.results.calibration import ConfidenceBins
 from cifar_transfer.results.coverage import THRESHOLDS, answered
@@ -36,7 +37,7 @@ class ClassScores:
     @property
     def balanced_accuracy(self) -> float:
         """Mean recall of the classes that have images."""
-        return float(self.recall[self.support > 0].mean())
+        return float(mean_of_classes(self.recall, self.support))
 
 
 @dataclass(frozen=True)

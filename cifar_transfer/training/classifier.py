@@ -21,7 +21,7 @@ from cifar_transfer.base.console import counted
 from cifar_transfer.base.errors import UserError, check, first_line
 from cifar_transfer.base.primitives import StoredOptions, as_primitive
 from cifar_transfer.data import splits
-from cifar_transfer.data.classes import check_classes
+from cifar_transfer.data.classes import check_classes, mean_of_classes
 from cifar_transfer.data.geometry import LARGEST_SIDE, Fit, GreyRange, Size, pixels, statistics
 from cifar_transfer.data.loading import ends_in_one_image
 from cifar_transfer.data.module import EarlierRun, ImageDataModule
@@ -868,10 +868,9 @@ def class_scores(counts: Tensor) -> dict[str, Tensor]:
     true_positives, false_positives, _, _, images = counts.T
     recall = true_positives / images
     f1 = 2 * true_positives / (images + true_positives + false_positives)
-    has_images = images > 0
     return {
-        "balanced_accuracy": recall[has_images].mean(),
-        "macro_f1": f1[has_images].mean(),
+        "balanced_accuracy": mean_of_classes(recall, images),
+        "macro_f1": mean_of_classes(f1, images),
     }
 
 
