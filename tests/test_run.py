@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import curves, run_fit, untouched, write_images
+from conftest import assert_same_weights, curves, run_fit, untouched, write_images
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
 
 from cifar_transfer.base.errors import UserError
@@ -360,7 +360,8 @@ CHANGES = [
     (["--model.weights=other.pth"], r"model\.weights=other\.pth differs from none"),
     (["--data.val_fraction=0.5"], r"data\.val_fraction=0\.5 differs from 0\.1"),
     (["--data.batch_size=10"], r"data\.batch_size=10 differs from 20"),
-    (["--data.augment.flip=0"], r"data\.augment\.flip=0\.0 differs from null"),
+    (["--data.augment.flip=0"], r"data\.augment\.flip=0\.0 differs from 0\.5"),
+    (["--data.augment=photos"], r"data\.augment\.preset=photos differs from cifar"),
     (["--data=CIFAR10DataModule"], r"data=cifar_transfer.*\.CIFAR10DataModule differs from cifar_"),
     (["--seed_everything=1"], "seed_everything=1 differs from 0"),
     (["--freeze.batch_norm=train"], r"freeze\.batch_norm=train differs from eval"),
@@ -415,6 +416,17 @@ def test_what_makes_no_other_run_may_change(again):
     outcome = fit([f"--resume={again}", *changes])
     assert outcome.best.parents[1] == again
     assert torch.load(again / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 2
+
+
+def test_values_of_the_preset_may_be_given_to_a_run_that_began_without(again):
+    """They are those that it has had."""
+    shutil.copytree(again, "lightning_logs/version_8")
+    fit([f"--resume={again}", "--trainer.max_epochs=3"])
+    same = ["--data.augment.flip=0.5", "--data.augment.preset=cifar"]
+    fit(["--resume=lightning_logs/version_8", "--trainer.max_epochs=3", *same])
+    last = Path("lightning_logs/version_8/checkpoints/last.ckpt")
+    assert torch.load(last, weights_only=True)["epoch"] == 2
+    assert_same_weights(last, again / "checkpoints/last.ckpt")
 
 
 def test_early_stopping_keeps_its_patience_from_python(again):

@@ -314,7 +314,11 @@ class FitCLI(PlainCLI):
         self._checkpoint = read_checkpoint(self.ckpt_path)
         state = resume.state_of_run(self._checkpoint)
         if state is not None:  # else the run was none of the command line
-            resume.check_configuration(state["config"], yaml.safe_load(self.config_text))
+            resume.check_configuration(
+                state["config"],
+                yaml.safe_load(self.config_text),
+                _stored_augment(self._checkpoint),
+            )
 
     def instantiate_classes(self) -> None:
         """Make data, model and Trainer; check that a run may continue, and lock its folder."""

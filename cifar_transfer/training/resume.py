@@ -91,17 +91,26 @@ def state_of_run(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return state
 
 
-def check_configuration(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_configuration(
+    before: Mapping[str, Any], now: Mapping[str, Any], augment: Mapping[str, Any] | None = None
+) -> None:
     """Refuse a command line that asks for another run than the one of a checkpoint.
 
     Args:
         before: Configuration of the run, as `config.yaml` has it.
         now: Configuration with which it would continue.
+        augment: Options of the run's augmentation with the values of its preset. An option that the
+            run was not given may be given now, with the value that it has had.
 
     Raises:
         UserError: An option that is not in `MAY_CHANGE` differs.
     """
-    refuse_changes(_options_of(before), _options_of(now), MAY_CHANGE)
+    options_before = _options_of(before)
+    options_now = _options_of(now)
+    for name, value in _flat({"data": {"augment": augment or {}}}).items():
+        if options_before.get(name) is None and options_now.get(name) is not None:
+            options_before[name] = value
+    refuse_changes(options_before, options_now, MAY_CHANGE)
 
 
 def check_checkpoint(
