@@ -21,6 +21,7 @@ from cifar_transfer.data.layout import find_layout
 from cifar_transfer.data.left_aside import LeftAside
 from cifar_transfer.data.module import EarlierRun
 from cifar_transfer.data.text_list import TextList
+from cifar_transfer.inference.sources import image_files
 
 NETWORK = ["--model.backbone=lenet5", "--model.weights=none", "--trainer.accelerator=cpu"]
 FOLDER = "--data=ImageFolderDataModule"
@@ -340,6 +341,32 @@ def test_predict_leaves_the_same_aside_and_says_so(strange, run, capsys):
     assert len(said.out.splitlines()) == 1 + 12
     (line,) = [line for line in said.err.splitlines() if line.startswith("Left aside")]
     assert kinds(line) == [kind for kind in kinds(SAID) if "beside" not in kind]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "num_files", "text"),
+    [
+        ("**/*.png", 12, "Left aside: 5 in @eaDir, 2 in __MACOSX, 2 in #recycle."),
+        ("train/*", 12, SAID.replace(", 1 beside the folders of classes", "")),
+        ("train/cat/*/*.png", 0, "Left aside: 2 in @eaDir, 2 in __MACOSX, 2 in #recycle."),
+        ("train/cat/@eaDir/*.png", 2, ""),
+        ("train/cat/.th*/*.png", 2, ""),
+        ("../FOLDER/*/dog/*.png", 6, ""),
+    ],
+)
+def test_a_pattern_passes_over_the_folders_that_systems_make(
+    strange, monkeypatch, pattern, num_files, text
+):
+    """Unless it spells their name."""
+    monkeypatch.chdir(strange)
+    (strange / "train" / "loose.png").unlink()
+    write_images(strange, 1, classes=["lightning_logs"])
+    left_aside = LeftAside()
+    errors = []
+    files = list(image_files([pattern.replace("FOLDER", strange.name)], errors.append, left_aside))
+    assert len(files) == num_files
+    assert len(errors) == (num_files == 0)
+    assert kinds(left_aside.text() or "") == kinds(text)
 
 
 def test_what_reads_heic_is_said():

@@ -59,6 +59,11 @@ class LeftAside:
         with suppress(OSError):
             self.counts[f"in {name}"] += len(os.listdir(path))
 
+    def add_file_in(self, folder_name: str) -> None:
+        """Count a file that lies in a folder that is not looked into, or below it."""
+        if folder_name not in OWN_FOLDERS:
+            self.counts[f"in {folder_name}"] += 1
+
     def add(self, kind: str) -> None:
         """Count a file of any other kind, such as "beside the folders of classes"."""
         self.counts[kind] += 1

@@ -1,17 +1,20 @@
 """Image files as a command line names them: files, folders, patterns, and `-` for a list."""
 
+import fnmatch
 import glob
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.images import EXTENSIONS
-from cifar_transfer.data.left_aside import LeftAside
+from cifar_transfer.data.left_aside import LeftAside, is_left_aside
 from cifar_transfer.data.listing import images_below
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+WILDCARDS = "*?["  # with which a pattern begins that spells no name
 
 
 def image_files(
@@ -46,7 +49,7 @@ def image_files(
         elif os.path.isdir(name):
             yield from _in_folder(name, on_error, left_aside)
         elif glob.has_magic(name) and not os.path.lexists(name):
-            yield from image_files(_matches(name, on_error), on_error, left_aside)
+            yield from image_files(_matches(name, on_error, left_aside), on_error, left_aside)
         else:
             yield name
 
@@ -70,12 +73,39 @@ def _in_folder(
         on_error(UserError(f"{folder} has no images, not below it either ({endings})."))
 
 
-def _matches(pattern: str, on_error: Callable[[UserError], None]) -> list[str]:
-    """Return the files and folders that match a pattern, sorted."""
-    matches = sorted(glob.iglob(pattern, recursive=True))
-    if "**" in pattern:
-        # It also matches what is in the folders.
-        matches = [match for match in matches if not os.path.isdir(match)]
+def _matches(
+    pattern: str, on_error: Callable[[UserError], None], left_aside: LeftAside
+) -> list[str]:
+    """Return the files and folders that match a pattern, sorted.
+
+    Those in hidden folders and in folders that systems make are passed over, as anywhere below a
+    folder, unless the pattern spells the name of the folder.
+    """
+    spelt_parts = [part for part in Path(pattern).parts if part[0] not in WILDCARDS]
+    matches = []
+    for match in sorted(glob.iglob(pattern, recursive=True)):
+        is_folder = os.path.isdir(match)
+        if is_folder and "**" in pattern:
+            continue  # the pattern also matches what is in it
+        folder_names = Path(match).parts
+        if not is_folder:
+            folder_names = folder_names[:-1]
+        system_folder = _first_left_aside(folder_names, spelt_parts)
+        if system_folder is None:
+            matches.append(match)
+        elif is_folder:
+            left_aside.add_folder(system_folder, match)
+        else:
+            left_aside.add_file_in(system_folder)
     if not matches:
         on_error(UserError(f"{pattern} matches no file."))
     return matches
+
+
+def _first_left_aside(folder_names: Sequence[str], spelt_parts: Sequence[str]) -> str | None:
+    """Return the first folder that is left aside and whose name no part of a pattern spells."""
+    for name in folder_names:
+        is_spelt = any(fnmatch.fnmatchcase(name, part) for part in spelt_parts)
+        if is_left_aside(name) and not is_spelt:
+            return name
+    return None
