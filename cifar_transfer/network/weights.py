@@ -1,8 +1,8 @@
 """Pretrained weights: chosen by name or file, and loaded into a network with another head."""
 
+import copy
 import difflib
 import sys
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -104,7 +104,12 @@ def load(
     state = _converted_by_timm(network, state, expected)
     for head in heads:
         state = _without_unfit_head(state, expected, head, unwanted)
-    usable: State = OrderedDict()
+    # Without the versions of modules, a state dict counts as the oldest, and torch and torchvision
+    # look for old names in it. MNASNet alone insists on a version, which a copy of its own has.
+    usable: State = {}
+    if isinstance(network, models.MNASNet):
+        usable = copy.copy(expected)
+        usable.clear()
     other_shapes = []
     for key, value in state.items():
         if key in expected and value.shape != expected[key].shape:
@@ -112,10 +117,6 @@ def load(
         else:
             usable[key] = value
     _refuse_values_that_are_not_finite(usable, source)
-    # Without the versions of modules, a state dict counts as the oldest, and torch and torchvision
-    # look for old names in it. MNASNet alone insists on a version.
-    if isinstance(network, models.MNASNet):
-        usable._metadata = expected._metadata  # type: ignore[attr-defined]
     result = network.load_state_dict(usable, strict=False)
     head_prefixes = tuple(f"{head}." for head in heads)
     problems = {
