@@ -33,6 +33,7 @@ from benchmarks.turns import QUARTILES, seconds, table
 from cifar_transfer import BackboneFreeze
 from cifar_transfer.base.errors import one_sentence
 from cifar_transfer.cli.fit_cli import FitCLI
+from cifar_transfer.training.lightning_internals import callbacks_of
 
 STEPS_PER_TURN = 8
 COUNTED_TURNS = 14
@@ -174,7 +175,7 @@ class Turns(Callback):
 
 
 def _freeze_callback(trainer: Trainer) -> BackboneFreeze:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
+    callbacks = callbacks_of(trainer)
     return next(callback for callback in callbacks if isinstance(callback, BackboneFreeze))
 
 
@@ -197,7 +198,7 @@ def main(args: Sequence[str]) -> None:
             f"--trainer.default_root_dir={folder}",
         ]
         cli = FitCLI([*options, *args])
-        cli.trainer.callbacks.append(turns)  # type: ignore[attr-defined] # set by a connector
+        callbacks_of(cli.trainer).append(turns)
         cli.trainer.fit(cli.model, cli.datamodule)
     for phase, times in turns.times.items():
         print(f"\n{phase}, {torch.get_num_threads()} threads, {cli.trainer.precision}:")

@@ -12,14 +12,16 @@ from lightning import LightningDataModule
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel, RandomDataset
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.profilers import SimpleProfiler
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.distributed import DistBackendError
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, lr_scheduler
+from torch.utils.data import DataLoader
 
 from cifar_transfer.cli import parser_messages
 from cifar_transfer.training import lightning_internals
@@ -53,6 +55,27 @@ def test_a_module_fits_also_while_it_validates():
 def test_a_trainer_lists_its_callbacks():
     trainer = quiet_trainer()
     assert lightning_internals.callbacks_of(trainer) == trainer.callbacks
+
+
+def test_a_trainer_has_the_data_module_that_it_was_given():
+    trainer = quiet_trainer(max_steps=1, limit_val_batches=0)
+    assert lightning_internals.data_of(trainer) is None
+    data = BoringDataModule()
+    trainer.fit(Model(), data)
+    assert lightning_internals.data_of(trainer) is data
+    assert trainer.datamodule is data
+
+
+@pytest.mark.parametrize(("fast_dev_run", "trial"), [(False, False), (True, True), (3, True)])
+def test_a_trainer_knows_whether_it_only_tries_the_code(fast_dev_run, trial):
+    trainer = quiet_trainer(fast_dev_run=fast_dev_run)
+    assert lightning_internals.is_trial(trainer) is trial
+
+
+def test_a_trainer_has_a_profiler():
+    profiler = SimpleProfiler()
+    assert lightning_internals.profiler_of(quiet_trainer(profiler=profiler)) is profiler
+    assert lightning_internals.profiler_of(quiet_trainer()).dirpath is None
 
 
 class LogsInEachStep(Model):
@@ -272,6 +295,35 @@ def test_a_checkpoint_tells_whether_its_epoch_was_over(fitted, tmp_path):
     assert ended("best.ckpt")
 
 
+class Tuned(Model):
+    """A module that notes the checkpoints that it is loaded from."""
+
+    def __init__(self):
+        super().__init__()
+        self.lr = 0.1
+        self.batch_size = 2
+        self.loaded_from = []
+
+    def train_dataloader(self):
+        return DataLoader(RandomDataset(32, 64), self.batch_size)
+
+    def on_load_checkpoint(self, checkpoint):
+        self.loaded_from.append(self.trainer.ckpt_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec")
+def test_the_checkpoints_of_the_tuner_are_told_by_their_names(tmp_path):
+    trainer = quiet_trainer(max_epochs=1, limit_val_batches=0, default_root_dir=tmp_path)
+    model = Tuned()
+    Tuner(trainer).scale_batch_size(model, max_trials=1, steps_per_trial=1)
+    after_sizes = len(model.loaded_from)
+    Tuner(trainer).lr_find(model, num_training=3, early_stop_threshold=None)
+    assert 0 < after_sizes < len(model.loaded_from), "both load their own"
+    assert all(map(lightning_internals.is_temporary, model.loaded_from))
+    for of_the_user in (None, "last.ckpt", tmp_path / "best.ckpt"):
+        assert not lightning_internals.is_temporary(of_the_user)
+
+
 class Steps(Callback):
     """A callback that notes the epoch and the batch of each step."""
 
@@ -359,6 +411,26 @@ def test_an_evaluation_in_a_slurm_job_leaves_the_weights_as_they_are(tmp_path, s
     assert torch.equal(model.state_dict()["layer.weight"], weights["layer.weight"])
     trainer.validate(model, verbose=False)
     assert not torch.equal(model.state_dict()["layer.weight"], weights["layer.weight"])
+
+
+def test_a_slurm_job_goes_on_with_the_checkpoint_that_lightning_takes(tmp_path, slurm):
+    options = {"limit_train_batches": 1, "limit_val_batches": 0, "default_root_dir": tmp_path}
+    trainer = quiet_trainer(max_epochs=1, **options)
+    trainer.fit(Model())
+    assert lightning_internals.requeued_checkpoint(tmp_path) is None
+    for number in (2, 10):
+        trainer.save_checkpoint(tmp_path / f"hpc_ckpt_{number}.ckpt")
+    resumed = quiet_trainer(max_epochs=2, plugins=[SLURMEnvironment()], **options)
+    taken = lightning_internals.requeued_checkpoint(tmp_path)
+    assert taken == tmp_path / "hpc_ckpt_10.ckpt"
+    model = Tuned()
+    resumed.fit(model)
+    assert model.loaded_from == [str(taken)]
+
+
+def test_outside_of_slurm_no_job_goes_on(tmp_path):
+    Path(tmp_path, "hpc_ckpt_1.ckpt").touch()
+    assert lightning_internals.requeued_checkpoint(tmp_path) is None
 
 
 def test_lightning_has_no_handler_that_requeues_outside_of_slurm():

@@ -53,8 +53,10 @@ from cifar_transfer.training.ema import ExponentialMovingAverage
 from cifar_transfer.training.image_sizes import ImageSizes
 from cifar_transfer.training.lightning_internals import (
     callbacks_of,
+    data_of,
     is_fitting,
     is_temporary,
+    log_interval,
     trainer_of,
 )
 from cifar_transfer.training.loss import LossOptions, Teacher, TrainingLoss
@@ -96,7 +98,11 @@ class TransferClassifier(LightningModule):
         for each epoch:
             training_step             mix its images, if that is asked for; loss of the batch;
                                       count it and its accuracy
+            (the optimizer steps; with `ema` the average of the weights follows)
+            lr_scheduler_step         step "linear" or "cosine"
+            (with `ema` the average takes the place of the weights)
             validation_step           add a batch to val/loss and val/acc
+            (the weights are back)
             on_validation_epoch_end   keep val/loss and val/acc, log them by step
             (best.ckpt is written)
             on_train_epoch_end        log the epoch's figures; step ReduceLROnPlateau with val/loss
@@ -421,7 +427,10 @@ class TransferClassifier(LightningModule):
             )
 
     def _data_module(self) -> Any:
-        return getattr(trainer_of(self), "datamodule", None)
+        trainer = trainer_of(self)
+        if trainer is None:
+            return None
+        return data_of(trainer)
 
     def _choose_statistics(self, data: Any) -> None:
         """Take the channel statistics of the data, unless the options name others."""
@@ -669,9 +678,9 @@ class TransferClassifier(LightningModule):
         trainer = trainer_of(self)
         if trainer is None:
             return False
-        interval = trainer.log_every_n_steps  # type: ignore[attr-defined] # set by a connector
         if trainer.is_last_batch:
             return True
+        interval = log_interval(trainer)
         return bool(interval) and (trainer.global_step + 1) % interval == 0
 
     def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -786,8 +795,7 @@ class TransferClassifier(LightningModule):
         """Add what prediction needs to know of the network, and what a resume needs."""
         checkpoint[VERSION_KEY] = __version__
         checkpoint[NETWORK_KEY] = self.classifier.description.to_primitives()
-        data = getattr(trainer_of(self), "datamodule", None)
-        recorded_run = getattr(data, "recorded_run", None)
+        recorded_run = getattr(self._data_module(), "recorded_run", None)
         if recorded_run is not None:
             checkpoint[RECORDED_RUN_KEY] = recorded_run
         if self.weight_average is not None:

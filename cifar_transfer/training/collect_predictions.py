@@ -13,6 +13,7 @@ from cifar_transfer.network.temperature import NO_TEMPERATURE
 from cifar_transfer.results.predictions import Predictions
 from cifar_transfer.results.thumbnails import thumbnails
 from cifar_transfer.training.classifier import TransferClassifier
+from cifar_transfer.training.lightning_internals import data_of
 
 MAX_MISTAKES_KEPT = 32  # whose images are kept, and as many images that are predicted correctly
 MAX_THUMBNAIL_SIDE = 96  # pixels
@@ -66,7 +67,7 @@ class CollectPredictions(Callback):
         logits = logits[rows.argsort()].cpu()
         images: Images = loader.dataset
         labels = torch.from_numpy(images.labels)
-        class_names = trainer.datamodule.class_names  # type: ignore[attr-defined]
+        class_names = data_of(trainer).class_names
         temperature = NO_TEMPERATURE
         if isinstance(pl_module, TransferClassifier):
             temperature = pl_module.classifier.temperature

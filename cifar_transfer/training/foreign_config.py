@@ -9,7 +9,7 @@ from lightning import Trainer
 
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.files import CONFIG
-from cifar_transfer.training.lightning_internals import callbacks_of
+from cifar_transfer.training.lightning_internals import callbacks_of, profiler_of
 
 
 def import_nothing_else(args: Sequence[str]) -> None:
@@ -42,8 +42,7 @@ def check_places(trainer: Trainer, run: Path) -> None:
     Raises:
         UserError: A callback, a logger or the profiler would write elsewhere.
     """
-    profiler = trainer.profiler  # type: ignore[attr-defined] # set by a connector
-    for writer in [*callbacks_of(trainer), *trainer.loggers, profiler]:
+    for writer in [*callbacks_of(trainer), *trainer.loggers, profiler_of(trainer)]:
         for attribute in ("dirpath", "log_dir"):
             place = getattr(writer, attribute, None)
             if place and not Path(place).resolve().is_relative_to(run.parent):

@@ -59,7 +59,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
 from cifar_transfer.base.console import counted, say, styled
@@ -103,6 +102,7 @@ OPTIONS = (
     "mode",
 )
 CYAN = 36  # ANSI's number
+BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class BackboneFreeze(Callback):
@@ -291,7 +291,7 @@ class BackboneFreeze(Callback):
         self.plan = self._make_plan(pl_module, stages)
         self._check_plan(trainer)
         is_resumed = trainer.ckpt_path is not None
-        if self.probe and not is_resumed and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.probe and not is_resumed and not lightning_internals.is_trial(trainer):
             _begin_with_logistic(trainer, pl_module)
         names_by_phase = []
         for phase in self.plan:
@@ -327,7 +327,7 @@ class BackboneFreeze(Callback):
     def _warn_of_missed_phases(self, trainer: Trainer) -> None:
         """Warn if the run ends before a phase begins."""
         epochs = trainer.max_epochs
-        if epochs is None or epochs < 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if epochs is None or epochs < 0 or lightning_internals.is_trial(trainer):
             return
         for phase in self.plan:
             if phase.epoch is not None and phase.epoch >= epochs:
@@ -485,7 +485,7 @@ class BackboneFreeze(Callback):
         frozen = frozen_modules(module, self._first_phases, self.phase)
         if self.batch_norm == "fixed":
             for submodule in module.modules():
-                if isinstance(submodule, _BatchNorm):
+                if isinstance(submodule, BATCH_NORM):
                     frozen.add(submodule)
         for submodule in frozen:
             if submodule.training:
@@ -605,7 +605,7 @@ def _begin_with_logistic(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         UserError: The backbone has learned nothing, or module or data are not of this package.
     """
-    data = getattr(trainer, "datamodule", None)
+    data = lightning_internals.data_of(trainer)
     classifier = getattr(module, "classifier", None)
     if not isinstance(data, ImageDataModule) or not isinstance(classifier, ImageClassifier):
         raise UserError(

@@ -19,6 +19,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import DummyExperiment
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
@@ -54,6 +55,30 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     A connector sets the attribute, which the class does not declare. Since Lightning 2.0.
     """
     return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def data_of(trainer: Trainer) -> Any:
+    """Return the data module of a trainer, or None if it was given loaders.
+
+    A connector sets the attribute, which the class does not declare. Since Lightning 2.0.
+    """
+    return trainer.datamodule  # type: ignore[attr-defined]
+
+
+def is_trial(trainer: Trainer) -> bool:
+    """Return whether a trainer only tries the code with a few batches, as `fast_dev_run` asks.
+
+    A connector sets the attribute, which the class does not declare. Since Lightning 2.0.
+    """
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def profiler_of(trainer: Trainer) -> Profiler:
+    """Return the profiler of a trainer; without one it has one that measures nothing.
+
+    A connector sets the attribute, which the class does not declare. Since Lightning 2.0.
+    """
+    return trainer.profiler  # type: ignore[attr-defined]
 
 
 def log_interval(trainer: Trainer) -> int:
@@ -175,10 +200,9 @@ def move_profiler(trainer: Trainer, source: Path, target: Path) -> None:
     """Have a profiler that would write into one folder write into another one.
 
     The Trainer sets its profiler up before any callback, with the folder that `log_dir` names at
-    that time, and no later call to `setup` changes it. A connector sets the attribute. Since
-    Lightning 2.0.
+    that time, and no later call to `setup` changes it. Since Lightning 2.0.
     """
-    profiler = trainer.profiler  # type: ignore[attr-defined]
+    profiler = profiler_of(trainer)
     if profiler.dirpath == str(source):
         profiler.dirpath = str(target)
 

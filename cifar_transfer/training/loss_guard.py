@@ -12,7 +12,11 @@ from cifar_transfer.base.console import counted
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.training.freeze import BackboneFreeze
-from cifar_transfer.training.lightning_internals import callbacks_of, has_gradient_scaler
+from cifar_transfer.training.lightning_internals import (
+    callbacks_of,
+    data_of,
+    has_gradient_scaler,
+)
 from cifar_transfer.training.loss import TrainingLoss
 
 STEPS_BETWEEN_CHECKS = 10  # each check waits for the device
@@ -87,7 +91,7 @@ class LossGuard(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn at the end of the frozen epochs if the head has learned nothing."""
-        data = getattr(trainer, "datamodule", None)
+        data = data_of(trainer)
         enough_steps = trainer.global_step >= MIN_STEPS_TO_LEARN
         if (
             not isinstance(data, ImageDataModule)

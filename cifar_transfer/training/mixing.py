@@ -13,7 +13,7 @@ from cifar_transfer.base.console import say, styled
 from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.data.geometry import to_float
-from cifar_transfer.training.lightning_internals import count_training_batches
+from cifar_transfer.training.lightning_internals import count_training_batches, is_trial
 from cifar_transfer.training.phases import describe_epochs
 
 ALPHAS = (0.001, 1000.0)  # least and greatest; torch's distribution is exact within
@@ -113,7 +113,7 @@ class BatchMixing(Callback):
                 f"run: set --trainer.max_epochs."
             )
         self._end = epochs - self.options.mix_off_epochs
-        if self._end <= 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._end <= 0 and not is_trial(trainer):
             rank_zero_warn(
                 f"No image is mixed, because the run has {epochs} epochs and "
                 f"mix_off_epochs={self.options.mix_off_epochs} leaves that many out."

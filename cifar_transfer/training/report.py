@@ -27,6 +27,7 @@ from cifar_transfer.training.classifier import TransferClassifier
 from cifar_transfer.training.freeze import BackboneFreeze
 from cifar_transfer.training.lightning_internals import (
     callbacks_of,
+    data_of,
     log_interval,
     set_log_interval,
 )
@@ -114,7 +115,7 @@ class Report(Callback):
     def _draw_augmented_images(
         self, trainer: Trainer, pl_module: TransferClassifier, run: Path
     ) -> None:
-        data = getattr(trainer, "datamodule", None)
+        data = data_of(trainer)
         if not isinstance(data, ImageDataModule):
             return
         side = pl_module.side_at(1, 1)  # at the end of the run

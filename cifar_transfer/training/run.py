@@ -177,7 +177,7 @@ class RunFolder(Callback):
     def _start(self, trainer: Trainer) -> None:
         if self.started:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined] # the command line has always one
+        data = lightning_internals.data_of(trainer)  # the command line has always one
         self._training_images = splits.digest(data.names["train"])
         if trainer.is_global_zero:
             self._acquire_lock()
