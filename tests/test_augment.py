@@ -10,15 +10,8 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.data.augment import (
-    BRIGHTNESS,
-    CONTRAST,
-    HUE,
-    SATURATION,
-    Augmentation,
-    Parameters,
-    augment,
-)
+from cifar_transfer.data.augment import Augmentation, Parameters, augment
+from cifar_transfer.data.colours import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
 MODES = ["constant", "reflect"]
 SIZES = [(32, 32), (24, 37), (31, 16)]

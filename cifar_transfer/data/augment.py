@@ -6,13 +6,8 @@ The result is distributed as that of torchvision's pipeline, which works on one 
     -> ColorJitter(brightness, contrast, saturation, hue) -> RandomRotation(degrees)
 
 (https://docs.pytorch.org/vision/stable/transforms.html; nearest interpolation, black fill). This is
-for images of few pixels. It takes two steps:
-
-1. The colours change in the uncropped image, because crop and flip only move pixels. But the mean
-   that contrast needs is that of the crop, a weighted sum; and an extra pixel stands for the
-   padding, which contrast turns from black.
-2. Crop, flip and rotation are one look-up by index: every output pixel is a copy of one source
-   pixel. A second extra pixel, black, stands for what the rotation brings in from outside.
+for images of few pixels: the crop is copied, its colours change, see `colours`, and flip and
+rotation are one look-up, in which every pixel of the result is a copy of one pixel.
 
 Photographs are sampled with interpolation instead, see `resampling`, and colours come after that.
 Random erasing is the last step of both.
@@ -22,6 +17,7 @@ ones on any device.
 """
 
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -31,6 +27,7 @@ from torch import Tensor
 
 from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.primitives import as_primitive
+from cifar_transfer.data.colours import jitter, sort_by_hue
 from cifar_transfer.data.geometry import LARGEST_SIDE, Size
 from cifar_transfer.data.resampling import (
     Interpolation,
@@ -43,9 +40,6 @@ from cifar_transfer.data.resampling import (
 )
 
 PaddingMode = Literal["constant", "reflect"]
-# Weights of red, green and blue in a grey value, as in torchvision's `rgb_to_grayscale` (ITU-R
-# BT.601, rounded).
-GREY = (0.2989, 0.587, 0.114)
 MAX_STRENGTHS = {
     "padding": LARGEST_SIDE,
     "flip": 1,
@@ -58,13 +52,6 @@ MAX_STRENGTHS = {
     "erase": 1,
 }
 MAX_RATIO = 100  # of width to height of a crop
-MAX_PIXELS = 2**24  # of an image, beyond which float32, in which places are computed, has gaps
-
-# Operations in `Parameters.order`, numbered as in torchvision's `ColorJitter`.
-BRIGHTNESS = 0
-CONTRAST = 1
-SATURATION = 2
-HUE = 3
 
 
 @dataclass(frozen=True)
@@ -79,8 +66,8 @@ class Parameters:
             nothing.
         hue: Turns of the colour circle by which the hue moves, in [-0.5, 0.5], float32 [B]; 0
             changes nothing.
-        order: `BRIGHTNESS`, `CONTRAST`, `SATURATION` and `HUE` in the order in which they are
-            applied, int64 [B, 4].
+        order: Operations, numbered as in `colours`, in the order in which they are applied, int64
+            [B, 4].
     """
 
     shift: Tensor
@@ -91,7 +78,10 @@ class Parameters:
     order: Tensor
 
     def __getitem__(self, rows: Tensor) -> "Parameters":
-        selected = {item.name: getattr(self, item.name)[rows] for item in fields(self)}
+        selected = {}
+        for item in fields(self):
+            # NumPy takes a fraction of the time of torch for so few numbers.
+            selected[item.name] = torch.from_numpy(getattr(self, item.name).numpy()[rows.numpy()])
         return Parameters(**selected)
 
     @property
@@ -303,25 +293,13 @@ def augment_sampled(
         images = images.float().div_(255)
     if not parameters.changes_colours:
         return resample(images, placement, size, interpolation)
-    by_hue, sorting, unsorting = _order_by_hue(parameters, images)
-    moved = resample(images.index_select(0, sorting), placement[by_hue], size, interpolation)
+    sorting = sort_by_hue(parameters.order)
+    sorted_images = images.index_select(0, upload(sorting, images))
+    moved = resample(sorted_images, placement[sorting], size, interpolation)
     pixels = moved.flatten(2).transpose(0, 1)
-    count = pixels.shape[2]
-    weights = torch.full((1, count), 1 / count, device=images.device).expand(len(images), count)
-    _jitter(pixels, weights, parameters[by_hue])
-    return moved.index_select(0, unsorting)
-
-
-def _order_by_hue(parameters: Parameters, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return how images are sorted for `_jitter`, by the place of hue in their order.
-
-    Returns:
-        Rows on the CPU, the same on the device of the images, and there also the rows that bring
-        them back; int64 [B].
-    """
-    by_hue = parameters.order.argsort(1)[:, HUE].argsort(descending=True)
-    sorting, unsorting = upload(torch.stack((by_hue, by_hue.argsort())), images).unbind()
-    return by_hue, sorting, unsorting
+    parameters = parameters[sorting]
+    jitter(pixels, parameters.factors, parameters.hue, parameters.order)
+    return moved.index_select(0, upload(sorting.argsort(), images))
 
 
 @torch.no_grad()
@@ -344,169 +322,93 @@ def augment(
         float32 [B, 3, H, W] in [0, 1], on the images' device.
 
     Raises:
-        ValueError: The shape is not [B, 3, H, W] with H * W < 2**24.
+        ValueError: The shape is not [B, 3, H, W].
     """
-    if images.dim() != 4 or images.shape[1] != 3 or images.shape[2:].numel() >= MAX_PIXELS:
-        raise ValueError(
-            f"expected images of shape [B, 3, H, W] with H * W < 2**24, got {list(images.shape)}"
-        )
-    batch, _, height, width = images.shape
-    size = height * width
-    # Sorted by the place of hue in their order, images that share a step lie side by side, which
-    # `_jitter` needs.
-    by_hue, sorting, unsorting = _order_by_hue(parameters, images)
-    parameters = parameters[by_hue]
-
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"expected images of shape [B, 3, H, W], got {list(images.shape)}")
+    if not len(images):
+        return images.float()
+    rows = sort_by_hue(parameters.order)
+    parameters = parameters[rows]
+    crops = _crop(images, rows, parameters.shift, padding_mode)
     # Colour by colour, so that what is done to one of them runs through memory in one piece.
-    pixels = torch.zeros(3, batch, size + 2, device=images.device)
-    sorted_images = images.index_select(0, sorting).flatten(2).transpose(0, 1)
-    largest_value = 1 if images.is_floating_point() else 255
-    torch.div(sorted_images, largest_value, out=pixels[:, :, :size])
+    planes = torch.empty(crops.transpose(0, 1).shape, device=images.device)
+    planes.copy_(crops.transpose(0, 1))
+    if not images.is_floating_point():
+        planes.div_(255)
     if parameters.changes_colours:
-        _jitter(pixels, _crop_weights(images, parameters, padding_mode), parameters)
-        pixels[:, :, -1] = 0
-
-    moved = torch.empty(batch, 3, size, device=images.device)
-    sources = _sources(images, parameters, padding_mode).view(batch, 1, size)
-    torch.gather(pixels.transpose(0, 1), 2, sources.expand(-1, 3, -1), out=moved)
-    return moved.index_select(0, unsorting).view(batch, 3, height, width)
+        jitter(planes.flatten(2), parameters.factors, parameters.hue, parameters.order)
+    turned = _flip_and_rotate(planes.transpose(0, 1), parameters)
+    return turned.index_select(0, upload(rows.argsort(), images))
 
 
-def _sources(images: Tensor, parameters: Parameters, padding_mode: PaddingMode) -> Tensor:
-    """Return each output pixel's index in the flattened source image, int64 [B, H, W].
+def _crop(images: Tensor, rows: Tensor, shift: Tensor, padding_mode: PaddingMode) -> Tensor:
+    """Return crops of images, each as large as they are.
 
-    Index H * W is the padding, and H * W + 1 is black.
+    Args:
+        images: [B, 3, H, W], on any device.
+        rows: Image of each crop, int64 [B], on the CPU.
+        shift: Rows and columns by which each crop lies below and right of its image, int64 [B, 2],
+            on the CPU.
+        padding_mode: What lies beyond the images.
+
+    Returns:
+        A view [B, 3, H, W], which is not contiguous, of the images' dtype.
     """
     height, width = images.shape[-2:]
-    angle = parameters.angle.deg2rad()
-    mirror = 1 - 2 * parameters.flip.float()
-    shift = parameters.shift.t().float()
-    # Distance of the outermost pixels from the image's middle, and so also the middle's place.
-    edge = torch.tensor([(height - 1) / 2, (width - 1) / 2])[:, None].expand_as(shift)
-    # The inverse map, as in torchvision's `rotate`: where to read, given where to write, both from
-    # the image's middle. Flip and shift are whole pixels about the same middle, so that to round
-    # after them is to round after the rotation.
-    by_x = torch.stack((angle.sin(), mirror * angle.cos()))
-    by_y = torch.stack((angle.cos(), -mirror * angle.sin()))
-    maps = upload(torch.stack((by_x, by_y, shift + edge, shift, edge)), images)[..., None, None]
-    by_x, by_y, start, shift, edge = maps.unbind()  # each [2, B, 1, 1], for rows and for columns
-    x = torch.arange(width, device=images.device) - (width - 1) / 2
-    y = (torch.arange(height, device=images.device) - (height - 1) / 2)[:, None]
-    position = (by_x * x + (by_y * y + start)).round_()
-
-    padding = height * width
-    black = padding + 1
-    if padding_mode == "reflect":  # folded at the edges, less than a row outside
-        middle = position - edge
-        inside = torch.copysign(edge - (middle.abs() - edge).abs(), middle).add_(edge)
-        borders = [(edge + shift, black)]
+    shifts = shift.numpy()
+    padding = int(np.abs(shifts).max(initial=0))
+    padded = _padded(images, padding, padding_mode)
+    padded_height, padded_width = padded.shape[-2:]
+    plane = padded_height * padded_width
+    places = (shifts + padding) @ np.array([padded_width, 1])
+    starts = upload(torch.from_numpy(rows.numpy() * 3 * plane + places), images)
+    # All that lies in memory between the first and the last pixel of a crop.
+    length = 2 * plane + (height - 1) * padded_width + width
+    pixels = padded.flatten()
+    if images.device.type == "cpu":
+        # By far the fastest, but a device may copy the overlapping pieces before it selects some.
+        pieces = pixels.unfold(0, length, 1).index_select(0, starts)
     else:
-        inside = position
-        borders = [(edge, padding), (shift, black)]
-    source = (inside[0] * width).add_(inside[1])
-    for centre, outside in borders:
-        distance = position.sub_(centre).abs().sub_(edge).clamp_(0, 1).amax(0)
-        source.lerp_(torch.full((), float(outside), device=images.device), distance)
-    return source.int().long()  # the direct conversion is several times slower on a CPU
+        pieces = pixels[starts[:, None] + torch.arange(length, device=images.device)]
+    return pieces.as_strided((len(rows), 3, height, width), (length, plane, padded_width, 1))
 
 
-def _crop_weights(images: Tensor, parameters: Parameters, padding_mode: PaddingMode) -> Tensor:
-    """Return the weights of the source's pixels in the mean over the crop, float32 [B, H * W].
-
-    The padding counts but adds 0: it is black until contrast, which comes once.
-    """
-    height, width = images.shape[-2:]
-    shifts = upload(parameters.shift.t().contiguous(), images)[..., None]
-    weights = []
-    for shift, size in zip(shifts, (height, width), strict=True):
-        edge = (size - 1) / 2
-        place = torch.arange(size, device=images.device) - edge
-        # Faster than a comparison on a CPU.
-        weight = 1 - (place - shift).abs_().sub_(edge).clamp_(0, 1)
-        if padding_mode == "reflect":
-            # A pixel may lie in the crop a second time, mirrored at either edge but its own.
-            for end in (-edge, edge):
-                mirrored = 1 - (2 * end - place - shift).abs_().sub_(edge).clamp_(0, 1)
-                weight += mirrored * (place != end)
-        weights.append(weight / size)
-    rows, columns = weights
-    return (rows[:, :, None] * columns[:, None]).flatten(1)
-
-
-def _jitter(pixels: Tensor, weights: Tensor, parameters: Parameters) -> None:
-    """Change brightness, contrast, saturation and hue in place, in each image's own order.
-
-    Brightness, contrast and saturation are all of the form
-    clamp(a * x + b * grey(x) + c * mean(grey(x))), so that their order is only a matter of
-    coefficients in three steps. Hue comes before, between or after these. The images are sorted by
-    its place, the last first: a step before hue changes the first few images only, one after it the
-    rest.
+def _flip_and_rotate(images: Tensor, parameters: Parameters) -> Tensor:
+    """Flip images and then rotate them about their centres, black outside, by nearest neighbour.
 
     Args:
-        pixels: float32 [3, B, M] in [0, 1].
-        weights: Weights of the first N pixels in the mean of an image, float32 [B, N], N <= M.
+        images: Floating point [B, 3, H, W], on any device.
         parameters: Parameters of the B images.
+
+    Returns:
+        [B, 3, H, W].
     """
-    order = parameters.order
-    places = order.argsort(1)[:, HUE]
-    operations = order[order != HUE].view(-1, 3)
-    a = parameters.factors.gather(1, operations)
-    b = (1 - a) * (operations == SATURATION)
-    c = (1 - a) * (operations == CONTRAST)
-    coefficients = upload(torch.stack((a, b, c)), pixels).unbind(2)
-    counts_before_hue = [int((places > step).sum()) for step in range(3)]
-    for count, values in zip(counts_before_hue, coefficients, strict=True):
-        _mix(pixels[:, :count], weights[:count], values[:, :count, None])
-    # The way to hues and back costs a last digit, even where they do not move.
-    if parameters.hue.any():
-        _turn_hue(pixels, parameters.hue)
-    for count, values in zip(counts_before_hue, coefficients, strict=True):
-        _mix(pixels[:, count:], weights[count:], values[:, count:, None])
+    count, _, height, width = images.shape
+    angle = np.deg2rad(parameters.angle.numpy())
+    cos = np.cos(angle)
+    sin = np.sin(angle)
+    mirror = np.where(parameters.flip.numpy(), np.float32(-1), np.float32(1))
+    # The inverse map, as in torchvision's `rotate`: where to read, given where to write. Both are
+    # from the image's middle; the former is from -1 to 1 for its edges, the latter in pixels.
+    maps = np.array(
+        [
+            [mirror * cos * 2 / width, sin * 2 / height],
+            [-mirror * sin * 2 / width, cos * 2 / height],
+        ]
+    )
+    by_x, by_y = upload(torch.from_numpy(maps)[..., None], images).unbind()
+    x, y = _pixels_from_middle(height, width, images.device)
+    grid = (x * by_x).addcmul_(y, by_y).view(2, count, height, width)
+    return F.grid_sample(images, grid.permute(1, 2, 3, 0), mode="nearest", align_corners=False)
 
 
-def _mix(pixels: Tensor, weights: Tensor, coefficients: Tensor) -> None:
-    """Turn pixels into clamp(a * pixels + b * grey + c * mean grey) in place.
-
-    Args:
-        pixels: float32 [3, B, M].
-        weights: Weights of the first N pixels in the mean, float32 [B, N].
-        coefficients: a, b and c, float32 [3, B, 1].
-    """
-    a, b, c = coefficients
-    red, green, blue = pixels
-    grey = (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
-    mean = (grey[:, : weights.shape[1]] * weights).sum(1, keepdim=True)
-    pixels.mul_(a).add_(grey.mul_(b).add_(c * mean)).clamp_(0, 1)
-
-
-def _turn_hue(pixels: Tensor, turns: Tensor) -> None:
-    """Move the hue in place, at constant value and chroma, as torchvision's `adjust_hue` does.
-
-    On the hexagon of hues (https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative), in
-    sixths of a turn, a channel falls from the largest of the three values to the smallest between 1
-    and 2 from its own corner. So only the hue's sixths are needed: from red they are
-    1 + (green + blue - red - smallest) / chroma, towards green or blue.
-
-    Args:
-        pixels: float32 [3, B, N].
-        turns: Turns of the colour circle, float32 [B].
-    """
-    corners = torch.tensor([0.0, 2.0, 4.0])
-    # In [-3, 3], as is the hue, so that their sum is at most once around and `abs` is enough to
-    # find the distance.
-    offsets = upload((6 * turns - corners[:, None] + 3).remainder(6) - 3, pixels)
-    red, green, blue = pixels
-    largest = pixels.amax(0)
-    smallest = pixels.amin(0)
-    chroma = largest - smallest
-    # The hue of a grey pixel is arbitrary, because it is multiplied by a chroma of 0, but it must
-    # not be NaN.
-    divisor = chroma.clamp_min(torch.finfo(chroma.dtype).tiny)
-    sixths = (green + blue).sub_(red).sub_(smallest).div_(divisor).add_(1).copysign_(green - blue)
-    # 0 to 1 from the channel's corner (or 5 to 6, the other way round): 0; at 2 to 4: 1; in
-    # between: a ramp.
-    fall = (sixths + offsets[..., None]).abs_().sub_(3).abs_().neg_().add_(2).clamp_(0, 1)
-    torch.addcmul(largest, chroma, fall, value=-1, out=pixels)
+@lru_cache(maxsize=8)
+def _pixels_from_middle(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return x and y of an image's pixels from its middle, in pixels, float32 [H * W] each."""
+    x = torch.arange(width, device=device) - (width - 1) / 2
+    y = torch.arange(height, device=device) - (height - 1) / 2
+    return x.repeat(height), y.repeat_interleave(width)
 
 
 def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
