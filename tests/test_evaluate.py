@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import RUN, run_fit, untouched, write_images
+from lightning import LightningDataModule
 from PIL import Image
 from test_plots import assert_nothing_is_cut_off, some_predictions
 from torchmetrics.functional.classification import (
@@ -22,6 +23,7 @@ from torchmetrics.functional.classification import (
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.commands.evaluate import evaluate
 from cifar_transfer.commands.evaluate import main as evaluate_command
+from cifar_transfer.data import cifar, library
 from cifar_transfer.results import plots, score_table
 from cifar_transfer.results.coverage import answered, coverage_curve
 from cifar_transfer.results.predictions import Predictions
@@ -207,6 +209,40 @@ def test_new_images_are_scored_by_the_classes_of_the_checkpoint(own_run, tmp_pat
     Path("empty/test").mkdir(parents=True)
     with pytest.raises(UserError, match="empty/test has no images of"):
         evaluate(BEST, root="empty", accelerator="cpu")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"data": "CIFAR10DataModule", "url": None},
+        {
+            "data": "TorchvisionDataModule",
+            "name": "CIFAR100",
+            "decode_size": None,
+            "fit": "crop",
+            "cache_limit_gb": 8.0,
+        },
+    ],
+    ids=lambda options: options["data"],
+)
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_a_data_set_is_not_downloaded_into_a_folder_without_images(
+    run, tmp_path, monkeypatch, options, split
+):
+    monkeypatch.setattr(cifar, "download", lambda *_: pytest.fail("downloaded"))
+    monkeypatch.setattr(library, "within", lambda *_: pytest.fail("downloaded"))
+    checkpoint = torch.load(run / BEST, weights_only=True)
+    options_of_run = checkpoint[LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY]
+    for name in ("task", "train_images", "test_images"):
+        del options_of_run[name]
+    options_of_run.update(options, root="data")
+    torch.save(checkpoint, tmp_path / "best.ckpt")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("no images")
+    message = "mine has neither the images of the run nor new ones in test/CLASS/: name another"
+    with untouched(mine), pytest.raises(UserError, match=message):
+        evaluate(tmp_path / "best.ckpt", split, root=str(mine), accelerator="cpu")
 
 
 @pytest.mark.slow

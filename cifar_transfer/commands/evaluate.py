@@ -133,6 +133,11 @@ def _load_data(
     if leave_out:
         overrides["leave_out"] = None
     data = load_data(checkpoint, **overrides)
+    if root and not data.is_downloaded():
+        raise UserError(
+            f"{root} has neither the images of the run nor new ones in test/CLASS/: name another "
+            f"folder with --root=FOLDER."
+        )
     record = splits.read(ckpt, checkpoint.get(RECORDED_RUN_KEY), is_needed=split == "val")
     data.continue_from(EarlierRun(record=record))
     return data

@@ -73,9 +73,13 @@ class CIFAR10DataModule(ImageDataModule):
         """Names of the classes, from airplane to truck, in the official order."""
         return list(CLASSES)
 
+    def is_downloaded(self) -> bool:
+        """Return whether the archive, its batches or an image folder are in `root`."""
+        return find_batches(self.root) is not None or find_image_folder(self.root) is not None
+
     def prepare_data(self) -> None:
         """Download the archive if there are no images in `root`, and decode."""
-        if find_batches(self.root) is None and find_image_folder(self.root) is None:
+        if not self.is_downloaded():
             download(self.root, self.url)
         super().prepare_data()
 

@@ -125,6 +125,13 @@ class TorchvisionDataModule(ImageDataModule):
         """Return the sizes of some training images."""
         return sample_sizes(self._dataset("train"), self.name, "image", "label")
 
+    def is_downloaded(self) -> bool:
+        """Return whether torchvision finds the files of all splits in `root`."""
+        for arguments in SPLITS_OF[self.name].values():
+            if open_if_there(self.name, self.root, arguments) is None:
+                return False
+        return True
+
     def load(self, split: Split) -> Images | None:
         """Return the images of a split, or None if the data set has no such split."""
         if split not in SPLITS_OF[self.name]:
@@ -180,14 +187,31 @@ def open_dataset(name: str, root: Path, split: Split) -> Any:
         return _open(name, root, arguments)
 
 
-def _open(name: str, root: Path, arguments: Mapping[str, Any]) -> Any:
+def open_if_there(name: str, root: Path, arguments: Mapping[str, Any]) -> Any:
+    """Return a dataset of torchvision, or None if it is not there or not whole.
+
+    Args:
+        name: One of `SPLITS_OF`.
+        root: Folder of the data.
+        arguments: Arguments of torchvision's class that name the split.
+
+    Raises:
+        UserError: A library that reads it is missing.
+    """
     kind = getattr(datasets, name)
     try:
         return kind(root, **arguments)
     except ImportError as error:  # some are in files that scipy reads
         raise UserError(f"{name} needs {error.name}: pip install {error.name}.") from None
-    except (RuntimeError, FileNotFoundError):  # it is not there, or not whole
-        pass
+    except (RuntimeError, FileNotFoundError):
+        return None
+
+
+def _open(name: str, root: Path, arguments: Mapping[str, Any]) -> Any:
+    dataset = open_if_there(name, root, arguments)
+    if dataset is not None:
+        return dataset
+    kind = getattr(datasets, name)
     try:
         if name == "CIFAR10":  # from the mirrors; torchvision unpacks what is there
             cifar.download(root)

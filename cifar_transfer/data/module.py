@@ -281,6 +281,10 @@ class ImageDataModule(LightningDataModule):
         """Number of classes."""
         return len(self.class_names)
 
+    def is_downloaded(self) -> bool:
+        """Return whether the images are at hand; without them, `prepare_data` downloads them."""
+        return True
+
     def load(self, split: Split) -> Images | None:
         """Return the images of a split at `size`, or None if the data have none of their own."""
         raise NotImplementedError
