@@ -24,7 +24,7 @@ from cifar_transfer.cli.recipes import check_recipe
 from cifar_transfer.commands import compare
 from cifar_transfer.network.contestant import parse_contestant, parse_contestants
 from cifar_transfer.results import comparison
-from cifar_transfer.results.intervals import mean_interval
+from cifar_transfer.results.intervals import interval_cells, mean_interval, seeds_note
 
 OPTIONS = [*TINY[2:], "--trainer.max_epochs=2"]
 LENET = "lenet5=none"
@@ -285,7 +285,6 @@ def test_the_figure_shows_every_run_and_the_interval():
     ("values", "deviation", "half_width"),
     [
         ([90, 91, 92], 1.0, 2.4842),  # 4.303 / sqrt(3)
-        ([1, 3], 2**0.5, 12.706),
         ([2, 4, 4, 4, 5, 5, 7, 9], 2.13809, 1.78775),  # 2.365 * 2.13809 / sqrt(8)
         ([0, 2] * 50, 1.0050378, 0.205229),  # 2.042, that of 30 degrees, for 99
     ],
@@ -297,9 +296,20 @@ def test_the_interval_is_that_of_student(values, deviation, half_width):
     assert interval.half_width == pytest.approx(half_width, rel=1e-3)
 
 
-def test_one_value_has_no_interval():
+def test_one_or_two_values_have_no_interval():
     assert mean_interval([3.0]) == (3.0, None, None)
     assert mean_interval([3.0]).text(2) == "3.00"
+    assert mean_interval([1, 3]) == (2.0, pytest.approx(2**0.5), None)
+    assert mean_interval([1, 3]).text(2) == "2.00"
+    assert interval_cells(mean_interval([1, 3])) == ["2.00", "1.41", "", ""]
+    assert seeds_note(2).startswith("Mean over 2 seeds, too few for an interval: take 3 or more.")
+
+
+def test_an_interval_ends_where_percentages_do():
+    """A deviation of 50 makes half of the interval 124."""
+    interval = mean_interval([0, 50, 100])
+    assert interval_cells(interval) == ["50.00", "50.00", "0.00", "100.00"]
+    assert interval_cells(interval, lowest=-100) == ["50.00", "50.00", "-74.22", "100.00"]
 
 
 def test_a_difference_is_taken_seed_by_seed():
@@ -315,22 +325,27 @@ def test_a_difference_is_taken_seed_by_seed():
     assert second_row[column] == "1.00 ± 0.00"
     assert second_row[2] == "81.00 ± 24.84"
     second = replace(second, runs=[*second.runs[:2], comparison.ComparedRun(2, failure="failed")])
-    assert comparison.difference(second, first, "test").half_width == pytest.approx(0, abs=1e-6)
+    assert comparison.difference(second, first, "test").mean == pytest.approx(1)
+    assert comparison.difference(second, first, "test").half_width is None, "of two seeds"
     assert comparison.summary_table([first, second])[2][0] == "resnet50: seed 2 failed"
 
 
 def test_the_tables_are_written(tmp_path):
-    networks = [with_accuracies("resnet18", 0.8, 0.9), with_accuracies("a_b 50%", 0.7, 0.9)]
+    networks = [
+        with_accuracies("resnet18", 0.8, 0.9, 0.85),
+        with_accuracies("a_b 50%", 0.7, 0.9, 0.8),
+    ]
     comparison.write_comparison(networks, tmp_path)
     lines = (tmp_path / "comparison.md").read_text().splitlines()
     assert len({len(line) for line in lines[:4]}) == 1
-    assert lines[-1].startswith("Mean ± half of the 95 % interval (Student's t) over 2 seeds.")
+    assert lines[-1].startswith("Mean ± half of the 95 % interval (Student's t) over 3 seeds.")
     latex = (tmp_path / "comparison.tex").read_text()
-    assert r"a\_b 50\% & 2.00 & 80.00 $\pm$ 127.06 &  & -5.00 $\pm$ 63.53 & 2.0 & 50 \\" in latex
+    assert r"a\_b 50\% & 2.00 & 80.00 $\pm$ 24.84 &  & -5.00 $\pm$ 12.42 & 2.0 & 50 \\" in latex
     _, second = csv_rows(tmp_path)
-    assert second["test accuracy (%): from"] == "-47.06"
+    assert second["test accuracy (%): from"] == "55.16"
+    assert second["test accuracy (%): to"] == "100.00"
     assert second["difference (points)"] == "-5.00"
-    assert second["seeds"] == "2"
+    assert second["seeds"] == "3"
 
 
 def test_a_line_of_a_terminal_is_replaced(capsys, monkeypatch):

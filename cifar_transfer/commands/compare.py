@@ -33,7 +33,7 @@ from cifar_transfer.results.comparison import (
     short_table,
     write_comparison,
 )
-from cifar_transfer.results.intervals import MAX_SEEDS, SEEDS_NOTE, number
+from cifar_transfer.results.intervals import MAX_SEEDS, number, seeds_note
 
 OUT = Path(LOGS, "comparison")
 LOG = "fit.log"  # in the folder of a network and a seed: what its run prints
@@ -86,9 +86,7 @@ def main(args: Sequence[str]) -> int:
         print("\nStopped; the same command continues.")
         return 130
     if options.seeds > 1:
-        print(
-            f"\n{markdown(short_table(networks))}\n{SEEDS_NOTE.format(seeds=options.seeds)}", end=""
-        )
+        print(f"\n{markdown(short_table(networks))}\n{seeds_note(options.seeds)}", end="")
     print(f"\nlook at it  {options.out / FIGURE}, .md, .csv, .tex")
     any_failed = any(network.failures for network in networks)
     return int(any_failed)

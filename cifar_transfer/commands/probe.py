@@ -218,7 +218,7 @@ def _print(networks: dict[str, ProbedNetwork], failed_labels: Sequence[str], fol
     shown = list(networks.values())
     print(f"\n{markdown(probe_table.short_table(shown, failed_labels))}")
     if probe_table.have_seeds(shown):
-        print(probe_table.seeds_note(shown))
+        print(probe_table.note(shown))
     print(f"all of it   {folder / probe_table.TABLE}, {folder / probe_table.FIGURE}")
     for name in networks:
         print(f"checkpoint  {folder / name / CHECKPOINT}")

@@ -12,7 +12,6 @@ from cifar_transfer.base.files import write_csv, write_text
 from cifar_transfer.base.text import latex, markdown
 from cifar_transfer.results import plots
 from cifar_transfer.results.intervals import (
-    SEEDS_NOTE,
     Interval,
     interval_cells,
     interval_columns,
@@ -20,6 +19,7 @@ from cifar_transfer.results.intervals import (
     interval_text,
     number,
     paired_difference,
+    seeds_note,
 )
 
 MARKERS = "os^Dvph<>X"
@@ -142,7 +142,7 @@ def write_comparison(networks: Sequence[ComparedNetwork], folder: Path) -> None:
     text = markdown(table)
     num_seeds = len(networks[0].runs)
     if num_seeds > 1:
-        text += f"\n{SEEDS_NOTE.format(seeds=num_seeds)}"
+        text += f"\n{seeds_note(num_seeds)}"
     write_text(folder / TABLE, text)
     write_text(folder / "comparison.tex", latex(table))
     write_csv(folder / "comparison.csv", numbers_table(networks))
@@ -212,7 +212,7 @@ def numbers_table(networks: Sequence[ComparedNetwork]) -> list[list[str]]:
             number(network.mean("parameters", 1e-6), 2),
             *interval_cells(accuracy(network, "test")),
             *interval_cells(accuracy(network, "val")),
-            *interval_cells(gained),
+            *interval_cells(gained, lowest=-100),
             number(network.mean("seconds", 1 / 60), 1),
             number(network.mean("images_per_second"), 0),
         ]

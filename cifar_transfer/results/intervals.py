@@ -13,11 +13,9 @@ T_PERCENTILES = (
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
 
+# An interval needs as many values. That of two is 13 times as wide as they are apart.
+MIN_VALUES = 3
 MAX_SEEDS = 1000  # of a command
-SEEDS_NOTE = (
-    "Mean ± half of the 95 % interval (Student's t) over {seeds} seeds. Differences are to the "
-    "first network, seed by seed.\n"
-)
 
 
 class Interval(NamedTuple):
@@ -27,7 +25,7 @@ class Interval(NamedTuple):
         mean: Mean of the values.
         deviation: Their standard deviation, with one degree of freedom less than values; None for
             one value.
-        half_width: The interval is the mean plus or minus this; None for one value.
+        half_width: The interval is the mean plus or minus this; None for fewer than `MIN_VALUES`.
     """
 
     mean: float
@@ -47,6 +45,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
     if len(values) < 2:
         return Interval(mean, None, None)
     deviation = stdev(values)
+    if len(values) < MIN_VALUES:
+        return Interval(mean, deviation, None)
     degrees = min(len(values) - 1, len(T_PERCENTILES))
     half_width = T_PERCENTILES[degrees - 1] * deviation / math.sqrt(len(values))
     return Interval(mean, deviation, half_width)
@@ -90,16 +90,31 @@ def interval_columns(name: str) -> list[str]:
     return [name, f"{name}: deviation", f"{name}: from", f"{name}: to"]
 
 
-def interval_cells(interval: Interval | None) -> list[str]:
-    """Return mean, deviation, and both ends of the interval; empty where there is none."""
+def interval_cells(interval: Interval | None, lowest: float = 0.0) -> list[str]:
+    """Return mean, deviation, and both ends of the interval; empty where there is none.
+
+    Args:
+        interval: Interval of a percentage, or of a difference of percentages.
+        lowest: Least value that is possible, 0 or, of differences, -100. No end is below it, and
+            none above 100.
+    """
     if interval is None:
         return [""] * 4
     mean, deviation, half_width = interval
     if half_width is None:
-        return [number(mean, 2), "", "", ""]
-    low = number(mean - half_width, 2)
-    high = number(mean + half_width, 2)
-    return [number(mean, 2), number(deviation, 2), low, high]
+        return [number(mean, 2), number(deviation, 2), "", ""]
+    low = max(lowest, mean - half_width)
+    high = min(100.0, mean + half_width)
+    return [number(mean, 2), number(deviation, 2), number(low, 2), number(high, 2)]
+
+
+def seeds_note(num_seeds: int) -> str:
+    """Return what means and differences of a table over several seeds are."""
+    if num_seeds < MIN_VALUES:
+        text = f"Mean over {num_seeds} seeds, too few for an interval: take {MIN_VALUES} or more."
+    else:
+        text = f"Mean ± half of the 95 % interval (Student's t) over {num_seeds} seeds."
+    return f"{text} Differences are to the first network, seed by seed.\n"
 
 
 def number(value: float | None, decimals: int) -> str:

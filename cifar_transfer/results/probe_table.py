@@ -10,12 +10,12 @@ from cifar_transfer.base.files import write_csv, write_text
 from cifar_transfer.base.text import markdown
 from cifar_transfer.results import plots
 from cifar_transfer.results.intervals import (
-    SEEDS_NOTE,
     interval_cells,
     interval_columns,
     interval_of,
     interval_text,
     number,
+    seeds_note,
 )
 from cifar_transfer.results.probe_result import (
     ACCURACIES,
@@ -43,7 +43,7 @@ def write_tables(
     """
     text = markdown(full_table(networks, failed_labels))
     if have_seeds(networks):
-        text += f"\n{seeds_note(networks)}"
+        text += f"\n{note(networks)}"
     write_text(folder / TABLE, text)
     write_csv(folder / TABLE_CSV, numbers_table(networks, failed_labels))
     write_csv(folder / RUNS_CSV, runs_table(networks))
@@ -56,10 +56,10 @@ def have_seeds(networks: Sequence[ProbedNetwork]) -> bool:
     return any(len(network.results) > 1 for network in networks)
 
 
-def seeds_note(networks: Sequence[ProbedNetwork]) -> str:
+def note(networks: Sequence[ProbedNetwork]) -> str:
     """Return what the intervals of a table are."""
     num_seeds = max(len(network.results) for network in networks)
-    return SEEDS_NOTE.format(seeds=num_seeds)
+    return seeds_note(num_seeds)
 
 
 def full_table(networks: Sequence[ProbedNetwork], failed_labels: Sequence[str]) -> list[list[str]]:
@@ -128,7 +128,7 @@ def numbers_table(
         gained = None
         if network is not ranked[0]:
             gained = network.difference(ranked[0], _common_accuracy(networks))
-        row += interval_cells(gained)
+        row += interval_cells(gained, lowest=-100)
         row += _feature_cells(network.first, network.head_seconds)
         table.append(row)
     return table + _failed_rows(failed_labels, len(heading))
