@@ -17,7 +17,6 @@ ones on any device.
 """
 
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -35,6 +34,7 @@ from cifar_transfer.data.resampling import (
     draw_crops,
     draw_erased,
     erase,
+    places_before,
     resample,
     upload,
 )
@@ -293,13 +293,15 @@ def augment_sampled(
         images = images.float().div_(255)
     if not parameters.changes_colours:
         return resample(images, placement, size, interpolation)
-    sorting = sort_by_hue(parameters.order)
-    sorted_images = images.index_select(0, upload(sorting, images))
-    moved = resample(sorted_images, placement[sorting], size, interpolation)
-    pixels = moved.flatten(2).transpose(0, 1)
-    parameters = parameters[sorting]
-    jitter(pixels, parameters.factors, parameters.hue, parameters.order)
-    return moved.index_select(0, upload(sorting.argsort(), images))
+    if not parameters.hue.any():  # in any order
+        moved = resample(images, placement, size, interpolation)
+        _jitter(moved.transpose(0, 1), parameters)
+        return moved
+    rows = sort_by_hue(parameters.order)
+    sorted_images = images.index_select(0, upload(rows, images))
+    moved = resample(sorted_images, placement[rows], size, interpolation)
+    _jitter(moved.transpose(0, 1), parameters[rows])
+    return moved.index_select(0, upload(rows.argsort(), images))
 
 
 @torch.no_grad()
@@ -326,20 +328,35 @@ def augment(
     """
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"expected images of shape [B, 3, H, W], got {list(images.shape)}")
-    if not len(images):
+    count, _, height, width = images.shape
+    if not count:
         return images.float()
     rows = sort_by_hue(parameters.order)
     parameters = parameters[rows]
     crops = _crop(images, rows, parameters.shift, padding_mode)
     # Colour by colour, so that what is done to one of them runs through memory in one piece.
-    planes = torch.empty(crops.transpose(0, 1).shape, device=images.device)
+    planes = torch.empty(3, count, height, width, device=images.device)
     planes.copy_(crops.transpose(0, 1))
     if not images.is_floating_point():
         planes.div_(255)
     if parameters.changes_colours:
-        jitter(planes.flatten(2), parameters.factors, parameters.hue, parameters.order)
-    turned = _flip_and_rotate(planes.transpose(0, 1), parameters)
+        _jitter(planes, parameters)
+    grid = places_before(
+        parameters.flip, parameters.angle, np.zeros((count, 2)), (height, width), images.device
+    )
+    turned = F.grid_sample(
+        planes.transpose(0, 1),
+        grid.view(2, count, height, width).permute(1, 2, 3, 0),
+        mode="nearest",
+        padding_mode="zeros",
+        align_corners=False,
+    )
     return turned.index_select(0, upload(rows.argsort(), images))
+
+
+def _jitter(planes: Tensor, parameters: Parameters) -> None:
+    """Change the colours of [3, B, H, W] in place, sorted as `jitter` needs it."""
+    jitter(planes.flatten(2), parameters.factors, parameters.hue, parameters.order)
 
 
 def _crop(images: Tensor, rows: Tensor, shift: Tensor, padding_mode: PaddingMode) -> Tensor:
@@ -372,43 +389,6 @@ def _crop(images: Tensor, rows: Tensor, shift: Tensor, padding_mode: PaddingMode
     else:
         pieces = pixels[starts[:, None] + torch.arange(length, device=images.device)]
     return pieces.as_strided((len(rows), 3, height, width), (length, plane, padded_width, 1))
-
-
-def _flip_and_rotate(images: Tensor, parameters: Parameters) -> Tensor:
-    """Flip images and then rotate them about their centres, black outside, by nearest neighbour.
-
-    Args:
-        images: Floating point [B, 3, H, W], on any device.
-        parameters: Parameters of the B images.
-
-    Returns:
-        [B, 3, H, W].
-    """
-    count, _, height, width = images.shape
-    angle = np.deg2rad(parameters.angle.numpy())
-    cos = np.cos(angle)
-    sin = np.sin(angle)
-    mirror = np.where(parameters.flip.numpy(), np.float32(-1), np.float32(1))
-    # The inverse map, as in torchvision's `rotate`: where to read, given where to write. Both are
-    # from the image's middle; the former is from -1 to 1 for its edges, the latter in pixels.
-    maps = np.array(
-        [
-            [mirror * cos * 2 / width, sin * 2 / height],
-            [-mirror * sin * 2 / width, cos * 2 / height],
-        ]
-    )
-    by_x, by_y = upload(torch.from_numpy(maps)[..., None], images).unbind()
-    x, y = _pixels_from_middle(height, width, images.device)
-    grid = (x * by_x).addcmul_(y, by_y).view(2, count, height, width)
-    return F.grid_sample(images, grid.permute(1, 2, 3, 0), mode="nearest", align_corners=False)
-
-
-@lru_cache(maxsize=8)
-def _pixels_from_middle(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return x and y of an image's pixels from its middle, in pixels, float32 [H * W] each."""
-    x = torch.arange(width, device=device) - (width - 1) / 2
-    y = torch.arange(height, device=device) - (height - 1) / 2
-    return x.repeat(height), y.repeat_interleave(width)
 
 
 def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:

@@ -44,7 +44,8 @@ def jitter(pixels: Tensor, factors: Tensor, hue: Tensor, order: Tensor) -> None:
     rest.
 
     Args:
-        pixels: float32 [3, B, N] in [0, 1], on any device, B sorted by `sort_by_hue`.
+        pixels: float32 [3, B, N] in [0, 1], on any device, B sorted by `sort_by_hue`,
+            unless no hue moves.
         factors: Factors >= 0 of brightness, contrast and saturation, float32 [B, 3], on the CPU; 1
             changes nothing.
         hue: Turns of the colour circle by which the hue moves, in [-0.5, 0.5], float32 [B], on the
@@ -55,7 +56,6 @@ def jitter(pixels: Tensor, factors: Tensor, hue: Tensor, order: Tensor) -> None:
     # NumPy takes a fraction of the time of torch for so few numbers.
     operations = order.numpy()
     is_hue = operations == HUE
-    places = is_hue.argmax(1)
     operations = operations[~is_hue].reshape(-1, 3).T
     count, size = pixels.shape[1:]
     a = factors.numpy()[np.arange(count), operations]
@@ -63,12 +63,15 @@ def jitter(pixels: Tensor, factors: Tensor, hue: Tensor, order: Tensor) -> None:
     c = (1 - a) * (operations == CONTRAST) * GREY[0] / size
     coefficients = upload(torch.from_numpy(np.array((a, b, c))), pixels)
     steps = coefficients[..., None].unbind(1)
-    counts_before_hue = (places > np.arange(3)[:, None]).sum(1).tolist()
+    # The way to hues and back costs a last digit, even where they do not move.
+    if not hue.any():
+        for step in steps:
+            _mix(pixels, step)
+        return
+    counts_before_hue = (is_hue.argmax(1) > np.arange(3)[:, None]).sum(1).tolist()
     for before, step in zip(counts_before_hue, steps, strict=True):
         _mix(pixels[:, :before], step[:, :before])
-    # The way to hues and back costs a last digit, even where they do not move.
-    if hue.any():
-        _turn_hue(pixels, hue)
+    _turn_hue(pixels, hue)
     for before, step in zip(counts_before_hue, steps, strict=True):
         _mix(pixels[:, before:], step[:, before:])
 
