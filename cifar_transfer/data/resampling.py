@@ -150,7 +150,8 @@ def resample(
     """
     height, width = size
     count = len(images)
-    moves = np.rint(placement.translate.numpy() * np.float32([height, width]))  # as torchvision
+    sides = np.array(size, dtype=np.float32)
+    moves = np.rint(placement.translate.numpy() * sides)  # whole pixels, as torchvision's
     places = places_before(placement.flip, placement.angle, moves, size, images.device)
     scale, centre, limit = upload(_crop_maps(placement, images), images).unbind()
     # What lies between the middle of the crop's outermost pixels and its edge is as these pixels.
