@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import assert_same_weights, quiet_trainer
 from lightning import seed_everything
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint
 
 from cifar_transfer import BackboneFreeze, ShapesDataModule, TransferClassifier
 from cifar_transfer.base.errors import UserError
@@ -84,6 +84,19 @@ def test_sgd_takes_up_unfrozen_parameters_beside_those_that_have_a_momentum(tmp_
         optimizer="sgd",
     )
     assert len(rates) == 2 * STEPS
+
+
+def test_a_plateau_waits_for_the_validation_loss(tmp_path):
+    """It rises in the third and the fourth epoch; the accuracy, for which a fall counts, never."""
+    losses = [2.0, 1.0, 1.5, 1.2, 0.5, 0.6]
+    data = ShapesDataModule(train_images=40, test_images=10, batch_size=20, val_fraction=0.25)
+    model = TransferClassifier("lenet5", "none", lr=0.01, lr_factor=0.5, lr_patience=1)
+    model.val_loss.compute = lambda: torch.tensor(losses[model.current_epoch])
+    model.val_acc.compute = lambda: torch.tensor(0.1 * (model.current_epoch + 1))
+    rates = []
+    watch = LambdaCallback(on_train_epoch_start=lambda *_: rates.append(model.learning_rate))
+    quiet_trainer(max_epochs=6, callbacks=[watch], default_root_dir=tmp_path).fit(model, data)
+    assert rates == [0.01, 0.01, 0.01, 0.01, 0.005, 0.005]
 
 
 def test_with_a_plateau_the_head_keeps_its_own_rate(tmp_path):
