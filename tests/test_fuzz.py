@@ -129,6 +129,7 @@ OPTIONS_OF_DATA: dict[str, dict[str, tuple[str, ...]]] = {
         "data.tables": (".",),
         "data.image_column": ("image",),
         "data.label_column": ("label",),
+        "data.group_column": ("null", "image"),
     },
     "CIFAR10DataModule": {"data.root": ("cifar",), "data.url": ("null", "http://127.0.0.1:9/x")},
 }

@@ -116,6 +116,82 @@ def test_repeated_rows_are_one_image(photos):
     assert sum(map(len, data.images.values())) == 12
 
 
+def with_patients(rows, num_patients):
+    """Rows with a column of patients, whose images follow one another."""
+    return [f"{row},patient {place % num_patients}" for place, row in enumerate(rows)]
+
+
+PATIENTS = "image,label,patient"
+
+
+def test_images_of_a_group_are_held_out_together(photos, caplog):
+    caplog.set_level("INFO")
+    rows = with_patients(rows_of(), 4)
+    write("train.csv", rows, PATIENTS)
+    patients = {f"train/{row.split(',')[0]}": row.split(",")[2] for row in rows}
+    options = {"val_fraction": 0.4, "group_column": "patient"}
+    data = ready(TableDataModule("train.csv", **options))
+    held_out = {patients[name] for name in data.names["val"]}
+    trained_on = {patients[name] for name in data.names["train"]}
+    assert held_out
+    assert trained_on
+    assert not held_out & trained_on
+    assert "Groups: 4 of 12 training images; the column patient." in caplog.text
+    alone = ready(TableDataModule("train.csv", val_fraction=0.4))
+    assert {patients[name] for name in alone.names["val"]} & {
+        patients[name] for name in alone.names["train"]
+    }, "without the column they are torn apart"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_copies_join_the_groups_of_a_column(photos, seed):
+    """Patients 0 and 1 have the same image, and so are one group."""
+    rows = with_patients(rows_of(), 6)
+    write("train.csv", rows, PATIENTS)
+    shutil.copy("cat/000.png", "cat/001.png")
+    data = ready(TableDataModule("train.csv", val_fraction=0.4, group_column="patient", seed=seed))
+    patients = {f"train/{row.split(',')[0]}": row.split(",")[2] for row in rows}
+    joined = {"patient 0", "patient 1"}
+    held_out = {patients[name] for name in data.names["val"]}
+    assert held_out & joined in (set(), joined)
+
+
+def test_groups_without_a_use_are_said(photos, caplog):
+    """The table of validation needs no column of groups."""
+    caplog.set_level("INFO")
+    write("train.csv", with_patients(rows_of(), 4), PATIENTS)
+    write("val.csv", rows_of())
+    with pytest.warns(UserWarning, match="are also among those of training"):
+        ready(TableDataModule("train.csv", val="val.csv", group_column="patient"))
+    assert (
+        "group_column=patient is not used, because no training images are held out" in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "match"),
+    [
+        (4, {"group_column": "scene"}, r"line 1: the heading has no column scene, but .*patient"),
+        (4, {"group_column": "patient", "group": "x"}, "group and group_column both say which"),
+        (4, {"group_column": ""}, "group_column is : take the name of a column"),
+        (4, {"group_column": 3}, "group_column is 3: take the name of a column"),
+        (1, {"group_column": "patient"}, "group_column=patient puts all .* one group, 'patient 0'"),
+        ("empty", {"group_column": "patient"}, "line 2: the cell of patient is empty: fill it"),
+        ("two", {"group_column": "patient"}, "000.png is of the group b, and of a in line 2: keep"),
+    ],
+)
+def test_groups_that_make_no_sense_are_refused(photos, rows, options, match):
+    if isinstance(rows, int):
+        lines = with_patients(rows_of(), rows)
+    else:
+        lines = with_patients(rows_of(), 4)
+        lines[0] = "cat/000.png,cat," + {"empty": "", "two": "a"}[rows]
+        lines.append("cat/000.png,cat,b")
+    write("train.csv", lines, PATIENTS)
+    with pytest.raises(UserError, match=match):
+        ready(TableDataModule("train.csv", **options))
+
+
 ROWS = ["cat/000.png,cat", "cat/001.png,cat", "dog/000.png,dog", "dog/001.png,dog"]
 UNFIT = {
     "no file": (None, r"^train\.csv cannot be read as a table \(No such file.*, seen from /"),

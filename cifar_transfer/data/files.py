@@ -126,7 +126,7 @@ class FileDataModule(ImageDataModule):
         if self.group is not None:
             check("group", self.group, lambda text: isinstance(text, str), "a regular expression")
             self._groups = GroupNames(self.group, self.grouped_part)
-        self._has_told_unmatched = False
+        self._has_told_groups = False
         self._train_classes: list[str] | None = None  # set by a subclass that has them
         self._content_numbers: dict[Split, np.ndarray] = {}  # of copies the same
         self._rows_never_read: dict[Split, np.ndarray] | None = None
@@ -148,6 +148,13 @@ class FileDataModule(ImageDataModule):
             "group": self.group,
             "skip_broken": self.skip_broken,
         }
+
+    @property
+    def group_option(self) -> str | None:
+        """The option that says which images belong together, with its value; None without one."""
+        if self.group is None:
+            return None
+        return f"group={self.group}"
 
     @property
     def class_names(self) -> list[str]:
@@ -443,13 +450,23 @@ class FileDataModule(ImageDataModule):
         if self._groups is None:
             return names
         keys, num_unmatched = self._groups.keys(names)
-        if not self._has_told_unmatched:
-            self._has_told_unmatched = True
-            rank_zero_info(
-                f"Groups: {len(set(keys)):,} of {len(names):,} training images; group={self.group} "
-                f"matches all but {num_unmatched:,} of their names."
-            )
+        self._tell_groups(
+            keys, f"group={self.group} matches all but {num_unmatched:,} of their names"
+        )
         return keys
+
+    def _tell_groups(self, keys: Sequence[str], origin: str) -> None:
+        """Say once how many groups there are.
+
+        Args:
+            keys: Group of each training image.
+            origin: What the groups were found by.
+        """
+        if not self._has_told_groups:
+            self._has_told_groups = True
+            rank_zero_info(
+                f"Groups: {len(set(keys)):,} of {len(keys):,} training images; {origin}."
+            )
 
     def _numbers_of(self, split: Split) -> np.ndarray:
         """Return a number for each image of a split, int64 [N]; copies have the same one.
@@ -479,9 +496,9 @@ class FileDataModule(ImageDataModule):
         super()._report_splits(chosen)
         self._tell_of_one_colour(chosen)
         holds_out = "train" in (chosen.sources["val"], chosen.sources["test"])
-        if self.group is not None and not holds_out:
+        if self.group_option is not None and not holds_out:
             rank_zero_info(
-                f"group={self.group} is not used, because no training images are held out."
+                f"{self.group_option} is not used, because no training images are held out."
             )
 
     def _tell_of_one_colour(self, chosen: Splits) -> None:

@@ -23,6 +23,24 @@ def compiled(group: str) -> re.Pattern[str]:
         ) from None
 
 
+def refuse_one_group(option: str, keys: Sequence[str], what_else: str) -> None:
+    """Refuse groups that leave nothing to be held out.
+
+    Args:
+        option: The option that makes the groups, with its value.
+        keys: Group of each training image.
+        what_else: What to take in its place, such as "an expression".
+
+    Raises:
+        UserError: All images are in one group.
+    """
+    if len(keys) > 1 and len(set(keys)) == 1:
+        raise UserError(
+            f"{option} puts all training images into one group, {keys[0]!r}: take {what_else} that "
+            f"tells them apart."
+        )
+
+
 class GroupNames:
     """The groups of images, by a regular expression.
 
@@ -61,11 +79,7 @@ class GroupNames:
                 f"group={self.group} matches none of the names of the training images, such as "
                 f"{self._part(names[0])}: take another expression."
             )
-        if len(names) > 1 and len(set(keys)) == 1:
-            raise UserError(
-                f"group={self.group} puts all training images into one group, {keys[0]!r}: take an "
-                f"expression that tells them apart."
-            )
+        refuse_one_group(f"group={self.group}", keys, "an expression")
         return keys, num_unmatched
 
 

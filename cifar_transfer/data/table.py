@@ -1,6 +1,7 @@
 """Images that tables name: a CSV with a file and a label in each row."""
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from cifar_transfer.base.files import user_path
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.base.text import composed, printable
 from cifar_transfer.data.files import FileDataModule, Files
+from cifar_transfer.data.groups import refuse_one_group
 from cifar_transfer.data.splits import Split
 from cifar_transfer.data.table_rows import TableRow, read_rows
 
@@ -35,6 +37,9 @@ class TableDataModule(FileDataModule):
         tables: Folder from which the names of the tables are seen.
         image_column: Name of the column of files.
         label_column: Name of the column of classes.
+        group_column: Name of a column of the training table that says which images belong together,
+            by patient or scene for example: images with the same text in it are held out together
+            or not at all. In place of `group`, which finds groups in the names of files.
         **options: Those of `FileDataModule`.
 
     Raises:
@@ -50,13 +55,15 @@ class TableDataModule(FileDataModule):
         tables: str = ".",
         image_column: str = "image",
         label_column: str = "label",
+        group_column: str | None = None,
         **options: Any,
     ) -> None:
         names: dict[str, Any] = {"train": train, "val": val, "test": test, "tables": tables}
         names |= {"image_column": image_column, "label_column": label_column}
+        names["group_column"] = group_column
         for name, value in names.items():
             names[name] = as_primitive(name, value)
-            if value is not None or name not in ("val", "test"):
+            if value is not None or name not in ("val", "test", "group_column"):
                 _check_text(name, names[name])
         self.tables: dict[Split, Path] = {}
         splits: tuple[Split, ...] = ("train", "val", "test")
@@ -65,7 +72,13 @@ class TableDataModule(FileDataModule):
             if table is not None:
                 self.tables[split] = user_path(names["tables"]) / user_path(table)
         super().__init__(self.tables["train"].parent, **options)
+        if group_column is not None and self.group is not None:
+            raise UserError(
+                "group and group_column both say which images belong together: leave one out."
+            )
         self.columns = (image_column, label_column)
+        self.group_column: str | None = group_column
+        self._groups_of_images: dict[str, str] = {}  # by the names of training images
         if self.tables["train"].exists() or not self._is_for_evaluation():
             self._train_classes = self.read_classes()
         self.store_options(**names, **self.file_options())
@@ -75,10 +88,17 @@ class TableDataModule(FileDataModule):
         tables = [table for split, table in self.tables.items() if split != "train"]
         return any(table.exists() for table in tables)
 
+    @property
+    def group_option(self) -> str | None:
+        """The option that says which images belong together, with its value; None without one."""
+        if self.group_column is None:
+            return super().group_option
+        return f"group_column={self.group_column}"
+
     def read_classes(self) -> list[str]:
         """Return the labels in the training table, sorted."""
         table = self.tables["train"]
-        names = {class_name(row) for row in read_rows(table, *self.columns)}
+        names = {class_name(row) for row in self._rows("train")}
         if not names:
             raise UserError(f"{table} has a heading and no rows: add a row for each image.")
         if len(names) == 1:
@@ -97,23 +117,32 @@ class TableDataModule(FileDataModule):
         table = self.tables[split]
         if split == "train" and self._train_classes is None and not table.exists():
             return None
-        labels = self._labels_of_images(table)
+        labels = self._labels_of_images(split)
         if not labels:
             raise UserError(f"{table} has a heading and no rows: add a row for each image.")
         return Files(
             paths=[file_of(table, image) for image in labels],
             labels=np.fromiter(labels.values(), np.int64, len(labels)),
-            names=[composed(image.replace(os.sep, "/")) for image in labels],
+            names=[image_name(image) for image in labels],
         )
 
-    def _labels_of_images(self, table: Path) -> dict[str, int]:
-        """Return the label of each image in a table by its path, in the order of the rows."""
+    def _rows(self, split: Split) -> Iterator[TableRow]:
+        """Yield the rows of the table of a split; only that of training has groups."""
+        group_column = self.group_column if split == "train" else None
+        return read_rows(self.tables[split], *self.columns, group_column)
+
+    def _labels_of_images(self, split: Split) -> dict[str, int]:
+        """Return the label of each image of a split by its path, in the order of the rows.
+
+        Of training images the groups are kept, too.
+        """
+        table = self.tables[split]
         labels_of_classes = {name: label for label, name in enumerate(self.class_names)}
         labels: dict[str, int] = {}
         num_repeated = 0
         first_missing: TableRow | None = None
         num_missing = 0
-        for row in read_rows(table, *self.columns):
+        for row in self._rows(split):
             label = labels_of_classes.get(class_name(row))
             if label is None:
                 raise self._unknown_class(table, row)
@@ -121,9 +150,13 @@ class TableDataModule(FileDataModule):
             if image in labels:
                 num_repeated += 1
                 if labels[image] != label:
-                    raise self._two_labels(table, row)
+                    raise self._two_labels(split, row)
+                if split == "train" and self._groups_of_images[image_name(image)] != group_of(row):
+                    raise self._two_groups(row)
                 continue
             labels[image] = label
+            if split == "train":
+                self._groups_of_images[image_name(image)] = group_of(row)
             if not os.path.isfile(file_of(table, image)):
                 first_missing = first_missing or row
                 num_missing += 1
@@ -142,14 +175,34 @@ class TableDataModule(FileDataModule):
             f"the label, or leave the row out."
         )
 
-    def _two_labels(self, table: Path, row: TableRow) -> UserError:
-        image = image_path(row)
-        rows = read_rows(table, *self.columns)
-        first = next(other for other in rows if image_path(other) == image)
+    def _two_labels(self, split: Split, row: TableRow) -> UserError:
+        first = self._first_row(split, row)
         return UserError(
-            f"{table}, line {row.line}: {printable(row.image)} is {class_name(row)}, and "
-            f"{class_name(first)} in line {first.line}: keep one of these rows."
+            f"{self.tables[split]}, line {row.line}: {printable(row.image)} is {class_name(row)}, "
+            f"and {class_name(first)} in line {first.line}: keep one of these rows."
         )
+
+    def _two_groups(self, row: TableRow) -> UserError:
+        first = self._first_row("train", row)
+        return UserError(
+            f"{self.tables['train']}, line {row.line}: {printable(row.image)} is of the group "
+            f"{printable(row.group)}, and of {printable(first.group)} in line {first.line}: keep "
+            f"one of these rows."
+        )
+
+    def _first_row(self, split: Split, row: TableRow) -> TableRow:
+        """Return the first row with the image of a row."""
+        image = image_path(row)
+        return next(other for other in self._rows(split) if image_path(other) == image)
+
+    def _keys_of_names(self, names: Sequence[str]) -> Sequence[str]:
+        """Return the group of each training image, or without `group_column` as for folders."""
+        if self.group_column is None:
+            return super()._keys_of_names(names)
+        keys = [self._groups_of_images[name] for name in names]
+        refuse_one_group(f"group_column={self.group_column}", keys, "a column")
+        self._tell_groups(keys, f"the column {self.group_column}")
+        return keys
 
     def cache_name(self, split: Split) -> str:
         """Return the name of the cache of a split, which those of other tables do not have."""
@@ -171,6 +224,16 @@ def class_name(row: TableRow) -> str:
 def image_path(row: TableRow) -> str:
     """Return the path of the image of a row, seen from the table's folder or absolute."""
     return os.path.normpath(os.path.expanduser(row.image))
+
+
+def image_name(image: str) -> str:
+    """Return the name of an image in lists and records, the same on all systems."""
+    return composed(image.replace(os.sep, "/"))
+
+
+def group_of(row: TableRow) -> str:
+    """Return the group of a row, in Unicode's form NFC."""
+    return composed(row.group)
 
 
 def file_of(table: Path, image: str) -> str:

@@ -21,15 +21,19 @@ class TableRow(NamedTuple):
         line: Line of the file in which the row begins, from 1.
         image: The cell in the column of images.
         label: The cell in the column of labels.
+        group: The cell in the column of groups; "" if no such column is read.
     """
 
     line: int
     image: str
     label: str
+    group: str = ""
 
 
-def read_rows(path: Path, image_column: str, label_column: str) -> Iterator[TableRow]:
-    """Yield the rows of a table, in which no cell of the two columns is empty.
+def read_rows(
+    path: Path, image_column: str, label_column: str, group_column: str | None = None
+) -> Iterator[TableRow]:
+    """Yield the rows of a table, in which no cell of these columns is empty.
 
     The table has a heading, and is in UTF-8, with or without a byte order mark. Commas, semicolons
     or tabs are between the cells. Empty lines and spaces around a cell do not matter, and other
@@ -39,12 +43,15 @@ def read_rows(path: Path, image_column: str, label_column: str) -> Iterator[Tabl
         path: The file.
         image_column: Name of the column of images.
         label_column: Name of the column of labels.
+        group_column: Name of the column of groups, or None to read none.
 
     Raises:
         UserError: The file cannot be read, lacks a column, or has an unfit row; the text names file
             and line.
     """
-    columns = (image_column, label_column)
+    columns = [image_column, label_column]
+    if group_column is not None:
+        columns.append(group_column)
     try:
         with open_regular(path) as file:
             text = io.TextIOWrapper(file, "utf-8-sig", newline="")
@@ -101,8 +108,7 @@ def _rows(path: Path, text: TextIO, delimiter: str, columns: Sequence[str]) -> I
         for column, position in zip(columns, positions, strict=True):
             if not cells[position]:
                 raise UserError(f"{path}, line {line}: the cell of {column} is empty: fill it.")
-        image, label = (from_spreadsheet_cell(cells[position]) for position in positions)
-        yield TableRow(line, image, label)
+        yield TableRow(line, *(from_spreadsheet_cell(cells[position]) for position in positions))
     if not positions:
         raise UserError(
             f"{path} is empty: it needs a heading, {','.join(columns)}, and a row for each image."
@@ -117,7 +123,8 @@ def _positions(path: Path, line: int, cells: list[str], columns: Sequence[str]) 
             shown = ", ".join(printable(cell) for cell in cells[:MAX_COLUMNS_SHOWN])
             raise UserError(
                 f"{path}, line {line}: the heading has no column {column}, but {shown}: name the "
-                f"columns with image_column=NAME and label_column=NAME."
+                f"columns with image_column=NAME and label_column=NAME, and groups with "
+                f"group_column=NAME."
             )
         positions.append(cells.index(column))
     return positions
