@@ -259,6 +259,27 @@ def test_a_run_stopped_within_an_epoch_ends_as_one_that_was_not(tmp_path):
     assert_same_weights(tmp_path / "whole" / last, tmp_path / "stopped" / last)
 
 
+@pytest.mark.whole
+def test_two_processes_resumed_after_an_epoch_end_as_two_that_were_not(tmp_path):
+    """What each of them draws follows from the step, not from the epochs before."""
+    job = [
+        *TINY,
+        "--model.backbone=lenet5",
+        "--model.mixup_alpha=0.4",
+        "--model.cutmix_alpha=1",
+        "--freeze.unfreeze_epoch=1",
+        "--trainer.devices=2",
+    ]
+    for folder in ("whole", "resumed"):
+        (tmp_path / folder).mkdir()
+    run_fit(tmp_path / "whole", *job, "--trainer.max_epochs=3")
+    run_fit(tmp_path / "resumed", *job, "--trainer.max_epochs=1")
+    done = run_fit(tmp_path / "resumed", f"--resume={RUN}", "--trainer.max_epochs=3")
+    assert "Epochs 2 to 3: images are mixed" in done.stdout
+    last = Path(RUN, "checkpoints", "last.ckpt")
+    assert_same_weights(tmp_path / "whole" / last, tmp_path / "resumed" / last)
+
+
 def test_without_it_nothing_is_drawn():
     """The default recipes stay as they are, to the last bit."""
     states = []
