@@ -20,7 +20,7 @@ from cifar_transfer.base.files import file_version, user_path
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.base.text import without_password
 from cifar_transfer.data.cache import cached
-from cifar_transfer.data.files import cached_files
+from cifar_transfer.data.file_cache import cached_files
 from cifar_transfer.data.images import ArrayImages, FileImages, Images
 from cifar_transfer.data.layout import class_files, class_folders, find_layout, has_images
 from cifar_transfer.data.left_aside import LeftAside

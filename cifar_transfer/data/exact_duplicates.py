@@ -7,9 +7,11 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm
 
 from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.text import printable
 from cifar_transfer.base.untrusted import open_regular, read_beginning
 from cifar_transfer.data.images import ArrayImages, Images
 
@@ -17,6 +19,7 @@ BEGINNING_BYTES = 4096  # which tell almost all files of one size apart
 DIGEST_BYTES = 8
 READERS = 4  # threads: disks that turn, and those of networks, answer several questions at once
 CHUNK_IMAGES = 1000  # that a thread reads at a time
+MAX_COPIES_NAMED = 2  # copies that a warning names
 SECONDS_BEFORE_PROGRESS = 5  # before a progress bar is shown
 
 
@@ -67,6 +70,24 @@ def copies_among(train_numbers: np.ndarray, numbers: np.ndarray) -> list[tuple[i
     places = np.flatnonzero(np.isin(numbers, different_numbers))
     train_places = first_places[np.searchsorted(different_numbers, numbers[places])]
     return list(zip(train_places.tolist(), places.tolist(), strict=True))
+
+
+def warn_of_copies(pairs: Sequence[tuple[str, str]], count: int, split: str) -> None:
+    """Warn of images of a split that are also among those of training.
+
+    Args:
+        pairs: Path of a training image, and that of its copy, for each such image.
+        count: Number of all images of the split.
+        split: Name of the split.
+    """
+    if not pairs:
+        return
+    examples = [f"{path} is {train_path}" for train_path, path in pairs[:MAX_COPIES_NAMED]]
+    rank_zero_warn(
+        f"{len(pairs):,} of {count:,} {split} images are also among those of training "
+        f"({printable('; '.join(examples))}), so the {split} figure will be too good: "
+        f"remove them from either, or list those of training for leave_out."
+    )
 
 
 def _numbers_of_pixels(splits: Sequence[SplitFiles]) -> np.ndarray | None:

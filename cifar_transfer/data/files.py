@@ -3,21 +3,17 @@
 `ImageFolderDataModule` finds its files in folders, `TableDataModule` in tables.
 """
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from cifar_transfer.base.errors import UserError, check
-from cifar_transfer.base.files import file_version
 from cifar_transfer.base.primitives import as_primitive
-from cifar_transfer.base.text import composed, printable
+from cifar_transfer.base.text import printable
 from cifar_transfer.data.broken_files import (
     BrokenFiles,
     Reasons,
@@ -25,17 +21,19 @@ from cifar_transfer.data.broken_files import (
     remember_broken,
     still_broken,
 )
-from cifar_transfer.data.cache import cached, remembered
+from cifar_transfer.data.cache import remembered
 from cifar_transfer.data.decode_size import DecodeSize
-from cifar_transfer.data.exact_duplicates import SplitFiles, content_numbers, copies_among
-from cifar_transfer.data.geometry import (
-    Fit,
-    GreyRange,
-    Size,
-    pixels,
+from cifar_transfer.data.exact_duplicates import (
+    SplitFiles,
+    content_numbers,
+    copies_among,
+    warn_of_copies,
 )
+from cifar_transfer.data.file_cache import cached_files, fingerprint
+from cifar_transfer.data.geometry import Fit, GreyRange, Size, pixels
 from cifar_transfer.data.grey_values import describe_range, find_grey_range, some_have_many
 from cifar_transfer.data.groups import GroupNames, with_copies_together
+from cifar_transfer.data.image_files import Files
 from cifar_transfer.data.images import (
     MAX_MEGAPIXELS,
     ArrayImages,
@@ -45,7 +43,6 @@ from cifar_transfer.data.images import (
     sample_sizes,
 )
 from cifar_transfer.data.module import ImageDataModule
-from cifar_transfer.data.partly_read import PartlyReadImages
 from cifar_transfer.data.splits import SPLITS, Split, Splits
 
 FITTING: dict[Fit, str] = {
@@ -54,20 +51,6 @@ FITTING: dict[Fit, str] = {
     "stretch": "stretched",
 }
 MAX_EXAMPLES = 2  # images that a message names
-
-
-class Files(NamedTuple):
-    """Image files.
-
-    Attributes:
-        paths: Paths of N files.
-        labels: Their labels, int64 [N].
-        names: Their names in lists and records, all different, such as "cat/007.png".
-    """
-
-    paths: Sequence[str]
-    labels: np.ndarray
-    names: Sequence[str]
 
 
 class FileDataModule(ImageDataModule):
@@ -240,7 +223,7 @@ class FileDataModule(ImageDataModule):
         grey_range = remembered(
             self.folder,
             f"{self.cache_name('train')}-grey",
-            [_fingerprint(unsized, self.folder, rows), self.max_megapixels],
+            [fingerprint(unsized, self.folder, rows), self.max_megapixels],
             lambda: find_grey_range(paths, self.max_megapixels),
         )
         return None if grey_range is None else tuple(grey_range)
@@ -290,7 +273,7 @@ class FileDataModule(ImageDataModule):
                 raise
             reasons = dict(zip(error.paths, error.reasons, strict=True))
             if not self.skip_broken:
-                self.broken.set(split, _by_name(split, files, reasons))
+                self.broken.set(split, files.by_name(reasons, f"{split}/"))
                 raise
         remember_broken(broken_before | reasons, self.folder, name)
         self._skip(split, reasons)
@@ -306,13 +289,8 @@ class FileDataModule(ImageDataModule):
         if files is None or not reasons:
             return
         known = self.broken.reasons.get(split, {})
-        self.broken.set(split, known | _by_name(split, files, reasons))
-        rows = [row for row, path in enumerate(files.paths) if path not in reasons]
-        left = Files(
-            [files.paths[row] for row in rows],
-            files.labels[rows],
-            [files.names[row] for row in rows],
-        )
+        self.broken.set(split, known | files.by_name(reasons, f"{split}/"))
+        left = files.without(reasons)
         if split == "train":
             _require_all_classes(files.labels, left.labels, self.class_names)
         self._files[split] = left
@@ -340,8 +318,8 @@ class FileDataModule(ImageDataModule):
         if cached_images.on_the_fly:
             name = self.cache_name(split)
             rows = self._rows_to_read(split)
-            fingerprint = [_fingerprint(images, self.folder, rows), self.max_megapixels]
-            reasons = find_broken(images.subset(rows), self.folder, name, fingerprint, are_checked)
+            versions = [fingerprint(images, self.folder, rows), self.max_megapixels]
+            reasons = find_broken(images.subset(rows), self.folder, name, versions, are_checked)
             if reasons:
                 raise UnreadableImages(*reasons.values(), paths=list(reasons))
         return cached_images
@@ -534,22 +512,13 @@ class FileDataModule(ImageDataModule):
             for train_place, place in copies:
                 train_path = train_files.paths[train_rows[train_place]]
                 pairs.append((train_path, files.paths[rows[place]]))
-            _warn_of_pairs(pairs, len(files.paths), split)
+            warn_of_copies(pairs, len(files.paths), split)
 
     def _rows_left(self, split: Split, files: Files) -> np.ndarray:
         """Return the rows, int64, of the files of a split that no list leaves out."""
         if self.leave_out is None:
             return np.arange(len(files.paths))
         return self.rows_that_stay(split, [f"{split}/{name}" for name in files.names])
-
-
-def _by_name(split: Split, files: Files, reasons: Reasons) -> dict[str, str]:
-    """Return why files cannot be read by their names, such as "train/cat/007.png"."""
-    by_name = {}
-    for path, name in zip(files.paths, files.names, strict=True):
-        if path in reasons:
-            by_name[f"{split}/{name}"] = reasons[path]
-    return by_name
 
 
 def _require_all_classes(
@@ -562,84 +531,3 @@ def _require_all_classes(
         raise UserError(
             f"None of the training images of {names} can be read: mend some, or remove the class."
         )
-
-
-def _warn_of_pairs(pairs: Sequence[tuple[str, str]], count: int, split: str) -> None:
-    """Warn of images of a split, of `count` in all, that are also among those of training."""
-    if not pairs:
-        return
-    examples = [f"{path} is {train_path}" for train_path, path in pairs[:MAX_EXAMPLES]]
-    rank_zero_warn(
-        f"{len(pairs):,} of {count:,} {split} images are also among those of training "
-        f"({printable('; '.join(examples))}), so the {split} figure will be too good: "
-        f"remove them from either, or list those of training for leave_out."
-    )
-
-
-def cached_files(
-    images: FileImages,
-    names: Sequence[str],
-    folder: Path,
-    cache_name: str,
-    cache_limit_gb: float,
-    rows_to_read: np.ndarray,
-) -> Images:
-    """Return images of files with their names, from the cache if it is used.
-
-    Args:
-        images: The files.
-        names: Their names in lists and records.
-        folder: Folder of the data.
-        cache_name: Name of the cache, and text of the progress bar.
-        cache_limit_gb: Images that take more gigabytes (1e9 bytes) are decoded on the fly.
-        rows_to_read: Rows of the images, int64, to decode for the cache. The others are black.
-
-    Raises:
-        UnreadableImages: Files cannot be read.
-    """
-    height, width = images.size
-    result: Images = images
-    if 3 * height * width * len(images) > cache_limit_gb * 1e9:
-        rank_zero_info(
-            f"{cache_name}: decoded on the fly, because all of it would take more than "
-            f"{cache_limit_gb:g} GB"
-        )
-    elif len(rows_to_read) == len(images):
-        result = cached(folder, cache_name, _fingerprint(images, folder), lambda: images)
-    else:
-        some_images = PartlyReadImages(images, rows_to_read)
-        fingerprint = [*_fingerprint(images, folder, rows_to_read), rows_to_read.tolist()]
-        with_all_images = []
-        with suppress(UserError):  # a file that is not read may be anything, and not even there
-            with_all_images.append(_fingerprint(images, folder))
-        result = cached(folder, cache_name, fingerprint, lambda: some_images, with_all_images)
-    result.names = names
-    return result
-
-
-def _fingerprint(images: FileImages, folder: Path, rows: np.ndarray | None = None) -> list[object]:
-    """Return what changes when a file, of some rows or of all, or the size of the images does."""
-    if rows is None:
-        rows = np.arange(len(images))
-    files = sha256()
-    for row in rows.tolist():
-        path = str(images.paths[row])
-        try:
-            version = file_version(path)
-        except OSError as error:
-            raise UserError(
-                f"{error.filename} cannot be read ({error.strerror}): mend or remove it."
-            ) from None
-        text = repr((_relative_to(folder, path), version))
-        files.update(text.encode(errors="backslashreplace"))
-    return [files.hexdigest(), images.size, images.fit, images.grey_range]
-
-
-def portable_name(relative_path: str) -> str:
-    """Return the name of an image in lists and records, the same on all systems."""
-    return composed(relative_path.replace(os.sep, "/"))
-
-
-def _relative_to(folder: Path, path: str) -> str:
-    """Return a path relative to a folder; pathlib takes twenty times as long."""
-    return path.removeprefix(f"{folder}{os.sep}")

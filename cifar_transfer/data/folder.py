@@ -8,7 +8,8 @@ from cifar_transfer.base.errors import check
 from cifar_transfer.base.files import user_path
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.base.text import program
-from cifar_transfer.data.files import FileDataModule, Files
+from cifar_transfer.data.files import FileDataModule
+from cifar_transfer.data.image_files import Files
 from cifar_transfer.data.layout import class_files, find_layout, is_unlabelled
 from cifar_transfer.data.left_aside import LeftAside
 from cifar_transfer.data.splits import Split, Splits

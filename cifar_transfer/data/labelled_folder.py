@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar_transfer.data.files import FileDataModule, Files
+from cifar_transfer.data.files import FileDataModule
 from cifar_transfer.data.geometry import Geometry
+from cifar_transfer.data.image_files import Files
 from cifar_transfer.data.layout import class_files, class_folders, find_layout
 from cifar_transfer.data.left_aside import LeftAside
 from cifar_transfer.data.module import EarlierRun

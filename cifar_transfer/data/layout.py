@@ -10,7 +10,7 @@ import numpy as np
 
 from cifar_transfer.base.errors import UserError
 from cifar_transfer.base.text import composed, printable
-from cifar_transfer.data.files import Files, portable_name
+from cifar_transfer.data.image_files import Files, portable_name
 from cifar_transfer.data.images import EXTENSIONS
 from cifar_transfer.data.left_aside import LeftAside, is_left_aside
 from cifar_transfer.data.listing import has_images_below, images_below, is_image_name

@@ -12,8 +12,9 @@ from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.files import user_path
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.base.text import composed, printable
-from cifar_transfer.data.files import FileDataModule, Files
+from cifar_transfer.data.files import FileDataModule
 from cifar_transfer.data.groups import refuse_one_group
+from cifar_transfer.data.image_files import Files, portable_name
 from cifar_transfer.data.splits import Split
 from cifar_transfer.data.table_rows import TableRow, read_rows
 
@@ -78,7 +79,7 @@ class TableDataModule(FileDataModule):
             )
         self.columns = (image_column, label_column)
         self.group_column: str | None = group_column
-        self._groups_of_images: dict[str, str] = {}  # by the names of training images
+        self._groups_of_images: dict[str, str] = {}  # by names; of training images, with a column
         if self.tables["train"].exists() or not self._is_for_evaluation():
             self._train_classes = self.read_classes()
         self.store_options(**names, **self.file_options())
@@ -123,7 +124,7 @@ class TableDataModule(FileDataModule):
         return Files(
             paths=[file_of(table, image) for image in labels],
             labels=np.fromiter(labels.values(), np.int64, len(labels)),
-            names=[image_name(image) for image in labels],
+            names=[portable_name(image) for image in labels],
         )
 
     def _rows(self, split: Split) -> Iterator[TableRow]:
@@ -139,6 +140,8 @@ class TableDataModule(FileDataModule):
         table = self.tables[split]
         labels_of_classes = {name: label for label, name in enumerate(self.class_names)}
         labels: dict[str, int] = {}
+        has_groups = split == "train" and self.group_column is not None
+        groups = self._groups_of_images
         num_repeated = 0
         first_missing: TableRow | None = None
         num_missing = 0
@@ -151,12 +154,12 @@ class TableDataModule(FileDataModule):
                 num_repeated += 1
                 if labels[image] != label:
                     raise self._two_labels(split, row)
-                if split == "train" and self._groups_of_images[image_name(image)] != group_of(row):
+                if has_groups and groups[portable_name(image)] != group_of(row):
                     raise self._two_groups(row)
                 continue
             labels[image] = label
-            if split == "train":
-                self._groups_of_images[image_name(image)] = group_of(row)
+            if has_groups:
+                groups[portable_name(image)] = group_of(row)
             if not os.path.isfile(file_of(table, image)):
                 first_missing = first_missing or row
                 num_missing += 1
@@ -224,11 +227,6 @@ def class_name(row: TableRow) -> str:
 def image_path(row: TableRow) -> str:
     """Return the path of the image of a row, seen from the table's folder or absolute."""
     return os.path.normpath(os.path.expanduser(row.image))
-
-
-def image_name(image: str) -> str:
-    """Return the name of an image in lists and records, the same on all systems."""
-    return composed(image.replace(os.sep, "/"))
 
 
 def group_of(row: TableRow) -> str:
