@@ -26,6 +26,7 @@ from cifar_transfer.cli.parsers import Parser
 from cifar_transfer.data import splits
 from cifar_transfer.data.folder import ImageFolderDataModule
 from cifar_transfer.data.labelled_folder import LabelledFolder, find_test_images
+from cifar_transfer.data.leave_out import read_image_list
 from cifar_transfer.data.module import EarlierRun, ImageDataModule
 from cifar_transfer.network.description import NetworkDescription
 from cifar_transfer.results import plots, score_table
@@ -87,7 +88,7 @@ def evaluate(
     ckpt = str(user_path(ckpt))
     checkpoint = read_checkpoint(ckpt)
     if leave_out:
-        splits.read_image_list(leave_out)  # its mistakes, before the time that scoring takes
+        read_image_list(leave_out)  # its mistakes, before the time that scoring takes
     data = _load_data(ckpt, checkpoint, split, root, leave_out)
     collect = CollectPredictions()
     callbacks: list[Callback] = [collect]

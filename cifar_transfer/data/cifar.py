@@ -23,9 +23,10 @@ from cifar_transfer.data.cache import cached
 from cifar_transfer.data.file_cache import cached_files
 from cifar_transfer.data.images import ArrayImages, FileImages, Images
 from cifar_transfer.data.layout import class_files, class_folders, find_layout, has_images
+from cifar_transfer.data.leave_out import by_number
 from cifar_transfer.data.left_aside import LeftAside
 from cifar_transfer.data.module import ImageDataModule
-from cifar_transfer.data.splits import Split, by_number
+from cifar_transfer.data.splits import Split
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ARCHIVE: str = CIFAR10.filename

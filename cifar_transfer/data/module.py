@@ -33,6 +33,7 @@ from cifar_transfer.data.augment_options import MAX_SMALL_SIDE, Augment
 from cifar_transfer.data.classes import Balance, loss_weights
 from cifar_transfer.data.geometry import Fit, GreyRange, Size, pixels, to_float
 from cifar_transfer.data.images import Batch, Images, UnreadableImages
+from cifar_transfer.data.leave_out import read_image_list, unlisted_rows
 from cifar_transfer.data.loading import (
     ResumableLoader,
     Shard,
@@ -49,8 +50,6 @@ from cifar_transfer.data.splits import (
     Splits,
     choose_splits,
     list_digest,
-    read_image_list,
-    unlisted_rows,
 )
 from cifar_transfer.data.text_list import TextList
 from cifar_transfer.data.transformed_images import (
@@ -347,7 +346,11 @@ class ImageDataModule(LightningDataModule):
             self._split_images()
 
     def _store_augment(self, augment: Augment) -> None:
-        """Store options of the augmentation in checkpoints, in place of those that were given."""
+        """Store options of the augmentation in checkpoints, in place of those that were given.
+
+        The preset follows from the size of the images. A run that continues takes it from its
+        checkpoint, because images that have changed since may ask for another one.
+        """
         self.hparams["augment"] = as_primitive("augment", augment)
 
     def prepare_data(self) -> None:

@@ -1,10 +1,7 @@
 """The images of each split: chosen by a hash, recorded with the run, kept when it continues."""
 
-import csv
 import gzip
-import io
 import json
-import re
 import secrets
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -16,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from cifar_transfer.base.errors import UserError, first_line
-from cifar_transfer.base.files import LOGS, atomic_write, user_path
-from cifar_transfer.base.text import composed
+from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.files import LOGS, atomic_write
 from cifar_transfer.base.untrusted import open_regular
+from cifar_transfer.data.leave_out import read_image_list, unlisted_rows
 from cifar_transfer.data.text_list import TextList
 
 Split = Literal["train", "val", "test"]
@@ -400,63 +397,9 @@ def digest(names: Sequence[str]) -> str:
     return f"{len(names):,} images ({zlib.crc32(json.dumps(names).encode()):08x})"
 
 
-def read_image_list(path: str | Path) -> frozenset[str]:
-    """Return the names in the column `image` of a CSV.
-
-    Raises:
-        UserError: The file cannot be read, or has no such column.
-    """
-    try:
-        with open_regular(user_path(path)) as file:
-            rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
-            if "image" in (rows.fieldnames or ()):
-                names = [row["image"] for row in rows if row["image"]]
-                return frozenset(composed(name) for name in names)
-    except (OSError, UnicodeError, csv.Error) as error:
-        reason = first_line(error)
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        raise UserError(
-            f"leave_out={path} cannot be read as a list of images ({reason}): name another one."
-        ) from None
-    raise UserError(
-        f"leave_out={path} has no column `image`: it takes a CSV as "
-        f"`python -m cifar_transfer audit` writes."
-    )
-
-
 def list_digest(path: str) -> str:
     """Return the `digest` of the names that a CSV lists; errors are those of `read_image_list`."""
     return digest(sorted(read_image_list(path)))
-
-
-def as_listed(name: str) -> str:
-    """Return a name as lists have it: bytes that are not UTF-8 are written as escapes."""
-    return name.encode(errors="backslashreplace").decode()
-
-
-def by_number(name: str) -> str:
-    """Return "cat/42" for "cat/00042.png"; other names stay as they are.
-
-    CIFAR-10 has numbers for names. So its images are called alike in all of its layouts.
-    """
-    return re.sub(r"/(\d+)(\.[^/]*)?$", lambda match: f"/{int(match[1])}", name)
-
-
-def unlisted_rows(names: Sequence[str], image_list: Collection[str]) -> np.ndarray:
-    """Return the rows, int64, of the names that are not in a list.
-
-    A list may name an image by its number ("cat/42") or by its file ("cat/00042.png").
-    """
-    numbers = {by_number(listed) for listed in image_list}
-    unlisted = []
-    for row, name in enumerate(names):
-        written = as_listed(name)
-        # Two files, "cat/1.png" and "cat/1.jpg", are not the same image: one side is a number.
-        if written in image_list or by_number(written) in image_list or written in numbers:
-            continue
-        unlisted.append(row)
-    return np.array(unlisted, np.int64)
 
 
 def rows_left(
