@@ -294,7 +294,9 @@ class FitCLI(PlainCLI):
     def _requeued_checkpoint(self, name: str) -> Path | None:
         """Return the checkpoint with which SLURM starts a run with a name again, or None.
 
-        The run then continues in its folder, as with `--resume`.
+        The run then continues in its folder, as with `--resume`. Lightning by itself loads that
+        checkpoint into a new run, whose folder cannot have the same name. Seen by test_stopped.py,
+        test_lightning_requeues_a_slurm_job_and_the_run_goes_on_from_there.
         """
         root = _root(self.config.trainer)
         path = requeued_checkpoint(root)
