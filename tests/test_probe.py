@@ -657,6 +657,8 @@ def test_without_test_images_seeds_are_compared_by_validation():
     heading, row = probe_table.short_table([one], [])
     assert row[heading.index("test (%)")] == ""
     assert row[heading.index("val (%)")].startswith("50.00")
+    assert heading[-1] == "features (s)", "one network has no difference"
+    assert len(probe_table.full_table([one], [])[1]) == len(probe_table.full_table([one], [])[0])
 
 
 @pytest.mark.filterwarnings("ignore:val_fraction=0")

@@ -65,12 +65,13 @@ def note(networks: Sequence[ProbedNetwork]) -> str:
 def full_table(networks: Sequence[ProbedNetwork], failed_labels: Sequence[str]) -> list[list[str]]:
     """Return the table for people: a row for each network, the best first, the failed ones last.
 
-    Of several seeds it has intervals and differences.
+    Of several seeds it has intervals and, of several networks, differences.
     """
     has_seeds = have_seeds(networks)
+    has_differences = has_seeds and len(networks) > 1
     ranked = _ranked(networks)
     heading = ["network", *ACCURACIES, *FEATURES]
-    if has_seeds:
+    if has_differences:
         heading.append(DIFFERENCE)
     table = [heading]
     for network in ranked:
@@ -79,19 +80,20 @@ def full_table(networks: Sequence[ProbedNetwork], failed_labels: Sequence[str]) 
             for accuracy in ACCURACIES:
                 row.append(interval_text(network.interval(accuracy)))
             row += _feature_cells(network.first, network.head_seconds)
-            row.append(_difference_text(network, ranked))
         else:
             row = _run_cells(network.first)
+        if has_differences:
+            row.append(_difference_text(network, ranked))
         table.append(row)
     return table + _failed_rows(failed_labels, len(heading))
 
 
 def short_table(networks: Sequence[ProbedNetwork], failed_labels: Sequence[str]) -> list[list[str]]:
     """Return the same with fewer columns, which fit into a terminal."""
-    has_seeds = have_seeds(networks)
+    has_differences = have_seeds(networks) and len(networks) > 1
     ranked = _ranked(networks)
     heading = ["network", TEST, VALIDATION]
-    if has_seeds:
+    if has_differences:
         heading.append(DIFFERENCE)
     else:
         heading.append("features (s)")
@@ -102,7 +104,7 @@ def short_table(networks: Sequence[ProbedNetwork], failed_labels: Sequence[str])
             interval_text(network.interval(TEST)),
             interval_text(network.interval(VALIDATION)),
         ]
-        if has_seeds:
+        if has_differences:
             row.append(_difference_text(network, ranked))
         else:
             row.append(number(network.first.feature_seconds, 0))
