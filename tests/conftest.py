@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers and their processes share the cores. Threads that wait for each other would take most
     # of the time.
     os.environ["OMP_NUM_THREADS"] = "1"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell has what it starts in the background ignore Ctrl-C, and so all that the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 from filelock import FileLock

@@ -165,7 +165,7 @@ def test_no_room_for_what_a_command_writes_keeps_what_was_there(run, tmp_path, c
                     "open",
                     "tfevents",
                     "EACCES",
-                    r"tfevents.* cannot be .* (Permission denied): .* start it again",
+                    r"tfevents.* cannot be .* (Permission denied): .* Continue with",
                 ),
             ]
         ),
@@ -268,7 +268,11 @@ def test_images_that_change_while_they_are_read_are_named(
     done = run_fit(tmp_path, *fault, *options, module="fault_job", expect=2 * refused)
     assert "Traceback" not in done.stderr
     assert re.search(words if refused else "", done.stderr.splitlines()[-1])
-    assert not list((tmp_path / "photos" / ".cifar_transfer").glob("train-*")) or not refused
+    cached = set((tmp_path / "photos" / ".cifar_transfer").glob("train-*"))
+    cached -= {
+        path for path in cached if path.name == "train-checked.json"
+    }  # of files as they were
+    assert not cached or not refused
 
 
 @pytest.mark.slow
