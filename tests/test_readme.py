@@ -192,8 +192,9 @@ def test_both_languages_of_the_readme_say_the_same():
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_run_from_top_to_bottom(tmp_path):
+def test_the_commands_of_the_readme_run_from_top_to_bottom(tmp_path, monkeypatch):
     """As a reader would, in one folder, with few and small images and a small network."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # of the features
     write_images(tmp_path / "data/train", 4, classes=CLASSES)
     write_images(tmp_path / "data/test", 1, classes=CLASSES)
     write_images(tmp_path / "photos/train", 9, (40, 30))
