@@ -286,6 +286,7 @@ def shows_notebook(request, monkeypatch):
 
 
 def test_a_notebook_that_cannot_show_lightnings_bar_gets_ours(shows_notebook):
+    pytest.importorskip("rich", reason="Lightning's bar needs rich")
     data = ShapesDataModule(train_images=40, test_images=10, batch_size=20)
     model = TransferClassifier("lenet5", "none", class_names=data.class_names)
     fitter = quiet_trainer(max_epochs=1, enable_progress_bar=True, callbacks=[RichProgressBar()])

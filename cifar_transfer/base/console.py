@@ -26,7 +26,7 @@ IGNORED_WARNINGS = (
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
     ".*but have no logger configured.*",  # evaluation prints its figures
     ".*Total length of `DataLoader` across ranks is zero.*",  # of features that are there
-    "Glyph .* missing from font",  # `language` has said what to install
+    "Glyph .* missing from (current )?font",  # `language` has said what to install
     ".*is smaller than the logging interval.*",  # the figures of epochs are logged all the same
 )
 IGNORED_LINES = re.compile(
