@@ -27,13 +27,27 @@ def device_name(device: torch.device) -> str:
 
 
 def processor_name() -> str:
-    """Return the name of the processor, as Linux or else Python knows it."""
+    """Return the name of the processor with what it can do, such as "AMD EPYC (AVX512, bfloat16)".
+
+    Makers sell processors of several generations under one name; how fast they are depends on the
+    vectors that torch uses on them.
+    """
+    described = _described_processor()
+    name = described.get("model name") or platform.processor() or platform.machine()
+    abilities = [torch.backends.cpu.get_cpu_capability()]
+    if "avx512_bf16" in described.get("flags", "").split():
+        abilities.append("bfloat16")
+    return f"{name} ({', '.join(abilities)})"
+
+
+def _described_processor() -> dict[str, str]:
+    """Return what Linux says of the last processor, by its keys; elsewhere nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
+        return {}
+    described = {}
     for line in lines:
         key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
+        described[key.strip()] = value.strip()
+    return described

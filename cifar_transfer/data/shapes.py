@@ -95,7 +95,7 @@ def draw(task: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
             f"cannot draw {count} images for the task {task!r} ({', '.join(TASKS)}): "
             f"ask for at least 1."
         )
-    shapes = list(_SHAPES[task].values())
+    shapes = list(SHAPES[task].values())
     rng = np.random.default_rng([seed, list(TASKS).index(task), count])
     labels = rng.permutation(np.arange(count, dtype=np.int64) % len(shapes))
     images = np.empty((count, SIDE, SIDE, 3), np.uint8)
@@ -315,7 +315,7 @@ def _sparkle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]  # distance to the outline, in units
-_SHAPES: dict[str, dict[str, Shape]] = {
+SHAPES: dict[str, dict[str, Shape]] = {
     "upstream": {
         "disc": _round,
         "triangle": _triangle,
@@ -341,4 +341,4 @@ _SHAPES: dict[str, dict[str, Shape]] = {
         "sparkle": _sparkle,
     },
 }
-TASKS: dict[str, tuple[str, ...]] = {task: tuple(shapes) for task, shapes in _SHAPES.items()}
+TASKS: dict[str, tuple[str, ...]] = {task: tuple(shapes) for task, shapes in SHAPES.items()}
