@@ -366,7 +366,7 @@ CHANGES = [
     (["--seed_everything=1"], "seed_everything=1 differs from 0"),
     (["--freeze.batch_norm=train"], r"freeze\.batch_norm=train differs from eval"),
     (["--trainer.precision=bf16-mixed"], r"trainer\.precision=bf16-mixed differs from null"),
-    (["--trainer.limit_train_batches=2"], r"trainer\.limit_train_batches=2(\.0)? differs from null"),
+    (["--trainer.limit_train_batches=2"], r"limit_train_batches=2(\.0)? differs from null"),
     (
         ["--trainer.callbacks.patience=10"],
         r"EarlyStopping\.patience=10 differs from 8, with which the run began: leave it out to "
