@@ -70,6 +70,7 @@ def test_a_record_says_what_it_was_measured_with(record):
             assert outcome["seed"] == number
             assert outcome["versions"]["torch"]
             assert outcome["device"]
+            assert not re.search(r"[\s=]/", outcome["command"]), "no path of a machine"
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def tiny_record(tmp_path):
     (folder / "record.yaml").write_text(
         "title: a tiny run\n"
         "prepare: benchmarks.drawn_photographs photographs --train 2 --test 1\n"
-        "command: fit --data=ImageFolderDataModule --data.root=photographs"
+        "command: fit --config=scratch --data=ImageFolderDataModule --data.root=photographs"
         " --model.image_size=32 --model.backbone=shufflenet_v2_x0_5 --model.weights=none"
         " --trainer.max_epochs=1 --trainer.accelerator=cpu --report.figures=false\n"
         "results: {tiny: version_0}\n"
@@ -92,6 +93,10 @@ def test_a_record_is_measured_once_for_each_seed(tiny_record, monkeypatch, capsy
     folder = tiny_record.folder.parent
     records.main(["tiny", "--seeds=2", f"--folder={folder}"])
     assert [outcome["seed"] for outcome in tiny_record.outcomes("tiny")] == [0, 1]
+    for outcome in tiny_record.outcomes("tiny"):
+        assert outcome["command"].startswith(
+            "python -m cifar_transfer fit --config=scratch --data="
+        )
     accuracies = tiny_record.accuracies("tiny")
     mean = sum(accuracies) / 2
     claim = f"{mean:.1f} % ({min(accuracies):.1f} to {max(accuracies):.1f}, 2 seeds)"

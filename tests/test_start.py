@@ -240,6 +240,9 @@ def test_a_recipe_is_found_by_its_name_unless_there_is_such_a_file(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     options = recipes.with_recipe_files(["-c", "fast", "--config=fast"])
     assert options == ["-c", FAST, f"--config={FAST}"]
+    assert recipes.with_recipe_names(options) == ["-c", "fast", "--config=fast"]
+    own = ["--config=mine/fast.yaml", "--data.root=fast"]
+    assert recipes.with_recipe_names(own) == own
     unchanged = ["--config={model: {lr: 0.1}}", "fast"]
     assert recipes.with_recipe_files(unchanged) == unchanged
     Path("fast").touch()

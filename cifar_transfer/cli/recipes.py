@@ -35,6 +35,25 @@ def with_recipe_files(args: Sequence[str]) -> list[str]:
     return options
 
 
+def with_recipe_names(args: Sequence[str]) -> list[str]:
+    """Return options in which each recipe of this package has its name again, as `--config fast`.
+
+    What is kept of a command is then no matter of where the package is installed.
+
+    Args:
+        args: Options as of `with_recipe_files`.
+    """
+    names = {str(path): path.stem for path in RECIPES.glob("*.yaml")}
+    options = []
+    for arg in args:
+        option, _, file = arg.partition("=")
+        if option == "--config" and file in names:
+            options.append(f"--config={names[file]}")
+        else:
+            options.append(names.get(arg, arg))
+    return options
+
+
 def _recipe_file(name: str) -> str:
     is_yaml = "{" in name or ":" in name  # options themselves, which jsonargparse takes too
     files = {path.stem: str(path) for path in sorted(RECIPES.glob("*.yaml"))}
@@ -65,7 +84,8 @@ def check_recipe(folder: Path, options: Sequence[str]) -> dict[str, Any]:
     """
     if (folder / CONFIG).is_file():
         raise UserError(f"{folder} is the folder of a run: name another folder with --out.")
-    recipe: dict[str, Any] = {"options": [without_password(option) for option in options]}
+    names = with_recipe_names(options)
+    recipe: dict[str, Any] = {"options": [without_password(option) for option in names]}
     for option in options:
         if option.startswith("--config="):
             lines = recipe.setdefault("config", [])

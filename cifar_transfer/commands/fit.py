@@ -36,6 +36,7 @@ from cifar_transfer.base.errors import UserError, disk_fault, is_from_own_code
 from cifar_transfer.base.files import LOGS
 from cifar_transfer.base.text import program, without_password
 from cifar_transfer.cli.fit_cli import FitCLI
+from cifar_transfer.cli.recipes import with_recipe_names
 from cifar_transfer.data.broken_files import BrokenFiles
 from cifar_transfer.data.splits import Split
 from cifar_transfer.results.calibration import Calibration
@@ -242,7 +243,8 @@ def publish(
     hparams = {**cli.datamodule.hparams, **cli.model.hparams}
     test_scores = evaluations["test"].scores if "test" in evaluations else {}
     log_final(cli.trainer, hparams, scores, test_scores)
-    command = f"{program('fit')} {shlex.join(cli.arguments)}".rstrip()
+    arguments = with_recipe_names(cli.arguments)
+    command = f"{program('fit')} {shlex.join(arguments)}".rstrip()
     origin = {"seed": cli.config.seed_everything, "command": without_password(command)}
     result = write_result(cli.trainer, cli.model, scores, origin)
     if cli.config.report.figures:
