@@ -3,9 +3,9 @@
     python -m cifar_transfer probe NAME[=WEIGHTS]... [options of fit]
 
 The features of each backbone are computed once and kept, also for several seeds, each of which
-chooses other validation images. Logistic regression, nearest neighbours,
-nearest class means and few-shot heads are fitted on them. The best logistic regression becomes a
-checkpoint for `predict`, `evaluate` and `export`. Fine-tuning can go on from it (Kumar et al. 2022,
+chooses other validation images. Logistic regression, nearest neighbours, nearest class means and
+few-shot heads are fitted on them. The best logistic regression becomes a checkpoint for `predict`,
+`evaluate` and `export`. Fine-tuning can go on from it (Kumar et al. 2022,
 https://arxiv.org/abs/2202.10054), with the same options of model and data:
 `fit --model.weights=CHECKPOINT --freeze.unfreeze_epoch=0 --model.lr=1e-4`.
 
