@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Subset
 from tqdm import tqdm
 
@@ -12,12 +11,8 @@ from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.primitives import as_primitive
 from cifar_transfer.data.dataset_images import DatasetImages, dataset_grey_range, sample_sizes
 from cifar_transfer.data.decode_size import DecodeSize
-from cifar_transfer.data.geometry import (
-    Fit,
-    GreyRange,
-    Size,
-)
-from cifar_transfer.data.grey_values import describe_range
+from cifar_transfer.data.geometry import Fit, GreyRange, Size
+from cifar_transfer.data.grey_values import TrainingGreyRange
 from cifar_transfer.data.images import ArrayImages, Images
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split, digest
@@ -98,8 +93,7 @@ class DatasetDataModule(ImageDataModule):
             self.groups = [str(group) for group in groups]
             _check_groups(self.groups, len(train))
         self._class_names: list[str] | None = as_primitive("class_names", class_names)
-        self._grey_range: GreyRange | None = None
-        self._grey_range_is_known = False
+        self._training_grey_range = TrainingGreyRange(self._find_grey_range)
         self.store_options(
             decode_size=self.decode_size,
             fit=self.fit,
@@ -145,13 +139,10 @@ class DatasetDataModule(ImageDataModule):
         Raises:
             UserError: Some of them have whole numbers and others floats.
         """
-        if not self._grey_range_is_known:
-            train = self.datasets["train"]
-            self._grey_range = dataset_grey_range(train, "train", *self.keys)
-            self._grey_range_is_known = True
-            if self._grey_range is not None:
-                rank_zero_info(f"{describe_range(self._grey_range)}.")
-        return self._grey_range
+        return self._training_grey_range.choose()
+
+    def _find_grey_range(self) -> GreyRange | None:
+        return dataset_grey_range(self.datasets["train"], "train", *self.keys)
 
     def load(self, split: Split) -> Images | None:
         """Return the images of a split, or None if there is no dataset for it."""

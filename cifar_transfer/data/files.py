@@ -31,7 +31,7 @@ from cifar_transfer.data.exact_duplicates import (
 )
 from cifar_transfer.data.file_cache import cached_files, fingerprint
 from cifar_transfer.data.geometry import Fit, GreyRange, Size, pixels
-from cifar_transfer.data.grey_values import describe_range, find_grey_range, some_have_many
+from cifar_transfer.data.grey_values import TrainingGreyRange, find_grey_range, some_have_many
 from cifar_transfer.data.groups import GroupNames, with_copies_together
 from cifar_transfer.data.image_files import Files
 from cifar_transfer.data.images import (
@@ -118,8 +118,7 @@ class FileDataModule(ImageDataModule):
             raise UserError(f"skip_broken is {self.skip_broken}: take true or false.")
         self.broken = BrokenFiles(folder)
         self._files: dict[Split, Files | None] = {}
-        self._grey_range: GreyRange | None = None
-        self._grey_range_is_known = False
+        self._training_grey_range = TrainingGreyRange(self._find_grey_range)
 
     def file_options(self) -> dict[str, Any]:
         """Return the options of all data modules of files, for `store_options`."""
@@ -204,17 +203,12 @@ class FileDataModule(ImageDataModule):
         Raises:
             UserError: Some of them have whole numbers and others floats.
         """
+        return self._training_grey_range.choose()
+
+    def _find_grey_range(self) -> GreyRange | None:
         files = self.files("train")
         if files is None:
             return None
-        if not self._grey_range_is_known:
-            self._grey_range = self._find_grey_range(files)
-            self._grey_range_is_known = True
-            if self._grey_range is not None:
-                rank_zero_info(f"{describe_range(self._grey_range)}.")
-        return self._grey_range
-
-    def _find_grey_range(self, files: Files) -> GreyRange | None:
         paths = self._paths_to_read("train")
         if not some_have_many(paths, self.max_megapixels):
             return None

@@ -5,11 +5,12 @@ data set, and goes with the checkpoint, so that the brightness of one file does 
 others, and files to predict are read as those of the training were.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
 from cifar_transfer.base.errors import UserError
@@ -120,6 +121,33 @@ def range_of(extremes: Iterable[Extremes]) -> GreyRange | None:
     if white <= black:  # all images are black
         white = black + 1
     return black, white
+
+
+class TrainingGreyRange:
+    """The range of the grey values of a data module's training images, found once and told.
+
+    Args:
+        find: Returns the range, or None if the images have 8 bits. It may read all of them, and is
+            called once, when the range is needed.
+    """
+
+    def __init__(self, find: Callable[[], GreyRange | None]) -> None:
+        self._find = find
+        self._is_known = False
+        self._grey_range: GreyRange | None = None
+
+    def choose(self) -> GreyRange | None:
+        """Return the range, and say the first time what becomes black and white.
+
+        Raises:
+            UserError: Some images have whole numbers and others floats.
+        """
+        if not self._is_known:
+            self._grey_range = self._find()
+            self._is_known = True
+            if self._grey_range is not None:
+                rank_zero_info(f"{describe_range(self._grey_range)}.")
+        return self._grey_range
 
 
 def describe_range(grey_range: GreyRange) -> str:

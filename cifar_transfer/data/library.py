@@ -17,10 +17,7 @@ from cifar_transfer.data import cifar
 from cifar_transfer.data.cache import cached
 from cifar_transfer.data.dataset_images import DatasetImages, sample_sizes
 from cifar_transfer.data.decode_size import DecodeSize
-from cifar_transfer.data.geometry import (
-    Fit,
-    Size,
-)
+from cifar_transfer.data.geometry import Fit, Size
 from cifar_transfer.data.images import Images
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split
