@@ -1,7 +1,6 @@
 """`MemoryWatch`: the most memory that a process and those that it starts have together."""
 
 import threading
-from types import TracebackType
 
 import psutil
 
@@ -32,12 +31,7 @@ class MemoryWatch:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._thread.join()
 

@@ -62,11 +62,8 @@ def main(job: PeerJob) -> None:
     """Train, and validate on the test images after each epoch."""
     lightning.seed_everything(job.seed, verbose=False)
     train_loader, test_loader = loaders(job)
-    accelerator = "cpu"
-    if job.device == "cuda":
-        accelerator = "gpu"
     trainer = Trainer(
-        accelerator=accelerator,
+        accelerator=job.device,
         devices=1,
         max_epochs=job.epochs,
         enable_progress_bar=False,

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.peer_job import PeerJob, Phase
-from benchmarks.peer_runs import PEERS, PeerRun, by_peer
-from cifar_transfer.base.machine import processor_name, versions
+from benchmarks.peer_runs import PEERS, PeerRun, by_peer, speeds_of
+from cifar_transfer.base.machine import device_name, versions
 from cifar_transfer.base.text import markdown
 
 # How each contestant differs from the others.
@@ -63,8 +63,7 @@ def table(runs: Sequence[PeerRun]) -> list[list[str]]:
     for peer, peer_runs in by_peer(runs).items():
         row = [PEERS[peer]]
         for phase in PHASES:
-            speeds = [speed for run in peer_runs for speed in run.images_per_second(phase)]
-            row.append(spread(speeds, ".0f"))
+            row.append(spread(speeds_of(peer_runs, phase), ".0f"))
         row += [
             spread([100 * run.epochs[-1].accuracy for run in peer_runs], ".2f"),
             spread([run.epochs[-1].minutes for run in peer_runs], ".2f"),
@@ -132,15 +131,12 @@ def _draw_curves(axes: Axes, runs_of: Mapping[str, Sequence[PeerRun]]) -> None:
             axes.plot(minutes, percent, color=color, lw=1, label=label)
             label = None
             for epoch in run.epochs:
-                fill = color
-                if epoch.phase == "frozen":
-                    fill = "white"
                 axes.plot(
                     epoch.minutes,
                     100 * epoch.accuracy,
                     "o",
                     ms=5,
-                    markerfacecolor=fill,
+                    markerfacecolor=_fill(color, epoch.phase),
                     markeredgecolor=color,
                 )
     axes.set_xlim(left=0)
@@ -157,15 +153,12 @@ def _draw_speeds(axes: Axes, runs_of: Mapping[str, Sequence[PeerRun]]) -> None:
     for place, (peer, peer_runs) in enumerate(runs_of.items()):
         color = COLORS[peer]
         for phase in PHASES:
-            speeds = [speed for run in peer_runs for speed in run.images_per_second(phase)]
+            speeds = speeds_of(peer_runs, phase)
             if not speeds:
                 continue
             median = statistics.median(speeds)
-            fill = color
-            if phase == "frozen":
-                fill = "white"
             y = place + offsets[phase]
-            axes.barh(y, median, 0.36, facecolor=fill, edgecolor=color)
+            axes.barh(y, median, 0.36, facecolor=_fill(color, phase), edgecolor=color)
             axes.hlines(y, min(speeds), max(speeds), color="black", lw=1)
             axes.annotate(
                 f"{median:.0f}",
@@ -182,14 +175,19 @@ def _draw_speeds(axes: Axes, runs_of: Mapping[str, Sequence[PeerRun]]) -> None:
     axes.set_title("open: frozen, filled: unfrozen", fontsize="medium")
 
 
+def _fill(color: str, phase: Phase) -> str:
+    """Return the colour inside of a marker or bar of a contestant."""
+    if phase == "frozen":
+        return "white"
+    return color
+
+
 def heading(job: PeerJob, cores: int, rounds: int, peer_versions: Mapping[str, str]) -> str:
     """Return sentences about what was measured, and on what."""
     libraries = []
     for library, number in {**versions(), **peer_versions}.items():
         libraries.append(f"{library} {number}")
-    device = processor_name()
-    if job.device == "cuda":
-        device = torch.cuda.get_device_name()
+    device = device_name(torch.device(job.device))
     return (
         f"ResNet18 at {job.image_size} pixels in batches of {job.batch_size}, learning rate "
         f"{job.lr:g}. Epochs: {job.frozen_epochs} frozen, {job.unfrozen_epochs} unfrozen. "

@@ -58,9 +58,15 @@ class PeerRun:
     minutes: float
     peak_bytes: int
 
-    def images_per_second(self, phase: Phase) -> list[float]:
-        """Return the speed of each epoch of a phase."""
-        return [epoch.images_per_second for epoch in self.epochs if epoch.phase == phase]
+
+def speeds_of(runs: Sequence[PeerRun], phase: Phase) -> list[float]:
+    """Return training images/s of all epochs of a phase."""
+    speeds = []
+    for run in runs:
+        for epoch in run.epochs:
+            if epoch.phase == phase:
+                speeds.append(epoch.images_per_second)
+    return speeds
 
 
 def by_peer(runs: Sequence[PeerRun]) -> dict[str, list[PeerRun]]:
