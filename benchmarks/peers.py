@@ -39,6 +39,7 @@ from benchmarks.peer_runs import PEERS, Epoch, PeerRun
 from benchmarks.peer_timm import SCRIPT
 from cifar_transfer.base.errors import UserError, check, one_sentence
 from cifar_transfer.base.files import make_folder, write_csv, write_text
+from cifar_transfer.base.machine import cores
 
 CHECKOUT = Path(__file__).parents[1]
 FAILED = 1  # exit status
@@ -46,9 +47,6 @@ FAILED = 1  # exit status
 
 def fit_command(job: PeerJob, recipe: Sequence[str], frozen_epochs: int) -> list[str]:
     """Return the command of `fit` with a recipe."""
-    accelerator = "cpu"
-    if job.device == "cuda":
-        accelerator = "gpu"
     print_epochs = {
         "class_path": "benchmarks.peer_epochs.PrintEpochs",
         "init_args": {"frozen_epochs": frozen_epochs},
@@ -75,7 +73,7 @@ def fit_command(job: PeerJob, recipe: Sequence[str], frozen_epochs: int) -> list
         f"--model.lr={job.lr}",
         f"--freeze.unfreeze_epoch={frozen_epochs}",
         f"--trainer.max_epochs={job.epochs}",
-        f"--trainer.accelerator={accelerator}",
+        f"--trainer.accelerator={job.device}",
         "--trainer.devices=1",
         f"--trainer.callbacks={json.dumps([print_epochs])}",
     ]
@@ -126,7 +124,7 @@ def peer_versions(peers: Sequence[str], timm_checkout: Path | None) -> dict[str,
 
 
 def run_peer(
-    peer: str, job: PeerJob, timm_checkout: Path | None, cores: int, log: Path
+    peer: str, job: PeerJob, timm_checkout: Path | None, threads: int, log: Path
 ) -> PeerRun | None:
     """Run a contestant to its end, in a folder of its own, which is removed afterwards.
 
@@ -136,14 +134,14 @@ def run_peer(
         peer: Key of `PEERS`.
         job: What it trains.
         timm_checkout: Folder of timm's `train.py`.
-        cores: Number of threads.
+        threads: Number of threads.
         log: File for what it prints.
 
     Returns:
         The run, or None if it failed.
     """
     environment = os.environ | {
-        "OMP_NUM_THREADS": str(cores),
+        "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")]),
     }
     epochs = []
@@ -186,7 +184,7 @@ def run_all(
     job: PeerJob,
     timm_checkout: Path | None,
     rounds: int,
-    cores: int,
+    threads: int,
     out: Path,
 ) -> tuple[list[PeerRun], list[str]]:
     """Run the contestants in turns, forwards and backwards.
@@ -206,7 +204,7 @@ def run_all(
             if peer in failed:
                 continue
             log = out / f"{peer}-{seed}.log"
-            run = run_peer(peer, replace(job, seed=seed), timm_checkout, cores, log)
+            run = run_peer(peer, replace(job, seed=seed), timm_checkout, threads, log)
             if run is None:
                 failed.append(peer)
                 print(f"{PEERS[peer]} failed; what it printed is in {log}.", flush=True)
@@ -222,13 +220,13 @@ def run_all(
 
 
 @contextmanager
-def first_cores(cores: int) -> Iterator[None]:
+def first_cores(count: int) -> Iterator[None]:
     """Keep this process and those that it starts on its first so many cores, where that works."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
     allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(allowed)[:cores])
+    os.sched_setaffinity(0, sorted(allowed)[:count])
     try:
         yield
     finally:
@@ -240,13 +238,6 @@ def read_all(root: Path) -> None:
     for path in root.rglob("*"):
         if path.is_file():
             path.read_bytes()
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def parse(args: Sequence[str]) -> argparse.Namespace:
@@ -274,13 +265,13 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--frozen_epochs", type=int, default=1)
     parser.add_argument("--unfrozen_epochs", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3, help="Learning rate.")
-    parser.add_argument("--cores", type=int, default=available_cores(), help="Also the threads.")
+    parser.add_argument("--cores", type=int, default=cores(), help="Also the threads.")
     parser.add_argument("--workers", type=int, help="Loading processes; as many as cores.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     options = parser.parse_args(args)
     for name in ("rounds", "image_size", "frozen_epochs", "unfrozen_epochs"):
         check(f"--{name}", getattr(options, name), lambda value: value >= 1, "1 or more")
-    most = available_cores()
+    most = cores()
     check("--cores", options.cores, lambda value: 1 <= value <= most, f"1 to {most}")
     check("--batch_size", options.batch_size, lambda value: value >= 2, "2 or more")
     check("--lr", options.lr, lambda value: 0 < value < float("inf"), "a positive number")

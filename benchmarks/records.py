@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from typing import Any
 import yaml
 
 from cifar_transfer.base.files import LOGS, RESULT, write_json
+from cifar_transfer.base.machine import cores
 from cifar_transfer.base.text import markdown
 from cifar_transfer.results.intervals import mean_interval
 
@@ -154,8 +155,8 @@ def _seed_of(folder: Path) -> int:
     return int(folder.name.removeprefix("seed_"))
 
 
-def measure(record: Record, seed: int, links: dict[str, Path]) -> None:
-    """Run the command of a record with a seed, and keep what it leaves.
+def measure(record: Record, seed: int, links: Mapping[str, Path]) -> float:
+    """Run the command of a record with a seed, keep what it leaves, and return its minutes.
 
     Args:
         record: The record.
@@ -198,10 +199,11 @@ def measure(record: Record, seed: int, links: dict[str, Path]) -> None:
     measured = {
         "command": f"cifar-transfer {command}",
         "seconds": round(seconds, 1),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "load_before": round(load, 2),
     }
     write_json(seed_folder / MEASURED, measured)
+    return seconds / 60
 
 
 def page(records: Sequence[Record]) -> str:
@@ -255,8 +257,8 @@ def main(args: Sequence[str]) -> None:
         record = read_record(options.folder / name)
         for seed in range(options.seeds):
             if record.folder / f"seed_{seed}" not in record.seed_folders:
-                measure(record, seed, links)
-                print(f"{name}, seed {seed}: done after {record.minutes()[-1]:.1f} minutes")
+                minutes = measure(record, seed, links)
+                print(f"{name}, seed {seed}: done after {minutes:.1f} minutes")
     text = page(all_records(options.folder))
     (options.folder / TABLE).write_text(text)
     print(text)

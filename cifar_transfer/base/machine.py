@@ -1,5 +1,6 @@
-"""What a figure was measured on: versions of the libraries, and the processor or GPU."""
+"""What the program runs on: versions of the libraries, the processor or GPU, and its cores."""
 
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,13 @@ def versions() -> dict[str, str]:
     for library in LIBRARIES:
         found[library] = version(library)
     return found
+
+
+def cores() -> int:
+    """Return how many cores this process may use, often fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def device_name(device: torch.device) -> str:

@@ -26,8 +26,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm
 
 from cifar_transfer.base.files import atomic_write, write_json
+from cifar_transfer.base.machine import cores
 from cifar_transfer.base.untrusted import open_regular
-from cifar_transfer.data.images import ArrayImages, Images, UnreadableImages, cores
+from cifar_transfer.data.images import ArrayImages, Images, UnreadableImages
 
 CACHE_FOLDER = ".cifar_transfer"
 DECODED_IMAGES = 64  # images that a thread decodes at once

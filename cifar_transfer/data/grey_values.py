@@ -14,8 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
 from cifar_transfer.base.errors import UserError
+from cifar_transfer.base.machine import cores
 from cifar_transfer.data.geometry import GreyRange
-from cifar_transfer.data.images import cores, has_many_grey_values, read_grey_values
+from cifar_transfer.data.images import has_many_grey_values, read_grey_values
 
 MAX_LOOKED_AT = 1000  # files, evenly spread, whose headers say whether any has more than 8 bits
 SECONDS_BEFORE_PROGRESS = 2  # before a progress bar is shown

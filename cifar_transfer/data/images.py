@@ -517,10 +517,3 @@ def sample_sizes(paths: Sequence[str | Path], max_megapixels: float = MAX_MEGAPI
     if not sizes:
         raise UnreadableImages(*errors)
     return sizes
-
-
-def cores() -> int:
-    """Return how many cores this process may use, often fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

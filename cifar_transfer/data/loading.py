@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from cifar_transfer.base.errors import UserError
-from cifar_transfer.data.images import Batch, Images, cores
+from cifar_transfer.base.machine import cores
+from cifar_transfer.data.images import Batch, Images
 from cifar_transfer.data.splits import Split
 from cifar_transfer.data.transformed_images import TransformedImages
 

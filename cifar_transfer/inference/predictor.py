@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cifar_transfer.base.errors import UserError, check
+from cifar_transfer.base.machine import cores
 from cifar_transfer.data.geometry import to_float
-from cifar_transfer.data.images import MAX_MEGAPIXELS, cores, read_image, to_pixels
+from cifar_transfer.data.images import MAX_MEGAPIXELS, read_image, to_pixels
 from cifar_transfer.network.image_classifier import ImageClassifier
 from cifar_transfer.network.mirrored import Mirrored
 from cifar_transfer.results.predictions import ImagePrediction
