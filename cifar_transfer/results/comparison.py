@@ -12,6 +12,7 @@ from cifar_transfer.base.files import write_csv, write_text
 from cifar_transfer.base.text import latex, markdown
 from cifar_transfer.results import plots
 from cifar_transfer.results.intervals import (
+    DIFFERENCE,
     Interval,
     interval_cells,
     interval_columns,
@@ -160,7 +161,7 @@ def summary_table(networks: Sequence[ComparedNetwork]) -> list[list[str]]:
     split = _common_split(networks)
     heading = ["network", "parameters (M)", "test accuracy (%)", "validation accuracy (%)"]
     if has_differences:
-        heading.append("difference (points)")
+        heading.append(DIFFERENCE)
     heading += ["training time (min)", "images/s"]
     table = [heading]
     for network in networks:
@@ -197,7 +198,7 @@ def numbers_table(networks: Sequence[ComparedNetwork]) -> list[list[str]]:
             "parameters (M)",
             *interval_columns("test accuracy (%)"),
             *interval_columns("validation accuracy (%)"),
-            *interval_columns("difference (points)"),
+            *interval_columns(DIFFERENCE),
             "training time (min)",
             "images/s",
         ]

@@ -17,6 +17,8 @@ T_PERCENTILES = (
 MIN_VALUES = 3
 MAX_SEEDS = 1000  # of a command
 
+DIFFERENCE = "difference (points)"  # heading of differences of percentages
+
 
 class Interval(NamedTuple):
     """A mean with its 95 % interval, which is Student's and so supposes a normal distribution.

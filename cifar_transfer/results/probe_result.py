@@ -11,6 +11,12 @@ from cifar_transfer.results.intervals import Interval, interval_of, paired_diffe
 
 TEST = "test (%)"
 VALIDATION = "val (%)"
+FEW_SHOT = {  # headings by the number of training images of a class
+    "1": "1-shot (%)",
+    "5": "5-shot (%)",
+    "10": "10-shot (%)",
+    "50": "50-shot (%)",
+}
 ACCURACIES = (
     TEST,
     "balanced (%)",
@@ -19,10 +25,7 @@ ACCURACIES = (
     "5-nearest (%)",
     "20-nearest (%)",
     "means (%)",
-    "1-shot (%)",
-    "5-shot (%)",
-    "10-shot (%)",
-    "50-shot (%)",
+    *FEW_SHOT.values(),
 )
 OTHER_SEEDS = "other_seeds"  # in a file: results with other seeds than the first one
 
@@ -76,11 +79,9 @@ class ProbeResult:
             self.nearest_neighbours["5"],
             self.nearest_neighbours["20"],
             self.nearest_mean,
-            self.few_shot_mean("1"),
-            self.few_shot_mean("5"),
-            self.few_shot_mean("10"),
-            self.few_shot_mean("50"),
         ]
+        for shots in FEW_SHOT:
+            shares.append(self.few_shot_mean(shots))
         percentages: dict[str, float | None] = {}
         for heading, share in zip(ACCURACIES, shares, strict=True):
             percentages[heading] = None

@@ -10,6 +10,8 @@ from cifar_transfer.base.files import write_csv, write_text
 from cifar_transfer.base.text import markdown
 from cifar_transfer.results import plots
 from cifar_transfer.results.intervals import (
+    DIFFERENCE,
+    Interval,
     interval_cells,
     interval_columns,
     interval_of,
@@ -19,6 +21,7 @@ from cifar_transfer.results.intervals import (
 )
 from cifar_transfer.results.probe_result import (
     ACCURACIES,
+    FEW_SHOT,
     TEST,
     VALIDATION,
     ProbedNetwork,
@@ -29,7 +32,6 @@ TABLE = "probe.md"
 TABLE_CSV = "probe.csv"
 RUNS_CSV = "probe-runs.csv"
 FIGURE = "probe.png"
-DIFFERENCE = "difference (points)"
 FEATURES = ["features", "images/s", "features (s)", "heads (s)"]  # headings of `_feature_cells`
 
 
@@ -83,7 +85,7 @@ def full_table(networks: Sequence[ProbedNetwork], failed_labels: Sequence[str]) 
         else:
             row = _run_cells(network.first)
         if has_differences:
-            row.append(_difference_text(network, ranked))
+            row.append(interval_text(_difference(network, ranked)))
         table.append(row)
     return table + _failed_rows(failed_labels, len(heading))
 
@@ -105,7 +107,7 @@ def short_table(networks: Sequence[ProbedNetwork], failed_labels: Sequence[str])
             interval_text(network.interval(VALIDATION)),
         ]
         if has_differences:
-            row.append(_difference_text(network, ranked))
+            row.append(interval_text(_difference(network, ranked)))
         else:
             row.append(number(network.first.feature_seconds, 0))
         table.append(row)
@@ -127,10 +129,7 @@ def numbers_table(
         row = [network.label, str(len(network.results))]
         for accuracy in ACCURACIES:
             row += interval_cells(network.interval(accuracy))
-        gained = None
-        if network is not ranked[0]:
-            gained = network.difference(ranked[0], _common_accuracy(networks))
-        row += interval_cells(gained, lowest=-100)
+        row += interval_cells(_difference(network, ranked), lowest=-100)
         row += _feature_cells(network.first, network.head_seconds)
         table.append(row)
     return table + _failed_rows(failed_labels, len(heading))
@@ -147,14 +146,12 @@ def runs_table(networks: Sequence[ProbedNetwork]) -> list[list[str]]:
 
 def _run_cells(result: ProbeResult) -> list[str]:
     """Return the cells of one seed; those of few-shot heads have the deviation over the draws."""
-    row = [result.label]
+    cells = {}
     for heading, percentage in result.accuracies.items():
-        draws = result.few_shot.get(heading.partition("-shot")[0])
-        if draws is None:
-            row.append(number(percentage, 2))
-        else:
-            row.append(f"{100 * np.mean(draws):.1f} ± {100 * np.std(draws):.1f}")
-    return row + _feature_cells(result, result.head_seconds)
+        cells[heading] = number(percentage, 2)
+    for shots, draws in result.few_shot.items():
+        cells[FEW_SHOT[shots]] = f"{100 * np.mean(draws):.1f} ± {100 * np.std(draws):.1f}"
+    return [result.label, *cells.values(), *_feature_cells(result, result.head_seconds)]
 
 
 def _feature_cells(result: ProbeResult, head_seconds: float) -> list[str]:
@@ -170,11 +167,11 @@ def _feature_cells(result: ProbeResult, head_seconds: float) -> list[str]:
     ]
 
 
-def _difference_text(network: ProbedNetwork, ranked: Sequence[ProbedNetwork]) -> str:
-    """Return the difference of a network to the first one; "" for that one itself."""
+def _difference(network: ProbedNetwork, ranked: Sequence[ProbedNetwork]) -> Interval | None:
+    """Return the difference of a network to the first one in points; None for that one itself."""
     if network is ranked[0]:
-        return ""
-    return interval_text(network.difference(ranked[0], _common_accuracy(ranked)))
+        return None
+    return network.difference(ranked[0], _common_accuracy(ranked))
 
 
 def _common_accuracy(networks: Sequence[ProbedNetwork]) -> str:
@@ -242,7 +239,7 @@ def _accuracies_by_images(network: ProbedNetwork) -> Mapping[int, list[float]]:
     """
     accuracies: dict[int, list[float]] = {}
     for shots in network.first.few_shot:
-        accuracies[int(shots)] = list(network.by_seed(f"{shots}-shot (%)").values())
+        accuracies[int(shots)] = list(network.by_seed(FEW_SHOT[shots]).values())
     of_all = network.by_seed(TEST) or network.by_seed(VALIDATION)
     accuracies[network.first.images_per_class] = list(of_all.values())
     return accuracies
