@@ -12,7 +12,7 @@ from lightning import Trainer
 from cifar_transfer.base.errors import check
 from cifar_transfer.base.files import require_writable, user_path
 from cifar_transfer.cli.fit_cli import PlainCLI
-from cifar_transfer.cli.parsers import PartParser
+from cifar_transfer.cli.parsers import PartParser, config_options
 from cifar_transfer.data.module import ImageDataModule
 from cifar_transfer.data.splits import Split
 from cifar_transfer.features.extract import FeatureExtractor, Features, extract_features
@@ -53,9 +53,7 @@ def parser(command: str, out: Path) -> PartParser:
         out: Default folder of its results.
     """
     options = PartParser(command)
-    options.add_argument(
-        "--config", action="append", default=[], metavar="FILE", help="A recipe, as fit takes it."
-    )
+    options.add_config()
     options.add_argument(
         "--out",
         type=user_path,
@@ -104,8 +102,7 @@ def extract(
             linear layer, or other seeds that choose no other images.
     """
     check("--limit_gb", options.limit_gb, lambda x: x > 0, "a positive number")
-    recipes = [f"--config={file}" for file in options.config]
-    cli = PlainCLI([*recipes, *fit_options, *backbone.options])
+    cli = PlainCLI([*config_options(options), *fit_options, *backbone.options])
     trainer = cli.trainer
     model = cli.model
     data = cli.datamodule

@@ -56,6 +56,16 @@ class PartParser(argparse.ArgumentParser):
     def __init__(self, command: str) -> None:
         super().__init__(prog=f"python -m cifar_transfer {command}", allow_abbrev=False)
 
+    def add_config(self) -> None:
+        """Add the option of recipes, which `config_options` hands on to `fit`."""
+        self.add_argument(
+            "--config",
+            action="append",
+            default=[],
+            metavar="FILE",
+            help="A recipe, as fit takes it.",
+        )
+
     def error(self, message: str) -> NoReturn:
         """Raise a `UserError` that says what is wrong."""
         raise UserError(f"{plain_message(message)} ({HELP_HINT})")
@@ -73,3 +83,8 @@ class PartParser(argparse.ArgumentParser):
             hidden_spaces.append(arg)
         options, unknown = super().parse_known_args(hidden_spaces, namespace)
         return options, [arg.replace("\0", " ") for arg in unknown]
+
+
+def config_options(options: argparse.Namespace) -> list[str]:
+    """Return the options of `fit` that name the recipes of a command line, in their order."""
+    return [f"--config={file}" for file in options.config]

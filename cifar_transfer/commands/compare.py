@@ -23,7 +23,7 @@ from cifar_transfer.cli.fit_process import (
     read_result,
     refuse_names_of_runs,
 )
-from cifar_transfer.cli.parsers import PartParser, refuse_seed
+from cifar_transfer.cli.parsers import PartParser, config_options, refuse_seed
 from cifar_transfer.cli.recipes import RECIPE_FILE, check_recipe, with_recipe_files
 from cifar_transfer.network.contestant import Contestant, parse_contestants
 from cifar_transfer.results.comparison import (
@@ -57,9 +57,7 @@ def main(args: Sequence[str]) -> int:
         help="A backbone, with a name or a file of weights if not those of the recipe; "
         "NAME=none trains from scratch, without frozen epochs.",
     )
-    parser.add_argument(
-        "--config", action="append", default=[], metavar="FILE", help="A recipe, as fit takes it."
-    )
+    parser.add_config()
     parser.add_argument(
         "--out",
         type=user_path,
@@ -74,14 +72,14 @@ def main(args: Sequence[str]) -> int:
         metavar="N",
         help="Runs of each backbone, with the seeds 0 to N - 1 (default: 1).",
     )
-    options, fit_options = parser.parse_known_args(with_recipe_files(args))
+    options, other_options = parser.parse_known_args(with_recipe_files(args))
+    fit_options = [*config_options(options), *other_options]
     check("--seeds", options.seeds, lambda n: 1 <= n <= MAX_SEEDS, f"1 to {MAX_SEEDS}")
     refuse_names_of_runs("compare", fit_options)
     refuse_seed("compare", fit_options)
-    recipes = [f"--config={file}" for file in options.config]
     backbones = parse_contestants(options.backbones)
     try:
-        networks = compare(backbones, options.seeds, [*recipes, *fit_options], options.out)
+        networks = compare(backbones, options.seeds, fit_options, options.out)
     except KeyboardInterrupt:
         print("\nStopped; the same command continues.")
         return 130

@@ -26,7 +26,7 @@ from cifar_transfer.base.errors import UserError, check
 from cifar_transfer.base.files import LOGS, RESULT, write_json
 from cifar_transfer.base.text import markdown
 from cifar_transfer.cli.features_cli import Extraction, extract, parser
-from cifar_transfer.cli.parsers import refuse_seed
+from cifar_transfer.cli.parsers import config_options, refuse_seed
 from cifar_transfer.cli.recipes import RECIPE_FILE, check_recipe
 from cifar_transfer.data.splits import Split
 from cifar_transfer.features.extract import Features, split_anew
@@ -56,7 +56,7 @@ def main(args: Sequence[str]) -> int:
     """Parse the options, probe each backbone, print the table; return 1 if one failed."""
     options, fit_options = _parse(args)
     backbones = parse_contestants(options.backbones)
-    configs = [f"--config={file}" for file in options.config]
+    configs = config_options(options)
     recipe = check_recipe(options.out, [f"--views={options.views}", *configs, *fit_options])
     for backbone in backbones:  # two files of weights may have the same name
         check_recipe(options.out / backbone.folder, backbone.options)
