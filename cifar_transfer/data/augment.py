@@ -298,10 +298,10 @@ def augment_sampled(
         _jitter(moved.transpose(0, 1), parameters)
         return moved
     rows = sort_by_hue(parameters.order)
-    sorted_images = images.index_select(0, upload(rows, images))
+    sorted_images = images.index_select(0, upload(rows, images.device))
     moved = resample(sorted_images, placement[rows], size, interpolation)
     _jitter(moved.transpose(0, 1), parameters[rows])
-    return moved.index_select(0, upload(rows.argsort(), images))
+    return moved.index_select(0, upload(rows.argsort(), images.device))
 
 
 @torch.no_grad()
@@ -351,7 +351,7 @@ def augment(
         padding_mode="zeros",
         align_corners=False,
     )
-    return turned.index_select(0, upload(rows.argsort(), images))
+    return turned.index_select(0, upload(rows.argsort(), images.device))
 
 
 def _jitter(planes: Tensor, parameters: Parameters) -> None:
@@ -379,7 +379,7 @@ def _crop(images: Tensor, rows: Tensor, shift: Tensor, padding_mode: PaddingMode
     padded_height, padded_width = padded.shape[-2:]
     plane = padded_height * padded_width
     places = (shifts + padding) @ np.array([padded_width, 1])
-    starts = upload(torch.from_numpy(rows.numpy() * 3 * plane + places), images)
+    starts = upload(torch.from_numpy(rows.numpy() * 3 * plane + places), images.device)
     # All that lies in memory between the first and the last pixel of a crop.
     length = 2 * plane + (height - 1) * padded_width + width
     pixels = padded.flatten()

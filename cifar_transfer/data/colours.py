@@ -61,7 +61,7 @@ def jitter(pixels: Tensor, factors: Tensor, hue: Tensor, order: Tensor) -> None:
     a = factors.numpy()[np.arange(count), operations]
     b = (1 - a) * (operations == SATURATION) * GREY[0]
     c = (1 - a) * (operations == CONTRAST) * GREY[0] / size
-    coefficients = upload(torch.from_numpy(np.array((a, b, c))), pixels)
+    coefficients = upload(torch.from_numpy(np.array((a, b, c))), pixels.device)
     steps = coefficients[..., None].unbind(1)
     # The way to hues and back costs a last digit, even where they do not move.
     if not hue.any():
@@ -108,7 +108,7 @@ def _turn_hue(pixels: Tensor, turns: Tensor) -> None:
     corners = np.array([[0], [2], [4]], dtype=np.float32)
     # In [-3, 3], as is the hue, so that their sum is at most once around and `abs` is enough to
     # find the distance.
-    offsets = upload(torch.from_numpy((6 * turns.numpy() - corners + 3) % 6 - 3), pixels)
+    offsets = upload(torch.from_numpy((6 * turns.numpy() - corners + 3) % 6 - 3), pixels.device)
     red, green, blue = pixels.unbind()
     largest = pixels.amax(0)
     smallest = pixels.amin(0)

@@ -76,8 +76,7 @@ def draw_crops(count: int, size: Size, scale: Sequence[float], ratio: Sequence[f
     elif width / height > ratio[1]:
         middle_width = float(round(height * ratio[1]))
     middle = torch.tensor([middle_height, middle_width])
-    room = torch.tensor([float(height), float(width)]) - drawn
-    start = (torch.rand(count, 2) * (room + 1)).floor().minimum(room)
+    start = _draw_start(drawn, size)
     middle_start = ((torch.tensor([height, width]) - middle) / 2).floor()
     drawn_crop = torch.cat((start, drawn), 1)
     middle_crop = torch.cat((middle_start, middle)).expand(count, 4)
@@ -101,8 +100,7 @@ def draw_erased(count: int, size: Size, probability: float) -> Tensor:
     sides, fits = _draw_sides(count, size, ERASED_SCALE, inverse_ratio)
     fits &= (sides[0] < height) & (sides[1] < width)
     drawn, any_fits = _first(sides, fits)
-    room = torch.tensor([float(height), float(width)]) - drawn
-    start = (torch.rand(count, 2) * (room + 1)).floor().minimum(room)
+    start = _draw_start(drawn, size)
     erases = any_fits & (torch.rand(count) < probability)
     return torch.cat((start, drawn), 1) * erases[:, None]
 
@@ -122,6 +120,20 @@ def _draw_sides(
     ratios = torch.empty(count, ATTEMPTS).uniform_(lowest, highest).exp()
     sides = torch.stack(((areas / ratios).sqrt().round(), (areas * ratios).sqrt().round()))
     return sides, (sides > 0).all(0)
+
+
+def _draw_start(sides: Tensor, size: Size) -> Tensor:
+    """Draw where rectangles lie in images of a size.
+
+    Args:
+        sides: Heights and widths in whole pixels, float32 [B, 2].
+        size: Height and width of the images in pixels.
+
+    Returns:
+        Top and left in whole pixels, float32 [B, 2].
+    """
+    room = torch.tensor(size, dtype=torch.float32) - sides
+    return (torch.rand(len(sides), 2) * (room + 1)).floor().minimum(room)
 
 
 def _first(sides: Tensor, fits: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +165,7 @@ def resample(
     sides = np.array(size, dtype=np.float32)
     moves = np.rint(placement.translate.numpy() * sides)  # whole pixels, as torchvision's
     places = places_before(placement.flip, placement.angle, moves, size, images.device)
-    scale, centre, limit = upload(_crop_maps(placement, images), images).unbind()
+    scale, centre, limit = upload(_crop_maps(placement, images), images.device).unbind()
     # What lies between the middle of the crop's outermost pixels and its edge is as these pixels.
     grid = places.maximum(-limit).minimum(limit).mul_(scale).add_(centre)
     result = F.grid_sample(
@@ -168,9 +180,9 @@ def resample(
     return result
 
 
-def upload(tensor: Tensor, images: Tensor) -> Tensor:
-    """Copy a tensor to the images' device, without waiting for the work queued there."""
-    return tensor.to(images.device, non_blocking=True)
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device, without waiting for the work queued there."""
+    return tensor.to(device, non_blocking=True)
 
 
 def places_before(
@@ -201,13 +213,13 @@ def places_before(
     cos = np.cos(radians)
     sin = np.sin(radians)
     maps = np.array([[cos * x_unit, sin * y_unit], [-sin * x_unit, cos * y_unit]])
-    by_x, by_y = torch.from_numpy(maps)[..., None].to(device, non_blocking=True).unbind()
+    by_x, by_y = upload(torch.from_numpy(maps)[..., None], device).unbind()
     x, y = _pixels_from_middle(height, width, device)
     places = (x * by_x).addcmul_(y, by_y)
     if moves.any():
         down, right = moves.T
         start = torch.from_numpy(maps[0] * right + maps[1] * down)
-        places.sub_(start[..., None].to(device, non_blocking=True))
+        places.sub_(upload(start[..., None], device))
     return places
 
 
@@ -244,7 +256,7 @@ def _coverage(places: Tensor, size: Size, interpolation: Interpolation) -> Tenso
     height, width = size
     half = torch.tensor([width / 2, height / 2]).view(2, 1, 1)
     # Pixels to the nearest edge, plus one half: 0.5 on the edge itself.
-    covered = (1 - places.abs()).mul_(upload(half, places)).add_(0.5)
+    covered = (1 - places.abs()).mul_(upload(half, places.device)).add_(0.5)
     if interpolation == "nearest":
         covered = (covered >= 0.5).to(places.dtype)
     across, down = covered.clamp_(0, 1).unbind()
@@ -260,7 +272,7 @@ def erase(images: Tensor, boxes: Tensor) -> None:
     """
     height, width = images.shape[-2:]
     device = images.device
-    top, left, box_height, box_width = upload(boxes.T.contiguous(), images)[..., None].unbind(0)
+    top, left, box_height, box_width = upload(boxes.T.contiguous(), device)[..., None].unbind(0)
     rows = torch.arange(height, device=device)
     columns = torch.arange(width, device=device)
     in_rows = (rows >= top) & (rows < top + box_height)
