@@ -101,7 +101,7 @@ class TableDataModule(FileDataModule):
         table = self.tables["train"]
         names = {class_name(row) for row in self._rows("train")}
         if not names:
-            raise UserError(f"{table} has a heading and no rows: add a row for each image.")
+            raise _no_rows(table)
         if len(names) == 1:
             raise UserError(f"{table} has one label only ({min(names)}): it needs two or more.")
         return sorted(names)
@@ -111,7 +111,7 @@ class TableDataModule(FileDataModule):
 
         Raises:
             UserError: The table is unfit: a file is not there, a label is no class's, or an image
-                has two labels.
+                has two labels or is in two groups.
         """
         if split not in self.tables:
             return None
@@ -120,7 +120,7 @@ class TableDataModule(FileDataModule):
             return None
         labels = self._labels_of_images(split)
         if not labels:
-            raise UserError(f"{table} has a heading and no rows: add a row for each image.")
+            raise _no_rows(table)
         return Files(
             paths=[file_of(table, image) for image in labels],
             labels=np.fromiter(labels.values(), np.int64, len(labels)),
@@ -135,7 +135,10 @@ class TableDataModule(FileDataModule):
     def _labels_of_images(self, split: Split) -> dict[str, int]:
         """Return the label of each image of a split by its path, in the order of the rows.
 
-        Of training images the groups are kept, too.
+        Of training images the groups are kept, too, in `_groups_of_images`.
+
+        Raises:
+            UserError: As `list_files`.
         """
         table = self.tables[split]
         labels_of_classes = {name: label for label, name in enumerate(self.class_names)}
@@ -210,6 +213,10 @@ class TableDataModule(FileDataModule):
     def cache_name(self, split: Split) -> str:
         """Return the name of the cache of a split, which those of other tables do not have."""
         return f"{self.tables[split].stem[:MAX_STEM_CHARS]}-{split}"
+
+
+def _no_rows(table: Path) -> UserError:
+    return UserError(f"{table} has a heading and no rows: add a row for each image.")
 
 
 def _check_text(name: str, value: Any) -> None:

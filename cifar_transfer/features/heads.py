@@ -130,8 +130,17 @@ def few_shot(
 ) -> dict[str, list[float]]:
     """Return accuracies of logistic regression by the number of images of each class.
 
-    Each number is drawn `NUM_DRAWS` times, with each seed others; numbers that a class does not
-    have are left out. Features are standardised by all training images.
+    Args:
+        train: Features of the training images, of which a few are drawn, `NUM_DRAWS` times for each
+            of `SHOTS`. Numbers that a class does not have are left out.
+        val: Features of the images that choose the penalty.
+        test: Features of the images that the accuracies are of.
+        num_classes: Number of classes.
+        standardisation: Standardisation by all training images.
+        seed: Another one draws other images.
+
+    Returns:
+        The accuracy of each draw, in [0, 1], by the number of images of a class as text.
     """
     least = np.bincount(train.labels, minlength=num_classes).min()
     accuracies: dict[str, list[float]] = {}
