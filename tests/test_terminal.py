@@ -212,6 +212,29 @@ def test_a_disabled_bar_draws_nothing(monkeypatch):
     bar.on_train_epoch_end(trainer(), nn.Module())
 
 
+def test_a_validation_has_a_bar_of_its_own(monkeypatch):
+    """The images and the time of the training before it say nothing of how long it takes."""
+    take_terminal(monkeypatch)
+    monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_DRAWINGS", 0)
+    data = ShapesDataModule(train_images=100, test_images=10, batch_size=10, eval_batch_size=4)
+    model = TransferClassifier("lenet5", "none", class_names=data.class_names)
+    bar = OneLineProgressBar()
+    totals = {}
+    draw = bar._draw
+
+    def draw_and_note(trainer, stage, batches):
+        draw(trainer, stage, batches)
+        totals.setdefault(stage, set()).add((bar._bar.total, bar._bar.initial))
+
+    monkeypatch.setattr(bar, "_draw", draw_and_note)
+    fitter = quiet_trainer(max_epochs=2, enable_progress_bar=True, callbacks=[bar])
+    fitter.fit(model, data)
+    (val_batches,) = fitter.num_val_batches
+    assert totals["val"] == {(val_batches, 0)}
+    assert totals["train"] == {(fitter.num_training_batches, 0)}
+    assert val_batches != fitter.num_training_batches
+
+
 def test_warnings_of_this_package_are_printed_without_their_place(monkeypatch):
     monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)
     monkeypatch.setattr("threading.excepthook", threading.excepthook)

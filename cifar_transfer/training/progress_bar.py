@@ -69,6 +69,7 @@ class OneLineProgressBar(callbacks.ProgressBar):
         """Remove the bar."""
         self._bar.close()
 
+    on_validation_start = on_train_epoch_end  # comes before the end of the epoch, or within it
     on_validation_end = on_train_epoch_end
     on_test_end = on_train_epoch_end
     on_predict_end = on_train_epoch_end
