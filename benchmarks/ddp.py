@@ -8,7 +8,6 @@ and with those of one process while the other rests.
 
 import argparse
 import copy
-import os
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.turns import alternate, table
 from cifar_transfer import BackboneFreeze, ShapesDataModule, TransferClassifier
+from cifar_transfer.base.machine import cores
 
 BATCH_SIZE = 64
 STEPS_PER_TURN = 4
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="Rounds of the contest.")
     parser.add_argument("--backbone", default="resnet18", help="Network of the contest.")
     options = parser.parse_args()
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+    torch.set_num_threads(max(1, cores() // 2))
     seed_everything(0)
     with tempfile.TemporaryDirectory() as folder:
         data = ShapesDataModule(train_images=4 * BATCH_SIZE, test_images=50, batch_size=BATCH_SIZE)

@@ -1,4 +1,4 @@
-"""What `benchmarks.peers` has measured of its contestants: `PeerRun`, and the `Epoch`s in it."""
+"""Measurements of `benchmarks.peers`: `PeerRun`, a run of a contestant, and the `Epoch`s in it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Epoch:
-    """What a contestant says of an epoch, and when it said so.
+    """An epoch of a contestant, as the line of `peer_job.print_epoch` has it, with the time.
 
     Attributes:
         phase: What trained.

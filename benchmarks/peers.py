@@ -303,7 +303,11 @@ def job_of(options: argparse.Namespace) -> PeerJob:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run all, write what was measured, and return the exit status."""
+    """Run all, write what was measured, and return the exit status.
+
+    Raises:
+        UserError: An option cannot be used, or no contestant is left.
+    """
     options = parse(args)
     timm_checkout = options.timm
     if timm_checkout is not None:

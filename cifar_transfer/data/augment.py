@@ -189,6 +189,13 @@ class Augmentation:
         return is_asked_for or self.crops_parts or self.translate > 0
 
     def _sample(self, images: Tensor, parameters: Parameters, size: Size | None) -> Tensor:
+        """Return the images cropped or padded, and then as `augment_sampled` leaves them.
+
+        Args:
+            images: As in `__call__`.
+            parameters: Parameters of the B images.
+            size: Height and width in pixels that parts are enlarged to; None: those of the images.
+        """
         height, width = images.shape[-2:]
         count = len(images)
         if self.crops_parts:

@@ -206,6 +206,7 @@ class FileDataModule(ImageDataModule):
         return self._training_grey_range.choose()
 
     def _find_grey_range(self) -> GreyRange | None:
+        """Return the range, remembered beside the data as long as the files are the same."""
         files = self.files("train")
         if files is None:
             return None

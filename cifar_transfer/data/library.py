@@ -199,12 +199,17 @@ def open_if_there(name: str, root: Path, arguments: Mapping[str, Any]) -> Any:
     try:
         return kind(root, **arguments)
     except ImportError as error:  # some are in files that scipy reads
-        raise UserError(f"{name} needs {error.name}: pip install {error.name}.") from None
+        raise _missing_library(name, error) from None
     except (RuntimeError, FileNotFoundError):
         return None
 
 
+def _missing_library(name: str, error: ImportError) -> UserError:
+    return UserError(f"{name} needs {error.name}: pip install {error.name}.")
+
+
 def _open(name: str, root: Path, arguments: Mapping[str, Any]) -> Any:
+    """Return a dataset of torchvision, which is downloaded if it is not there or not whole."""
     dataset = open_if_there(name, root, arguments)
     if dataset is not None:
         return dataset
@@ -214,7 +219,7 @@ def _open(name: str, root: Path, arguments: Mapping[str, Any]) -> Any:
             cifar.download(root)
         return within(MAX_DOWNLOAD_SECONDS, lambda: kind(root, download=True, **arguments))
     except ImportError as error:
-        raise UserError(f"{name} needs {error.name}: pip install {error.name}.") from None
+        raise _missing_library(name, error) from None
     except (RuntimeError, OSError) as error:
         raise UserError(
             f"{name} is not in {root.resolve()}, and cannot be downloaded ({first_line(error)}): "

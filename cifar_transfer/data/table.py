@@ -97,7 +97,11 @@ class TableDataModule(FileDataModule):
         return f"group_column={self.group_column}"
 
     def read_classes(self) -> list[str]:
-        """Return the labels in the training table, sorted."""
+        """Return the labels in the training table, sorted.
+
+        Raises:
+            UserError: The table cannot be read, or has fewer than two labels.
+        """
         table = self.tables["train"]
         names = {class_name(row) for row in self._rows("train")}
         if not names:

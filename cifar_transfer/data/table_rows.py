@@ -82,6 +82,11 @@ def _delimiter(heading: str, columns: Sequence[str]) -> str:
 
 
 def _rows(path: Path, text: TextIO, delimiter: str, columns: Sequence[str]) -> Iterator[TableRow]:
+    """Yield the rows of an open table, the cells of a row in the order of the columns.
+
+    Raises:
+        UserError: The table has no heading, lacks a column, or has an unfit row.
+    """
     reader = csv.reader(text, delimiter=delimiter)
     positions: list[int] = []
     width = 0

@@ -26,7 +26,7 @@ COSINE_WEIGHT = 1e-3
 
 
 class HeadScores(NamedTuple):
-    """What all heads achieve. Accuracies are shares of 1, of the test images if there are any.
+    """Scores of all heads. Accuracies are shares of 1, of the test images if there are any.
 
     Attributes:
         penalty: Penalty of the best logistic regression.

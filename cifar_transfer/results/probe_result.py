@@ -32,9 +32,9 @@ OTHER_SEEDS = "other_seeds"  # in a file: results with other seeds than the firs
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What the frozen features of a backbone tell of the classes. Accuracies are shares of 1.
+    """Scores of all heads on the frozen features of a backbone. Accuracies are shares of 1.
 
-    Args:
+    Attributes:
         label: Name of the backbone and its weights.
         seed: Seed that chose the validation images, and those of few-shot heads.
         val: Accuracy of logistic regression on the validation images.
