@@ -302,7 +302,9 @@ def test_one_or_two_values_have_no_interval():
     assert mean_interval([1, 3]) == (2.0, pytest.approx(2**0.5), None)
     assert mean_interval([1, 3]).text(2) == "2.00"
     assert interval_cells(mean_interval([1, 3])) == ["2.00", "1.41", "", ""]
-    assert seeds_note(2).startswith("Mean over 2 seeds, too few for an interval: take 3 or more.")
+    too_few = "Mean over 2 seeds, too few for an interval: take 3 or more."
+    assert seeds_note(2, num_networks=1) == f"{too_few}\n"
+    assert seeds_note(2, num_networks=2).startswith(f"{too_few} Differences are")
 
 
 def test_an_interval_ends_where_percentages_do():

@@ -84,7 +84,8 @@ def main(args: Sequence[str]) -> int:
         print("\nStopped; the same command continues.")
         return 130
     if options.seeds > 1:
-        print(f"\n{markdown(short_table(networks))}\n{seeds_note(options.seeds)}", end="")
+        note = seeds_note(options.seeds, len(networks))
+        print(f"\n{markdown(short_table(networks))}\n{note}", end="")
     print(f"\nlook at it  {options.out / FIGURE}, .md, .csv, .tex")
     any_failed = any(network.failures for network in networks)
     return int(any_failed)

@@ -143,7 +143,7 @@ def write_comparison(networks: Sequence[ComparedNetwork], folder: Path) -> None:
     text = markdown(table)
     num_seeds = len(networks[0].runs)
     if num_seeds > 1:
-        text += f"\n{seeds_note(num_seeds)}"
+        text += f"\n{seeds_note(num_seeds, len(networks))}"
     write_text(folder / TABLE, text)
     write_text(folder / "comparison.tex", latex(table))
     write_csv(folder / "comparison.csv", numbers_table(networks))

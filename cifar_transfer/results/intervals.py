@@ -110,13 +110,15 @@ def interval_cells(interval: Interval | None, lowest: float = 0.0) -> list[str]:
     return [number(mean, 2), number(deviation, 2), number(low, 2), number(high, 2)]
 
 
-def seeds_note(num_seeds: int) -> str:
-    """Return what means and differences of a table over several seeds are."""
+def seeds_note(num_seeds: int, num_networks: int) -> str:
+    """Return what means and, of several networks, differences of a table over seeds are."""
     if num_seeds < MIN_VALUES:
         text = f"Mean over {num_seeds} seeds, too few for an interval: take {MIN_VALUES} or more."
     else:
         text = f"Mean ± half of the 95 % interval (Student's t) over {num_seeds} seeds."
-    return f"{text} Differences are to the first network, seed by seed.\n"
+    if num_networks > 1:
+        text += " Differences are to the first network, seed by seed."
+    return f"{text}\n"
 
 
 def number(value: float | None, decimals: int) -> str:

@@ -61,7 +61,7 @@ def have_seeds(networks: Sequence[ProbedNetwork]) -> bool:
 def note(networks: Sequence[ProbedNetwork]) -> str:
     """Return what the intervals of a table are."""
     num_seeds = max(len(network.results) for network in networks)
-    return seeds_note(num_seeds)
+    return seeds_note(num_seeds, len(networks))
 
 
 def full_table(networks: Sequence[ProbedNetwork], failed_labels: Sequence[str]) -> list[list[str]]:
